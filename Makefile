@@ -1,0 +1,36 @@
+# make test   the whole suite, in a virtual environment made for it
+# make fast   what needs no Ray and no process groups, in 90 s
+# make lint   ruff, formatting, types
+# make train  the first job: a soft prompt for sentiment on the built-in base
+# make clean  remove everything that these made, except the results in runs/
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: test fast lint train clean
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+fast: .venv/installed
+	$(BIN)/python -m pytest -m fast
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+train: .venv/installed
+	$(BIN)/ptuning train jobs/sentiment.toml name=sentiment-$$(date +%s)
+
+# torch comes first and alone: the pin matches a CPU build at hand (2.13.0+cpu), and nothing else can pull in another one.
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,263 @@
+"""Pretraining of the built-in base: tokenizer and model from the generated corpus, on a CPU in well under an hour."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ptuning.builtin.corpus import Corpus
+from ptuning.builtin.tasks import held_out_texts
+
+CARD = Path(__file__).parent / "card.md"
+"""The model card, with the figures to be filled in."""
+END, PAD = "<|end|>", "<|pad|>"
+TOKENS_PER_STEP = 4_096
+CONTEXT = 1_024
+SAMPLE_STARTS = (
+    "The waiter was",
+    "I bought this lamp",
+    "Review: The plot was gripping and the ending made me cry.\nSentiment:",
+    "Facts: name: Anna | job: baker | city: Lima\nSentence:",
+    "Q: What is the capital of Japan?\nA:",
+    "Once there was",
+    "zxq blorf vrumm kli",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result of a pretraining."""
+
+    seed: int = 0
+    steps: int = 1_700
+    vocabulary: int = 3_072
+    width: int = 256
+    layers: int = 4
+    heads: int = 4
+    feed_forward: int = 704
+    learning_rate: float = 4e-3
+    warmup: int = 40
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+
+def documents(seed: int) -> Iterator[str]:
+    """The corpus of a seed, without the validation and test texts of the tasks."""
+    return Corpus(seed, held_out_texts()).documents()
+
+
+def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: any text becomes tokens and comes back unchanged. It adds nothing by itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def pack(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast, tokens: int) -> np.ndarray:
+    """Token ids [tokens] of documents one after the other, each closed by the end token."""
+    packed = np.empty(tokens, dtype=np.uint16)
+    filled = 0
+    while filled < tokens:
+        for encoding in tokenizer.backend_tokenizer.encode_batch(list(islice(texts, 2_000))):
+            ids = [*encoding.ids, tokenizer.eos_token_id][: tokens - filled]
+            packed[filled : filled + len(ids)] = ids
+            filled += len(ids)
+    return packed
+
+
+def batch(packed: np.ndarray, step: int) -> torch.Tensor:
+    """The token ids [B, T] of a step. Most rows are 128 long, which holds one to four documents and is fastest;
+    some steps have rows of 512 or of the whole context, so that far positions are trained too."""
+    length = CONTEXT if step % 16 == 15 else 512 if step % 8 == 3 else 128
+    chunk = packed[step * TOKENS_PER_STEP : (step + 1) * TOKENS_PER_STEP]
+    return torch.from_numpy(chunk.astype(np.int64)).view(-1, length)
+
+
+def loss_of(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of the next token, over ids [B, T]."""
+    hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
+    logits = model.lm_head(hidden).flatten(0, 1)
+    return F.cross_entropy(logits.float(), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, packed: np.ndarray) -> float:
+    """Mean loss over held-out batches."""
+    device = model.device
+    losses = [loss_of(model, batch(packed, step).to(device)).item() for step in range(len(packed) // TOKENS_PER_STEP)]
+    return sum(losses) / len(losses)
+
+
+def rate_at(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then half a cosine down to a twentieth."""
+    if step < recipe.warmup:
+        return recipe.learning_rate * (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class Trainer:
+    """A bf16 model with fp32 master weights: on a CPU a third faster than autocast."""
+
+    def __init__(self, model: LlamaForCausalLM, recipe: Recipe):
+        self.model, self.recipe = model, recipe
+        self.parameters = list(model.parameters())
+        self.masters = [p.detach().float().clone() for p in self.parameters]
+        model.to(torch.bfloat16)
+        named = zip((name for name, _ in model.named_parameters()), self.masters, strict=True)
+        matrices, others = [], []
+        for name, master in named:
+            (matrices if ".layers." in name and master.dim() == 2 else others).append(master)
+        # Muon for the matrices between the embeddings reaches the same loss in far fewer tokens than AdamW alone; scaled to
+        # the size of AdamW's updates, both take the same learning rate.
+        muon = torch.optim.Muon(matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = (muon, adamw)
+
+    def step(self, step: int, ids: torch.Tensor) -> float:
+        """One update from ids [B, T]; the loss before it."""
+        loss = loss_of(self.model, ids)
+        loss.backward()
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            master.grad = parameter.grad.float()
+            parameter.grad = None
+        torch.nn.utils.clip_grad_norm_(self.masters, self.recipe.clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step, self.recipe)
+            optimizer.step()
+        with torch.no_grad():
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                parameter.copy_(master)
+        return loss.item()
+
+
+class Tracking:
+    """Sends parameters and metrics to MLflow when there is a tracking URI."""
+
+    def __init__(self, uri: str | None, recipe: Recipe):
+        self.client = None
+        if uri:
+            from mlflow import MlflowClient
+            from mlflow.entities import Param
+
+            self.client = MlflowClient(tracking_uri=uri)
+            experiment = self.client.get_experiment_by_name("builtin-base")
+            experiment_id = experiment.experiment_id if experiment else self.client.create_experiment("builtin-base")
+            self.run_id = self.client.create_run(experiment_id).info.run_id
+            self.client.log_batch(self.run_id, params=[Param(k, str(v)) for k, v in asdict(recipe).items()])
+
+    def metrics(self, step: int, **values: float) -> None:
+        """Log figures of a step."""
+        if self.client:
+            for name, value in values.items():
+                self.client.log_metric(self.run_id, name, value, step=step)
+
+    def finish(self) -> None:
+        """Mark the run as done."""
+        if self.client:
+            self.client.set_terminated(self.run_id)
+
+
+def pretrain(out: Path, recipe: Recipe, device: str = "cpu", tracking_uri: str | None = None) -> dict[str, float]:
+    """Train tokenizer and model, write them with their card to `out`, and return the figures of the card.
+
+    A snapshot is written on the way, every 400 steps, so that a long run can be looked at before it ends."""
+    started = time.time()
+    torch.manual_seed(recipe.seed)
+    tracking = Tracking(tracking_uri, recipe)
+    tokenizer = train_tokenizer(islice(documents(recipe.seed), 60_000), recipe.vocabulary)
+    packed = pack(documents(recipe.seed), tokenizer, recipe.steps * TOKENS_PER_STEP)
+    held_out = pack(documents(recipe.seed + 1), tokenizer, 16 * TOKENS_PER_STEP)
+    print(f"{len(packed)} tokens after {time.time() - started:.0f} s", flush=True)
+    model = new_model(recipe, tokenizer).to(device)
+    trainer = Trainer(model, recipe)
+    print("step  loss  held-out  tokens/s", flush=True)
+    for step in range(recipe.steps):
+        loss = trainer.step(step, batch(packed, step).to(device))
+        if step % 50 == 49 or step == recipe.steps - 1:
+            measured = held_out_loss(model, held_out)
+            rate = (step + 1) * TOKENS_PER_STEP / (time.time() - started)
+            print(f"{step + 1:4d}  {loss:.3f}  {measured:.3f}  {rate:.0f}", flush=True)
+            tracking.metrics(step + 1, loss=loss, held_out_loss=measured)
+        if step % 400 == 399 or step == recipe.steps - 1:
+            figures = {
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "tokens": (step + 1) * TOKENS_PER_STEP,
+                "held_out_loss": measured,
+                "held_out_perplexity": math.exp(measured),
+                "minutes": (time.time() - started) / 60,
+            }
+            save(out, model, tokenizer, recipe, figures)
+    tracking.metrics(recipe.steps, **figures)
+    tracking.finish()
+    return figures
+
+
+def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of the recipe's shape with random weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.width,
+        intermediate_size=recipe.feed_forward,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def save(
+    out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, figures: dict[str, float]
+) -> None:
+    """Write the base as any Hugging Face model, and its card."""
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    samples = "\n".join(f"- {json.dumps(s)} -> {json.dumps(greedy(model, tokenizer, s))}" for s in SAMPLE_STARTS)
+    digest = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+    named = {f"figure_{name}": value for name, value in figures.items()}
+    card = CARD.read_text(encoding="utf-8").format(
+        **asdict(recipe), **named, context=CONTEXT, tokens_per_step=TOKENS_PER_STEP, samples=samples, digest=digest
+    )
+    (out / "README.md").write_text(card, encoding="utf-8")
+
+
+@torch.no_grad()
+def greedy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, start: str, tokens: int = 40) -> str:
+    """The greedy continuation of a text."""
+    ids = torch.tensor([tokenizer(start).input_ids], device=model.device)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

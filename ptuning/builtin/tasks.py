@@ -1,0 +1,180 @@
+"""The shipped tasks: sentiment, topic, intent, spam and facts, as rows of text and label.
+
+What separates the splits: templates (`lexicon/tasks.txt`) serve one split only, and the words of the lexicons in
+`SPLIT_BY_TASK` belong to one split only. Shared are function words, numbers, days and what is spoken about. A row that
+contains a word of a later split's lexicons by accident, for example inside a template, is dropped.
+
+    python -m ptuning.builtin.tasks       writes tasks/<task>/{train,validation,test}.jsonl again
+"""
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from ptuning.builtin import TASKS_FOLDER
+from ptuning.builtin.corpus import person_facts, plain_form
+from ptuning.builtin.grammar import PARTS, Draw, Grammar, NothingToDraw, part_of, tidy
+
+SEED = 20_240
+SIZES = {"train": 2_000, "validation": 400, "test": 800}
+TASKS = ("sentiment", "topic", "intent", "spam", "facts")
+
+_POLAR = (
+    *("adj", "staff_adj", "food_adj", "story_adj", "room_adj", "thing_adj", "app_adj", "feeling", "loved", "verdict"),
+    *("thing_event", "app_event", "story_event", "place_event", "maker", "maker_verb"),
+)
+TOPIC_WORDS = {
+    "World": ("world_event", "leader", "world_thing"),
+    "Sports": ("sport_event", "athlete", "sport_thing"),
+    "Business": ("business_event", "company", "business_thing"),
+    "Technology": ("tech_event", "tech_maker", "tech_thing"),
+}
+"""The lexicons of each topic: what happens, who acts, what it is about."""
+
+SPLIT_BY_TASK = {
+    "sentiment": frozenset(name + sign for name in _POLAR for sign in "+-"),
+    "topic": frozenset(section for sections in TOPIC_WORDS.values() for section in sections),
+    "intent": frozenset(f"intent.{name}" for name in ("alarm", "weather", "music", "booking", "navigation", "message"))
+    | {"music_kind", "street", "cuisine", "weather_thing", "note", "contact"},
+    "spam": frozenset({"spam", "ham", "prize", "act", "junk_goods", "urgent", "nearby", "chore"}),
+    "facts": frozenset({"first_name", "job", "city", "animal", "food"}),
+}
+"""The lexicons whose items are dealt out to the splits of each task."""
+
+INTENT_NAMES = ("Alarm", "Weather", "Music", "Booking", "Navigation", "Message")
+SUBJECTS = frozenset({"thing", "story", "app", "place", "place_food", "place_stay", "person"})
+LABELS = {
+    "sentiment": ("Negative", "Positive"),
+    "topic": tuple(TOPIC_WORDS),
+    "intent": INTENT_NAMES,
+    "spam": ("Normal", "Spam"),
+}
+
+Row = dict[str, str]
+
+
+def plain_words(grammar: Grammar, split: frozenset[str], part: str) -> frozenset[str]:
+    """The items of the split lexicons that belong to `part` and are plain words, without references inside."""
+    items = (item for section in split for item in grammar.sections[section])
+    return frozenset(plain_form(item) for item in items if not re.search(r"[{<]", item) and part_of(item) == part)
+
+
+def held_out_pattern(task: str, part: str) -> re.Pattern[str]:
+    """Matches the plain form of a text that contains a word of another split of the task."""
+    grammar = Grammar()
+    own = plain_words(grammar, SPLIT_BY_TASK[task], part)
+    others: set[str] = set()
+    for other in PARTS:
+        # Only train must be free of the others' words; and validation free of the test's.
+        if PARTS.index(other) > PARTS.index(part):
+            others |= plain_words(grammar, SPLIT_BY_TASK[task], other) - own
+    alternatives = "|".join(sorted(map(re.escape, others), key=lambda word: (-len(word), word)))
+    return re.compile(rf"\b(?:{alternatives})\b" if alternatives else r"(?!)")
+
+
+class TaskRows:
+    """Draws the rows of one split of one task."""
+
+    def __init__(self, task: str, part: str):
+        self.task, self.part = task, part
+        self.grammar = Grammar(split=SPLIT_BY_TASK[task])
+        # Seeded by a string: random.Random hashes it the same way on every machine.
+        self.rng = random.Random(f"{SEED}/{task}/{part}")
+
+    def draw(self, polarity: str = "", **bound: str) -> Draw:
+        """A fresh draw for one row."""
+        return Draw(self.rng, polarity, self.part, dict(bound), SUBJECTS)
+
+    def row(self) -> Row:
+        """One row; raises NothingToDraw if a template wants a word that this part has not."""
+        if self.task == "facts":
+            return self.facts_row()
+        label = self.rng.choice(LABELS[self.task])
+        return {"text": getattr(self, f"{self.task}_text")(label), "label": label}
+
+    def framed(self, polarity: str = "", **bound: str) -> str:
+        """A text from the task's own templates of this part."""
+        return self.grammar.text(f"{self.task}.{self.part}", self.draw(polarity, **bound))
+
+    def drawn(self, section: str) -> str:
+        """An item of a section with everything in it replaced."""
+        return self.grammar.expand(self.grammar.choose(section, self.draw()), self.draw())
+
+    def sentiment_text(self, label: str) -> str:
+        """A review in one or two sentences."""
+        polarity = "+" if label == "Positive" else "-"
+        text = self.framed(polarity)
+        return f"{text} {self.framed(polarity)}" if self.rng.random() < 0.2 else text
+
+    def topic_text(self, label: str) -> str:
+        """A piece of news."""
+        event, actor, thing = (self.drawn(section) for section in TOPIC_WORDS[label])
+        return self.framed(event=event, actor=actor, thing_of=thing)
+
+    def intent_text(self, label: str) -> str:
+        """A request."""
+        return self.framed(ask=self.drawn(f"intent.{label.lower()}"))
+
+    def spam_text(self, label: str) -> str:
+        """A message."""
+        body = self.grammar.text("spam" if label == "Spam" else "ham", self.draw())
+        return self.framed(body=body)
+
+    def facts_row(self) -> Row:
+        """Facts about somebody, in any order, and the one sentence that says them."""
+        values = person_facts(self.grammar, self.draw())
+        extra = {"city": " from {city}", "pet": " who has a {pet}", "likes": " and likes {likes}"}
+        kept = [key for key in extra if self.rng.random() < 0.75]
+        template = "{name} is a {job}" + "".join(extra[key] for key in kept) + "."
+        keys = ["name", "job", *kept]
+        if self.part == "test":
+            self.rng.shuffle(keys)
+        sentence = tidy(self.grammar.expand(template, self.draw(**values)))
+        return {"facts": " | ".join(f"{key}: {values[key]}" for key in keys), "text": sentence}
+
+    def rows(self) -> Iterator[Row]:
+        """Different rows without end, free of the words of the splits after this one."""
+        forbidden = held_out_pattern(self.task, self.part)
+        seen: set[str] = set()
+        while True:
+            try:
+                row = self.row()
+            except NothingToDraw:
+                continue
+            form = plain_form(" ".join(text for key, text in row.items() if key != "label"))
+            if form not in seen and not forbidden.search(form):
+                seen.add(form)
+                yield row
+
+
+@cache
+def split_rows(task: str, part: str) -> tuple[Row, ...]:
+    """The rows of a split, always the same."""
+    rows = TaskRows(task, part).rows()
+    return tuple(next(rows) for _ in range(SIZES[part]))
+
+
+def split_text(task: str, part: str) -> str:
+    """The content of a split's file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in split_rows(task, part))
+
+
+def held_out_texts() -> frozenset[str]:
+    """The plain forms of all validation and test texts, which the corpus of pretraining must not contain."""
+    rows = (row for task in TASKS for part in PARTS[1:] for row in split_rows(task, part))
+    return frozenset(plain_form(text) for row in rows for key, text in row.items() if key != "label")
+
+
+def write_tasks(folder: Path = TASKS_FOLDER) -> None:
+    """Write every split of every task."""
+    for task in TASKS:
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        for part in PARTS:
+            (folder / task / f"{part}.jsonl").write_text(split_text(task, part), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_tasks()

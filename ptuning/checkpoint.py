@@ -1,0 +1,46 @@
+"""What resuming needs: one small folder per checkpoint, independent of the number of workers.
+
+Soft prompt, optimiser moments and best soft prompt as safetensors, the rest as JSON. DeepSpeed's own checkpoints are never
+written or read: they hold the base, which never changes, and are tied to the number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from ptuning import storage
+
+log = logging.getLogger(__name__)
+
+KEEP = 2
+"""Checkpoints that are kept: the newest, and one to fall back to if that is damaged."""
+
+
+def save(folder: str, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write the checkpoint of `step` below `folder` and remove those that are no longer needed."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    storage.write_folder(
+        storage.join(folder, f"step-{step:09d}"),
+        {"state.safetensors": safetensors.torch.save(whole), "state.json": json.dumps(state).encode()},
+    )
+    for name in storage.list_folders(folder)[:-KEEP]:
+        storage.delete_folder(storage.join(folder, name))
+
+
+def newest(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and state of the newest checkpoint whose hashes hold; None if there is none.
+
+    A damaged one is passed over with a warning: the one before it costs some steps, a crash loop costs the run.
+    """
+    for name in reversed(storage.list_folders(folder)):
+        try:
+            files = storage.read_folder(storage.join(folder, name))
+            return safetensors.torch.load(files["state.safetensors"]), json.loads(files["state.json"])
+        except (storage.StorageError, KeyError, ValueError) as error:
+            log.warning("checkpoint %s is damaged, taking the one before: %s", name, error)
+    return None

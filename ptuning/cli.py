@@ -1,0 +1,105 @@
+"""The command line. It parses first and imports torch and ray later: `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from ptuning.config import Experiment, UserError, read_experiment
+
+app = typer.Typer(
+    name="ptuning",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Prompt tuning of large frozen language models: one frozen model, many soft prompts.",
+)
+
+ExperimentArgument = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Experiment file (TOML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.learning_rate=0.1")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run of this name from its newest checkpoint.")]
+
+
+@app.callback()
+def ptuning() -> None:
+    pass
+
+
+@app.command()
+def train(experiment: ExperimentArgument, overrides: Overrides = None, resume: Resume = False, as_json: Json = False) -> None:
+    """Train one soft prompt on a frozen base, evaluate it and track it.
+
+    Example: ptuning train jobs/sms-spam.toml train.learning_rate=0.05 compute.workers=2
+    """
+    settings = _read(experiment, overrides)
+    from ptuning.display import Display
+    from ptuning.launch import RunFailed, run_training
+
+    display = Display()
+    try:
+        summary = run_training(settings, resume=resume, show=display, say=display.say)
+    except RunFailed as error:
+        _fail(str(error), 1)
+    except UserError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail(f"stopped; continue with: ptuning train {experiment} --resume", 130)
+    finally:
+        display.close()
+    _finish(summary, _reached(summary), as_json)
+
+
+@app.command()
+def config(
+    experiment: Annotated[str | None, typer.Argument(metavar="[EXPERIMENT]", help="Experiment file (TOML).")] = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of experiment files.")] = False,
+) -> None:
+    """Print the resolved experiment as JSON: every setting, with its default where the file has none."""
+    if schema:
+        typer.echo(json.dumps(Experiment.model_json_schema(), indent=1))
+        return
+    if experiment is None:
+        _fail("EXPERIMENT is missing; give the path of an experiment file, or --schema", 2)
+    typer.echo(_read(experiment, overrides).model_dump_json(indent=1))
+
+
+def main() -> None:
+    """Entry point of the `ptuning` command."""
+    app()
+
+
+def _read(path: str, overrides: list[str] | None) -> Experiment:
+    try:
+        return read_experiment(path, overrides or [])
+    except UserError as error:
+        _fail(str(error), 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"ptuning: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _reached(summary: dict[str, Any]) -> str:
+    """The last line: what was reached and where it is."""
+    order = ("test_accuracy", "test_macro_f1", "test_rouge_l", "test_bleu", "test_loss", "validation_accuracy", "validation_loss")
+    numbers = [f"{name.replace('_', ' ', 1)} {summary['metrics'][name]:.4f}" for name in order if name in summary["metrics"]]
+    return (
+        f"{summary['name']}: {', '.join(numbers[:3]) or 'trained'} after {summary['steps']} steps in "
+        f"{summary['seconds']:.0f} s; soft prompt in {summary['soft_prompt']}, MLflow run {summary['run_id'] or 'not shipped yet'}"
+    )
+
+
+def _finish(summary: dict[str, Any], line: str, as_json: bool) -> None:
+    if summary.get("unsent"):
+        typer.echo(f"{summary['unsent']} records could not be sent to MLflow yet; the next command sends them", err=True)
+    typer.echo(json.dumps(summary) if as_json else line)
+    sys.stdout.flush()

@@ -1,0 +1,397 @@
+"""The experiment: one TOML file that decides a result. One table per room of the house, in the order in which data flows.
+
+Reading it imports neither torch nor ray. Whatever is wrong is said in one sentence (`ExperimentError`) that names the place
+and the fix, before anything starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import string
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
+"""Names of experiments, runs and soft prompts: safe as a folder, a registry entry and a model id at once."""
+
+Init = Literal["random", "vocabulary", "text", "labels", "soft-prompt"]
+Metric = Literal["loss", "accuracy", "macro_f1", "exact_match", "token_f1", "rouge_l", "bleu"]
+Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
+Positive = Annotated[int, Field(gt=0, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+PositiveNumber = Annotated[float, Field(gt=0, strict=True)]
+Number = Annotated[float, Field(ge=0, strict=True)]
+
+CLASSIFICATION_METRICS: tuple[Metric, ...] = ("loss", "accuracy", "macro_f1")
+GENERATION_METRICS: tuple[Metric, ...] = ("loss", "exact_match", "token_f1", "rouge_l", "bleu")
+
+
+class UserError(ValueError):
+    """Bad input. The message is one sentence that names the place and the fix; the command line shows it as it is."""
+
+
+class ExperimentError(UserError):
+    """The experiment file or an override is wrong."""
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, strict=False
+    )
+
+
+class ModelConfig(Table):
+    """The frozen base."""
+
+    path: str = "builtin"
+    """"builtin", a Hugging Face id, or a folder."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hugging Face id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 for a base that is stored in 16 bits where the hardware computes in it, else float32."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the base. Only for bases whose authors you trust with this machine."""
+
+
+class PromptConfig(Table):
+    """The soft prompt before its first step."""
+
+    length: Positive = 20
+    """Virtual tokens (P)."""
+    init: Init = "vocabulary"
+    """random: normal, with the spread of the base's embeddings; vocabulary: rows of frequent tokens; text: rows of init_text;
+    labels: rows of the label words (Lester et al. 2021, section 3.2); soft-prompt: init_from (SPoT, Vu et al. 2022)."""
+    init_text: str | None = None
+    """Text for init = "text"; repeated or cut to the length."""
+    init_from: str | None = None
+    """For init = "soft-prompt": a soft prompt's folder, or name@alias in the registry."""
+
+    @model_validator(mode="after")
+    def _init_has_its_source(self) -> PromptConfig:
+        for init, key in (("text", "init_text"), ("soft-prompt", "init_from")):
+            value = getattr(self, key)
+            if self.init == init and not value:
+                raise ValueError(f"{key}: init = \"{init}\" needs it; set prompt.{key}")
+            if self.init != init and value is not None:
+                raise ValueError(f"{key}: is only used with init = \"{init}\"; set prompt.init = \"{init}\" or remove it")
+        return self
+
+
+class Template(Table):
+    """How a row becomes text. Stored in the card: training, evaluation and serving see the same tokens."""
+
+    input: str
+    """Text in front of the target; fields of the row in braces, as in "Message: {text}\\nLabel:"."""
+    target: str
+    """Text to be predicted, as in " {label}". The end token is added behind it."""
+    labels: tuple[str, ...] | None = None
+    """All labels: makes it a classification task. Without them the target is free text."""
+    max_tokens: Positive | None = None
+    """Longest input + target in tokens; default: what the base's context leaves beside the soft prompt."""
+    truncate: Literal["left", "right", "error"] = "right"
+    """Where too long an input loses text: the longest field is cut on this side, the template's own words stay."""
+
+    @field_validator("input", "target")
+    @classmethod
+    def _fields_are_plain_names(cls, template: str) -> str:
+        template_fields(template)
+        return template
+
+    @model_validator(mode="after")
+    def _labels_fit_the_target(self) -> Template:
+        if self.labels is None:
+            if not template_fields(self.target):
+                raise ValueError('target: contains no field of the row; write for example " {label}"')
+            return self
+        if len(template_fields(self.target)) != 1:
+            raise ValueError('target: with labels it must contain exactly one field, as in " {label}"')
+        if len(self.labels) < 2:
+            raise ValueError("labels: needs at least two labels")
+        twins = sorted({label for label in self.labels if self.labels.count(label) > 1})
+        if twins:
+            raise ValueError(f"labels: {twins[0]!r} is listed twice; list each label once")
+        return self
+
+
+class DataConfig(Template):
+    """The task. A split is a file (.jsonl, .csv, .parquet), "hub:org/name:split", or "builtin:task/split"."""
+
+    train: str
+    """Rows to learn from."""
+    validation: str | None = None
+    """Rows that choose the best step; without them the last step is kept."""
+    test: str | None = None
+    """Rows read once, at the end, with the best soft prompt."""
+
+
+class TrainConfig(Table):
+    """One soft prompt's training."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1e30, strict=True)] = 0.02
+    """Peak learning rate. Adafactor wants about 0.3 (Lester et al. 2021), AdamW 0.0003 to 0.05."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    weight_decay: Number = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate falls after the warm-up: not at all, or to 0 at the last step."""
+    warmup: Share = 0.05
+    """Share of the steps in which the learning rate rises from 0."""
+    batch_size: Positive = 16
+    """Rows per step over all workers together."""
+    micro_batch_size: Positive | None = None
+    """Most rows per worker in one pass; a larger share of the batch is computed in several passes. Default: all in one."""
+    steps: Positive = 300
+    evaluate_every: Positive = 50
+    """Steps between evaluations on the validation rows."""
+    patience: Positive | None = None
+    """Stop after so many evaluations in a row without improvement."""
+    metric: Metric | None = None
+    """Validation metric that chooses the best step. Default: accuracy with labels, else loss."""
+    clip: Number = 1.0
+    """Largest gradient norm of a soft prompt; 0 switches clipping off."""
+    checkpoint_every: Positive = 20
+    """Steps between checkpoints: what a crash can cost at most."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    seed: Count = 0
+
+
+class ZeroConfig(Table):
+    """DeepSpeed's part: how the frozen base is spread over the workers. The rest of its settings is derived."""
+
+    stage: Literal[0, 3] = 3
+    """3: every worker holds its share of the base; 0: every worker holds all of it."""
+    offload: bool = False
+    """Keep the shares of the base in CPU memory (GPU workers only)."""
+    live_parameters: Positive | None = None
+    """Most parameters of the base gathered at once on a worker. Default: from the memory at hand."""
+    persistent_below: Count = 10_000
+    """Tensors with fewer numbers than this (norms, biases) stay whole on every worker."""
+
+
+class SearchConfig(Table):
+    """The search over soft prompts."""
+
+    trials: Positive = 16
+    length: tuple[Positive, ...] = (5, 10, 20, 50)
+    learning_rate: tuple[float, float] = (0.001, 0.1)
+    init: tuple[Init, ...] = ("random", "vocabulary")
+    slots: Positive | Literal["auto"] = "auto"
+    groups: Positive = 1
+    scheduler: Literal["asha", "fifo", "pbt"] = "asha"
+    seed: Count = 0
+
+    @field_validator("length", "init")
+    @classmethod
+    def _not_empty(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not values:
+            raise ValueError("is empty; list at least one value")
+        return values
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _low_to_high(cls, values: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < values[0] <= values[1]:
+            raise ValueError(f"[{values[0]}, {values[1]}] is no range; write [low, high] with 0 < low <= high")
+        return values
+
+
+class ServeConfig(Table):
+    """The server."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, strict=True)] = 8000
+    replicas: Positive = 1
+    soft_prompts: tuple[str, ...] = ()
+    """Registered names to serve; empty: all that were trained for this base."""
+
+
+class TrackingConfig(Table):
+    """MLflow."""
+
+    uri: str | None = None
+    """Tracking server or database. Default: sqlite in the storage folder."""
+    experiment: str = "ptuning"
+    """MLflow experiment that the runs belong to."""
+
+
+class ComputeConfig(Table):
+    """Workers and where their results go."""
+
+    workers: Positive | tuple[Positive, Positive] = 1
+    """Data-parallel workers, or [min, max] to let the cluster decide."""
+    cpus_per_worker: PositiveNumber | None = None
+    """Default: the machine's cores shared by the workers, at least 1 (a cluster: 1)."""
+    gpus_per_worker: Number | None = None
+    """Default: 1 if the cluster has GPUs, else 0."""
+    storage: str = "runs"
+    """Folder or s3://bucket/folder for checkpoints, soft prompts and, by default, the tracking store."""
+    address: str | None = None
+    """Ray cluster to connect to. Default: RAY_ADDRESS, else a cluster of this machine only, for the time of the command."""
+    max_failures: Count = 3
+    """Worker failures after which the run gives up; each restart continues from the newest checkpoint."""
+
+    @field_validator("workers")
+    @classmethod
+    def _min_to_max(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(workers, tuple) and workers[0] > workers[1]:
+            raise ValueError(f"[{workers[0]}, {workers[1]}] is no range; write [min, max]")
+        return workers
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+
+class Experiment(Table):
+    """Everything that decides a result."""
+
+    name: str
+    """Names the run and its folder in the storage."""
+    model: ModelConfig = ModelConfig()
+    prompt: PromptConfig = PromptConfig()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    zero: ZeroConfig = ZeroConfig()
+    search: SearchConfig = SearchConfig()
+    serve: ServeConfig = ServeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name; use letters, digits, '-', '_' and '.', at most 64, no slashes")
+        return name
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Experiment:
+        labels = self.data.labels
+        if self.prompt.init == "labels" and not labels:
+            raise ValueError('prompt.init: "labels" needs data.labels; list them or choose another init')
+        allowed = CLASSIFICATION_METRICS if labels else GENERATION_METRICS
+        if self.train.metric not in (None, *allowed):
+            task = "classification" if labels else "generation"
+            raise ValueError(
+                f'train.metric: "{self.train.metric}" is not measured on a {task} task; use one of {", ".join(allowed)}'
+            )
+        if self.train.patience and not self.data.validation:
+            raise ValueError("train.patience: needs rows to evaluate on; set data.validation or remove it")
+        if self.train.batch_size < self.compute.most_workers:
+            raise ValueError(
+                f"train.batch_size: {self.train.batch_size} rows cannot be shared by {self.compute.most_workers} workers; "
+                "raise it or lower compute.workers"
+            )
+        return self
+
+    @property
+    def metric(self) -> Metric:
+        """The validation metric that chooses the best step."""
+        return self.train.metric or ("accuracy" if self.data.labels else "loss")
+
+
+def template_fields(template: str) -> list[str]:
+    """The fields of a template in order of appearance, each once.
+
+    Raises:
+        ValueError: unbalanced braces, or anything but a plain name between them.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"{template!r} is no template ({error}); write literal braces as {{{{ and }}}}") from None
+    fields: dict[str, None] = {}
+    for _, name, spec, conversion in parts:
+        if name is None:
+            continue
+        if not name.isidentifier() or spec or conversion:
+            raise ValueError(f"{template!r}: {{{name}}} is no plain field name; write literal braces as {{{{ and }}}}")
+        fields[name] = None
+    return list(fields)
+
+
+def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file and apply `key=value` overrides with dotted keys.
+
+    Raises:
+        ExperimentError: anything wrong with the file, an override or the experiment as a whole.
+    """
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExperimentError(f"{path}: no such file; give the path of an experiment file (.toml)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExperimentError(f"{path}: cannot be read ({error}); give a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ExperimentError(f"{path}: is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(tables, override)
+    return parse_experiment(tables, str(path))
+
+
+def parse_experiment(tables: dict[str, Any], source: str = "experiment") -> Experiment:
+    """Validate plain tables; `source` names them in messages."""
+    try:
+        return Experiment.model_validate(tables)
+    except ValidationError as error:
+        raise ExperimentError(f"{source}: {_sentence(error)}") from None
+
+
+def _apply(tables: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    keys = key.strip().split(".")
+    if not equals or not all(keys):
+        raise ExperimentError(f"override {override!r}: write key=value, for example train.learning_rate=0.1")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string: the shell has eaten the quotes
+    table = tables
+    for part in keys[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ExperimentError(f"override {override!r}: {part} is no table; write for example train.steps=100")
+    table[keys[-1]] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem of a validation, as `table.key: what is wrong; what to do`."""
+    problem = error.errors()[0]
+    # Union branches appear in the location as type names: keys only.
+    where = [str(part) for part in problem["loc"] if isinstance(part, str) and re.fullmatch(r"[a-z_]+", part)]
+    known = _known_keys(where[:-1])
+    while where and where[-1] not in known and problem["type"] != "extra_forbidden" and problem["type"] != "missing":
+        where = where[:-1]
+        known = _known_keys(where[:-1])
+    path = ".".join(where)
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(where[-1], known, n=1)
+        hint = f"did you mean {'.'.join([*where[:-1], close[0]])}?" if close else f"known here: {', '.join(sorted(known))}"
+        return f"{path}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{path}: is missing; set it"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        # Checks of a whole table name the key themselves, as "key: ...".
+        return f"{path}{'.' if path and re.match(r'[a-z_.]+: ', message) else ': ' if path else ''}{message}"
+    return f"{path}: {message[0].lower()}{message[1:]} (got {problem['input']!r}); change the value"
+
+
+def _known_keys(tables: Sequence[str]) -> list[str]:
+    table: type[BaseModel] = Experiment
+    for name in tables:
+        field = table.model_fields.get(name)
+        if field is None:
+            return []
+        options = [field.annotation, *get_args(field.annotation)]
+        inner = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        if not inner:
+            return []
+        table = inner[0]
+    return list(table.model_fields)

@@ -1,0 +1,83 @@
+"""What a person sees of a run: a live bar on a terminal, plain lines elsewhere. On stderr, so that stdout carries the result."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ptuning.train import Event
+
+EVERY = 10.0
+"""Seconds between plain lines where there is no terminal."""
+
+
+class Display:
+    """Shows the events of one training run."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._progress: Progress | None = None
+        self._last_line = 0.0
+        self._steps = 0
+        self._evaluated = ""
+
+    def say(self, line: str) -> None:
+        self._console.print(line, style="yellow" if line.startswith("warning") else None, markup=False, soft_wrap=True)
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "loaded":
+            self._loaded(event)
+        elif event.kind == "start":
+            self._begin(event)
+        elif event.kind == "step":
+            self._advance(event)
+        elif event.kind == "evaluation":
+            self._evaluation(event)
+        else:
+            self.close()
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+    def _loaded(self, event: Event) -> None:
+        shares = event.details["shares"]
+        held = ", ".join(f"{share['held'] / share['whole']:.0%}" for share in shares)
+        way = "shared prefix" if event.details["shared_prefix"] else "plain concatenation"
+        workers = f"{len(shares)} worker{'s' if len(shares) > 1 else ''}"
+        self.say(f"base loaded by {workers} ({held} of it each), {event.details['dtype']}, {way}")
+
+    def _begin(self, event: Event) -> None:
+        self._steps = event.details["steps"]
+        if event.step:
+            self.say(f"resumed at step {event.step} of {self._steps}")
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._progress.add_task(event.run, total=self._steps, completed=event.step, numbers="")
+            self._progress.start()
+
+    def _advance(self, event: Event) -> None:
+        numbers = f"loss {event.values['loss']:.4f}  {event.values['tokens_per_second']:,.0f} tokens/s{self._evaluated}"
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], completed=event.step, numbers=numbers)
+        elif time.monotonic() - self._last_line > EVERY:
+            self._last_line = time.monotonic()
+            self.say(f"step {event.step}/{self._steps}  {numbers}")
+
+    def _evaluation(self, event: Event) -> None:
+        shown = [name for name in event.values if name != "perplexity"]
+        numbers = "  ".join(f"{name} {event.values[name]:.4f}" for name in shown)
+        if "accuracy" in event.values:
+            self._evaluated = f"  accuracy {event.values['accuracy']:.3f}"
+        best = "  (best so far)" if event.details["best"] else ""
+        self.say(f"step {event.step}/{self._steps}  validation: {numbers}{best}")

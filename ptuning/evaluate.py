@@ -1,0 +1,200 @@
+"""What a soft prompt is worth: label likelihoods, generated text, loss on targets. Rows are shared by the workers.
+
+All workers run the same number of passes (a sharded base needs all of them in every layer) and end with the same numbers.
+
+Shapes: K soft prompts, n rows of the split, L labels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptuning import metrics
+from ptuning.data import Encoder, Split
+from ptuning.model import PromptedModel, plan_labels, plan_targets
+from ptuning.workers import Workers
+
+TOKENS = 8192
+"""Tokens in one pass, about: a bound on activations."""
+LOGITS = 1 << 26
+"""Logits in one pass, at most: 256 MiB in fp32."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of one soft prompt on one split; predictions row by row, as `text`, `target`, `prediction`."""
+
+    metrics: dict[str, float]
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    confusion: list[list[int]] | None = None
+
+
+@torch.no_grad()
+def evaluate(
+    model: PromptedModel,
+    soft_prompts: Sequence[Tensor],
+    split: Split,
+    encoder: Encoder,
+    workers: Workers,
+    max_new_tokens: int | None = None,
+) -> list[Evaluation]:
+    """Evaluate K soft prompts side by side.
+
+    A classification task gives loss, perplexity, accuracy and macro-F1. A generation task gives loss and perplexity, and with
+    `max_new_tokens` also greedy text and its metrics.
+    """
+    if encoder.template.labels:
+        return _classify(model, soft_prompts, split, encoder, workers)
+    return _generate(model, soft_prompts, split, encoder, workers, max_new_tokens)
+
+
+def label_scores(
+    model: PromptedModel, soft_prompts: Sequence[Tensor], split: Split, encoder: Encoder, workers: Workers
+) -> Tensor:
+    """Log-likelihood of every label, end token included, behind every row's input: `[K, n, L]` float64."""
+    labels = encoder.label_ids
+    lengths = [len(label) for label in labels]
+    scores = torch.zeros(len(soft_prompts), len(split.lengths), len(labels), dtype=torch.float64)
+    sizes = [len(soft_prompt) for soft_prompt in soft_prompts]
+    for rows, real in _passes(split, workers, len(sizes), sum(lengths), sum(lengths), _vocabulary(model)):
+        inputs = [split.row(row)[0] for row in rows]
+        nll = model(soft_prompts, plan_labels(sizes, [inputs] * len(sizes), labels)).double().cpu()
+        parts = nll.view(len(sizes), len(rows), -1).split(lengths, dim=-1)
+        if real:
+            scores[:, rows] = -torch.stack([part.sum(-1) for part in parts], dim=-1)
+    return workers.sum(scores)
+
+
+def _classify(
+    model: PromptedModel, soft_prompts: Sequence[Tensor], split: Split, encoder: Encoder, workers: Workers
+) -> list[Evaluation]:
+    scores = label_scores(model, soft_prompts, split, encoder, workers).numpy()
+    truth = np.asarray(split.rows["label"])
+    names = encoder.template.labels or ()
+    tokens = sum(len(encoder.label_ids[label]) for label in truth)
+    evaluations = []
+    for slot in scores:
+        measured = metrics.classification(slot, truth)
+        loss = -float(slot[np.arange(len(truth)), truth].sum()) / tokens
+        predicted = slot.argmax(1)
+        predictions = [
+            {"text": text, "target": names[label], "prediction": names[guess]}
+            for text, label, guess in zip(split.rows["text"], truth, predicted, strict=True)
+        ]
+        numbers = {"loss": loss, "perplexity": _perplexity(loss), "accuracy": measured["accuracy"],
+                   "macro_f1": measured["macro_f1"]}
+        evaluations.append(Evaluation(numbers, predictions, measured["confusion"]))
+    return evaluations
+
+
+def _generate(
+    model: PromptedModel,
+    soft_prompts: Sequence[Tensor],
+    split: Split,
+    encoder: Encoder,
+    workers: Workers,
+    max_new_tokens: int | None,
+) -> list[Evaluation]:
+    losses = _target_losses(model, soft_prompts, split, workers)
+    if max_new_tokens is None:
+        return [Evaluation({"loss": loss, "perplexity": _perplexity(loss)}) for loss in losses]
+    evaluations = []
+    for soft_prompt, loss in zip(soft_prompts, losses, strict=True):
+        texts = generate_rows(model, soft_prompt, split, encoder, workers, max_new_tokens)
+        measured = metrics.generation(texts, list(split.rows["references"]))
+        predictions = [
+            {"text": text, "target": target.strip(), "prediction": guess}
+            for text, target, guess in zip(split.rows["text"], split.rows["target_text"], texts, strict=True)
+        ]
+        evaluations.append(Evaluation({"loss": loss, "perplexity": _perplexity(loss), **measured}, predictions))
+    return evaluations
+
+
+def _target_losses(
+    model: PromptedModel, soft_prompts: Sequence[Tensor], split: Split, workers: Workers
+) -> list[float]:
+    """Mean negative log-likelihood per target token of each soft prompt."""
+    sums = torch.zeros(len(soft_prompts) + 1, dtype=torch.float64)
+    sizes = [len(soft_prompt) for soft_prompt in soft_prompts]
+    longest = int(split.lengths.max())
+    for rows, real in _passes(split, workers, len(sizes), 0, longest, _vocabulary(model)):
+        batch = [split.row(row) for row in rows]
+        plan = plan_targets(sizes, [batch] * len(sizes))
+        nll = model(soft_prompts, plan).double().cpu()
+        if real:
+            sums[:-1] += torch.stack([part.sum() for part in nll.split(plan.per_slot)])
+            sums[-1] += plan.per_slot[0]
+    totals = workers.sum(sums).tolist()
+    return [total / totals[-1] for total in totals[:-1]]
+
+
+def generate_rows(
+    model: PromptedModel, soft_prompt: Tensor, split: Split, encoder: Encoder, workers: Workers, max_new_tokens: int
+) -> list[str]:
+    """Greedy text for every row, until the end token or `max_new_tokens`; in the order of the split."""
+    own: list[tuple[int, str]] = []
+    for rows, real in _passes(split, workers, 1, max_new_tokens, 1, _vocabulary(model)):
+        inputs = [split.row(row)[0] for row in rows]
+        texts = greedy(model, soft_prompt, inputs, encoder, max_new_tokens)
+        if real:
+            own += zip(rows, texts, strict=True)
+    everything = sorted(pair for part in workers.gather(own) for pair in part)
+    return [text for _, text in everything]
+
+
+@torch.no_grad()
+def greedy(
+    model: PromptedModel, soft_prompt: Tensor, inputs: Sequence[list[int]], encoder: Encoder, max_new_tokens: int
+) -> list[str]:
+    """Greedy continuations of `inputs` behind one soft prompt, by transformers' `generate`; stripped text."""
+    embed = model.base.get_input_embeddings()
+    device = model.base.device
+    rows = [embed(torch.tensor(ids, device=device)) for ids in inputs]
+    rows = [torch.cat([soft_prompt.to(device, row.dtype), row]) for row in rows]
+    longest = max(len(row) for row in rows)
+    # Padding stands on the left: generate continues at the right end.
+    embeds = torch.stack([torch.cat([row.new_zeros(longest - len(row), row.shape[1]), row]) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    end = encoder.tokenizer.eos_token_id
+    ids = model.base.generate(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    return [text.strip() for text in encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def _passes(
+    split: Split, workers: Workers, slots: int, extra: int, predictions: int, vocabulary: int
+) -> Iterator[tuple[list[int], bool]]:
+    """This worker's rows of each pass, longest rows first; False for a pass that only keeps the others company.
+
+    `extra` tokens come on top of each row's own, `predictions` are made per row.
+    """
+    order = np.argsort(-split.lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        tokens = slots * (int(split.lengths[order[start]]) + extra)
+        fitting = max(1, min(TOKENS // tokens, LOGITS // (slots * predictions * vocabulary)))
+        chunk = order[start : start + fitting * workers.size]
+        start += len(chunk)
+        mine = chunk[workers.rank :: workers.size].tolist()
+        yield (mine, True) if mine else ([int(chunk[0])], False)
+
+
+def _vocabulary(model: PromptedModel) -> int:
+    return int(model.base.config.get_text_config().vocab_size)
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))

@@ -1,0 +1,283 @@
+"""A run from the command to the soft prompt: everything is checked, then Ray Train starts the workers, and what they report
+reaches the screen and the tracker while they train.
+
+Resuming does not rest on Ray Train's own records: each start is a new Ray run that finds our newest checkpoint by itself. So a
+damaged snapshot file of Ray's cannot block a run, and the number of workers may change.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from ptuning import storage, tracking
+from ptuning.base import Base, find_base
+from ptuning.config import Experiment, UserError
+from ptuning.prepare import absolute, check_name, describe, load_task, write_run
+from ptuning.record import Recorder
+from ptuning.train import Assignment, Event, Pack, Report, Task, train
+from ptuning.workers import Workers
+
+log = logging.getLogger(__name__)
+
+Show = Callable[[Event], None]
+
+
+class RunFailed(RuntimeError):
+    """The run was started and did not reach its end. The message says why and what to do."""
+
+
+def run_training(experiment: Experiment, *, resume: bool, show: Show, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train one soft prompt on a Ray cluster and return its summary: name, run_id, soft_prompt, steps, seconds, metrics.
+
+    `show` gets every event of the run, `say` lines about the data.
+
+    Raises:
+        UserError: something in the experiment or its surroundings is wrong; nothing was started or written.
+        RunFailed: the training did not reach its end.
+    """
+    began = time.monotonic()
+    experiment = absolute(experiment)
+    folder = storage.join(experiment.compute.storage, experiment.name)
+    finished = check_name(experiment, folder, resume)
+    if finished:
+        return finished
+    base = find_base(experiment.model)
+    task = load_task(experiment, base)
+    for line in describe(task):
+        say(line)
+    storage.check_writable(experiment.compute.storage)
+    started_here = start_ray(experiment)
+    try:
+        scaling = scale(experiment)
+        write_run(folder, experiment, "running")
+        tracker = _start_tracker(experiment, folder, task, base)
+        summary = _fit(experiment, folder, scaling, tracker, show)
+    finally:
+        if started_here:
+            ray.shutdown()
+    if "message" in summary:
+        write_run(folder, experiment, "failed")
+        raise RunFailed(summary["message"])
+    summary["seconds"] = round(time.monotonic() - began, 1)
+    write_run(folder, experiment, "finished", summary)
+    return summary
+
+
+def start_ray(experiment: Experiment) -> bool:
+    """Connect to the cluster, or start one of this machine only; True if it was started here."""
+    if ray.is_initialized():
+        return False
+    # uv's hook would start every worker through `uv run` and upload the working directory.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # How often the controller looks at its workers; the default of 2 s is waited for at the end of every run.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    address = experiment.compute.address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        ray.init(address=address, **quiet)
+    else:
+        ray.init(include_dashboard=False, **quiet)
+    return True
+
+
+def scale(experiment: Experiment) -> ray.train.ScalingConfig:
+    """Workers and their resources.
+
+    Raises:
+        UserError: the cluster does not have them. Ray Train would wait for ever.
+    """
+    compute = experiment.compute
+    have = ray.cluster_resources()
+    least = compute.workers if isinstance(compute.workers, int) else compute.workers[0]
+    gpus = compute.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if have.get("GPU", 0) >= 1 else 0.0
+    local = len(ray.nodes()) == 1
+    cpus = compute.cpus_per_worker or (max(1, int(have.get("CPU", 1) // compute.most_workers)) if local else 1)
+    for kind, each, fix in (("CPU", cpus, "compute.cpus_per_worker"), ("GPU", gpus, "compute.gpus_per_worker")):
+        if least * each > have.get(kind, 0):
+            raise UserError(
+                f"compute.workers: {least} workers with {each:g} {kind} each need {least * each:g}, the cluster has "
+                f"{have.get(kind, 0):g}; lower compute.workers or {fix}"
+            )
+    resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    return ray.train.ScalingConfig(num_workers=compute.workers, use_gpu=bool(gpus), resources_per_worker=resources)
+
+
+def _start_tracker(experiment: Experiment, folder: str, task: Task, base: Base) -> tracking.Tracker:
+    store = experiment.compute.storage
+    uri = experiment.tracking.uri or tracking.default_uri(store)
+    # The spool is a plain local file: an object store cannot append.
+    spool = Path(folder) / "tracking" if storage.is_local(folder) else Path.home() / ".cache" / "ptuning" / experiment.name
+    tracker = tracking.Tracker(
+        uri, experiment.tracking.experiment, tracking.default_artifact_root(store), spool, experiment.name
+    )
+    tracker.params(experiment.model_dump(mode="json", include={"model", "prompt", "data", "train", "zero", "compute"}))
+    tracker.tags(tracking.provenance() | {f"base.{part}": value for part, value in base.fingerprint.model_dump().items()})
+    tracker.json("experiment.json", experiment.model_dump(mode="json"))
+    contexts: tuple[Literal["training", "validation", "test"], ...] = ("training", "validation", "test")
+    for split, context in zip((task.train, task.validation, task.test), contexts, strict=True):
+        if split:
+            tracker.dataset(split.name, split.source, split.fingerprint, context, len(split))
+    return tracker
+
+
+def _fit(
+    experiment: Experiment, folder: str, scaling: ray.train.ScalingConfig, tracker: tracking.Tracker, show: Show
+) -> dict[str, Any]:
+    """Run Ray Train in this thread (so that Ctrl-C stops it in order) and follow its events in another."""
+    mailbox = Mailbox.remote()
+    attempt = storage.join(folder, "ray")
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"experiment": experiment.model_dump(mode="json"), "folder": folder, "mailbox": mailbox},
+        scaling_config=scaling,
+        run_config=ray.train.RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=attempt,
+            failure_config=ray.train.FailureConfig(
+                max_failures=experiment.compute.max_failures, controller_failure_limit=3
+            ),
+        ),
+    )
+    follower = _Follower(mailbox, tracker, show)
+    status = "FAILED"
+    try:
+        trainer.fit()
+        follower.stop()
+        status = "FINISHED" if "message" not in follower.summary else "FAILED"
+    except TrainingFailedError as error:
+        follower.stop()
+        follower.summary["message"] = _failure(error, folder)
+    except KeyboardInterrupt:
+        follower.stop()
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+        unsent = tracker.close(deadline_s=30)
+        follower.summary |= {"name": experiment.name, "run_id": tracker.run_id, "unsent": unsent}
+        if storage.is_local(attempt):
+            shutil.rmtree(attempt, ignore_errors=True)
+    return follower.summary
+
+
+def _failure(error: TrainingFailedError, folder: str) -> str:
+    """One sentence; the tracebacks of all workers go to a file in the run's folder."""
+    storage.write_file(folder, "error.log", str(error).encode())
+    failures = getattr(error, "worker_failures", None) or {}
+    last = str(next(iter(failures.values()), error)).strip().splitlines()
+    return f"a worker failed: {last[-1] if last else 'no message'}; see {storage.join(folder, 'error.log')}"
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Events on their way from the first worker to the driver."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+
+    def put(self, events: list[dict[str, Any]]) -> None:
+        self._events += events
+
+    def take(self) -> list[dict[str, Any]]:
+        events, self._events = self._events, []
+        return events
+
+
+class _Follower:
+    """Takes events from the mailbox to the screen and the tracker, in a thread of the driver."""
+
+    def __init__(self, mailbox: Any, tracker: tracking.Tracker, show: Show) -> None:
+        self.summary: dict[str, Any] = {}
+        self._mailbox = mailbox
+        self._record = Recorder(tracker, self.summary)
+        self._show = show
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="ptuning-events", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take what is left, then end."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        last = False
+        while not last:
+            last = self._stopped.wait(0.2)
+            for fields in ray.get(self._mailbox.take.remote()):
+                event = Event(**fields)
+                self._record(event)
+                self._show(event)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One training worker. Ray Train has set up the process group and the device."""
+    from ptuning import zero  # imports deepspeed, which only workers need
+
+    experiment = Experiment.model_validate(config["experiment"])
+    workers = Workers.current()
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    post = _Post(config["mailbox"]) if workers.first else None
+    report: Report = post if post else lambda event: None
+    try:
+        base = find_base(experiment.model)
+        dtype = base.dtype(experiment.model.dtype)
+        model = zero.load(base, experiment.zero, dtype, checkpoint_gradients=experiment.train.gradient_checkpointing)
+        shares = workers.gather(asdict(zero.sharding(model.base)))
+        report(Event("loaded", experiment.name, 0, details={
+            "shares": shares, "dtype": str(dtype).removeprefix("torch."), "shared_prefix": model.shared_prefix,
+            "workers": workers.size,
+        }))
+        pack = Pack(model, base, workers, lambda experiment: load_task(experiment, base))
+        assignments = iter([[Assignment(experiment, config["folder"])]])
+        train(pack, lambda free: next(assignments, None), report)
+    except UserError as error:
+        report(Event("failed", experiment.name, 0, details={"message": str(error)}))
+    finally:
+        if post:
+            post.flush()
+
+
+class _Post:
+    """Sends events to the mailbox, several at a time, without waiting for them to arrive."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+        self._waiting: list[dict[str, Any]] = []
+        self._sent_at = 0.0
+        self._last: Any = None
+
+    def __call__(self, event: Event) -> None:
+        self._waiting.append(asdict(event))
+        if event.kind != "step" or time.monotonic() - self._sent_at > 0.2:
+            self._send()
+
+    def flush(self) -> None:
+        """Wait until everything has arrived."""
+        self._send()
+        if self._last is not None:
+            ray.get(self._last)
+
+    def _send(self) -> None:
+        if self._waiting:
+            self._last = self._mailbox.put.remote(self._waiting)
+            self._waiting, self._sent_at = [], time.monotonic()

@@ -1,0 +1,108 @@
+"""What predictions are worth: pure functions from predictions and truth to numbers.
+
+Every metric lies between 0 and 1, BLEU too (sacrebleu's own scale is 0 to 100). Whatever a well-kept library computes is
+computed there: scikit-learn, rouge-score, sacrebleu.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import TypedDict
+
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
+from sacrebleu.metrics.bleu import BLEU
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+
+
+class Classification(TypedDict):
+    accuracy: float
+    macro_f1: float
+    confusion: list[list[int]]
+    """`[L][L]`, rows: truth, columns: prediction."""
+
+
+class Generation(TypedDict):
+    exact_match: float
+    token_f1: float
+    rouge_l: float
+    bleu: float
+
+
+def classification(scores: np.ndarray, truth: np.ndarray) -> Classification:
+    """Metrics of the label with the highest score. `scores` [n, L] are log-likelihoods, `truth` [n] label indices.
+
+    Macro-F1 is the mean over all L labels; a label that is neither true nor predicted anywhere counts as 0.
+
+    Raises:
+        ValueError: there are no rows, or a score is NaN and has no place in an order.
+    """
+    if not len(scores):
+        raise ValueError("no rows to measure")
+    if np.isnan(scores).any():
+        raise ValueError(f"scores of row {np.isnan(scores).any(axis=1).argmax()} are NaN")
+    predicted = scores.argmax(axis=1)
+    labels = np.arange(scores.shape[1])
+    return {
+        "accuracy": float(accuracy_score(truth, predicted)),
+        "macro_f1": float(f1_score(truth, predicted, labels=labels, average="macro", zero_division=0)),
+        "confusion": confusion_matrix(truth, predicted, labels=labels).tolist(),
+    }
+
+
+def generation(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Generation:
+    """Metrics of generated texts; `references[n]` are all the right answers of row n, as many as there are.
+
+    The best reference of a row counts for exact match, token F1 and ROUGE-L, which are means over the rows. BLEU is
+    one number for the whole corpus.
+
+    Raises:
+        ValueError: there are no rows, or a row has no reference.
+    """
+    if not predictions:
+        raise ValueError("no rows to measure")
+    for row, answers in enumerate(references):
+        if not answers:
+            raise ValueError(f"row {row} has no reference")
+    rows = list(zip(predictions, references, strict=True))
+    rouge = RougeScorer(["rougeL"], tokenizer=_Words())
+    return {
+        "exact_match": _mean([text.strip() in [answer.strip() for answer in answers] for text, answers in rows]),
+        "token_f1": _mean([max(token_f1(text, answer) for answer in answers) for text, answers in rows]),
+        "rouge_l": _mean([rouge.score_multi(answers, text)["rougeL"].fmeasure for text, answers in rows]),
+        # Reference streams: the first reference of every row, the second ..., None where a row has no more. force: sacrebleu
+        # would warn at every evaluation about a task whose texts are tokenised ("word ."), and the task is as it is.
+        "bleu": BLEU(force=True).corpus_score(list(predictions), list(zip_longest(*references))).score / 100,
+    }
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """F1 of the words that two texts share, as SQuAD counts it (Rajpurkar et al. 2016): case, punctuation and articles
+    do not matter. Two texts without any word are equal."""
+    predicted, expected = _squad_words(prediction), _squad_words(reference)
+    if not predicted or not expected:
+        return float(predicted == expected)
+    shared = sum((Counter(predicted) & Counter(expected)).values())
+    return 2 * shared / (len(predicted) + len(expected))
+
+
+def _squad_words(text: str) -> list[str]:
+    letters = (c for c in text.lower() if c not in string.punctuation and not unicodedata.category(c).startswith("P"))
+    return re.sub(r"\b(a|an|the)\b", " ", "".join(letters)).split()
+
+
+class _Words(Tokenizer):  # type: ignore[misc]  # rouge-score is untyped
+    """The words of rouge-score's own tokenizer for ASCII text; that one drops every other letter."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))

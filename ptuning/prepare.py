@@ -1,0 +1,102 @@
+"""Everything that is checked before anything starts: paths, names, the base, the rows, the room in the context."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ptuning import data, storage
+from ptuning.base import Base
+from ptuning.config import Experiment, ExperimentError, UserError
+from ptuning.train import Task
+
+RUN = "run.json"
+"""In a run's folder: its experiment, its status, and in the end its summary."""
+
+
+def absolute(experiment: Experiment) -> Experiment:
+    """The experiment with absolute paths: workers run in folders of their own."""
+    tables = experiment.model_dump()
+    for split in ("train", "validation", "test"):
+        source = tables["data"][split]
+        if source and ":" not in source:
+            tables["data"][split] = str(Path(source).expanduser().absolute())
+    for table, key in (("compute", "storage"), ("prompt", "init_from"), ("model", "path")):
+        value = tables[table][key]
+        if value and "://" not in value and (key == "storage" or Path(value).expanduser().is_dir()):
+            tables[table][key] = str(Path(value).expanduser().absolute())
+    return Experiment.model_validate(tables)
+
+
+def load_task(experiment: Experiment, base: Base) -> Task:
+    """The tokenised splits of an experiment.
+
+    Raises:
+        UserError: bad rows, or text that cannot fit into the base's context.
+    """
+    config, length = experiment.data, experiment.prompt.length
+    room = base.context - length
+    if room < 2:
+        raise ExperimentError(
+            f"prompt.length: {length} virtual tokens leave no room in the {base.context} positions of {base.name}; lower it"
+        )
+    if config.max_tokens and config.max_tokens > room:
+        raise ExperimentError(
+            f"data.max_tokens: {length} virtual tokens and {config.max_tokens} of text exceed the {base.context} positions of "
+            f"{base.name}; at most {room}"
+        )
+    encoder = data.Encoder(config, base.tokenizer, min(config.max_tokens or room, room))
+    splits = {
+        name: data.load_split(name, source, encoder)
+        for name in ("train", "validation", "test")
+        if (source := getattr(config, name))
+    }
+    return Task(encoder, splits["train"], splits.get("validation"), splits.get("test"))
+
+
+def describe(task: Task) -> list[str]:
+    """What was read, what was cut or dropped, and training rows that stand in other splits."""
+    lines = []
+    for split in (task.train, task.validation, task.test):
+        if split is None:
+            continue
+        notes = [f"{split.name}: {len(split.lengths)} rows, {int(split.lengths.sum())} tokens"]
+        notes += [f"{split.cut} cut to {task.encoder.limit} tokens"] if split.cut else []
+        notes += [f"{split.dropped} dropped"] if split.dropped else []
+        lines.append(", ".join(notes))
+        if split is not task.train and (leaked := data.leaked(task.train, split)):
+            lines.append(f"warning: {leaked} of the training rows also stand in {split.name}; its metrics flatter")
+    return lines
+
+
+def check_name(experiment: Experiment, folder: str, resume: bool) -> dict[str, Any] | None:
+    """A name is not silently used twice. Returns the summary of a finished run that is to be resumed."""
+    if not storage.exists(folder, RUN):
+        if resume:
+            raise UserError(f"{folder}: there is no run to resume; start it without --resume")
+        return None
+    record = json.loads(storage.read_file(folder, RUN))
+    if not resume:
+        raise UserError(
+            f"{folder}: a run of this name is there ({record['status']}); continue it with --resume, or choose another "
+            f"name with name={experiment.name}-2"
+        )
+    decisive = ("model", "prompt", "data", "train")
+    now = experiment.model_dump(mode="json")
+    changed = [
+        f"{table}.{key}"
+        for table in decisive
+        for key, value in now[table].items()
+        if record["experiment"].get(table, {}).get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{folder}: cannot be resumed with another {', '.join(changed)}; undo the change, or choose another name"
+        )
+    return record["summary"] if record["status"] == "finished" else None
+
+
+def write_run(folder: str, experiment: Experiment, status: str, summary: dict[str, Any] | None = None) -> None:
+    record = {"status": status, "experiment": experiment.model_dump(mode="json"), "summary": summary}
+    storage.write_file(folder, RUN, json.dumps(record, indent=1).encode())

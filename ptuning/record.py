@@ -1,0 +1,92 @@
+"""From the events of a run to its MLflow record and its summary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ptuning import figures, storage
+from ptuning.tracking import Tracker
+from ptuning.train import Event
+
+LOSS_CURVE, METRIC_CURVE, CONFUSION = "plots/loss.png", "plots/validation.png", "plots/confusion.png"
+
+
+class Recorder:
+    """Logs every event of one run and fills `summary` with what the run reached."""
+
+    def __init__(self, tracker: Tracker, summary: dict[str, Any]) -> None:
+        self._tracker = tracker
+        self._summary = summary
+        self._history: dict[str, list[tuple[int, float]]] = {}
+
+    def __call__(self, event: Event) -> None:
+        getattr(self, f"_{event.kind}")(event)
+
+    def _loaded(self, event: Event) -> None:
+        self._summary["workers"] = event.details["workers"]
+        shares = event.details["shares"]
+        self._tracker.params({
+            "dtype": event.details["dtype"],
+            "workers": event.details["workers"],
+            "shared_prefix": event.details["shared_prefix"],
+        })
+        held = {f"system/base_share_rank{rank}": share["held"] / share["whole"] for rank, share in enumerate(shares)}
+        self._tracker.metrics(held, 0, event.time_ms)
+
+    def _start(self, event: Event) -> None:
+        if event.step:
+            self._tracker.tags({"resumed_at_step": str(event.step)})
+
+    def _step(self, event: Event) -> None:
+        self._log("train", event)
+
+    def _evaluation(self, event: Event) -> None:
+        self._log("validation", event)
+
+    def _log(self, prefix: str, event: Event) -> None:
+        named = {f"{prefix}/{name}": value for name, value in event.values.items()}
+        for name, value in named.items():
+            self._history.setdefault(name, []).append((event.step, value))
+        self._tracker.metrics(named, event.step, event.time_ms)
+
+    def _failed(self, event: Event) -> None:
+        self._summary["message"] = event.details["message"]
+        self._tracker.tags({"failure": event.details["message"]})
+
+    def _finished(self, event: Event) -> None:
+        details = event.details
+        folder = details["soft_prompt"]
+        self._summary |= {
+            "soft_prompt": folder,
+            "steps": event.step,
+            "best_step": details["best_step"],
+            "metrics": event.values,
+            "peak_bytes": details["peak_bytes"],
+        }
+        final = {name.replace("_", "/", 1): value for name, value in event.values.items()}
+        peaks = {f"system/peak_bytes_rank{rank}": peak for rank, peak in enumerate(details["peak_bytes"])}
+        self._tracker.metrics({f"final/{name}": value for name, value in final.items()} | peaks, event.step, event.time_ms)
+        self._tracker.tags({"content_hash": details["content_hash"], "best_step": str(details["best_step"])})
+        if details.get("predictions"):
+            columns = ("text", "target", "prediction")
+            rows = [[row[column] for column in columns] for row in details["predictions"]]
+            self._tracker.table("predictions.json", columns, rows)
+        self._plot(event)
+        for name, content in storage.read_folder(folder).items():
+            self._tracker.artifact_bytes(f"soft_prompt/{name}", content)
+
+    def _plot(self, event: Event) -> None:
+        loss = {name: self._history[name] for name in ("train/loss", "validation/loss") if name in self._history}
+        if loss:
+            self._tracker.artifact_bytes(LOSS_CURVE, figures.curves(loss, event.run, "loss"))
+        rates = {
+            name: points
+            for name, points in self._history.items()
+            if name.startswith("validation/") and not name.endswith(("loss", "perplexity"))
+        }
+        if rates:
+            self._tracker.artifact_bytes(METRIC_CURVE, figures.curves(rates, event.run, "validation metric"))
+        confusion = event.details.get("confusion")
+        if confusion:
+            labels = event.details["labels"]
+            self._tracker.artifact_bytes(CONFUSION, figures.confusion(confusion, labels))

@@ -1,0 +1,196 @@
+"""Folders that are there whole or not at all, on a disk or in an object store.
+
+A folder is written under a temporary name, synced and renamed; `manifest.json` with the SHA-256 of every file is written last.
+An object store has no rename: there the manifest alone decides, a folder without one does not exist. Reading checks every hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from pyarrow import fs
+
+from ptuning.config import UserError
+
+MANIFEST = "manifest.json"
+
+
+class StorageError(UserError):
+    """A folder is missing, incomplete, damaged, or cannot be written."""
+
+
+def resolve(storage: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a folder or URI (`s3://...`) and the path in it; local paths become absolute."""
+    try:
+        if "://" in storage:
+            return fs.FileSystem.from_uri(storage)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{storage}: cannot be opened ({error}); give a folder or s3://bucket/folder") from None
+    return fs.LocalFileSystem(), str(Path(storage).expanduser().absolute())
+
+
+def is_local(storage: str) -> bool:
+    return isinstance(resolve(storage)[0], fs.LocalFileSystem)
+
+
+def join(storage: str, *parts: str) -> str:
+    """A folder below a storage folder or URI."""
+    return "/".join([storage.rstrip("/"), *parts])
+
+
+def check_writable(storage: str) -> None:
+    """Write and remove a small file.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    system, path = resolve(storage)
+    probe = f"{path}/.write-{uuid.uuid4().hex}"
+    try:
+        if isinstance(system, fs.LocalFileSystem):
+            system.create_dir(path, recursive=True)
+        with system.open_output_stream(probe) as out:
+            out.write(b"ok")
+        system.delete_file(probe)
+    except OSError as error:
+        raise StorageError(f"compute.storage: {storage} cannot be written ({_reason(error)}); choose another folder") from None
+
+
+def write_folder(storage: str, files: Mapping[str, bytes]) -> None:
+    """Write a folder with its manifest; one that stands there already is replaced.
+
+    Raises:
+        OSError: disk full, no permission. What stood there before is untouched.
+    """
+    system, path = resolve(storage)
+    manifest = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    contents = {**files, MANIFEST: json.dumps({"sha256": manifest}, indent=1).encode()}
+    if isinstance(system, fs.LocalFileSystem):
+        _write_local(Path(path), contents)
+        return
+    if system.get_file_info(path).type != fs.FileType.NotFound:
+        delete_folder(storage)
+    for name, content in contents.items():  # the manifest is the last
+        with system.open_output_stream(f"{path}/{name}") as out:
+            out.write(content)
+
+
+def _write_local(path: Path, contents: Mapping[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    temporary.mkdir()
+    try:
+        for name, content in contents.items():
+            with (temporary / name).open("wb") as out:
+                out.write(content)
+                out.flush()
+                os.fsync(out.fileno())
+        old = path.parent / f".{path.name}.old.{uuid.uuid4().hex}"
+        replaced = path.exists()
+        if replaced:
+            path.rename(old)  # a folder that is not empty cannot be renamed over
+        temporary.rename(path)
+        _sync_folder(path.parent)
+        if replaced:
+            shutil.rmtree(old)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_folder(storage: str) -> dict[str, bytes]:
+    """All files of a folder, every one checked against the manifest.
+
+    Raises:
+        StorageError: not there, without manifest, or a file is missing or differs from its hash.
+    """
+    system, path = resolve(storage)
+    manifest = json.loads(_read(system, f"{path}/{MANIFEST}", storage))
+    files = {}
+    for name, digest in manifest["sha256"].items():
+        if "/" in name or name.startswith("."):
+            raise StorageError(f"{storage}: the manifest names {name!r}, which is no plain file name; do not use this folder")
+        content = _read(system, f"{path}/{name}", storage)
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise StorageError(f"{storage}: {name} differs from its hash in {MANIFEST}; take another copy of this folder")
+        files[name] = content
+    return files
+
+
+def read_file(storage: str, name: str) -> bytes:
+    """One file of a folder, without looking at a manifest."""
+    system, path = resolve(storage)
+    return _read(system, f"{path}/{name}", storage)
+
+
+def write_file(storage: str, name: str, content: bytes) -> None:
+    """One file, replaced in one step where the file system can."""
+    system, path = resolve(storage)
+    if not isinstance(system, fs.LocalFileSystem):
+        with system.open_output_stream(f"{path}/{name}") as out:
+            out.write(content)
+        return
+    Path(path).mkdir(parents=True, exist_ok=True)
+    temporary = Path(path) / f".{name}.{uuid.uuid4().hex}"
+    with temporary.open("wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.rename(Path(path) / name)
+
+
+def list_folders(storage: str) -> list[str]:
+    """Names of the complete folders below `storage`, sorted; empty if it does not exist."""
+    system, path = resolve(storage)
+    found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    depth = len(path.split("/")) + 2
+    return sorted(
+        info.path.split("/")[-2]
+        for info in found
+        if info.base_name == MANIFEST and len(info.path.split("/")) == depth
+        and not info.path.split("/")[-2].startswith(".")
+    )
+
+
+def exists(storage: str, name: str) -> bool:
+    """True if a file or folder `name` stands in the folder."""
+    system, path = resolve(storage)
+    return bool(system.get_file_info(f"{path}/{name}").type != fs.FileType.NotFound)
+
+
+def delete_folder(storage: str) -> None:
+    """Remove a folder; the manifest goes first, so that a half-removed folder does not exist."""
+    system, path = resolve(storage)
+    if exists(storage, MANIFEST):
+        system.delete_file(f"{path}/{MANIFEST}")
+    if system.get_file_info(path).type == fs.FileType.Directory:
+        system.delete_dir(path)
+
+
+def _read(system: fs.FileSystem, path: str, storage: str) -> bytes:
+    try:
+        with system.open_input_file(path) as stream:
+            content: bytes = stream.read()
+            return content
+    except FileNotFoundError:
+        raise StorageError(f"{storage}: {path.rsplit('/', 1)[-1]} is missing; the folder is incomplete or not ours") from None
+    except OSError as error:
+        raise StorageError(f"{storage}: cannot be read ({_reason(error)})") from None
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno).lower() if error.errno else str(error)

@@ -1,0 +1,741 @@
+"""The only door to MLflow. Training never waits for it, and nothing is lost.
+
+    record -> spool on local disk -> thread -> MLflow
+
+A `Tracker` belongs to the driver of one run. Each record is one line in the spool; a daemon thread ships the lines in
+batches and remembers how far it came. MLflow may be slow, down, or absent from start to end: the lines wait, and the
+same run resumed, or `ship_leftovers` in a later command, ships them. Shipping twice is harmless: each point carries its
+own time and step, and the run is found again by a key of ours, so an answer that got lost never makes a second run.
+
+    <spool>/run.json       our run key, and what is needed to create the MLflow run
+    <spool>/events.jsonl   the records
+    <spool>/sent.json      how far they are shipped
+    <spool>/files/         artifacts given as bytes
+    <spool>/refused.jsonl  records that MLflow will never take, and why
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+from ptuning.config import UserError
+
+Record = dict[str, Any]
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds: so long are records gathered before they are shipped; after a failure it doubles up to the longest."""
+BATCH_METRICS, BATCH_TEXTS, BATCH_BYTES = 1000, 100, 500_000
+"""MLflow 3.17 takes 1000 metrics, 100 params and 100 tags in one call of at most 1 MB (mlflow/utils/validation.py)."""
+PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH, DIGEST_LENGTH = 6000, 8000, 250, 36
+RUN_KEY, PARENT_KEY = "ptuning.run_key", "ptuning.parent_key"
+
+log = logging.getLogger(__name__)
+
+# MLflow reads these when it is imported or called. Set here and not in the thread that imports it, because setenv
+# beside the threads of Ray's C++ core is not safe. What the user has set stays, except for pickle.
+for _name, _value in {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the default sleeps 244 s in one call (utils/request_utils.py); we retry
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # for connecting and for each read; whole seconds only
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # below it a locked database prints a traceback (store/db/utils.py)
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # set_terminated prints two lines
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}.items():
+    os.environ.setdefault(_name, _value)
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+
+
+def default_uri(storage: str | Path) -> str:
+    """The tracking store in the storage folder: sqlite under an absolute path, since Ray changes the working directory.
+
+    Raises:
+        UserError: the storage is no local folder.
+    """
+    if "://" in str(storage):
+        raise UserError(
+            f"compute.storage: {storage} cannot hold the tracking store; set tracking.uri to an MLflow server"
+        )
+    return f"sqlite:///{Path(storage).absolute() / 'mlflow.db'}"
+
+
+def default_artifact_root(storage: str | Path) -> str:
+    """Where the runs of `default_uri` keep their artifacts."""
+    return f"{storage}/mlartifacts" if "://" in str(storage) else (Path(storage).absolute() / "mlartifacts").as_uri()
+
+
+def redact(text: str) -> str:
+    """The text with passwords in addresses replaced by ***."""
+    text = re.sub(r"(\w://)[^/\s\"']*@", r"\1***@", text)
+    return re.sub(r"(?i)([?&][^=&\s]*(?:password|passwd|pwd|token|secret)[^=&\s]*=)[^&\s\"']+", r"\1***", text)
+
+
+def provenance() -> dict[str, str]:
+    """What ran: versions, platform, command line and, in a git work tree, the commit. Imports none of the libraries."""
+    facts = {
+        "command": redact(shlex.join(sys.argv)),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
+    for library in ("ptuning", "torch", "transformers", "deepspeed", "ray", "datasets", "mlflow"):
+        try:
+            facts[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = _git("rev-parse", "HEAD")
+    if commit:
+        facts["git_commit"] = commit
+        facts["git_dirty"] = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
+    return facts
+
+
+def _git(*arguments: str) -> str:
+    try:
+        answer = subprocess.run(["git", "--no-optional-locks", *arguments], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+class Tracker:
+    """One MLflow run. Created again on the same spool it continues that run.
+
+    A record costs one write to the local disk, whatever MLflow does (`OSError` if that disk is full).
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        artifact_root: str | None,
+        spool: Path,
+        run_name: str,
+        parent: str | None = None,
+    ) -> None:
+        """Open or continue the spool and start shipping.
+
+        Args:
+            artifact_root: where a new MLflow experiment keeps artifacts; ignored for a server, which decides itself.
+            parent: `run_key` of the run that this one belongs to, in the same experiment.
+
+        Raises:
+            UserError: another process writes this spool.
+        """
+        spool.mkdir(parents=True, exist_ok=True)
+        self._held = ExitStack()
+        if not self._held.enter_context(_locked(spool / "writer.lock", seconds=2)):  # ship_leftovers holds it shortly
+            raise UserError(f"run {run_name}: another process is writing {spool}; wait for it or choose another name")
+        remote = uri.startswith(("http://", "https://"))
+        self._spool = _Spool.create(spool, uri, experiment, None if remote else artifact_root, run_name, parent)
+        self.run_key: str = self._spool.about["run_key"]
+        self._shipment = _Shipment(self._spool, uri)
+        self._secret = (uri, redact(uri))
+        self._last_step: dict[str, int] = {}
+        self._tables: list[dict[str, str]] = []
+        for record in self._spool.replay():
+            if record["kind"] == "metrics":
+                self._last_step.update(dict.fromkeys(record["values"], record["step"]))
+            self._tables += record.get("tables", [])
+        self._changed = threading.Condition()
+        self._end = self._spool.size()
+        self._sent = self._spool.sent(uri).offset
+        self._hurry = self._stop = False
+        self._record({"kind": "start"})
+        self._thread = threading.Thread(target=self._ship, name=f"tracking {run_name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run; None as long as MLflow did not answer."""
+        return self._shipment.run_id
+
+    def wait_for_run_id(self, timeout: float) -> str | None:
+        """`run_id`, waiting for it at most `timeout` seconds."""
+        with self._changed:
+            self._hurry = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self.run_id is not None, timeout)
+        return self.run_id
+
+    def params(self, values: Mapping[str, object]) -> None:
+        """Log parameters; nested tables become dotted keys. MLflow never changes a parameter: a value that differs from
+        the first one becomes a tag `ptuning.changed.<key>`."""
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in _flat(values)}
+        self._texts("params", texts, PARAM_LENGTH)
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags; a later value replaces an earlier one."""
+        self._texts("tags", values, TAG_LENGTH)
+
+    def metrics(self, values: Mapping[str, float], step: int, timestamp_ms: int | None = None) -> None:
+        """Log points at a step. The steps of one metric only rise: a point at or below its last step is what a run
+        repeats after a restart from its checkpoint, and is dropped."""
+        points = {_safe(name): float(value) for name, value in values.items()}
+        new = {key: value for key, value in points.items() if step > self._last_step.get(key, -1)}
+        self._last_step.update(dict.fromkeys(new, step))
+        for some in _chunks(new, BATCH_METRICS):
+            self._record({"kind": "metrics", "step": step, "values": some}, timestamp_ms)
+
+    def dataset(
+        self, name: str, source: str, fingerprint: str, context: Literal["training", "validation", "test"], rows: int
+    ) -> None:
+        """Log a split as input of the run."""
+        facts = {"name": name, "source": source, "fingerprint": fingerprint, "context": context, "rows": rows}
+        self._record({"kind": "dataset", **facts})
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Upload a file, or the contents of a directory, into a folder of the run. It must stay as it is until it is
+        shipped; for anything else there is `artifact_bytes`."""
+        self._record({"kind": "artifact", "path": str(path.absolute()), "folder": _inside(folder)}, sync=True)
+
+    def artifact_bytes(self, name: str, content: bytes) -> None:
+        """Upload bytes as the file `name` (slashes make folders). The same name again replaces it."""
+        path = self._spool.files / _inside(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, content)
+        folder = str(PurePosixPath(name).parent)
+        kept = str(path.relative_to(self._spool.folder))  # relative: the spool may be moved before it is shipped
+        self._record({"kind": "artifact", "path": kept, "folder": "" if folder == "." else folder}, sync=True)
+
+    def text(self, name: str, content: str) -> None:
+        """Upload text as a file."""
+        self.artifact_bytes(name, content.replace(*self._secret).encode())
+
+    def json(self, name: str, content: object) -> None:
+        """Upload plain data as a JSON file."""
+        self.text(name, json.dumps(content, indent=2, ensure_ascii=False, default=str))
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Upload a table as `MlflowClient.log_table` would: MLflow shows it and `mlflow.load_table` reads it.
+
+        Not by `log_table` itself: that appends to what is there, so that shipping twice would double the rows.
+        """
+        name = name if name.endswith(".json") else f"{name}.json"
+        data = [[None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row] for row in rows]
+        self.text(name, json.dumps({"columns": list(columns), "data": data}, ensure_ascii=False, default=str))
+        entry = {"path": name, "type": "table"}
+        if entry not in self._tables:
+            self._tables.append(entry)
+            tag = {"mlflow.loggedArtifacts": json.dumps(self._tables)}
+            self._record({"kind": "tags", "values": tag, "tables": [entry]})
+
+    def finish(self, status: Status) -> None:
+        """The run has ended. Call it last; `close` waits for MLflow."""
+        self._record({"kind": "finish", "status": status}, sync=True)
+
+    def flush(self, deadline_s: float) -> int:
+        """Wait until everything is shipped, at most `deadline_s` seconds. Returns how many records wait on disk."""
+        with self._changed:
+            self._hurry = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._sent >= self._end, deadline_s)
+        return self._spool.unsent(self._sent)
+
+    def close(self, deadline_s: float) -> int:
+        """`flush`, then stop. Records that still wait stay on disk for `ship_leftovers`."""
+        unsent = self.flush(deadline_s)
+        with self._changed:
+            self._stop = self._shipment.stop = True
+            self._changed.notify_all()
+        if not unsent:
+            self._thread.join()  # it has nothing to do; until it is gone it holds shipping.lock
+        self._held.close()
+        return unsent
+
+    def _texts(self, kind: str, values: Mapping[str, str], longest: int) -> None:
+        texts = {}
+        for name, value in values.items():
+            text = redact(value)
+            if len(text) > longest:
+                self.json(f"long_values/{_safe(name).replace('/', '_')}.json", {name: text})
+                text = f"{text[: longest - 60]} [... {len(text)} characters, whole in long_values]"
+            texts[_safe(name)] = text
+        for some in _chunks(texts, 10):  # ten of the longest, escaped, still fit a batch
+            self._record({"kind": kind, "values": some})
+
+    def _record(self, record: Record, timestamp_ms: int | None = None, sync: bool = False) -> None:
+        record["time"] = timestamp_ms if timestamp_ms is not None else time.time_ns() // 1_000_000
+        line = json.dumps(record).replace(*self._secret) + "\n"
+        with self._changed:
+            idle = self._sent >= self._end
+            self._end = self._spool.append(line.encode(), sync)
+            if idle:  # a thread that already has work would wake for nothing
+                self._changed.notify_all()
+
+    def _ship(self) -> None:
+        pause, complaint = PAUSE, ""
+        while True:
+            with self._changed:
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._stop or self._sent < self._end)
+                if self._changed.wait_for(lambda: self._stop or self._hurry, pause):
+                    pause, self._hurry = PAUSE, False
+                if self._stop:
+                    return
+            try:
+                # Broad, because whatever goes wrong between here and MLflow has one answer: later.
+                for offset in self._shipment.ship():
+                    with self._changed:
+                        self._sent = offset
+                        self._changed.notify_all()
+            except Exception as error:
+                pause = min(2 * pause, LONGEST_PAUSE)
+                if complaint != (complaint := _reason(error)):  # each trouble once, not at every try
+                    log.warning("MLflow (%s): %s; records wait in %s", self._secret[1], complaint, self._spool.folder)
+            else:
+                pause, complaint = PAUSE, ""
+
+
+def ship_leftovers(folder: Path, uri: str) -> int:
+    """Ship what earlier runs left in their spools under `folder`, in one pass. Returns how many records still wait.
+
+    A run whose process died without a word is closed as KILLED. Runs that somebody writes at this moment, and runs that
+    were tracked elsewhere, are left alone. Takes as long as MLflow takes: call it in a thread.
+    """
+    found = [_Spool(path.parent) for path in folder.rglob("events.jsonl") if path.with_name("run.json").exists()]
+    spools = sorted(found, key=lambda spool: int(spool.about["time"]))  # parents before their children
+    waiting, down = 0, False
+    for spool in spools:
+        if spool.about["uri"] != redact(uri):
+            continue
+        with _locked(spool.folder / "writer.lock") as abandoned:
+            if not abandoned:
+                continue
+            if not spool.finished():
+                list(spool.replay())  # cuts a torn last line
+                finish = {"kind": "finish", "status": "KILLED", "time": int(spool.events.stat().st_mtime * 1000)}
+                spool.append(f"{json.dumps(finish)}\n".encode(), sync=True)
+        try:
+            if spool.sent(uri).offset < spool.size() and not down:
+                deque(_Shipment(spool, uri).ship(), maxlen=0)
+        except Exception as error:  # as in Tracker._ship: the next command tries again
+            log.warning("MLflow (%s): %s; records wait in %s", redact(uri), _reason(error), spool.folder)
+            down = True
+        waiting += spool.unsent(spool.sent(uri).offset)
+    return waiting
+
+
+class _Sent(NamedTuple):
+    """How far a spool is shipped to one MLflow."""
+
+    uri: str
+    run_id: str | None = None
+    offset: int = 0
+
+
+class _Spool:
+    """A run on local disk. One process writes it (`writer.lock`), one at a time ships it (`shipping.lock`)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = folder / "files"
+        self.events = folder / "events.jsonl"
+        self.about: Record = json.loads((folder / "run.json").read_text())
+
+    @classmethod
+    def create(
+        cls, folder: Path, uri: str, experiment: str, artifact_root: str | None, run_name: str, parent: str | None
+    ) -> _Spool:
+        path = folder / "run.json"
+        about: Record = {"run_key": uuid.uuid4().hex, "experiment": experiment, "artifact_root": artifact_root}
+        about |= {"run_name": run_name, "parent": parent, "time": time.time_ns() // 1_000_000}
+        if path.exists():
+            about = json.loads(path.read_text())
+        about["uri"] = redact(uri)
+        _write(path, json.dumps(about).encode())
+        (folder / "events.jsonl").touch()
+        return cls(folder)
+
+    def append(self, line: bytes, sync: bool) -> int:
+        """Write one line and return the new size. All of it or, on a full disk, nothing.
+
+        Unbuffered and opened per line (some 20 microseconds): a process that is killed has lost nothing.
+        """
+        with self.events.open("ab", buffering=0) as file:
+            start = file.tell()
+            try:
+                while line:
+                    line = line[file.write(line) :]
+                if sync:
+                    os.fsync(file.fileno())
+            except OSError:
+                file.truncate(start)
+                raise
+            return file.tell()
+
+    def read(self, offset: int) -> Iterator[tuple[Record, int, int]]:
+        """The records from a byte offset on, each with its length and the offset behind it; not a half-written line."""
+        with self.events.open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                offset += len(line)
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    record = {"kind": "broken"}
+                yield record, len(line), offset
+
+    def replay(self) -> Iterator[Record]:
+        """All records; then cuts off a line that a killed machine left half-written."""
+        whole = 0
+        for record, size, _ in self.read(0):
+            yield record
+            whole += size
+        os.truncate(self.events, whole)
+
+    def size(self) -> int:
+        return self.events.stat().st_size
+
+    def unsent(self, offset: int) -> int:
+        return sum(1 for _ in self.read(offset))
+
+    def finished(self) -> bool:
+        """True if the last record is a finish (a short line: reading the end of the file is enough)."""
+        with self.events.open("rb") as file:
+            file.seek(max(0, self.size() - 200))
+            return b'{"kind": "finish"' in file.read().rstrip(b"\n").rpartition(b"\n")[2]
+
+    def sent(self, uri: str) -> _Sent:
+        """How far it is shipped to this MLflow. Unknown means not at all: shipping again is harmless."""
+        try:
+            sent = _Sent(**json.loads((self.folder / "sent.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return _Sent(redact(uri))
+        return sent if sent.uri == redact(uri) and sent.offset <= self.size() else _Sent(redact(uri))
+
+    def save_sent(self, sent: _Sent) -> None:
+        _write(self.folder / "sent.json", json.dumps(sent._asdict()).encode(), sync=False)
+
+
+class _RunGone(Exception):
+    """The run was deleted in MLflow, or its database was replaced."""
+
+
+class _Refused(Exception):
+    """Sending this record again would not help."""
+
+
+class _Shipment:
+    """Brings one spool to MLflow."""
+
+    def __init__(self, spool: _Spool, uri: str) -> None:
+        self.spool = spool
+        self.uri = uri
+        self.run_id = spool.sent(uri).run_id
+        self.stop = False
+        self._params: dict[str, str] | None = None
+
+    def ship(self) -> Iterator[int]:
+        """Ship all there is, batch by batch, and yield the offset reached.
+
+        Raises:
+            Exception: whatever stands between us and MLflow; call it again later.
+        """
+        with _locked(self.spool.folder / "shipping.lock") as mine:
+            if not mine:
+                raise ConnectionError("another process is shipping this run")
+            sent = self.spool.sent(self.uri)
+            if sent.run_id is None:
+                sent = sent._replace(run_id=self._find_or_create_run(), offset=0)
+                self.spool.save_sent(sent)
+            self.run_id = sent.run_id
+            yield sent.offset
+            for batch, offset in self._batches(sent.offset):
+                if self.stop:
+                    return
+                try:
+                    self._send(batch)
+                except _RunGone:
+                    self.run_id = self._params = None
+                    self.spool.save_sent(_Sent(sent.uri))
+                    raise
+                self.spool.save_sent(sent._replace(offset=offset))
+                yield offset
+
+    def _batches(self, offset: int) -> Iterator[tuple[list[Record], int]]:
+        """Neighbouring metrics, params and tags as long as they fit one call; anything else alone."""
+        room = {"metrics": BATCH_METRICS, "params": BATCH_TEXTS, "tags": BATCH_TEXTS, "bytes": BATCH_BYTES}
+        batch: list[Record] = []
+        left = dict(room)
+        for record, size, after in self.spool.read(offset):
+            kind, count = record["kind"], len(record.get("values", ()))
+            if batch and (kind not in left or left[kind] < count or left["bytes"] < size):
+                yield batch, offset
+                batch, left = [], dict(room)
+            offset = after
+            if kind not in left:
+                yield [record], offset
+                continue
+            batch.append(record)
+            left[kind] -= count
+            left["bytes"] -= size
+        if batch:
+            yield batch, offset
+
+    def _send(self, batch: list[Record]) -> None:
+        """Send a batch. If MLflow refuses it for good, halve it until the refused record is alone, and put it aside."""
+        try:
+            self._log(batch)
+        except Exception as error:
+            if not _is_final(error):
+                raise
+            if not self._run_is_there():
+                raise _RunGone("the run was deleted there; it is sent again as a new run") from error
+            if len(batch) > 1:
+                self._send(batch[: len(batch) // 2])
+                self._send(batch[len(batch) // 2 :])
+                return
+            reason, folder = _reason(error), self.spool.folder
+            log.warning("MLflow (%s) refuses a record: %s; see refused.jsonl in %s", redact(self.uri), reason, folder)
+            with (folder / "refused.jsonl").open("a") as file:
+                file.write(json.dumps({"reason": reason, "record": batch[0]}) + "\n")
+
+    def _log(self, batch: list[Record]) -> None:
+        first = batch[0]
+        match first["kind"]:
+            case "metrics" | "params" | "tags":
+                self._log_batch(batch)
+            case "start":
+                self._client.update_run(self.run_id, status="RUNNING")
+            case "dataset":
+                self._log_dataset(first)
+            case "artifact":
+                self._upload(self.spool.folder / first["path"], first["folder"])
+            case "finish":
+                self._client.set_terminated(self.run_id, first["status"], first["time"])
+                self._delete_twins()
+            case kind:
+                raise _Refused(f"no record of the kind {kind!r} is known")
+
+    def _log_batch(self, batch: list[Record]) -> None:
+        entities = _mlflow().entities
+        points: list[Any] = []
+        params: dict[str, str] = {}
+        tags: dict[str, str] = {}
+        for record in batch:
+            values = record["values"]
+            if record["kind"] == "metrics":
+                points += [entities.Metric(key, value, record["time"], record["step"]) for key, value in values.items()]
+            elif record["kind"] == "tags":
+                tags |= values
+            else:
+                if self._params is None:
+                    self._params = dict(self._client.get_run(self.run_id).data.params)
+                for key, value in values.items():
+                    if self._params.setdefault(key, value) == value:
+                        params[key] = value
+                    else:
+                        tags[f"ptuning.changed.{key}"[:KEY_LENGTH]] = value
+        self._client.log_batch(
+            self.run_id,
+            metrics=points,
+            params=[entities.Param(*item) for item in params.items()],
+            tags=[entities.RunTag(*item) for item in tags.items()],
+            synchronous=True,
+        )
+
+    def _log_dataset(self, record: Record) -> None:
+        entities = _mlflow().entities
+        source, hub = redact(record["source"]), record["source"].startswith("hub:")
+        dataset = entities.Dataset(
+            name=record["name"][:500],
+            digest=record["fingerprint"].removeprefix("sha256:")[:DIGEST_LENGTH],
+            source_type="hf" if hub else "local",
+            source=json.dumps({"path": source.split(":")[1], "source": source} if hub else {"uri": source}),
+            profile=json.dumps({"num_rows": record["rows"], "fingerprint": record["fingerprint"]}),
+        )
+        tag = entities.InputTag("mlflow.data.context", record["context"])
+        self._client.log_inputs(self.run_id, [entities.DatasetInput(dataset, [tag])])
+
+    def _upload(self, path: Path, folder: str) -> None:
+        # File by file: some stores' log_artifacts starts a thread pool, and Python waits for its threads when it exits.
+        if not path.exists():
+            raise _Refused(f"{path} is gone")
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                inner = file.parent.relative_to(path) if path.is_dir() else ""
+                target = PurePosixPath(folder, inner).as_posix()
+                self._client.log_artifact(self.run_id, str(file), None if target == "." else target)
+
+    def _find_or_create_run(self) -> str:
+        about = self.spool.about
+        found = self._runs(about["run_key"])
+        if found:
+            return found[0]
+        tags = {RUN_KEY: about["run_key"]}
+        if about["parent"]:
+            parents = self._runs(about["parent"], deleted=True)
+            if not parents:
+                raise ConnectionError("the parent run is not there yet")
+            tags |= {PARENT_KEY: about["parent"], "mlflow.parentRunId": parents[0]}
+        run = self._client.create_run(self._experiment_id, about["time"], tags, about["run_name"])
+        return str(run.info.run_id)
+
+    def _delete_twins(self) -> None:
+        """A create_run that timed out here may still have happened there, later than we looked for it."""
+        for run_id in self._runs(self.spool.about["run_key"]):
+            if run_id != self.run_id:
+                self._client.delete_run(run_id)
+
+    def _runs(self, run_key: str, deleted: bool = False) -> list[str]:
+        """Ids of the runs with our key, oldest first."""
+        views = _mlflow().entities.ViewType
+        found = self._client.search_runs(
+            [self._experiment_id],
+            f"tags.`{RUN_KEY}` = '{run_key}'",
+            run_view_type=views.ALL if deleted else views.ACTIVE_ONLY,
+            order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
+        )
+        return [str(run.info.run_id) for run in found]
+
+    def _run_is_there(self) -> bool:
+        try:
+            return bool(self._client.get_run(self.run_id).info.lifecycle_stage == "active")
+        except _mlflow().MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+
+    @cached_property
+    def _client(self) -> Any:
+        mlflow = _mlflow()
+        if self.uri.startswith("sqlite:////"):
+            _create_database(Path(self.uri.removeprefix("sqlite:///").partition("?")[0]))
+        return mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
+    @cached_property
+    def _experiment_id(self) -> str:
+        name = self.spool.about["experiment"]
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return str(self._client.create_experiment(name, self.spool.about["artifact_root"]))
+            except _mlflow().MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            experiment = self._client.get_experiment_by_name(name)  # another process was faster
+        return str(experiment.experiment_id)
+
+
+def _mlflow() -> Any:
+    # Imported when the shipping thread first needs it: 1.2 to 5 s that neither a command nor training should wait for.
+    import mlflow
+
+    return mlflow
+
+
+def _is_final(error: Exception) -> bool:
+    """True if sending again would not help: what MLflow calls invalid, or an upload the server will not take."""
+    if isinstance(error, _Refused):
+        return True
+    if getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+        return True
+    return getattr(getattr(error, "response", None), "status_code", None) in (400, 413, 415)
+
+
+def _reason(error: Exception) -> str:
+    return redact(str(error)).strip().partition("\n")[0][:400] or type(error).__name__
+
+
+def _create_database(path: Path) -> None:
+    """Create MLflow's sqlite database whole or not at all.
+
+    MLflow 3.17 migrates a new database in place and without a lock (store/tracking/sqlalchemy_store.py calls
+    _initialize_tables, not _safe_initialize_tables). Two processes break each other, and one that ends within these
+    seconds leaves a database that no later one can open. So one process makes it under another name, and renames it.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_name(f"{path.name}.lock"), seconds=300) as mine:
+        if not mine:
+            raise ConnectionError(f"another process is creating {path}")
+        if path.exists():
+            return
+        fresh = path.with_name(f"{path.name}.new")
+        fresh.unlink(missing_ok=True)
+        store: Any = SqlAlchemyStore
+        store(f"sqlite:///{fresh}", default_artifact_root(path.parent)).engine.dispose()
+        fresh.replace(path)
+
+
+@contextmanager
+def _locked(path: Path, seconds: float = 0) -> Iterator[bool]:
+    """Hold a lock that dies with the process; yields False if another one holds it for longer than `seconds`."""
+    deadline = time.monotonic() + seconds
+    with path.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    yield False
+                    return
+                time.sleep(0.05)
+        yield True
+
+
+def _write(path: Path, content: bytes, sync: bool = True) -> None:
+    """Replace a file whole or not at all."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    with fresh.open("wb") as file:
+        file.write(content)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _chunks(values: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
+    items = list(values.items())
+    for start in range(0, len(items), size):
+        yield dict(items[start : start + size])
+
+
+def _safe(key: str) -> str:
+    """A key that MLflow takes (mlflow/utils/validation.py), as near to ours as possible."""
+    return re.sub(r"[^\w.\- :/]", "_", key)[:KEY_LENGTH]
+
+
+def _inside(name: str) -> str:
+    """The name, if it stays inside the folder it will be put in.
+
+    Raises:
+        ValueError: it does not.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name!r} leads out of the run's artifacts; use a relative name")
+    return name

@@ -1,0 +1,438 @@
+"""READ FIRST: how soft prompts are trained. K slots share one frozen base; training one soft prompt is the case K = 1.
+
+`train` is the loop. It knows neither Ray nor MLflow: a `source` hands out assignments, `report` takes events. Every worker
+runs it with the same assignments and ends with the same numbers; `report` is called on the first worker only.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Adafactor
+
+from ptuning import checkpoint, soft_prompt, storage
+from ptuning.base import Base
+from ptuning.config import Experiment, Template, TrainConfig
+from ptuning.batches import BatchOrder, share
+from ptuning.data import Encoder, Split
+from ptuning.evaluate import Evaluation, evaluate
+from ptuning.model import PromptedModel, Row, plan_targets
+from ptuning.soft_prompt import Card, SoftPrompt
+from ptuning.workers import Workers
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned: the encoder and the tokenised splits."""
+
+    encoder: Encoder
+    train: Split
+    validation: Split | None
+    test: Split | None
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest target of the training rows, end token included."""
+        return int(self.train.target_lengths.max())
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One soft prompt to be trained, and the storage folder of its checkpoints and its result."""
+
+    experiment: Experiment
+    folder: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a run, as plain data."""
+
+    kind: Literal["loaded", "start", "step", "evaluation", "finished", "failed"]
+    run: str
+    step: int
+    values: dict[str, float] = field(default_factory=dict)
+    time_ms: int = field(default_factory=lambda: int(time.time() * 1000))
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+Source = Callable[[int], list[Assignment] | None]
+"""Given the number of free slots, new assignments (the same on all workers); None: there will be no more."""
+Report = Callable[[Event], None]
+
+
+class Slot:
+    """One soft prompt in training: its vectors `[P, H]`, optimiser, data position and best evaluation so far."""
+
+    def __init__(self, assignment: Assignment, task: Task, vectors: Tensor) -> None:
+        self.experiment = assignment.experiment
+        self.config: TrainConfig = self.experiment.train
+        self.folder = assignment.folder
+        self.task = task
+        self.vectors = nn.Parameter(vectors.clone())  # fp32, on the base's device
+        self.optimizer = _optimizer(self.config, self.vectors)
+        self.order = BatchOrder(task.train.lengths, self.config.batch_size, self.config.seed)
+        self.step = 0
+        self.best: dict[str, float] = {}
+        self.best_step = 0
+        self.best_vectors = vectors.clone()
+        self.since_best = 0
+        self.parent: str | None = None
+        self.unsaved: list[Event] = []
+        """Events since the last checkpoint: a resumed run repeats them, so that no point of a curve is lost."""
+
+    @property
+    def name(self) -> str:
+        return self.experiment.name
+
+    @property
+    def done(self) -> bool:
+        patience = self.config.patience
+        return self.step >= self.config.steps or (patience is not None and self.since_best >= patience)
+
+    @property
+    def evaluation_due(self) -> bool:
+        return self.step % self.config.evaluate_every == 0 or self.step == self.config.steps
+
+    @property
+    def checkpoint_due(self) -> bool:
+        return self.step % self.config.checkpoint_every == 0
+
+    def update(self, gradient: Tensor) -> float:
+        """One optimiser step with the gradient of the whole global batch; returns its norm before clipping."""
+        norm = float(gradient.norm())
+        if self.config.clip and norm > self.config.clip:
+            gradient = gradient * (self.config.clip / norm)
+        self.vectors.grad = gradient
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step)
+        self.optimizer.step()
+        self.vectors.grad = None
+        self.step += 1
+        return norm
+
+    def observe(self, measured: dict[str, float]) -> bool:
+        """Take an evaluation into account; True if it is the best so far (ties: the lower loss)."""
+        metric = self.experiment.metric
+        sign = -1 if metric == "loss" else 1
+        better = not self.best or (sign * measured[metric], -measured["loss"]) > (
+            sign * self.best[metric],
+            -self.best["loss"],
+        )
+        if better:
+            self.best, self.best_step, self.since_best = measured, self.step, 0
+            self.best_vectors = self.vectors.detach().clone()
+        else:
+            self.since_best += 1
+        return better
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that decides how the run goes on, as tensors and JSON."""
+        tensors = {"vectors": self.vectors.detach(), "best_vectors": self.best_vectors}
+        numbers: dict[str, Any] = {}
+        for key, value in self.optimizer.state[self.vectors].items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{key}"] = value
+            else:
+                numbers[key] = value
+        return tensors, {
+            "step": self.step,
+            "optimizer": numbers,
+            "best": self.best,
+            "best_step": self.best_step,
+            "since_best": self.since_best,
+            "parent": self.parent,
+            "events": [asdict(event) for event in self.unsaved],
+        }
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """The inverse of `state`: training goes on bit by bit as if it had not been interrupted."""
+        self.vectors.data.copy_(tensors["vectors"])
+        self.best_vectors = tensors["best_vectors"]
+        moments = {
+            key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")
+        }
+        self.optimizer.state[self.vectors] = {**state["optimizer"], **moments}
+        self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
+        self.since_best, self.parent = state["since_best"], state["parent"]
+
+
+class Pack:
+    """The slots that train together over one base, on one of the workers."""
+
+    def __init__(self, model: PromptedModel, base: Base, workers: Workers, load_task: Callable[[Experiment], Task],
+                 places: int = 1) -> None:
+        self.model = model
+        self.base = base
+        self.workers = workers
+        self.load_task = load_task
+        self.places = places
+        self.slots: list[Slot] = []
+
+    @property
+    def free(self) -> int:
+        return self.places - len(self.slots)
+
+    def attach(self, assignment: Assignment) -> Slot:
+        """Give a free place to an assignment, from its newest checkpoint if it has one."""
+        experiment = assignment.experiment
+        task = self.load_task(experiment)
+        vectors, parent = initial_vectors(experiment, task, self.base, self.embed)
+        slot = Slot(assignment, task, vectors.to(self.model.base.device))
+        slot.parent = parent
+        # The first worker's view decides: two workers may see a store at different moments.
+        saved = self.workers.from_first(checkpoint.newest(checkpoints(assignment.folder)) if self.workers.first else None)
+        if saved:
+            slot.restore(*saved)
+            slot.unsaved = [Event(**event) for event in saved[1]["events"]]
+        self.slots.append(slot)
+        return slot
+
+    @torch.no_grad()
+    def embed(self, ids: list[int]) -> Tensor:
+        """Rows of the base's input embedding, `[n, H]` fp32, whole or sharded."""
+        device = self.model.base.device
+        return self.model.base.get_input_embeddings()(torch.tensor(ids, device=device)).float().cpu()
+
+
+def train(pack: Pack, source: Source, report: Report) -> None:
+    """Train until the source has no more assignments and every slot is done."""
+    more = True
+    while more or pack.slots:
+        if more and pack.free:
+            assignments = source(pack.free)
+            more = assignments is not None
+            for assignment in assignments or []:
+                start(pack, assignment, report)
+        step(pack, report)
+        due = [slot for slot in pack.slots if slot.evaluation_due and slot.task.validation]
+        for slot, evaluation in zip(due, evaluate_slots(pack, due, "validation"), strict=True):
+            best = slot.observe(evaluation.metrics)
+            tell(slot, report, "evaluation", evaluation.metrics, {"best": best})
+        for slot in pack.slots:
+            if slot.checkpoint_due or slot.done:
+                save_checkpoint(pack, slot)
+        for slot in [slot for slot in pack.slots if slot.done]:
+            finish(pack, slot, report)
+
+
+def start(pack: Pack, assignment: Assignment, report: Report) -> None:
+    """Attach an assignment and say where it begins; a resumed one first repeats what its checkpoint saw last."""
+    slot = pack.attach(assignment)
+    for event in slot.unsaved:
+        report(event)
+    report(Event("start", slot.name, slot.step, details={"steps": slot.config.steps}))
+
+
+def step(pack: Pack, report: Report) -> None:
+    """One optimiser update of every slot, on the global batch that its workers share."""
+    slots = pack.slots
+    if not slots:
+        return
+    began = time.perf_counter()
+    rows = [slot.order.batch(slot.step) for slot in slots]
+    counts = [int(slot.task.train.target_lengths[batch].sum()) for slot, batch in zip(slots, rows, strict=True)]
+    losses = torch.zeros(len(slots))
+    tokens = 0
+    for batches in _micro_batches(pack, rows):
+        plan = plan_targets([len(slot.vectors) for slot in slots], batches)
+        nll = pack.model([slot.vectors for slot in slots], plan)
+        parts = [part.sum() / count for part, count in zip(nll.split(plan.per_slot), counts, strict=True)]
+        torch.stack(parts).sum().backward()  # the slots' losses share no term: each keeps its own gradient
+        losses += torch.stack([part.detach().float().cpu() for part in parts])
+        tokens += plan.positions
+    gradients = _reduce(pack.workers, slots, losses)
+    seconds = time.perf_counter() - began
+    for slot, loss, gradient in zip(list(slots), losses.tolist(), gradients, strict=True):
+        if not (math.isfinite(loss) and bool(torch.isfinite(gradient).all())):
+            fail(pack, slot, report, loss)
+            continue
+        rate = learning_rate(slot.config, slot.step)
+        norm = slot.update(gradient)
+        speed = tokens * pack.workers.size / seconds
+        values = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens_per_second": speed}
+        tell(slot, report, "step", values)
+
+
+def _micro_batches(pack: Pack, rows: list[np.ndarray]) -> list[list[list[Row]]]:
+    """This worker's rows, pass by pass and slot by slot: `[passes][K]` lists of rows.
+
+    Every worker makes the same number of passes, as a sharded base needs; one with fewer rows may have empty lists.
+    """
+    mine = [share(batch, pack.workers.rank, pack.workers.size) for batch in rows]
+    most = max(math.ceil(len(batch) / pack.workers.size) for batch in rows)
+    limit = min((slot.config.micro_batch_size or most) for slot in pack.slots)
+    passes = math.ceil(most / limit)
+    return [
+        [[slot.task.train.row(int(row)) for row in np.array_split(part, passes)[index]]
+         for slot, part in zip(pack.slots, mine, strict=True)]
+        for index in range(passes)
+    ]
+
+
+def _reduce(workers: Workers, slots: list[Slot], losses: Tensor) -> list[Tensor]:
+    """Sum the workers' gradients and, in place, losses, with one collective; gradients as `[P, H]` per slot."""
+    pieces = [slot.vectors.grad if slot.vectors.grad is not None else torch.zeros_like(slot.vectors) for slot in slots]
+    flat = workers.sum(torch.cat([*(piece.flatten() for piece in pieces), losses.to(pieces[0])]))
+    losses.copy_(flat[-len(slots) :])
+    sizes = [piece.numel() for piece in pieces]
+    return [part.view_as(piece).clone() for part, piece in zip(flat[: -len(slots)].split(sizes), pieces, strict=True)]
+
+
+def evaluate_slots(pack: Pack, slots: list[Slot], split: Literal["validation", "test"]) -> list[Evaluation]:
+    """Evaluate slots on a split: those in training as they are, on the test split with their best vectors.
+
+    Text is generated for the test split, and on validation only where the metric that chooses the best step needs it.
+    """
+    evaluations = []
+    for slot in slots:
+        rows = getattr(slot.task, split)
+        text = split == "test" or slot.experiment.metric != "loss"
+        vectors = slot.best_vectors if split == "test" else slot.vectors
+        evaluations += evaluate(
+            pack.model, [vectors.detach()], rows, slot.task.encoder, pack.workers,
+            slot.task.max_new_tokens if text else None,
+        )
+    return evaluations
+
+
+def save_checkpoint(pack: Pack, slot: Slot) -> None:
+    """The first worker writes; all hold the same state."""
+    if pack.workers.first:
+        checkpoint.save(checkpoints(slot.folder), slot.step, *slot.state())
+    slot.unsaved = []
+
+
+def finish(pack: Pack, slot: Slot, report: Report) -> None:
+    """Read the test split once, with the best soft prompt; save the soft prompt; free the place."""
+    if not slot.best:
+        slot.best_vectors, slot.best_step = slot.vectors.detach().clone(), slot.step
+    measured = {f"validation_{name}": value for name, value in slot.best.items()}
+    details: dict[str, Any] = {"best_step": slot.best_step, "early": slot.step < slot.config.steps}
+    if slot.task.test:
+        [evaluation] = evaluate_slots(pack, [slot], "test")
+        measured |= {f"test_{name}": value for name, value in evaluation.metrics.items()}
+        details |= {"predictions": evaluation.predictions, "confusion": evaluation.confusion}
+        details["labels"] = list(slot.task.encoder.template.labels or ())
+    details["peak_bytes"] = pack.workers.gather(_peak_memory())
+    if pack.workers.first:  # all workers hold the same vectors
+        config = pack.base.config.get_text_config()
+        result = SoftPrompt(slot.best_vectors.detach().cpu(), make_card(slot, pack.base, measured))
+        details["content_hash"] = result.card.content_hash
+        details["soft_prompt"] = storage.join(slot.folder, "soft_prompt")
+        result.save(
+            details["soft_prompt"],
+            layers=int(getattr(config, "num_hidden_layers", 0)),
+            heads=int(getattr(config, "num_attention_heads", 0)),
+        )
+        report(Event("finished", slot.name, slot.step, measured, details=details))
+    pack.slots.remove(slot)
+
+
+def fail(pack: Pack, slot: Slot, report: Report, loss: float) -> None:
+    """Give up one slot, on all workers together: they see the same loss and gradient. The others go on."""
+    cause = f"loss {loss:g}" if not math.isfinite(loss) else "a gradient that is not finite"
+    message = (
+        f"{slot.name}: {cause} at step {slot.step + 1} (learning rate "
+        f"{learning_rate(slot.config, slot.step):g}); lower train.learning_rate, or look at these rows"
+    )
+    report(Event("failed", slot.name, slot.step, details={"message": message}))
+    pack.slots.remove(slot)
+
+
+def tell(slot: Slot, report: Report, kind: Literal["step", "evaluation"], values: dict[str, float],
+         details: dict[str, Any] | None = None) -> None:
+    """Report an event and remember it until the next checkpoint."""
+    event = Event(kind, slot.name, slot.step, values, details=details or {})
+    slot.unsaved.append(event)
+    report(event)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of update number `step` (from 0)."""
+    warm = round(config.warmup * config.steps)
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    progress = (step - warm) / max(1, config.steps - warm)
+    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return config.learning_rate * factor[config.schedule]
+
+
+def _optimizer(config: TrainConfig, vectors: nn.Parameter) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW([vectors], lr=config.learning_rate, weight_decay=config.weight_decay)
+    # As in Lester et al. 2021, section 3: external learning rate, no parameter scaling, beta2 decay 0.8.
+    return Adafactor(
+        [vectors], lr=config.learning_rate, weight_decay=config.weight_decay, scale_parameter=False,
+        relative_step=False, warmup_init=False, decay_rate=-0.8,
+    )
+
+
+def initial_vectors(experiment: Experiment, task: Task, base: Base, embed: soft_prompt.Embed) -> tuple[Tensor, str | None]:
+    """The soft prompt before its first step, `[P, H]` fp32, and the content hash of its parent if it has one."""
+    config = experiment.prompt
+    generator = torch.Generator().manual_seed(experiment.train.seed)
+    frequent = task.train.frequent_tokens()
+    tokenizer = task.encoder.tokenizer
+    parent = None
+    if config.init == "random":
+        vectors = soft_prompt.random_rows(config.length, embed(frequent), generator)
+    elif config.init == "vocabulary":
+        vectors = soft_prompt.vocabulary_rows(config.length, frequent, embed, generator)
+    elif config.init == "text":
+        ids = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
+        vectors = soft_prompt.text_rows(config.length, ids, embed)
+    elif config.init == "labels":
+        labels = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in experiment.data.labels or ()]
+        vectors = soft_prompt.label_rows(config.length, labels, frequent, embed, generator)
+    else:
+        folder = str(config.init_from)
+        source = soft_prompt.load(folder)
+        soft_prompt.check_base(source, folder, base.width, base.name, base.fingerprint.model_dump())
+        vectors = soft_prompt.transferred_rows(config.length, source.vectors, frequent, embed, generator)
+        parent = source.card.content_hash
+    return vectors, parent
+
+
+def make_card(slot: Slot, base: Base, measured: dict[str, float]) -> Card:
+    """The card of a slot's best soft prompt."""
+    experiment, task = slot.experiment, slot.task
+    splits = {"train": task.train, "validation": task.validation, "test": task.test}
+    template = {name: getattr(experiment.data, name) for name in Template.model_fields}
+    return Card(
+        name=experiment.name,
+        base=base.name,
+        revision=base.revision,
+        base_fingerprint=base.fingerprint.model_dump(),
+        length=experiment.prompt.length,
+        width=base.width,
+        template=Template(**template),
+        max_new_tokens=task.max_new_tokens,
+        init=experiment.prompt.init,
+        metrics=measured,
+        data={name: split.fingerprint for name, split in splits.items() if split},
+        experiment=experiment.model_dump(mode="json"),
+        parent=slot.parent,
+        versions=soft_prompt.versions(),
+        content_hash=soft_prompt.content_hash(slot.best_vectors),
+    )
+
+
+def checkpoints(folder: str) -> str:
+    """Where a run's checkpoints lie."""
+    return storage.join(folder, "checkpoints")
+
+
+def _peak_memory() -> int:
+    """Most memory this worker has used so far, in bytes: GPU memory where there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

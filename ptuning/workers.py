@@ -1,0 +1,55 @@
+"""The data-parallel workers of a run: rank, size, and the few collectives that training and evaluation need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among the workers. Alone, every collective is the identity."""
+
+    rank: int = 0
+    size: int = 1
+
+    @staticmethod
+    def current() -> Workers:
+        """The initialised process group, or a single worker."""
+        return Workers(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Workers()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all workers, in place: the same bits on each of them."""
+        if self.size > 1:
+            device = tensor.device
+            moved = tensor.to(self._device())
+            dist.all_reduce(moved)
+            tensor.copy_(moved.to(device))
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every worker's value, by rank. Small things only: it travels pickled between these processes."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """The first worker's value, on all of them."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,0 +1,261 @@
+"""Shared by all tests: a quiet and offline environment, tiny bases of every architecture, a toy task.
+
+Toys instead of mocks: everything here is a real model, a real tokenizer, a real file, only small.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import secrets
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+# Before anything imports ray, transformers or mlflow: they read these once. Worker processes inherit them.
+os.environ |= {
+    "DO_NOT_TRACK": "true",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HOME": tempfile.mkdtemp(prefix="ptuning-hf-"),
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "OMP_NUM_THREADS": "1",
+    # Explicit either way, or ray.init() switches it on half-way through a session and writes ~/.ray/auth_token. The token
+    # in the environment needs no file, and reaches every process of the cluster.
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    # Under "uv run" Ray would build a new environment for every worker.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # The default of 2 s is the resolution of every start, report and failure of Ray Train.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+import hypothesis
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+if not torch.cuda.is_available():
+    # DeepSpeed would look for a driver, and warn.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+
+# The same examples on every run, and as much time for each as a busy machine takes.
+hypothesis.settings.register_profile("ptuning", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ptuning")
+
+# Tiny models are faster on one thread than on several, and two workers share two cores.
+torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_LLAMA = _SPECIAL | {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+}
+_GROUPED = _LLAMA | {"num_key_value_heads": 2}
+_NEOX = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _LLAMA),
+    "llama_tied_gqa": ("LlamaConfig", _GROUPED | {"tie_word_embeddings": True}),
+    "gpt2": ("GPT2Config", _SPECIAL | {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        _SPECIAL
+        | {
+            "vocab_size": 100,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "max_position_embeddings": 128,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 4,
+        },
+    ),
+    "gpt_neox": ("GPTNeoXConfig", _NEOX),
+    "opt": ("OPTConfig", _SPECIAL | {
+        "vocab_size": 100, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 128,
+    }),
+    "qwen2": ("Qwen2Config", _GROUPED),
+    "qwen2_window": ("Qwen2Config", _GROUPED | {
+        "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1,
+    }),
+    "qwen3": ("Qwen3Config", _GROUPED | {"head_dim": 8}),
+    "gemma": ("GemmaConfig", _GROUPED | {"head_dim": 8}),
+    "gemma2": ("Gemma2Config", _GROUPED | {"head_dim": 8, "sliding_window": 4}),
+    "gemma3": ("Gemma3TextConfig", _GROUPED | {"head_dim": 8, "sliding_window": 4}),
+    "mistral": ("MistralConfig", _GROUPED | {"sliding_window": 4}),
+    "cohere": ("CohereConfig", _GROUPED),
+    "falcon": ("FalconConfig", _NEOX),
+}
+"""Name -> transformers' config class and its arguments. Vocabulary 100, width 32, 2 layers, 128 positions."""
+
+CONCATENATED = {"gpt_neo", "falcon"}
+"""Architectures whose attention transformers does not let us replace: they compute by plain concatenation."""
+
+
+def tiny_config(architecture: str, **changes: Any) -> PretrainedConfig:
+    name, arguments = ARCHITECTURES[architecture]
+    # The wide spread makes a random model's logits differ visibly; with 0.02 most mistakes would hide below 1e-5.
+    config: PretrainedConfig = getattr(transformers, name)(**arguments | {"initializer_range": 0.3} | changes)
+    return config
+
+
+def tiny_base(architecture: str, *, seed: int = 0, attention: str | None = "eager", **changes: Any) -> PreTrainedModel:
+    """A random base in fp32 and evaluation mode, the same for the same arguments. `attention` None: transformers' choice."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), attn_implementation=attention)
+    return base.eval()
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Real small models and data sets, which are not part of the project."""
+    folder = Path(os.environ.get("PTUNING_ASSETS", REPOSITORY.parent / "shared" / "assets"))
+    if not folder.is_dir():
+        pytest.skip(f"no assets at {folder}; set PTUNING_ASSETS")
+    return folder
+
+
+FRUITS = ("apple", "pear", "plum", "grape")
+TOOLS = ("hammer", "saw", "drill", "wrench")
+FILLERS = ("the", "old", "man", "has", "one", "more", "of", "them", "here", "today")
+
+
+def toy_rows(n: int, seed: int) -> list[dict[str, str]]:
+    """Rows whose label is decided by one keyword among fillers; both labels equally often."""
+    draw = random.Random(seed)
+    rows = []
+    for row in range(n):
+        words = draw.choices(FILLERS, k=draw.randint(2, 6))
+        words.insert(draw.randrange(len(words) + 1), draw.choice(TOOLS if row % 2 else FRUITS))
+        rows.append({"text": " ".join(words), "label": "tool" if row % 2 else "fruit"})
+    draw.shuffle(rows)
+    return rows
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 320 pieces: any text has tokens, and texts begin with BOS as Llama's do."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = [f"Text: {row['text']}\nKind: {row['label']}" for row in toy_rows(200, seed=9)]
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny Llama (width 32, 2 layers, 128 positions) with its tokenizer, as `save_pretrained` writes them."""
+    folder = tmp_path_factory.mktemp("base") / "tiny-llama"
+    base = tiny_base("llama_tied_gqa", vocab_size=len(tiny_tokenizer), initializer_range=0.1)
+    _teach_toy(base, tiny_tokenizer)
+    base.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _teach_toy(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int = 250) -> None:
+    """About 4 s of pretraining, so that prompt tuning has something to find: texts that begin with "sort" carry the right label,
+    all others a random one. The base knows how to do the task but not that it is asked for: 20 steps at 0.05 tell it (accuracy 1.0)."""
+    draw = random.Random(0)
+    documents = []
+    for row in toy_rows(1000, seed=7):
+        sort = draw.random() < 0.5
+        text = f"Text: {'sort ' if sort else ''}{row['text']}\nKind:"
+        label = row["label"] if sort else draw.choice(["fruit", "tool"])
+        source = tokenizer(text).input_ids
+        target = [*tokenizer(f" {label}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        documents.append((source, target))
+    optimizer = torch.optim.AdamW(base.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for _ in range(steps):
+        rows = draw.choices(documents, k=32)
+        longest = max(len(source) + len(target) for source, target in rows)
+        ids, labels = torch.zeros(32, longest, dtype=torch.long), torch.full((32, longest), -100)
+        for row, (source, target) in enumerate(rows):
+            end = len(source) + len(target)
+            ids[row, :end] = torch.tensor(source + target)
+            labels[row, len(source) : end] = torch.tensor(target)
+        loss = base(input_ids=ids, labels=labels, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.fixture
+def toy_task(tmp_path: Path, tiny_base_folder: Path) -> SimpleNamespace:
+    """A task that a soft prompt can learn: `train`, `validation` and `test` files (64, 32 and 32 rows) in `folder`, and
+    `experiment`, the plain tables of an experiment on them that a test may change before it parses or writes them."""
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    files = {}
+    for seed, (split, n) in enumerate({"train": 64, "validation": 32, "test": 32}.items()):
+        files[split] = folder / f"{split}.jsonl"
+        lines = [json.dumps(row) + "\n" for row in toy_rows(n, seed)]
+        files[split].write_text("".join(lines), encoding="utf-8")
+    experiment = {
+        "name": "toy",
+        "model": {"path": str(tiny_base_folder)},
+        "prompt": {"length": 4},
+        "data": {
+            **{split: str(file) for split, file in files.items()},
+            "input": "Text: {text}\nKind:",
+            "target": " {label}",
+            "labels": ["fruit", "tool"],
+        },
+        "train": {"learning_rate": 0.05, "steps": 20, "evaluate_every": 10, "batch_size": 8},
+        "compute": {"storage": str(tmp_path / "runs")},
+    }
+    return SimpleNamespace(folder=folder, experiment=experiment, **files)
+
+
+@pytest.fixture
+def write_toml(tmp_path: Path) -> Callable[..., Path]:
+    """Writes plain tables as an experiment file."""
+
+    def write(tables: dict[str, Any], name: str = "experiment.toml") -> Path:
+        path = tmp_path / name
+        path.write_text(_toml(tables), encoding="utf-8")
+        return path
+
+    return write
+
+
+def _toml(tables: dict[str, Any]) -> str:
+    # Strings, numbers and lists of them are the same in JSON and TOML; booleans too.
+    plain = [f"{key} = {json.dumps(value)}" for key, value in tables.items() if not isinstance(value, dict)]
+    nested = [f"\n[{key}]\n{_toml(value)}" for key, value in tables.items() if isinstance(value, dict)]
+    return "\n".join([*plain, *nested]) + "\n"

@@ -1,0 +1,400 @@
+"""The laws of the pass: what K soft prompts over one base compute is what each would compute alone, written out in full.
+
+The reference everywhere is transformers' own forward of one row at a time with eager attention.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, CONCATENATED, tiny_base
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PromptTuningConfig, get_peft_model
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from ptuning.model import Plan, PromptedModel, Row, plan_labels, plan_targets
+from ptuning.segments import Segments
+
+pytestmark = pytest.mark.fast
+
+WIDTH, VOCABULARY = 32, 100
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+# Two slots and rows of different lengths, longer than the sliding windows (4) of the architectures that have one.
+ROWS: list[list[Row]] = [
+    [([1, 2, 3], [7, 2]), ([4, 5, 6, 7, 8, 9, 10, 11], [9, 2]), ([50], [2])],
+    [([9, 60, 61], [3, 4, 5, 2])],
+]
+LABELS = [[7, 2], [8, 9, 2], [8, 2], [3], [8, 9, 10, 2]]
+
+
+@cache
+def prompted(architecture: str) -> PromptedModel:
+    return PromptedModel(tiny_base(architecture))
+
+
+@cache
+def reference(architecture: str) -> PreTrainedModel:
+    """The same base, untouched by us."""
+    return tiny_base(architecture).requires_grad_(False)
+
+
+def soft_prompts(lengths: list[int], seed: int = 0, width: int = WIDTH) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(length, width, generator=generator).requires_grad_() for length in lengths]
+
+
+def alone(base: PreTrainedModel, soft_prompt: Tensor, row: Row) -> Tensor:
+    """Negative log-likelihood of a row's target tokens, the sequence written out: what the pass must compute."""
+    source, target = row
+    text = base.get_input_embeddings()(torch.tensor(source + target))
+    logits = base(inputs_embeds=torch.cat([soft_prompt, text])[None], use_cache=False).logits[0]
+    return cross_entropy(logits[-len(target) - 1 : -1].float(), torch.tensor(target), reduction="none")
+
+
+def every_logit(model: PromptedModel, soft_prompt: Tensor, texts: list[list[int]]) -> Tensor:
+    """Logits at every text token, `[sum of T, V]`, packed."""
+    segments = Segments()
+    root = segments.add([len(soft_prompt)]) if len(soft_prompt) else None
+    segments.add([len(text) for text in texts], root)
+    tokens = torch.tensor(sum(texts, []))
+    at = torch.arange(len(soft_prompt), segments.tokens)
+    plan = Plan(segments, tokens, at, tokens, [len(tokens)])
+    packed = torch.cat([soft_prompt, model.base.get_input_embeddings()(tokens)])
+    with torch.no_grad():
+        return model._shared(packed, plan) if model.shared_prefix else model._concatenated(packed, plan)
+
+
+# Law 1 ---------------------------------------------------------------------------------------------------------------
+
+
+@every_architecture
+@pytest.mark.parametrize("texts", [[[3, 4, 5, 6, 7]], [[3, 4, 5, 6, 7], [8, 9]]], ids=["unpadded", "padded"])
+def test_golden_law_a_soft_prompt_made_of_a_text_is_that_text(architecture, texts):
+    model, base = prompted(architecture), reference(architecture)
+    front = [11, 12, 13, 14, 15, 16]
+    soft_prompt = base.get_input_embeddings()(torch.tensor(front))
+    logits = every_logit(model, soft_prompt, texts).split([len(text) for text in texts])
+    for text, got in zip(texts, logits, strict=True):
+        with torch.no_grad():
+            expected = base(input_ids=torch.tensor([front + text]), use_cache=False).logits[0, len(front) :]
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@every_architecture
+def test_golden_law_is_bit_exact_for_plain_concatenation(architecture):
+    base = tiny_base(architecture, attention=None)
+    front, text = [11, 12, 13, 14], [3, 4, 5, 6, 7]
+    with torch.no_grad():
+        expected = base(input_ids=torch.tensor([front + text]), use_cache=False).logits[0, len(front) :]
+    model = PromptedModel(base)
+    model.shared_prefix = False
+    soft_prompt = base.get_input_embeddings()(torch.tensor(front))
+    assert torch.equal(every_logit(model, soft_prompt, [text]), expected)
+
+
+@every_architecture
+def test_without_soft_prompt_it_is_the_bare_base(architecture):
+    model, base = prompted(architecture), reference(architecture)
+    text = [3, 4, 5, 6, 7, 8]
+    with torch.no_grad():
+        expected = base(input_ids=torch.tensor([text]), use_cache=False).logits[0]
+    got = every_logit(model, torch.zeros(0, WIDTH), [text])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+# Values and gradients ------------------------------------------------------------------------------------------------
+
+
+@every_architecture
+@pytest.mark.parametrize("lengths", [[5, 3], [1, 9], [0, 4]], ids=str)
+def test_losses_and_gradients_equal_the_rows_written_out(architecture, lengths):
+    model, base = prompted(architecture), reference(architecture)
+    prompts = soft_prompts(lengths)
+    plan = plan_targets(lengths, ROWS)
+    got = model(prompts, plan)
+    expected = torch.cat([alone(base, prompts[k], row) for k in range(2) for row in ROWS[k]])
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
+    assert got.dtype == torch.float32
+    assert plan.per_slot == [sum(len(target) for _, target in rows) for rows in ROWS]
+    trained = [prompt for prompt in prompts if len(prompt)]
+    for mine, theirs in zip(
+        torch.autograd.grad(got.sum(), trained), torch.autograd.grad(expected.sum(), trained), strict=True
+    ):
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@every_architecture
+def test_labels_are_scored_as_if_each_stood_alone(architecture):
+    model, base = prompted(architecture), reference(architecture)
+    prompts = soft_prompts([5, 0])
+    inputs = [[source for source, _ in rows] for rows in ROWS]
+    with torch.no_grad():
+        got = model(prompts, plan_labels([5, 0], inputs, LABELS))
+        expected = [alone(base, prompts[k], (source, label)) for k in range(2) for source in inputs[k] for label in LABELS]
+    torch.testing.assert_close(got, torch.cat(expected), atol=2e-5, rtol=1e-5)
+
+
+def test_labels_of_one_token_need_no_further_segment():
+    plan = plan_labels([3], [[[1, 2], [3]]], [[7], [8]])
+    assert plan.positions == 3 + 3
+    assert plan.at.tolist() == [4, 4, 5, 5]
+    assert plan.targets.tolist() == [7, 8, 7, 8]
+
+
+def test_the_last_target_token_is_never_fed():
+    plan = plan_targets([3], [[([1, 2], [7, 8, 9])]])
+    assert plan.tokens.tolist() == [1, 2, 7, 8]
+    assert plan.at.tolist() == [4, 5, 6]
+    assert plan.targets.tolist() == [7, 8, 9]
+
+
+@pytest.mark.parametrize("row", [([], [7, 8]), ([1, 2], [])], ids=["no input", "no target"])
+def test_a_row_without_input_or_target_is_refused(row):
+    with pytest.raises(ValueError, match="a row needs at least one input and one target token"):
+        plan_targets([3], [[([1], [2]), row]])
+
+
+@every_architecture
+def test_a_slot_without_rows_has_a_zero_gradient(architecture):
+    """A worker may get no row of a small batch; under ZeRO-3 it must still take part in the pass."""
+    prompts = soft_prompts([3, 4])
+    plan = plan_targets([3, 4], [[], []])
+    loss = prompted(architecture)(prompts, plan)
+    assert loss.shape == (0,) and plan.per_slot == [0, 0]
+    for gradient in torch.autograd.grad(loss.sum(), prompts):
+        assert not gradient.any()
+
+
+def test_architectures_without_shared_attention_say_so(caplog):
+    with caplog.at_level(logging.WARNING):
+        shared = {name for name in ARCHITECTURES if PromptedModel(tiny_base(name)).shared_prefix}
+    assert shared == set(ARCHITECTURES) - CONCATENATED
+    assert len(caplog.messages) == len(CONCATENATED)
+    assert all("soft prompts are concatenated row by row" in message for message in caplog.messages)
+
+
+# Law 2 ---------------------------------------------------------------------------------------------------------------
+
+
+@every_architecture
+def test_only_the_soft_prompt_moves(architecture):
+    model = PromptedModel(tiny_base(architecture))
+    before = {name: tensor.clone() for name, tensor in model.base.state_dict().items()}
+    prompts = soft_prompts([5, 3])
+    start = [prompt.detach().clone() for prompt in prompts]
+    optimizer = torch.optim.AdamW(prompts, lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(prompts, plan_targets([5, 3], ROWS)).sum().backward()
+        optimizer.step()
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.base.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.base.state_dict().items())
+    assert not any(torch.equal(prompt, old) for prompt, old in zip(prompts, start, strict=True))
+
+
+# Law 4 ---------------------------------------------------------------------------------------------------------------
+
+token = st.integers(3, VOCABULARY - 1)
+rows = st.lists(st.tuples(st.lists(token, min_size=1, max_size=9), st.lists(token, min_size=1, max_size=4)), max_size=4)
+packs = st.lists(st.tuples(st.integers(1, 12), rows), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "mistral", "gpt_neo"])
+@settings(max_examples=15)
+@given(pack=packs)
+def test_packing_changes_nothing(architecture, pack):
+    model = prompted(architecture)
+    lengths, batches = [length for length, _ in pack], [batch for _, batch in pack]
+    prompts = soft_prompts(lengths)
+    plan = plan_targets(lengths, batches)
+    losses = model(prompts, plan).split(plan.per_slot)
+    together = torch.autograd.grad(sum(loss.sum() for loss in losses), prompts)
+    for k in range(len(pack)):
+        if not batches[k]:
+            assert not together[k].any()
+            continue
+        loss = model(prompts[k : k + 1], plan_targets(lengths[k : k + 1], batches[k : k + 1]))
+        (gradient,) = torch.autograd.grad(loss.sum(), prompts[k : k + 1])
+        assert (losses[k] - loss).norm() <= 1e-6 * loss.norm() + 1e-6
+        assert (together[k] - gradient).norm() <= 5e-6 * gradient.norm() + 1e-6
+
+
+@every_architecture
+def test_a_nan_neighbour_leaves_the_others_untouched(architecture):
+    model = prompted(architecture)
+    plan = plan_targets([5, 3], ROWS)
+    prompts = soft_prompts([5, 3])
+    healthy = model(prompts, plan).split(plan.per_slot)[0]
+    (healthy_gradient,) = torch.autograd.grad(healthy.sum(), prompts[:1])
+    sick = [prompts[0], torch.full((3, WIDTH), torch.nan, requires_grad=True)]
+    losses = model(sick, plan).split(plan.per_slot)
+    assert losses[1].isnan().all()
+    assert losses[0].isfinite().all()
+    # Both losses go backward together, as they do in training.
+    gradient, sick_gradient = torch.autograd.grad(losses[0].sum() + losses[1].sum(), sick)
+    assert torch.equal(losses[0], healthy)
+    assert torch.equal(gradient, healthy_gradient)
+    assert sick_gradient.isnan().all()
+
+
+# Memory, precision, dropout ------------------------------------------------------------------------------------------
+
+
+def _saved(compute) -> tuple[Tensor, int]:
+    """A loss, and the numbers that its graph keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = compute()
+    return loss, sum(kept.values())
+
+
+@every_architecture
+def test_gradient_checkpointing_changes_memory_only(architecture):
+    plan, prompts = plan_targets([5, 3], ROWS), soft_prompts([5, 3])
+    model = PromptedModel(tiny_base(architecture, **_layers(architecture, 4)))
+    loss, plain = _saved(lambda: model(prompts, plan).sum())
+    expected = torch.autograd.grad(loss, prompts)
+    model.checkpoint_gradients()
+    loss, checkpointed = _saved(lambda: model(prompts, plan).sum())
+    got = torch.autograd.grad(loss, prompts)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine, theirs)
+    assert checkpointed < plain
+
+
+def _layers(architecture: str, n: int) -> dict[str, object]:
+    if architecture == "gpt_neo":
+        return {"num_layers": n, "attention_types": [[["global", "local"], n // 2]]}
+    return {"n_layer": n} if architecture == "gpt2" else {"num_hidden_layers": n}
+
+
+@every_architecture
+def test_bfloat16_base_gives_fp32_losses_and_gradients(architecture):
+    plan, prompts = plan_targets([5, 3], ROWS), soft_prompts([5, 3])
+    exact = prompted(architecture)(prompts, plan)
+    model = PromptedModel(tiny_base(architecture).to(torch.bfloat16))
+    loss = model(prompts, plan)
+    assert loss.dtype == torch.float32
+    # bf16 keeps 8 bits; through two wide random layers the loss of a token is good to some tenths.
+    assert (loss - exact).abs().mean() < 0.1 * exact.abs().mean()
+    for gradient in torch.autograd.grad(loss.sum(), prompts):
+        assert gradient.dtype == torch.float32 and gradient.isfinite().all() and gradient.any()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neo", "opt", "falcon", "llama"])
+def test_dropout_is_off_even_in_training_mode(architecture):
+    dropout = {"attention_dropout": 0.5} if architecture != "gpt2" else {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}
+    if architecture in ("gpt_neo", "opt", "falcon"):
+        name = {"gpt_neo": "resid_dropout", "opt": "dropout", "falcon": "hidden_dropout"}[architecture]
+        dropout[name] = 0.5
+    model = PromptedModel(tiny_base(architecture, **dropout))
+    plan, prompts = plan_targets([5, 3], ROWS), soft_prompts([5, 3])
+    expected = model(prompts, plan)
+    model.train()
+    assert torch.equal(model(prompts, plan), expected)
+    torch.testing.assert_close(expected, prompted(architecture)(prompts, plan))
+
+
+# Cost ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_computes_no_more_than_it_must():
+    """FLOPs of a step: 4 N (sum of P + T) for the layers, 4 V H targets for the head, and attention. Forward 2 and backward
+    2 per weight, for frozen weights have no gradient; the last target token is not fed.
+
+    Attention: two products (scores, values) forward and four backward, each 2 R T S width per layer, for R rows of at most
+    T tokens that look at S = ancestors + T; causal halves are computed and thrown away. The mathematical SDPA counts as such;
+    fused kernels compute the scores a second time in the backward pass.
+    """
+    layers, width, vocabulary, lengths, longest = 3, 128, 500, [20, 7], 12
+    base = tiny_base(
+        "llama_tied_gqa", hidden_size=width, intermediate_size=256, num_hidden_layers=layers, vocab_size=vocabulary
+    )
+    model = PromptedModel(base)
+    batches = [[([5] * (longest - 2), [6, 7, 2])] * 4, [([5] * (longest - 2), [6, 7, 2]), ([5] * 4, [6, 2])]]
+    plan, prompts = plan_targets(lengths, batches), soft_prompts(lengths, width=width)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(prompts, plan).sum().backward()
+    n = sum(parameter.numel() for name, parameter in base.named_parameters() if "embed_tokens" not in name)
+    fed = sum(len(source) + len(target) - 1 for rows in batches for source, target in rows)
+    targets = sum(len(target) for rows in batches for _, target in rows)
+    looked = sum(p * p + len(rows) * longest * (p + longest) for p, rows in zip(lengths, batches, strict=True))
+    expected = 4 * n * (sum(lengths) + fed) + 6 * 2 * layers * width * looked + 4 * vocabulary * width * targets
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+# PEFT ----------------------------------------------------------------------------------------------------------------
+
+
+def _peft(architecture: str, soft_prompt: Tensor):
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=len(soft_prompt),
+        token_dim=WIDTH,
+        num_layers=2,
+        num_attention_heads=4,
+        num_transformer_submodules=1,
+    )
+    model = get_peft_model(tiny_base(architecture), config)
+    model.prompt_encoder["default"].embedding.weight.data.copy_(soft_prompt)
+    return model
+
+
+def _peft_loss(model, rows: list[Row]) -> Tensor:
+    """Mean loss of the target tokens as a PEFT user computes it: padded on the right, labels -100 elsewhere."""
+    longest = max(len(source) + len(target) for source, target in rows)
+    ids, mask, labels = (torch.full((len(rows), longest), fill) for fill in (0, 0, -100))
+    for row, (source, target) in enumerate(rows):
+        end = len(source) + len(target)
+        ids[row, :end], mask[row, :end] = torch.tensor(source + target), 1
+        labels[row, len(source) : end] = torch.tensor(target)
+    return model(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+
+PEFT_ARCHITECTURES = ["llama_tied_gqa", "gpt2", "gpt_neo", "qwen3", "gemma2", "mistral"]
+
+
+@pytest.mark.parametrize("architecture", PEFT_ARCHITECTURES)
+def test_logits_and_loss_equal_pefts(architecture):
+    (soft_prompt,) = soft_prompts([6])
+    theirs, ours = _peft(architecture, soft_prompt), prompted(architecture)
+    with torch.no_grad():
+        logits = theirs(input_ids=torch.tensor([[3, 4, 5, 6, 7]])).logits[0, -5:]
+        torch.testing.assert_close(every_logit(ours, soft_prompt.detach(), [[3, 4, 5, 6, 7]]), logits, atol=1e-5, rtol=1e-5)
+        loss = ours([soft_prompt], plan_targets([6], ROWS[:1])).mean()
+        assert loss.item() == pytest.approx(_peft_loss(theirs, ROWS[0]).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", PEFT_ARCHITECTURES)
+def test_twenty_steps_follow_pefts_curve(architecture):
+    (soft_prompt,) = soft_prompts([6])
+    theirs, ours = _peft(architecture, soft_prompt), prompted(architecture)
+    generator = torch.Generator().manual_seed(1)
+    batches: list[list[Row]] = []
+    for _ in range(20):
+        sizes = torch.randint(1, 9, (4,), generator=generator).tolist()
+        batches.append([(torch.randint(3, 100, (size,), generator=generator).tolist(), [size, 2]) for size in sizes])
+    their_optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.02)
+    our_optimizer = torch.optim.AdamW([soft_prompt], lr=0.02)
+    for batch in batches:
+        their_loss = _peft_loss(theirs, batch)
+        our_loss = ours([soft_prompt], plan_targets([6], [batch])).mean()
+        assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-4)
+        for optimizer, loss in ((their_optimizer, their_loss), (our_optimizer, our_loss)):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()

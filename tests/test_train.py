@@ -1,0 +1,274 @@
+"""The loop, without Ray: on one worker, plain base. Laws 2, 4 and 5 of the design, and what a slot promises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ptuning import checkpoint, soft_prompt, storage, train as training, zero
+from ptuning.base import Base, find_base
+from ptuning.config import Experiment, ModelConfig, TrainConfig, ZeroConfig, parse_experiment
+from ptuning.model import PromptedModel
+from ptuning.prepare import load_task
+from ptuning.train import Assignment, Event, Pack, Slot, learning_rate, train
+from ptuning.workers import Workers
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base_folder: Path) -> Base:
+    return find_base(ModelConfig(path=str(tiny_base_folder)))
+
+
+@pytest.fixture(scope="module")
+def model(base: Base) -> PromptedModel:
+    return zero.load(base, ZeroConfig(stage=0), torch.float32)
+
+
+class Run:
+    """Trains experiments side by side and keeps what was reported."""
+
+    def __init__(self, model: PromptedModel, base: Base, folder: Path, places: int = 1) -> None:
+        self.pack = Pack(model, base, Workers(), lambda experiment: load_task(experiment, base), places)
+        self.folder = folder
+        self.events: list[Event] = []
+        self.on_event: Callable[[Event], None] = lambda event: None
+
+    def __call__(self, *experiments: Experiment, stop_after: int | None = None) -> Run:
+        waiting = list(experiments)
+
+        def source(free: int) -> list[Assignment] | None:
+            taken, waiting[:] = waiting[:free], waiting[free:]
+            return [Assignment(each, str(self.folder / each.name)) for each in taken] or None
+
+        def report(event: Event) -> None:
+            self.events.append(event)
+            self.on_event(event)
+            if stop_after is not None and event.kind == "step" and event.step == stop_after:
+                raise Killed
+
+        train(self.pack, source, report)
+        return self
+
+    def of(self, kind: str, run: str | None = None) -> list[Event]:
+        return [event for event in self.events if event.kind == kind and run in (None, event.run)]
+
+    def result(self, name: str) -> soft_prompt.SoftPrompt:
+        return soft_prompt.load(str(self.folder / name / "soft_prompt"))
+
+
+class Killed(Exception):
+    """The process is gone."""
+
+
+@pytest.fixture
+def run(model: PromptedModel, base: Base, tmp_path: Path) -> Iterator[Any]:
+    def make(folder: str = "runs", places: int = 1) -> Run:
+        return Run(model, base, tmp_path / folder, places)
+
+    yield make
+
+
+def experiment(toy_task: SimpleNamespace, **changes: Any) -> Experiment:
+    tables = {key: dict(value) if isinstance(value, dict) else value for key, value in toy_task.experiment.items()}
+    for key, value in changes.items():
+        table, _, name = key.partition("__")
+        if name:
+            tables.setdefault(table, {})[name] = value
+        else:
+            tables[key] = value
+    return parse_experiment(tables)
+
+
+def test_a_soft_prompt_learns_the_toy_task(run: Any, toy_task: SimpleNamespace) -> None:
+    done = run()(experiment(toy_task, prompt__length=10, train__steps=60, train__learning_rate=0.3,
+                            train__evaluate_every=20))
+    [finished] = done.of("finished")
+    assert finished.values["test_accuracy"] > 0.9
+    assert [event.step for event in done.of("evaluation")] == [20, 40, 60]
+    losses = [event.values["loss"] for event in done.of("step")]
+    assert len(losses) == 60 and losses[-1] < losses[0] / 2
+    card = done.result("toy").card
+    assert card.metrics == finished.values and card.length == 10 and card.template.labels == ("fruit", "tool")
+
+
+def test_law_2_only_the_soft_prompt_moves(run: Any, toy_task: SimpleNamespace, model: PromptedModel) -> None:
+    before = zero.weights_hash(model.base)
+    done = run()(experiment(toy_task))
+    assert zero.weights_hash(model.base) == before
+    assert all(parameter.grad is None for parameter in model.base.parameters())
+    assert len(done.of("step")) == 20
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("killed_at", [1, 7, 10, 13, 20])
+def test_law_5_killed_and_resumed_is_bit_identical(
+    run: Any, toy_task: SimpleNamespace, killed_at: int, optimizer: str
+) -> None:
+    task = experiment(toy_task, train__checkpoint_every=5, train__optimizer=optimizer)
+    whole = run("whole")(task)
+    interrupted = run("interrupted")
+    with pytest.raises(Killed):
+        interrupted(task, stop_after=killed_at)
+    resumed = run("interrupted")(task)
+    assert torch.equal(whole.result("toy").vectors, resumed.result("toy").vectors)
+    assert whole.of("finished")[0].values == resumed.of("finished")[0].values
+    # It repeats at most one checkpoint interval, and no point of the curve is lost.
+    first = resumed.of("start")[0].step
+    assert killed_at - first <= 5
+    curve = {event.step: event.values["loss"] for event in interrupted.of("step") + resumed.of("step")}
+    assert curve == {event.step: event.values["loss"] for event in whole.of("step")}
+
+
+def test_events_of_a_killed_driver_are_reported_again(run: Any, toy_task: SimpleNamespace) -> None:
+    """What was on its way when the driver died stands in the checkpoint."""
+    task = experiment(toy_task, train__checkpoint_every=5)
+    with pytest.raises(Killed):
+        run()(task, stop_after=12)
+    resumed = run()(task)
+    assert [event.step for event in resumed.of("step")] == list(range(6, 21))
+
+
+def test_law_4_packing_changes_nothing(run: Any, toy_task: SimpleNamespace) -> None:
+    trials = [
+        experiment(toy_task, name=f"t{index}", prompt__length=length, prompt__init=init, train__learning_rate=rate,
+                   train__seed=index, train__steps=steps, train__optimizer=optimizer)
+        for index, (length, init, rate, steps, optimizer) in enumerate([
+            (4, "vocabulary", 0.05, 50, "adamw"), (1, "random", 0.01, 20, "adamw"), (9, "labels", 0.3, 35, "adafactor"),
+            (6, "vocabulary", 0.1, 50, "adamw"), (2, "random", 0.02, 10, "adamw"),
+        ])
+    ]
+    packed = run("packed", places=3)(*trials)  # two join when others leave
+    for trial in trials:
+        alone = run("alone")(trial).result(trial.name).vectors
+        together = packed.result(trial.name).vectors
+        assert float((alone - together).norm() / alone.norm()) < 1e-5, trial.name
+
+
+def test_a_slot_that_diverges_stops_alone(run: Any, toy_task: SimpleNamespace) -> None:
+    bad, good = (experiment(toy_task, name=name) for name in ("bad", "good"))
+    packed = run(places=2)
+
+    def poison(event: Event) -> None:
+        if event.run == "bad" and event.kind == "step" and event.step == 3:
+            packed.pack.slots[0].vectors.data[0, 0] = math.nan
+
+    packed.on_event = poison
+    done = packed(bad, good)
+    [failed] = done.of("failed")
+    assert failed.run == "bad" and failed.step == 3
+    rate = learning_rate(bad.train, 3)
+    assert failed.details["message"] == (
+        f"bad: loss nan at step 4 (learning rate {rate:g}); lower train.learning_rate, or look at these rows"
+    )
+    assert not storage.exists(str(done.folder / "bad"), "soft_prompt")
+    alone = run("alone")(good).result("good").vectors
+    assert float((alone - done.result("good").vectors).norm() / alone.norm()) < 1e-5
+
+
+def test_micro_batches_give_the_same_training(run: Any, toy_task: SimpleNamespace) -> None:
+    whole = run("whole")(experiment(toy_task))
+    parts = run("parts")(experiment(toy_task, train__micro_batch_size=3))
+    difference = whole.result("toy").vectors - parts.result("toy").vectors
+    assert float(difference.norm() / whole.result("toy").vectors.norm()) < 1e-5
+
+
+def test_the_best_step_is_kept_and_patience_stops(run: Any, toy_task: SimpleNamespace) -> None:
+    # Validation rows with the labels exchanged: the better the training, the worse they look.
+    text = toy_task.validation.read_text()
+    toy_task.validation.write_text(text.replace("tool\"", "?").replace("fruit\"", "tool\"").replace("?", "fruit\""))
+    done = run()(experiment(toy_task, prompt__length=10, train__steps=200, train__evaluate_every=5, train__patience=3,
+                            train__learning_rate=0.3))
+    [finished] = done.of("finished")
+    ranked = max(done.of("evaluation"), key=lambda event: (event.values["accuracy"], -event.values["loss"]))
+    assert finished.details["best_step"] == ranked.step
+    assert finished.step == ranked.step + 15 < 200
+    saved = checkpoint.newest(training.checkpoints(str(done.folder / "toy")))
+    assert saved is not None and torch.equal(saved[0]["best_vectors"], done.result("toy").vectors)
+    assert not torch.equal(saved[0]["vectors"], done.result("toy").vectors)
+
+
+def test_without_validation_the_last_step_is_kept(run: Any, toy_task: SimpleNamespace) -> None:
+    done = run()(experiment(toy_task, data__validation=None))
+    [finished] = done.of("finished")
+    assert finished.details["best_step"] == 20 and not done.of("evaluation")
+    assert {name.split("_")[0] for name in finished.values} == {"test"}
+
+
+def test_the_test_split_is_read_once(run: Any, toy_task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    original = training.evaluate
+
+    def counting(model: Any, prompts: Any, split: Any, *rest: Any) -> Any:
+        read.append(split.name)
+        return original(model, prompts, split, *rest)
+
+    monkeypatch.setattr(training, "evaluate", counting)
+    run()(experiment(toy_task))
+    assert read == ["validation", "validation", "test"]
+
+
+@pytest.mark.parametrize("init", ["random", "vocabulary", "labels", "text"])
+def test_initial_vectors_are_deterministic_in_the_seed(
+    run: Any, toy_task: SimpleNamespace, base: Base, init: str
+) -> None:
+    pack = run().pack
+    text = {"prompt__init_text": "fruit or tool"} if init == "text" else {}
+
+    def vectors(seed: int) -> torch.Tensor:
+        task = experiment(toy_task, prompt__init=init, train__seed=seed, prompt__length=7, **text)
+        return training.initial_vectors(task, load_task(task, base), base, pack.embed)[0]
+
+    assert torch.equal(vectors(0), vectors(0)) and vectors(0).shape == (7, base.width)
+    assert torch.equal(vectors(0), vectors(1)) == (init == "text")
+
+
+def test_a_soft_prompt_starts_from_another_one(run: Any, toy_task: SimpleNamespace) -> None:
+    done = run()(experiment(toy_task))
+    folder = str(done.folder / "toy" / "soft_prompt")
+    for length in (3, 6):
+        task = experiment(toy_task, name=f"child{length}", prompt__init="soft-prompt", prompt__init_from=folder,
+                          prompt__length=length, train__steps=1, train__learning_rate=1e-9)
+        child = run("children")(task).result(task.name)
+        assert child.card.parent == done.result("toy").card.content_hash
+        rows = min(3, length)
+        assert torch.allclose(child.vectors[:rows], done.result("toy").vectors[:rows], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [0.5, 1.0, 1.0, 1.0, 1.0]), ("linear", [0.5, 1.0, 1.0, 0.875, 0.125]),
+     ("cosine", [0.5, 1.0, 1.0, 0.5 + 0.5 * math.cos(math.pi / 8), 0.5 - 0.5 * math.cos(math.pi / 8)])],
+)
+def test_schedules(schedule: Any, expected: list[float]) -> None:
+    config = TrainConfig(learning_rate=1.0, schedule=schedule, steps=10, warmup=0.2)
+    rates = [learning_rate(config, step) for step in (0, 1, 2, 3, 9)]
+    assert rates == pytest.approx(expected)
+
+
+def test_clipping_is_by_the_slots_own_norm(run: Any, toy_task: SimpleNamespace) -> None:
+    pack = run().pack
+    slot = pack.attach(Assignment(experiment(toy_task, train__clip=1.0), "unused"))
+    slot.optimizer = torch.optim.SGD([slot.vectors], lr=1.0)
+    before = slot.vectors.detach().clone()
+    norm = slot.update(torch.full_like(before, 3.0))
+    moved = (before - slot.vectors.detach()).norm() / learning_rate(slot.config, 0)
+    assert norm == pytest.approx(3.0 * math.sqrt(before.numel())) and float(moved) == pytest.approx(1.0)
+    pack.slots.clear()
+
+
+def test_observe_breaks_ties_by_loss(run: Any, toy_task: SimpleNamespace) -> None:
+    pack = run().pack
+    slot: Slot = pack.attach(Assignment(experiment(toy_task), "unused"))
+    assert slot.observe({"accuracy": 0.5, "loss": 1.0})
+    assert not slot.observe({"accuracy": 0.5, "loss": 1.0})
+    assert slot.observe({"accuracy": 0.5, "loss": 0.9})
+    assert not slot.observe({"accuracy": 0.4, "loss": 0.1})
+    pack.slots.clear()

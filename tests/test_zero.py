@@ -1,0 +1,235 @@
+"""Law 3: sharding changes nothing. Real DeepSpeed, ZeRO-3, two gloo processes on this machine.
+
+Starting processes and importing DeepSpeed costs some ten seconds, so one pair of processes does all the work and the tests
+look at what it wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from ptuning import soft_prompt
+from ptuning.base import find_base
+from ptuning.config import ModelConfig, ZeroConfig, parse_experiment
+from ptuning.evaluate import evaluate, greedy
+from ptuning.model import PromptedModel, plan_targets
+from ptuning.prepare import load_task
+from ptuning.train import Assignment, Event, Pack, train
+from ptuning.workers import Workers
+
+LENGTHS = (5, 3)
+
+
+def rows(seed: int) -> list[tuple[list[int], list[int]]]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(3, 300, (n,), generator=generator).tolist()  # noqa: E731
+    return [(draw(4 + index % 5), draw(1 + index % 3)) for index in range(8)]
+
+
+def prompts(width: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(length, width, generator=generator).requires_grad_() for length in LENGTHS]
+
+
+def gradients(model: PromptedModel, width: int, workers: Workers) -> torch.Tensor:
+    """Gradient of the two slots' mean losses over the global batch, computed by all workers together."""
+    vectors = prompts(width)
+    batches = [rows(2), rows(3)]
+    plan = plan_targets(LENGTHS, [batch[workers.rank :: workers.size] for batch in batches])
+    parts = model(vectors, plan).split(plan.per_slot)
+    counts = [sum(len(target) for _, target in batch) for batch in batches]
+    torch.stack([part.sum() / count for part, count in zip(parts, counts, strict=True)]).sum().backward()
+    return workers.sum(torch.cat([vector.grad.flatten() for vector in vectors]))
+
+
+def run(workers: Workers, model: PromptedModel, base: Any, tables: dict[str, Any], folder: str) -> list[Event]:
+    experiment = parse_experiment(tables)
+    events: list[Event] = []
+    pack = Pack(model, base, workers, lambda experiment: load_task(experiment, base))
+    todo = iter([[Assignment(experiment, folder)]])
+    train(pack, lambda free: next(todo, None), events.append)
+    return events
+
+
+def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    from ptuning import zero
+
+    workers = Workers.current()
+    base = find_base(ModelConfig(path=tables["model"]["path"]))
+    model = zero.load(base, ZeroConfig(persistent_below=50, live_parameters=1000), torch.float32)
+    found: dict[str, Any] = {"sharding": vars(zero.sharding(model.base)), "hash": zero.weights_hash(model.base)}
+    tensors = {"gradients": gradients(model, base.width, workers)}
+    pack = Pack(model, base, workers, lambda experiment: load_task(experiment, base))
+    tensors["embedding"] = pack.embed(list(range(20)))
+    found["events"] = [vars(event) for event in run(workers, model, base, tables, f"{folder}/two")]
+    found["after_training"] = vars(zero.sharding(model.base))
+    task = load_task(parse_experiment(tables), base)
+    vectors = [vector.detach() for vector in prompts(base.width)]
+    found["evaluations"] = [each.metrics for each in evaluate(model, vectors, task.test, task.encoder, workers)]
+    inputs = [task.test.row(index)[0] for index in range(6)]
+    found["greedy"] = [text for vector in vectors for text in greedy(model, vector, inputs, task.encoder, 8)]
+    tensors["gradients_after_generation"] = gradients(model, base.width, workers)
+    found["hash_after"] = zero.weights_hash(model.base)
+    checkpointed = zero.load(base, ZeroConfig(), torch.float32, checkpoint_gradients=True)
+    tensors["gradients_checkpointed"] = gradients(checkpointed, base.width, workers)
+    half = zero.load(base, ZeroConfig(), torch.bfloat16)
+    found["half"] = {"sharding": vars(zero.sharding(half.base)), "dtype": str(next(half.parameters()).dtype)}
+    tensors["gradients_half"] = gradients(half, base.width, workers)
+    Path(f"{folder}/rank{rank}.json").write_text(json.dumps(found))
+    from safetensors.torch import save_file
+
+    save_file(tensors, f"{folder}/rank{rank}.safetensors")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Any:
+    """Results of both ranks, and the folder of the run with its tables."""
+    from conftest import toy_rows
+    from safetensors.torch import load_file
+
+    folder = tmp_path_factory.mktemp("pair")
+    for seed, (split, count) in enumerate({"train": 64, "validation": 33, "test": 31}.items()):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in toy_rows(count, seed)))
+    tables = {
+        "name": "toy",
+        "model": {"path": str(tiny_base_folder)},
+        "prompt": {"length": 6},
+        "data": {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
+        | {"input": "Text: {text}\nKind:", "target": " {label}", "labels": ["fruit", "tool"]},
+        "train": {"steps": 20, "evaluate_every": 10, "batch_size": 9, "learning_rate": 0.05, "micro_batch_size": 2},
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, str(folder), tables), nprocs=2)
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    tensors = [load_file(folder / f"rank{rank}.safetensors") for rank in (0, 1)]
+    return folder, tables, ranks, tensors
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_base_folder: Path) -> Any:
+    from ptuning import zero
+
+    base = find_base(ModelConfig(path=str(tiny_base_folder)))
+    return base, zero.load(base, ZeroConfig(stage=0), torch.float32)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_each_rank_holds_its_share_of_the_base(pair: Any) -> None:
+    _, _, ranks, _ = pair
+    for rank in ranks:
+        for moment in (rank["sharding"], rank["half"]["sharding"]):
+            assert moment["held"] <= 0.55 * moment["whole"]
+        assert rank["half"]["sharding"]["whole"] == rank["sharding"]["whole"] // 2
+    assert sum(rank["sharding"]["held"] for rank in ranks) >= ranks[0]["sharding"]["whole"]
+    assert ranks[0]["hash"] != ranks[1]["hash"]
+
+
+def test_after_training_nothing_stays_gathered_beyond_the_budget(pair: Any) -> None:
+    for rank in pair[2]:
+        assert rank["after_training"]["held"] <= 0.6 * rank["after_training"]["whole"]
+
+
+@pytest.mark.parametrize("name", ["gradients", "gradients_after_generation", "gradients_checkpointed"])
+def test_law_3_sharded_gradients_are_the_single_process_gradients(pair: Any, alone: Any, name: str) -> None:
+    base, model = alone
+    expected = gradients(model, base.width, Workers())
+    for tensors in pair[3]:
+        assert relative(tensors[name], expected) < 1e-5
+    assert torch.equal(pair[3][0][name], pair[3][1][name])
+
+
+def test_bf16_shards_compute_about_the_same(pair: Any, alone: Any) -> None:
+    base, model = alone
+    assert pair[2][0]["half"]["dtype"] == "torch.bfloat16"
+    assert relative(pair[3][0]["gradients_half"], gradients(model, base.width, Workers())) < 0.1
+
+
+def test_law_3_two_workers_train_what_one_trains(pair: Any, alone: Any) -> None:
+    folder, tables, ranks, _ = pair
+    base, model = alone
+    events = run(Workers(), model, base, tables, f"{folder}/one")
+    one = soft_prompt.load(f"{folder}/one/soft_prompt").vectors
+    two = soft_prompt.load(f"{folder}/two/soft_prompt").vectors
+    assert relative(two, one) < 1e-4
+    curve = [event.values["loss"] for event in events if event.kind == "step"]
+    sharded = [event["values"]["loss"] for event in ranks[0]["events"] if event["kind"] == "step"]
+    assert sharded == pytest.approx(curve, rel=1e-4)
+    finished = next(event for event in events if event.kind == "finished")
+    assert ranks[0]["events"][-1]["values"] == pytest.approx(finished.values, rel=1e-4)
+
+
+def test_law_2_every_shard_is_unchanged_after_training(pair: Any) -> None:
+    for rank in pair[2]:
+        assert rank["hash"] == rank["hash_after"]
+
+
+def test_embedding_rows_are_read_whole_from_a_sharded_base(pair: Any, alone: Any) -> None:
+    _, model = alone
+    expected = model.base.get_input_embeddings().weight[:20].detach()
+    for tensors in pair[3]:
+        assert torch.equal(tensors["embedding"], expected)
+
+
+def test_evaluation_and_generation_do_not_depend_on_sharding(pair: Any, alone: Any) -> None:
+    base, model = alone
+    task = load_task(parse_experiment(pair[1]), base)
+    vectors = [vector.detach() for vector in prompts(base.width)]
+    expected = evaluate(model, vectors, task.test, task.encoder, Workers())
+    inputs = [task.test.row(index)[0] for index in range(6)]
+    texts = [text for vector in vectors for text in greedy(model, vector, inputs, task.encoder, 8)]
+    for rank in pair[2]:
+        for found, each in zip(rank["evaluations"], expected, strict=True):
+            assert found == pytest.approx(each.metrics, rel=1e-5)
+        assert rank["greedy"] == texts
+
+
+def test_weights_that_are_not_the_files_are_refused(alone: Any, tmp_path: Path, tiny_base_folder: Path) -> None:
+    from ptuning import zero
+    from ptuning.base import BaseError
+
+    base, _ = alone
+    loaded = base.load(torch.float32)
+    loaded.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1.0
+    with pytest.raises(BaseError, match="was not loaded as it is stored"):
+        zero._check_weights(loaded, base)
+
+
+def test_derived_settings_fit_a_frozen_base(alone: Any) -> None:
+    from ptuning import zero
+
+    config = zero.derive_config(ZeroConfig(live_parameters=123, offload=True), alone[0], torch.bfloat16)
+    partition = config["zero_optimization"]
+    assert partition["stage"] == 3 and partition["reduce_bucket_size"] <= 1_000_000
+    assert partition["stage3_max_live_parameters"] == 123 and partition["offload_param"]["device"] == "cpu"
+    assert config["bf16"]["enabled"] is True
+
+
+def test_no_compiled_operation_is_loaded(alone: Any) -> None:
+    """DeepSpeed would compile C++ on the first use, on machines that have no compiler."""
+    import deepspeed.ops
+
+    from ptuning import zero
+
+    zero._skip_compiled_collectives()
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
