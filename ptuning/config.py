@@ -12,7 +12,7 @@ import string
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -352,6 +352,8 @@ def _apply(tables: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string: the shell has eaten the quotes
+    if not isinstance(value, str) and _takes_text(keys):
+        value = text  # a name or a revision may look like a number or a date: 7e12345
     table = tables
     for part in keys[:-1]:
         table = table.setdefault(part, {})
@@ -363,19 +365,21 @@ def _apply(tables: dict[str, Any], override: str) -> None:
 def _sentence(error: ValidationError) -> str:
     """The first problem of a validation, as `table.key: what is wrong; what to do`."""
     problem = error.errors()[0]
-    # Union branches appear in the location as type names: keys only.
-    where = [str(part) for part in problem["loc"] if isinstance(part, str) and re.fullmatch(r"[a-z_]+", part)]
-    known = _known_keys(where[:-1])
-    while where and where[-1] not in known and problem["type"] != "extra_forbidden" and problem["type"] != "missing":
-        where = where[:-1]
-        known = _known_keys(where[:-1])
+    where: list[str] = []
+    for part in problem["loc"]:  # behind the keys come indices of lists and names of union branches
+        if part not in _known_keys(where):
+            break
+        where.append(str(part))
     path = ".".join(where)
     if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(where[-1], known, n=1)
-        hint = f"did you mean {'.'.join([*where[:-1], close[0]])}?" if close else f"known here: {', '.join(sorted(known))}"
-        return f"{path}: unknown key; {hint}"
-    if problem["type"] == "missing":
+        key, known = str(problem["loc"][-1]), _known_keys(where)
+        close = difflib.get_close_matches(key.lower(), known, n=1)
+        hint = f"did you mean {'.'.join([*where, *close])}?" if close else f"known here: {', '.join(sorted(known))}"
+        return f"{'.'.join([*where, key])}: unknown key; {hint}"
+    if problem["type"] == "missing" and isinstance(problem["loc"][-1], str):
         return f"{path}: is missing; set it"
+    if problem["type"] == "model_type":
+        return f"{path}: is no table (got {problem['input']!r}); write [{path}] and its keys below it"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         # Checks of a whole table name the key themselves, as "key: ...".
@@ -384,14 +388,22 @@ def _sentence(error: ValidationError) -> str:
 
 
 def _known_keys(tables: Sequence[str]) -> list[str]:
+    table = _table(tables)
+    return list(table.model_fields) if table else []
+
+
+def _takes_text(keys: Sequence[str]) -> bool:
+    table = _table(keys[:-1])
+    field = table.model_fields.get(keys[-1]) if table else None
+    return field is not None and field.annotation in (str, str | None)
+
+
+def _table(tables: Sequence[str]) -> type[BaseModel] | None:
+    """The class of a table, or None if there is no such table."""
     table: type[BaseModel] = Experiment
     for name in tables:
         field = table.model_fields.get(name)
-        if field is None:
-            return []
-        options = [field.annotation, *get_args(field.annotation)]
-        inner = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-        if not inner:
-            return []
-        table = inner[0]
-    return list(table.model_fields)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return None
+        table = field.annotation
+    return table

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import ray
 import ray.train
@@ -125,7 +126,10 @@ def _start_tracker(experiment: Experiment, folder: str, task: Task, base: Base) 
     store = experiment.compute.storage
     uri = experiment.tracking.uri or tracking.default_uri(store)
     # The spool is a plain local file: an object store cannot append.
-    spool = Path(folder) / "tracking" if storage.is_local(folder) else Path.home() / ".cache" / "ptuning" / experiment.name
+    local = Path(store) if storage.is_local(store) else Path.home() / ".cache" / "ptuning" / quote(store, safe="")
+    leftovers = threading.Thread(target=tracking.ship_leftovers, args=(local, uri), daemon=True)
+    leftovers.start()  # what earlier runs could not send
+    spool = local / experiment.name / "tracking"
     tracker = tracking.Tracker(
         uri, experiment.tracking.experiment, tracking.default_artifact_root(store), spool, experiment.name
     )

@@ -1,7 +1,7 @@
 """What predictions are worth: pure functions from predictions and truth to numbers.
 
-Every metric lies between 0 and 1, BLEU too (sacrebleu's own scale is 0 to 100). Whatever a well-kept library computes is
-computed there: scikit-learn, rouge-score, sacrebleu.
+Every metric lies between 0 and 1, BLEU too (sacrebleu's own scale is 0 to 100). Whatever a well-kept library computes
+is computed there: scikit-learn, rouge-score, sacrebleu.
 """
 
 from __future__ import annotations
@@ -28,13 +28,6 @@ class Classification(TypedDict):
     """`[L][L]`, rows: truth, columns: prediction."""
 
 
-class Generation(TypedDict):
-    exact_match: float
-    token_f1: float
-    rouge_l: float
-    bleu: float
-
-
 def classification(scores: np.ndarray, truth: np.ndarray) -> Classification:
     """Metrics of the label with the highest score. `scores` [n, L] are log-likelihoods, `truth` [n] label indices.
 
@@ -56,8 +49,8 @@ def classification(scores: np.ndarray, truth: np.ndarray) -> Classification:
     }
 
 
-def generation(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Generation:
-    """Metrics of generated texts; `references[n]` are all the right answers of row n, as many as there are.
+def generation(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """`exact_match`, `token_f1`, `rouge_l` and `bleu` of texts; `references[n]` are all right answers of row n.
 
     The best reference of a row counts for exact match, token F1 and ROUGE-L, which are means over the rows. BLEU is
     one number for the whole corpus.
@@ -76,8 +69,8 @@ def generation(predictions: Sequence[str], references: Sequence[Sequence[str]]) 
         "exact_match": _mean([text.strip() in [answer.strip() for answer in answers] for text, answers in rows]),
         "token_f1": _mean([max(token_f1(text, answer) for answer in answers) for text, answers in rows]),
         "rouge_l": _mean([rouge.score_multi(answers, text)["rougeL"].fmeasure for text, answers in rows]),
-        # Reference streams: the first reference of every row, the second ..., None where a row has no more. force: sacrebleu
-        # would warn at every evaluation about a task whose texts are tokenised ("word ."), and the task is as it is.
+        # Reference streams: the first reference of every row, the second ..., None where a row has no more. force: no
+        # warning at every evaluation of a task whose texts are tokenised ("word ."), for the task is as it is.
         "bleu": BLEU(force=True).corpus_score(list(predictions), list(zip_longest(*references))).score / 100,
     }
 
@@ -97,7 +90,7 @@ def _squad_words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", "".join(letters)).split()
 
 
-class _Words(Tokenizer):  # type: ignore[misc]  # rouge-score is untyped
+class _Words(Tokenizer):
     """The words of rouge-score's own tokenizer for ASCII text; that one drops every other letter."""
 
     def tokenize(self, text: str) -> list[str]:

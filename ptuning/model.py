@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from ptuning.segments import ATTENTION, Segments
+from ptuning.segments import ATTENTION, Group, Segments
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def plan_labels(
     return packer.plan()
 
 
-def _pack_labels(packer: _Packer, root, texts: Sequence[list[int]], labels: Sequence[list[int]]) -> None:
+def _pack_labels(packer: _Packer, root: Group | None, texts: Sequence[list[int]], labels: Sequence[list[int]]) -> None:
     group = packer.segments.add([len(text) for text in texts], root)
     for text in texts:
         packer.tokens += text

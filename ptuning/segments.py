@@ -16,6 +16,7 @@ Shapes: N packed tokens, R rows of a group, T its longest row, S the longest cha
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -237,7 +238,7 @@ def segment_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     segments: Segments | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function given to transformers: `[1, h, N, d]` -> `[1, N, h, d]`.
 
@@ -259,8 +260,8 @@ def segment_attention(
     if extras:
         raise NotImplementedError(f"attention with {', '.join(extras)}")
     q, k, v = query[0], key[0], value[0]
-    out = [_attend(group, q, k, v, scaling, sliding_window, softcap) for group in segments.groups]
-    return torch.cat(out)[None], None
+    rows = [_attend(group, q, k, v, scaling, sliding_window, softcap) for group in segments.groups]
+    return torch.cat(rows)[None], None
 
 
 AttentionInterface.register(ATTENTION, segment_attention)

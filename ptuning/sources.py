@@ -27,7 +27,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DownloadConfig, Features
+from datasets import ClassLabel, Dataset, Features
 from datasets.exceptions import DatasetsError
 
 from ptuning.config import NAME, UserError
@@ -274,9 +274,7 @@ def _load_from_hub(source: str) -> Dataset:
     try:
         with quiet():
             # No code from the hub is run: datasets 4 and later has no loading scripts and opens no pickle.
-            return datasets.load_dataset(
-                "/".join(parts[:2]), config, split=split, download_config=DownloadConfig(max_retries=1)
-            )
+            return datasets.load_dataset("/".join(parts[:2]), config, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(
             f"{source}: cannot be loaded ({_first_line(error)}); check name, split and network, or give a file"

@@ -54,7 +54,7 @@ def derive_config(zero: ZeroConfig, base: Base, dtype: torch.dtype, micro_batch:
         # The default of 5e8 numbers would be allocated for gradients that do not exist here.
         "reduce_bucket_size": 1_000_000,
         "stage3_param_persistence_threshold": zero.persistent_below,
-        "stage3_prefetch_bucket_size": 2 * parameters // layers,
+        "stage3_prefetch_bucket_size": min(live, 2 * parameters // layers),
         "stage3_max_live_parameters": live,
         "stage3_max_reuse_distance": live,
         "overlap_comm": torch.cuda.is_available(),

@@ -24,8 +24,8 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "OMP_NUM_THREADS": "1",
-    # Explicit either way, or ray.init() switches it on half-way through a session and writes ~/.ray/auth_token. The token
-    # in the environment needs no file, and reaches every process of the cluster.
+    # Explicit either way, or ray.init() switches it on half-way through a session and writes ~/.ray/auth_token.
+    # The token in the environment needs no file, and reaches every process of the cluster.
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
     # Under "uv run" Ray would build a new environment for every worker.
@@ -88,14 +88,29 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt_neox": ("GPTNeoXConfig", _NEOX),
-    "opt": ("OPTConfig", _SPECIAL | {
-        "vocab_size": 100, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 128,
-    }),
+    "opt": (
+        "OPTConfig",
+        _SPECIAL
+        | {
+            "vocab_size": 100,
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+        },
+    ),
     "qwen2": ("Qwen2Config", _GROUPED),
-    "qwen2_window": ("Qwen2Config", _GROUPED | {
-        "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1,
-    }),
+    "qwen2_window": (
+        "Qwen2Config",
+        _GROUPED
+        | {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 1,
+        },
+    ),
     "qwen3": ("Qwen3Config", _GROUPED | {"head_dim": 8}),
     "gemma": ("GemmaConfig", _GROUPED | {"head_dim": 8}),
     "gemma2": ("Gemma2Config", _GROUPED | {"head_dim": 8, "sliding_window": 4}),
@@ -118,7 +133,10 @@ def tiny_config(architecture: str, **changes: Any) -> PretrainedConfig:
 
 
 def tiny_base(architecture: str, *, seed: int = 0, attention: str | None = "eager", **changes: Any) -> PreTrainedModel:
-    """A random base in fp32 and evaluation mode, the same for the same arguments. `attention` None: transformers' choice."""
+    """A random base in fp32 and evaluation mode, the same for the same arguments.
+
+    `attention` None: transformers' choice.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         base = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), attn_implementation=attention)
@@ -186,8 +204,9 @@ def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: P
 
 
 def _teach_toy(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int = 250) -> None:
-    """About 4 s of pretraining, so that prompt tuning has something to find: texts that begin with "sort" carry the right label,
-    all others a random one. The base knows how to do the task but not that it is asked for: 20 steps at 0.05 tell it (accuracy 1.0)."""
+    """About 3 s of pretraining, so that prompt tuning has something to find: texts that begin with "sort" carry the
+    right label, all others a random one. The base knows how to do the task but not that it is asked for: 20 steps of
+    prompt tuning at 0.05 tell it, and the accuracy is 1.0."""
     draw = random.Random(0)
     documents = []
     for row in toy_rows(1000, seed=7):

@@ -1,4 +1,4 @@
-"""The laws of the pass: what K soft prompts over one base compute is what each would compute alone, written out in full.
+"""The laws of the pass: what K soft prompts over one base compute is what each computes alone, written out in full.
 
 The reference everywhere is transformers' own forward of one row at a time with eager attention.
 """
@@ -139,7 +139,9 @@ def test_labels_are_scored_as_if_each_stood_alone(architecture):
     inputs = [[source for source, _ in rows] for rows in ROWS]
     with torch.no_grad():
         got = model(prompts, plan_labels([5, 0], inputs, LABELS))
-        expected = [alone(base, prompts[k], (source, label)) for k in range(2) for source in inputs[k] for label in LABELS]
+        expected = [
+            alone(base, prompts[k], (source, label)) for k in range(2) for source in inputs[k] for label in LABELS
+        ]
     torch.testing.assert_close(got, torch.cat(expected), atol=2e-5, rtol=1e-5)
 
 
@@ -297,7 +299,11 @@ def test_bfloat16_base_gives_fp32_losses_and_gradients(architecture):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neo", "opt", "falcon", "llama"])
 def test_dropout_is_off_even_in_training_mode(architecture):
-    dropout = {"attention_dropout": 0.5} if architecture != "gpt2" else {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}
+    dropout = (
+        {"attention_dropout": 0.5}
+        if architecture != "gpt2"
+        else {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}
+    )
     if architecture in ("gpt_neo", "opt", "falcon"):
         name = {"gpt_neo": "resid_dropout", "opt": "dropout", "falcon": "hidden_dropout"}[architecture]
         dropout[name] = 0.5
@@ -313,12 +319,12 @@ def test_dropout_is_off_even_in_training_mode(architecture):
 
 
 def test_a_step_computes_no_more_than_it_must():
-    """FLOPs of a step: 4 N (sum of P + T) for the layers, 4 V H targets for the head, and attention. Forward 2 and backward
-    2 per weight, for frozen weights have no gradient; the last target token is not fed.
+    """FLOPs of a step: 4 N (sum of P + T) for the layers, 4 V H targets for the head, and attention. Forward 2 and
+    backward 2 per weight and token, for frozen weights have no gradient; T: the last target token is not fed.
 
-    Attention: two products (scores, values) forward and four backward, each 2 R T S width per layer, for R rows of at most
-    T tokens that look at S = ancestors + T; causal halves are computed and thrown away. The mathematical SDPA counts as such;
-    fused kernels compute the scores a second time in the backward pass.
+    Attention: two products (scores, values) forward and four backward, each 2 R T S H per layer, for R rows of at most
+    T tokens that look at S = ancestors + T; causal halves are computed and thrown away. That is what the mathematical
+    SDPA does; fused kernels compute the scores a second time in the backward pass.
     """
     layers, width, vocabulary, lengths, longest = 3, 128, 500, [20, 7], 12
     base = tiny_base(
@@ -374,7 +380,9 @@ def test_logits_and_loss_equal_pefts(architecture):
     theirs, ours = _peft(architecture, soft_prompt), prompted(architecture)
     with torch.no_grad():
         logits = theirs(input_ids=torch.tensor([[3, 4, 5, 6, 7]])).logits[0, -5:]
-        torch.testing.assert_close(every_logit(ours, soft_prompt.detach(), [[3, 4, 5, 6, 7]]), logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            every_logit(ours, soft_prompt.detach(), [[3, 4, 5, 6, 7]]), logits, atol=1e-5, rtol=1e-5
+        )
         loss = ours([soft_prompt], plan_targets([6], ROWS[:1])).mean()
         assert loss.item() == pytest.approx(_peft_loss(theirs, ROWS[0]).item(), rel=1e-5)
 

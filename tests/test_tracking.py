@@ -297,6 +297,7 @@ def test_a_killed_process_loses_nothing_and_is_closed_as_killed(storage: Path) -
     resumed.close(10)
 
 
+@pytest.mark.slow
 def test_two_processes_create_one_database_and_one_experiment(tmp_path: Path) -> None:
     script = f"""
         import sys
@@ -320,6 +321,7 @@ def test_two_processes_create_one_database_and_one_experiment(tmp_path: Path) ->
     assert not (tmp_path / "mlflow.db.new").exists()
 
 
+@pytest.mark.slow
 def test_server_down_at_start_killed_and_back(tmp_path: Path) -> None:
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
@@ -361,6 +363,7 @@ def test_server_down_at_start_killed_and_back(tmp_path: Path) -> None:
     assert sum(seconds) / len(seconds) < 0.005
 
 
+@pytest.mark.slow
 def test_server_that_never_answers_costs_only_the_deadline(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
         port = silent.getsockname()[1]
@@ -368,13 +371,15 @@ def test_server_that_never_answers_costs_only_the_deadline(tmp_path: Path) -> No
             import time
             from pathlib import Path
             from ptuning.tracking import *
-            tracker = Tracker("http://me:hunter2@127.0.0.1:{port}", "tests", None, Path({str(tmp_path / "run")!r}), "run")
+            uri, spool = "http://me:hunter2@127.0.0.1:{port}", Path({str(tmp_path / "run")!r})
+            tracker = Tracker(uri, "tests", None, spool, "run")
             tracker.wait_for_run_id(4)
             start = time.perf_counter()
             for step in range(500):
                 tracker.metrics({{"loss": 1.0, "rate": 2.0}}, step)
             each = (time.perf_counter() - start) / 500
-            tracker.tags({{"uri": "http://me:hunter2@127.0.0.1:{port}"}})
+            tracker.tags({{"uri": uri}})
+            tracker.json("experiment.json", {{"uri": uri}})
             tracker.finish("FINISHED")
             start = time.perf_counter()
             unsent = tracker.close(3)
@@ -386,14 +391,14 @@ def test_server_that_never_answers_costs_only_the_deadline(tmp_path: Path) -> No
         )
         whole = time.monotonic() - start
     each, unsent, closing = map(float, done.stdout.split())
-    assert each < 0.005 and unsent == 503 and 2.9 < closing < 3.5
+    assert each < 0.005 and unsent == 504 and 2.9 < closing < 3.5
     assert whole < 4 + 3 + 6, "and the process ends although a request is still waiting"
     assert "hunter2" not in done.stdout + done.stderr
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
 
     down = f"http://me:hunter2@127.0.0.1:{port}"
     start = time.monotonic()
-    assert ship_leftovers(tmp_path, down) == 503, "still down: they go on waiting"
+    assert ship_leftovers(tmp_path, down) == 504, "still down: they go on waiting"
     assert time.monotonic() - start < 15
     with server(tmp_path, port) as uri:
         assert ship_leftovers(tmp_path, uri) == 0 and not runs(uri), "tracked at another address: left alone"
@@ -401,6 +406,8 @@ def test_server_that_never_answers_costs_only_the_deadline(tmp_path: Path) -> No
         (run,) = runs(uri)
         assert len(history(uri, run.info.run_id, "loss")) == 500
         assert run.info.status == "FINISHED"
+        shown = json.loads(read(uri, run.info.run_id, "experiment.json", tmp_path))
+        assert shown == {"uri": f"http://***@127.0.0.1:{port}"}
 
 
 @pytest.mark.fast

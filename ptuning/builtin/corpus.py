@@ -6,6 +6,7 @@ alone or several in a row. No document contains a validation or test text of the
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from ptuning.builtin.grammar import Draw, Grammar, tidy
 
@@ -21,6 +22,29 @@ LABELS = {
     "kind": ("review", "news", "request", "message"),
 }
 """The kinds of labels, each with its classes in the order of the label sets in `lexicon/formats.txt`."""
+
+POLAR_SECTIONS = (
+    *("adj", "staff_adj", "food_adj", "story_adj", "room_adj", "thing_adj", "app_adj", "feeling", "loved", "love"),
+    *("thing_event", "app_event", "story_event", "place_event", "maker", "maker_verb", "verdict", "exclaim", "noun"),
+    *("adj", "thing_event", "verdict", "story_event", "place_event", "life", "life", "it_got"),
+)
+ENTRIES: dict[str, tuple[str, ...] | dict[str, tuple[str, ...]]] = {
+    "sentiment": POLAR_SECTIONS,
+    "topic": {
+        "world": ("world_event", "leader", "world_thing", "news.world"),
+        "sports": ("sport_event", "athlete", "sport_thing", "sport", "news.sports"),
+        "business": ("business_event", "company", "business_thing", "news.business"),
+        "technology": ("tech_event", "tech_maker", "tech_thing", "news.technology"),
+        "health": ("health_event",),
+        "entertainment": ("culture_event",),
+    },
+    "intent": {intent: (f"intent.{intent}",) for intent in INTENTS},
+    "spam": {
+        "spam": ("spam", "spam", "act", "junk_goods", "urgent", "prize"),
+        "ham": ("ham", "ham", "chore", "nearby"),
+    },
+}
+"""Where the entries of a glossary come from."""
 
 SYLLABLE = ("bcdfghjklmnprstvwz", "aeiou", ("", "", "n", "r", "s", "l", "m", "t", "ng", "ck"))
 QUESTION_FORMS = (("Q: ", "\nA: "), ("Question: ", "\nAnswer: "), ("", " "), ("Q: ", " A: "), ("", "\n"))
@@ -38,22 +62,21 @@ class Corpus:
         self.grammar = Grammar()
         self.forbidden = forbidden
         makers: list[tuple[int, Callable[[], str]]] = [
-            (14, self.bare_text),
-            (30, lambda: self.labelled("sentiment")),
-            (12, lambda: self.several("sentiment")),
-            (18, self.natural_sentiment),
+            (12, self.bare_text),
+            (24, lambda: self.labelled("sentiment")),
+            (18, lambda: self.several("sentiment")),
+            (16, lambda: self.glossary("sentiment")),
+            (5, self.words_alike),
+            (14, self.natural_sentiment),
             (2, self.mixed_review),
-            (11, lambda: self.labelled("topic")),
-            (4, lambda: self.several("topic")),
-            (11, lambda: self.labelled("intent")),
-            (4, lambda: self.several("intent")),
-            (9, lambda: self.labelled("spam")),
-            (4, lambda: self.several("spam")),
-            (3, lambda: self.labelled("domain")),
-            (3, lambda: self.labelled("kind")),
+            *((8, partial(self.labelled, task)) for task in ("topic", "intent", "spam")),
+            *((5, partial(self.several, task)) for task in ("topic", "intent", "spam")),
+            *((4, partial(self.glossary, task)) for task in ("topic", "intent", "spam")),
+            (2, lambda: self.labelled("domain")),
+            (2, lambda: self.labelled("kind")),
             (9, self.facts),
-            (6, self.question),
-            (5, self.story),
+            (5, self.question),
+            (4, self.story),
             (3, self.plain_sentences),
         ]
         self.makers = [maker for _, maker in makers]
@@ -179,6 +202,35 @@ class Corpus:
         index = self.rng.randrange(len(words))
         text = self.text_of(task, LABELS[task][index])
         return self.grammar.expand(shape, self.draw(text=text, label=words[index], **cues))
+
+    def glossary(self, task: str) -> str:
+        """Four to ten short entries, each with its class: what single words and phrases mean."""
+        shape = self.rng.choice(("{text}: {label}", "{text} = {label}", "{text} - {label}", "{text} -> {label}"))
+        _, cues, words = self.form(task, False)
+        indexes = [self.rng.randrange(len(words)) for _ in range(self.rng.randint(4, 10))]
+        entries = [(self.entry(task, LABELS[task][index]), words[index]) for index in indexes]
+        lines = [self.grammar.expand(shape, self.draw(text=text, label=word, **cues)) for text, word in entries]
+        return self.rng.choice(("\n", "\n", ", ")).join(lines)
+
+    def entry(self, task: str, label: str) -> str:
+        """A word or phrase of a class; for spam, a whole message."""
+        sections = ENTRIES[task]
+        if isinstance(sections, dict):
+            sections = sections[label]
+        while True:
+            draw = self.draw(label if task == "sentiment" else "")
+            section = self.rng.choice(sections)
+            text = self.grammar.expand(self.grammar.choose(section, draw), draw)
+            if plain_form(text) not in self.forbidden:
+                return text
+
+    def words_alike(self) -> str:
+        """Words of praise, or of complaint, in a row."""
+        polarity = self.rng.choice("+-")
+        words = [self.entry("sentiment", polarity) for _ in range(self.rng.randint(3, 9))]
+        sets = self.grammar.choose("labels.sentiment", self.draw()).split(" / ")
+        start = self.rng.choice(("", f"{sets[polarity == '+']}: "))
+        return start + self.rng.choice((", ", "; ", "\n", " and ")).join(words)
 
     def natural_sentiment(self) -> str:
         """A review and, in plain words, what its writer feels."""

@@ -20,6 +20,7 @@ from pathlib import Path
 
 LEXICON_FOLDER = Path(__file__).parent / "lexicon"
 PARTS = ("train", "validation", "test")
+PLURAL_VERBS = {"am": "are", "is": "are", "was": "were", "has": "have"}
 FLIPPED = {"+": "-", "-": "+", "": ""}
 
 Node = str | tuple[str, tuple[str, ...]]
@@ -144,11 +145,17 @@ def _article(match: re.Match[str]) -> str:
     return f"{article[0]}{'n' if sounds_like_vowel and not word.lower().startswith('one') else ''} {word}"
 
 
+def _plural_verb(match: re.Match[str]) -> str:
+    """The form of the verb that "we" and "they" want."""
+    verb = match[2].lower()
+    return f"{match[1]} {PLURAL_VERBS.get(verb, verb[:-1])}"
+
+
 def tidy(text: str) -> str:
     """Sentences that start with a capital, "a" or "an" as the next word wants it, "I" as a capital, "we are"."""
     text = re.sub(r"\b[Aa]n? (?=an? )", "", text)
     text = re.sub(r"\b([Aa]n?) ([A-Za-z]\w*)", _article, text)
-    text = re.sub(r"\b([Ww]e) (am|was)\b", lambda m: f"{m[1]} {'are' if m[2] == 'am' else 'were'}", text)
+    text = re.sub(r"\b(we|they) (am|is|was|has|needs|deserves|serves)\b", _plural_verb, text, flags=re.IGNORECASE)
     text = re.sub(r"\bi\b(?!\.)", "I", text)
     text = re.sub(r"(^|[.!?]\"? |: \")([a-z])", lambda m: m[1] + m[2].upper(), text)
     return text.replace("?.", "?").replace("!.", "!").replace("..", ".")

@@ -1,0 +1,101 @@
+"""The only door to matplotlib: pictures of a run as PNG bytes.
+
+`Figure` objects with the Agg canvas, never pyplot: its global state is not safe beside threads, and wants a display.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+DPI = 100
+SMOOTHED = 30
+"""A line with more points than this is noise to the eye: it is drawn pale, with its moving average on top."""
+COLOURS = ("#1f6fb4", "#d1602b", "#2f8f4e", "#8a4fb0", "#b0902f", "#4a4a4a")
+
+
+def curves(history: Mapping[str, Sequence[tuple[int, float]]], title: str, ylabel: str) -> bytes:
+    """Metrics over steps, one line each: (step, value) points. Long lines are smoothed, short ones show every point."""
+    figure = Figure(figsize=(10, 5.6), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    axes = figure.add_subplot()
+    for index, (name, points) in enumerate(history.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        steps = np.array([step for step, _ in points])
+        values = np.array([value if math.isfinite(value) else math.nan for _, value in points], dtype=float)
+        if len(points) > SMOOTHED:
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+            axes.plot(steps, _moving_average(values), color=colour, linewidth=2, label=f"{name} (smoothed)")
+        else:
+            axes.plot(steps, values, color=colour, linewidth=1.5, marker="o", markersize=5, label=name)
+    axes.set_title(title, fontsize=14)
+    axes.set_xlabel("step", fontsize=12)
+    axes.set_ylabel(ylabel, fontsize=12)
+    axes.tick_params(labelsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.grid(color="#dddddd", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    if any(history.values()):
+        axes.legend(fontsize=11, frameon=False)
+    else:
+        axes.text(0.5, 0.5, "no points", transform=axes.transAxes, ha="center", fontsize=14, color="#777777")
+    return _png(figure)
+
+
+def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> bytes:
+    """A confusion matrix `[true][predicted]`: counts as numbers, colour as the share of the true label.
+
+    Raises:
+        ValueError: the matrix is not as high and as wide as there are labels.
+    """
+    counts = np.array(matrix, dtype=int)
+    if counts.shape != (len(labels), len(labels)):
+        raise ValueError(f"a matrix of {counts.shape} does not fit {len(labels)} labels")
+    many = len(labels)
+    names = [label if len(label) <= 24 else f"{label[:23]}…" for label in labels]
+    # A cell has room for its number up to some 20 labels; beyond, the picture grows until the names are readable.
+    side = min(max(0.75 * many, 4.0), 7.5) if many <= 20 else 0.2 * many + 4
+    size = 12 if many <= 10 else 9 if many <= 20 else 8
+    figure = Figure(figsize=(side + 2.5, side + 1.5), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    axes = figure.add_subplot()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    turn = 90 if many > 7 else 30 if max(map(len, names)) > 8 else 0
+    axes.set_xticks(range(many), names, rotation=turn, ha="right" if turn == 30 else "center")
+    axes.set_yticks(range(many), names)
+    axes.tick_params(labelsize=size, length=0)
+    axes.set_xlabel("predicted", fontsize=13)
+    axes.set_ylabel("true", fontsize=13)
+    axes.set_title(f"{int(np.trace(counts))} of {int(counts.sum())} right", fontsize=14)
+    digits = len(str(counts.max(initial=0)))
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        colour = "white" if shares[row, column] > 0.6 else "#1a1a1a"
+        text = axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour)
+        text.set_fontsize(size if many <= 20 else 9 - min(digits, 4))
+        text.set_in_layout(False)  # thousands of them; the layout does not depend on what lies inside the axes
+    figure.colorbar(image, shrink=0.6, aspect=30).set_label("share of the true label", fontsize=12)
+    return _png(figure)
+
+
+def _moving_average(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over a twentieth of the points around each; what is not a number is left out."""
+    finite = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    number = np.concatenate([[0], np.cumsum(finite)])
+    half, index = max(1, len(values) // 40), np.arange(len(values))
+    start, end = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    found = number[end] - number[start]
+    return np.where(found > 0, (total[end] - total[start]) / np.maximum(found, 1), np.nan)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

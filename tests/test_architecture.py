@@ -1,0 +1,136 @@
+"""The house: which room may know which, and what is forbidden everywhere. Read from the source, nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from ptuning.config import read_experiment
+
+pytestmark = pytest.mark.fast
+
+PACKAGE = REPOSITORY / "ptuning"
+
+FLOORS = {
+    "config": 0, "openai_api": 0,
+    "batches": 1, "metrics": 1, "segments": 1, "sources": 1, "storage": 1, "workers": 1,
+    "checkpoint": 2, "data": 2, "figures": 2, "model": 2, "soft_prompt": 2, "tracking": 2,
+    "base": 3, "engine": 3, "evaluate": 3,
+    "zero": 4,
+    "train": 5,
+    "display": 6, "prepare": 6, "record": 6,
+    "launch": 7,
+    "search": 8, "serve": 8,
+    "cli": 9,
+}  # fmt: skip
+"""Imports point downstairs only: a room may import rooms of lower floors."""
+
+OWNERS = {
+    "deepspeed": {"zero"},
+    "matplotlib": {"figures"},
+    "mlflow": {"tracking"},
+    "ray": {"launch", "search", "serve"},
+    "optuna": {"search"},
+}
+"""The only doors to each framework."""
+
+FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc", "core"}
+LONG_JOBS = {"pretrain_builtin", "benchmark"}
+
+MODULES = {
+    path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py") if path.stem != "__init__"
+}
+SOURCES = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "jobs").glob("*.py")]
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Everything a module imports anywhere, as dotted names; `from a import b` counts as a.b."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms(tree: ast.AST) -> set[str]:
+    """The modules of the package that a module imports."""
+    return {name.split(".")[1] for name in imported(tree) if name.startswith("ptuning.")}
+
+
+def frameworks(tree: ast.AST) -> set[str]:
+    return {name.split(".")[0] for name in imported(tree)}
+
+
+def test_every_room_has_a_floor():
+    assert set(MODULES) - set(FLOORS) == set()
+    assert not FORBIDDEN_NAMES & {path.stem for path in SOURCES}
+
+
+@pytest.mark.parametrize("room", MODULES)
+def test_imports_point_downstairs(room):
+    # Strictly lower floors, so there can be no cycle either. The builtin base is data: whoever needs it may have it.
+    upstairs = {name for name in rooms(MODULES[room]) - {"builtin"} if FLOORS[name] >= FLOORS[room]}
+    assert upstairs == set(), f"{room} (floor {FLOORS[room]}) imports upstairs"
+
+
+def test_the_builtin_base_knows_the_experiment_only():
+    for path in (PACKAGE / "builtin").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert rooms(tree) <= {"builtin", "config"}, path
+
+
+@pytest.mark.parametrize("room", MODULES)
+def test_each_framework_has_one_owner(room):
+    trespassed = {name for name in frameworks(MODULES[room]) & set(OWNERS) if room not in OWNERS[name]}
+    assert trespassed == set(), f"{room} opens a door that is not its own"
+
+
+def test_transformers_own_door_to_deepspeed_is_used_in_zero_only():
+    through = {
+        room for room, tree in MODULES.items() if any("integrations.deepspeed" in name for name in imported(tree))
+    }
+    assert through <= {"zero"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_no_pickle_anywhere(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not frameworks(tree) & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    calls = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not calls & {"torch.load", "torch.save", "np.load", "numpy.load", "pd.read_pickle"}
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "jobs").glob("*.py")), ids=lambda path: path.name)
+def test_jobs_hold_no_logic(path):
+    # Ray pickles what a script defines by value and imports what the package defines by name.
+    if path.stem not in LONG_JOBS:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
+
+
+def test_the_command_line_holds_no_logic():
+    functions = [node for node in ast.walk(MODULES.get("cli", ast.Module([], []))) if isinstance(node, ast.FunctionDef)]
+    assert all(node.end_lineno - node.lineno < 40 for node in functions)
+    assert not frameworks(MODULES.get("cli", ast.Module([], []))) & {"torch", "transformers", "datasets", *OWNERS}
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "jobs").rglob("*.toml")), ids=lambda path: path.name)
+def test_every_experiment_of_the_project_is_valid(path):
+    assert read_experiment(path).name == path.stem
+
+
+@pytest.mark.parametrize("room", ["config", "cli"])
+def test_parsing_comes_before_heavy_imports(room):
+    if not Path(PACKAGE / f"{room}.py").exists():
+        pytest.skip(f"ptuning.{room} does not exist yet")
+    heavy = {"torch", "ray", "transformers", "mlflow", "datasets", "deepspeed", "numpy", "sklearn"}
+    code = f"import sys, ptuning.{room}; print(*sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stdout.split() == []

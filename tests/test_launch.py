@@ -1,0 +1,166 @@
+"""The whole way on a real Ray cluster with real DeepSpeed and MLflow: two workers, ZeRO-3."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from ptuning import launch, soft_prompt, storage
+from ptuning.config import Experiment, UserError, parse_experiment
+from ptuning.launch import RunFailed, run_training
+from ptuning.train import Event
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def tables(toy_task: SimpleNamespace) -> dict[str, Any]:
+    toy_task.experiment["compute"]["workers"] = 2
+    toy_task.experiment["train"] |= {"steps": 30, "learning_rate": 0.3, "checkpoint_every": 5}
+    toy_task.experiment["prompt"]["length"] = 10
+    return toy_task.experiment
+
+
+def start(tables: dict[str, Any], events: list[Event], *, resume: bool = False, lines: list[str] | None = None) -> Any:
+    say = (lines if lines is not None else []).append
+    return run_training(parse_experiment(tables), resume=resume, show=events.append, say=say)
+
+
+def test_train_gives_a_soft_prompt_and_an_mlflow_run_that_holds_everything(tables: dict[str, Any], tmp_path: Path) -> None:
+    events: list[Event] = []
+    lines: list[str] = []
+    summary = start(tables, events, lines=lines)
+    assert set(summary) >= {"name", "run_id", "soft_prompt", "steps", "seconds", "metrics"}
+    assert summary["steps"] == 30 and summary["unsent"] == 0
+    assert lines[0].startswith("train: 64 rows")
+    shares = next(event for event in events if event.kind == "loaded").details["shares"]
+    assert len(shares) == 2 and all(share["held"] <= 0.55 * share["whole"] for share in shares)
+
+    loaded = soft_prompt.load(summary["soft_prompt"])
+    assert loaded.card.metrics == summary["metrics"]
+    base = AutoModelForCausalLM.from_pretrained(tables["model"]["path"], dtype=torch.float32)
+    assert PeftModel.from_pretrained(base, summary["soft_prompt"]).get_prompt(1).shape == (1, 10, 32)
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    run = client.get_run(summary["run_id"])
+    assert run.info.status == "FINISHED" and run.data.params["prompt.length"] == "10"
+    curve = client.get_metric_history(summary["run_id"], "train/loss")
+    assert [(point.step, point.value) for point in curve] == [
+        (event.step, event.values["loss"]) for event in events if event.kind == "step"
+    ]
+    assert len(client.get_metric_history(summary["run_id"], "validation/accuracy")) == 3
+    assert {found.dataset.name for found in run.inputs.dataset_inputs} == {"train", "validation", "test"}
+    files = {found.path for folder in ("", "plots", "soft_prompt") for found in client.list_artifacts(summary["run_id"], folder)}
+    assert files >= {
+        "experiment.json", "predictions.json", "plots/loss.png", "plots/confusion.png", "plots/validation.png",
+        "soft_prompt/card.json", "soft_prompt/adapter_config.json", "soft_prompt/adapter_model.safetensors",
+    }
+
+    with pytest.raises(UserError, match=r"a run of this name is there \(finished\); continue it with --resume, or choose"):
+        start(tables, [])
+    assert start(tables, [], resume=True) == summary
+    tables["train"]["learning_rate"] = 0.1
+    with pytest.raises(UserError, match="cannot be resumed with another train.learning_rate; undo the change"):
+        start(tables, [], resume=True)
+
+
+def test_a_killed_worker_costs_at_most_one_checkpoint_interval(tables: dict[str, Any], tmp_path: Path) -> None:
+    tables["data"]["validation"] = None
+    tables["train"] |= {"steps": 60}
+    undisturbed = start(tables | {"name": "undisturbed"}, [])
+
+    events: list[Event] = []
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not any(event.kind == "step" and event.step >= 12 for event in events):
+            time.sleep(0.02)
+        victims = [
+            int(pid.name) for pid in Path("/proc").iterdir()
+            if pid.name.isdigit() and b"RayTrainWorker" in _read(pid / "cmdline")
+        ]
+        killed.append(victims[-1])
+        os.kill(victims[-1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    summary = start(tables | {"name": "disturbed"}, events)
+    killer.join()
+    assert killed
+    starts = [event.step for event in events if event.kind == "start"]
+    assert len(starts) == 2 and starts[1] >= 5
+    last_before = max(event.step for event in events[: events.index([e for e in events if e.kind == "start"][1])])
+    assert last_before - starts[1] <= 5
+    one, two = (soft_prompt.load(each["soft_prompt"]).vectors for each in (undisturbed, summary))
+    assert float((one - two).norm() / one.norm()) < 1e-6
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_failed_run_says_why_and_can_be_resumed(tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tables["compute"]["workers"] = 1
+    source = torch.zeros(10, 32)
+    source[0, 0] = 3e38  # finite in the file, not in the first layer
+    card = soft_prompt.Card(name="x", base="x", length=10, width=32, content_hash=soft_prompt.content_hash(source))
+    folder = str(Path(tables["compute"]["storage"]) / "poison")
+    soft_prompt.SoftPrompt(source, card).save(folder)
+    tables["prompt"] |= {"init": "soft-prompt", "init_from": folder}
+    tables["train"] |= {"clip": 0.0}
+    events: list[Event] = []
+    try:
+        start(tables, events)
+    except RunFailed as error:
+        assert "lower train.learning_rate" in str(error)
+        record = json.loads(storage.read_file(str(Path(tables["compute"]["storage"]) / "toy"), "run.json"))
+        assert record["status"] == "failed"
+    else:
+        pytest.fail("a loss that is not finite must fail the run")
+
+
+def test_more_workers_than_the_cluster_has_is_a_sentence(tables: dict[str, Any]) -> None:
+    tables["compute"]["workers"] = 8
+    with pytest.raises(UserError) as refused:
+        start(tables, [])
+    assert str(refused.value) == (
+        "compute.workers: 8 workers with 1 CPU each need 8, the cluster has 2; lower compute.workers or compute.cpus_per_worker"
+    )
+    assert not storage.exists(tables["compute"]["storage"], "toy")
+
+
+def test_workers_may_be_a_range(tables: dict[str, Any]) -> None:
+    tables["compute"]["workers"] = (1, 2)
+    scaling = launch.scale(parse_experiment(tables))
+    assert scaling.num_workers == (1, 2) and scaling.resources_per_worker == {"CPU": 1}
+
+
+def test_experiments_travel_with_absolute_paths(tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    tables["data"]["train"] = "toy/train.jsonl"
+    tables["compute"]["storage"] = "runs"
+    resolved: Experiment = launch.absolute(parse_experiment(tables))
+    assert resolved.data.train == str(tmp_path / "toy/train.jsonl") and resolved.compute.storage == str(tmp_path / "runs")
