@@ -87,7 +87,10 @@ class Base:
         Raises:
             BaseError: the files do not hold all weights.
         """
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel
+        report: dict[str, Any]
+        loading: Any = AutoModelForCausalLM.from_pretrained  # typed as if it could only return a model
+        model, report = loading(
             self.folder,
             config=self.config,
             dtype=dtype,
@@ -99,7 +102,7 @@ class Base:
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise BaseError(f"model.path: {self.name} has no weights for {missing}; use a complete checkpoint")
-        return cast(PreTrainedModel, model)
+        return model
 
 
 def find_base(config: ModelConfig) -> Base:
@@ -116,9 +119,7 @@ def find_base(config: ModelConfig) -> Base:
     try:
         described = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
         _check_decoder(config.path, described)
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=config.trust_remote_code, local_files_only=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise

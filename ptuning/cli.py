@@ -90,11 +90,20 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _reached(summary: dict[str, Any]) -> str:
     """The last line: what was reached and where it is."""
-    order = ("test_accuracy", "test_macro_f1", "test_rouge_l", "test_bleu", "test_loss", "validation_accuracy", "validation_loss")
+    order = (
+        "test_accuracy",
+        "test_macro_f1",
+        "test_rouge_l",
+        "test_bleu",
+        "test_loss",
+        "validation_accuracy",
+        "validation_loss",
+    )
     numbers = [f"{name.replace('_', ' ', 1)} {summary['metrics'][name]:.4f}" for name in order if name in summary["metrics"]]
     return (
         f"{summary['name']}: {', '.join(numbers[:3]) or 'trained'} after {summary['steps']} steps in "
-        f"{summary['seconds']:.0f} s; soft prompt in {summary['soft_prompt']}, MLflow run {summary['run_id'] or 'not shipped yet'}"
+        f"{summary['seconds']:.0f} s; soft prompt in {summary['soft_prompt']}, "
+        f"MLflow run {summary['run_id'] or 'not shipped yet'}"
     )
 
 

@@ -40,9 +40,7 @@ class ExperimentError(UserError):
 
 
 class Table(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, strict=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, strict=False)
 
 
 class ModelConfig(Table):
@@ -76,9 +74,9 @@ class PromptConfig(Table):
         for init, key in (("text", "init_text"), ("soft-prompt", "init_from")):
             value = getattr(self, key)
             if self.init == init and not value:
-                raise ValueError(f"{key}: init = \"{init}\" needs it; set prompt.{key}")
+                raise ValueError(f'{key}: init = "{init}" needs it; set prompt.{key}')
             if self.init != init and value is not None:
-                raise ValueError(f"{key}: is only used with init = \"{init}\"; set prompt.init = \"{init}\" or remove it")
+                raise ValueError(f'{key}: is only used with init = "{init}"; set prompt.init = "{init}" or remove it')
         return self
 
 

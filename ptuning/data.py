@@ -154,9 +154,7 @@ class Encoder:
 
     def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         # verbose warns of texts longer than the base's context: here they are cut or refused.
-        return self.tokenizer(
-            list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        return self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
 
     def _fit(self, fields: Mapping[str, object], ids: list[int], room: int) -> list[int]:
         """`ids`, the fields' whole input, or those of the longest beginning or end of the longest field that fits."""

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live bar on a terminal, plain lines elsewhere. On stderr, so that stdout carries the result."""
+"""What a person sees of a run: a live bar on a terminal, plain lines elsewhere. All on stderr: stdout carries the result."""
 
 from __future__ import annotations
 

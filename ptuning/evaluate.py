@@ -81,6 +81,9 @@ def _classify(
     tokens = sum(len(encoder.label_ids[label]) for label in truth)
     evaluations = []
     for slot in scores:
+        if not np.isfinite(slot).all():  # this soft prompt has diverged; the others are none the worse
+            evaluations.append(Evaluation({"loss": math.nan, "perplexity": math.nan, "accuracy": 0.0, "macro_f1": 0.0}))
+            continue
         measured = metrics.classification(slot, truth)
         loss = -float(slot[np.arange(len(truth)), truth].sum()) / tokens
         predicted = slot.argmax(1)
@@ -88,8 +91,12 @@ def _classify(
             {"text": text, "target": names[label], "prediction": names[guess]}
             for text, label, guess in zip(split.rows["text"], truth, predicted, strict=True)
         ]
-        numbers = {"loss": loss, "perplexity": _perplexity(loss), "accuracy": measured["accuracy"],
-                   "macro_f1": measured["macro_f1"]}
+        numbers = {
+            "loss": loss,
+            "perplexity": _perplexity(loss),
+            "accuracy": measured["accuracy"],
+            "macro_f1": measured["macro_f1"],
+        }
         evaluations.append(Evaluation(numbers, predictions, measured["confusion"]))
     return evaluations
 
@@ -117,9 +124,7 @@ def _generate(
     return evaluations
 
 
-def _target_losses(
-    model: PromptedModel, soft_prompts: Sequence[Tensor], split: Split, workers: Workers
-) -> list[float]:
+def _target_losses(model: PromptedModel, soft_prompts: Sequence[Tensor], split: Split, workers: Workers) -> list[float]:
     """Mean negative log-likelihood per target token of each soft prompt."""
     sums = torch.zeros(len(soft_prompts) + 1, dtype=torch.float64)
     sizes = [len(soft_prompt) for soft_prompt in soft_prompts]

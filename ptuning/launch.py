@@ -119,7 +119,9 @@ def scale(experiment: Experiment) -> ray.train.ScalingConfig:
                 f"{have.get(kind, 0):g}; lower compute.workers or {fix}"
             )
     resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-    return ray.train.ScalingConfig(num_workers=compute.workers, use_gpu=bool(gpus), resources_per_worker=resources)
+    # ray's types describe Train V1; V2, the default since 2.51, takes (min, max) and more limits on failures.
+    scaling: Any = ray.train.ScalingConfig
+    return scaling(num_workers=compute.workers, use_gpu=bool(gpus), resources_per_worker=resources)
 
 
 def _start_tracker(experiment: Experiment, folder: str, task: Task, base: Base) -> tracking.Tracker:
@@ -147,8 +149,9 @@ def _fit(
     experiment: Experiment, folder: str, scaling: ray.train.ScalingConfig, tracker: tracking.Tracker, show: Show
 ) -> dict[str, Any]:
     """Run Ray Train in this thread (so that Ctrl-C stops it in order) and follow its events in another."""
-    mailbox = Mailbox.remote()
+    mailbox = Mailbox.remote()  # type: ignore[attr-defined]  # added by ray.remote
     attempt = storage.join(folder, "ray")
+    failures: Any = ray.train.FailureConfig
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"experiment": experiment.model_dump(mode="json"), "folder": folder, "mailbox": mailbox},
@@ -156,13 +159,11 @@ def _fit(
         run_config=ray.train.RunConfig(
             name=uuid.uuid4().hex,
             storage_path=attempt,
-            failure_config=ray.train.FailureConfig(
-                max_failures=experiment.compute.max_failures, controller_failure_limit=3
-            ),
+            failure_config=failures(max_failures=experiment.compute.max_failures, controller_failure_limit=3),
         ),
     )
     follower = _Follower(mailbox, tracker, show)
-    status = "FAILED"
+    status: tracking.Status = "FAILED"
     try:
         trainer.fit()
         follower.stop()
@@ -247,10 +248,19 @@ def _worker(config: dict[str, Any]) -> None:
         dtype = base.dtype(experiment.model.dtype)
         model = zero.load(base, experiment.zero, dtype, checkpoint_gradients=experiment.train.gradient_checkpointing)
         shares = workers.gather(asdict(zero.sharding(model.base)))
-        report(Event("loaded", experiment.name, 0, details={
-            "shares": shares, "dtype": str(dtype).removeprefix("torch."), "shared_prefix": model.shared_prefix,
-            "workers": workers.size,
-        }))
+        report(
+            Event(
+                "loaded",
+                experiment.name,
+                0,
+                details={
+                    "shares": shares,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "shared_prefix": model.shared_prefix,
+                    "workers": workers.size,
+                },
+            )
+        )
         pack = Pack(model, base, workers, lambda experiment: load_task(experiment, base))
         assignments = iter([[Assignment(experiment, config["folder"])]])
         train(pack, lambda free: next(assignments, None), report)

@@ -90,9 +90,7 @@ def plan_targets(lengths: Sequence[int], batches: Sequence[Sequence[Row]]) -> Pl
     return packer.plan()
 
 
-def plan_labels(
-    lengths: Sequence[int], inputs: Sequence[Sequence[list[int]]], labels: Sequence[list[int]]
-) -> Plan:
+def plan_labels(lengths: Sequence[int], inputs: Sequence[Sequence[list[int]]], labels: Sequence[list[int]]) -> Plan:
     """The pass that scores every label behind every input: `inputs[k]` are slot k's texts, `labels` [L] the same for all.
 
     Predictions come slot by slot, row by row, label by label. A text is computed once, however many labels continue it.

@@ -25,11 +25,13 @@ class Recorder:
     def _loaded(self, event: Event) -> None:
         self._summary["workers"] = event.details["workers"]
         shares = event.details["shares"]
-        self._tracker.params({
-            "dtype": event.details["dtype"],
-            "workers": event.details["workers"],
-            "shared_prefix": event.details["shared_prefix"],
-        })
+        self._tracker.params(
+            {
+                "dtype": event.details["dtype"],
+                "workers": event.details["workers"],
+                "shared_prefix": event.details["shared_prefix"],
+            }
+        )
         held = {f"system/base_share_rank{rank}": share["held"] / share["whole"] for rank, share in enumerate(shares)}
         self._tracker.metrics(held, 0, event.time_ms)
 
@@ -76,7 +78,7 @@ class Recorder:
             self._tracker.artifact_bytes(f"soft_prompt/{name}", content)
 
     def _plot(self, event: Event) -> None:
-        loss = {name: self._history[name] for name in ("train/loss", "validation/loss") if name in self._history}
+        loss = {name: points for name, points in self._history.items() if name.endswith("/loss")}
         if loss:
             self._tracker.artifact_bytes(LOSS_CURVE, figures.curves(loss, event.run, "loss"))
         rates = {

@@ -92,10 +92,7 @@ class Group:
         if self.parent is None:
             return [(self, None)]
         rows = self._parent_rows
-        above = [
-            (group, rows if up is None else [up[row] for row in rows])
-            for group, up in self.parent.chain
-        ]
+        above = [(group, rows if up is None else [up[row] for row in rows]) for group, up in self.parent.chain]
         return [*above, (self, None)]
 
     def mask(self, window: int | None, device: torch.device) -> Tensor | None:
@@ -166,9 +163,9 @@ class Segments:
                     parts.append(torch.arange(begin, begin + ancestor.lengths[at]))
                 sequences.append(torch.cat(parts))
         lengths = torch.tensor([len(sequence) for sequence in sequences])
-        index = torch.stack([
-            torch.cat([sequence, sequence[-1:].expand(int(lengths.max()) - len(sequence))]) for sequence in sequences
-        ])
+        index = torch.stack(
+            [torch.cat([sequence, sequence[-1:].expand(int(lengths.max()) - len(sequence))]) for sequence in sequences]
+        )
         return index, lengths
 
 
@@ -180,8 +177,9 @@ def _rows(packed: Tensor, group: Group) -> Tensor:
     return part.unflatten(1, (len(group.lengths), group.longest)).transpose(0, 1)
 
 
-def _attend(group: Group, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None,
-            softcap: float | None) -> Tensor:
+def _attend(
+    group: Group, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, softcap: float | None
+) -> Tensor:
     """Attention of one group's rows to themselves and their ancestors: packed `[h, N, d]` -> `[tokens, h, d]`."""
     q = _rows(query, group)  # [R, h, T, d]
     shared = query.shape[0] // key.shape[0]  # grouped-query attention: query heads per key head
@@ -215,8 +213,7 @@ def _attend(group: Group, query: Tensor, key: Tensor, value: Tensor, scale: floa
     return out if group.dense else out.index_select(0, group.unpadded.to(out.device))
 
 
-def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None,
-                          softcap: float) -> Tensor:
+def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float) -> Tensor:
     """Attention with tanh-capped scores (Gemma 2, arXiv 2408.00118, section 2), which SDPA cannot do."""
     scores = (q @ k.transpose(-1, -2)) * (scale if scale is not None else q.shape[-1] ** -0.5)
     scores = softcap * torch.tanh(scores / softcap)
@@ -249,9 +246,7 @@ def segment_attention(
     """
     if segments is None:
         if softcap is None:
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-            )
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         groups = query.shape[1] // key.shape[1]
         k, v = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         out = _softcapped_attention(query, k, v, attention_mask, scaling, softcap)

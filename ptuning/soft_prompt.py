@@ -186,7 +186,9 @@ def check_base(soft_prompt: SoftPrompt, folder: str, width: int, base: str, fing
     """
     card = soft_prompt.card
     if card.width != width:
-        raise SoftPromptError(f"{folder}: made for width {card.width} ({card.base}), but {base} has width {width}; use its base")
+        raise SoftPromptError(
+            f"{folder}: made for width {card.width} ({card.base}), but {base} has width {width}; use its base"
+        )
     if card.base_fingerprint is None or fingerprint is None:
         return
     differ = [part for part, value in fingerprint.items() if card.base_fingerprint.get(part) != value]
@@ -227,9 +229,7 @@ def label_rows(
     return torch.cat([means, vocabulary_rows(length - len(means), frequent, embed, generator)])
 
 
-def transferred_rows(
-    length: int, source: Tensor, frequent: Sequence[int], embed: Embed, generator: torch.Generator
-) -> Tensor:
+def transferred_rows(length: int, source: Tensor, frequent: Sequence[int], embed: Embed, generator: torch.Generator) -> Tensor:
     """`[P, H]` rows of another soft prompt (SPoT, Vu et al. 2022), cut, or filled up from the vocabulary."""
     if len(source) >= length:
         return source[:length].clone()

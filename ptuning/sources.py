@@ -111,9 +111,7 @@ def cache_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(
-            f"{folder}: cannot be made ({error.strerror}); set HF_DATASETS_CACHE to a writable folder"
-        ) from None
+        raise DataError(f"{folder}: cannot be made ({error.strerror}); set HF_DATASETS_CACHE to a writable folder") from None
     return folder
 
 
@@ -221,7 +219,6 @@ def _parquet_rows(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
 
-
             def read(names: list[str]) -> Iterator[pa.Table | pa.RecordBatch]:
                 return iter(file.iter_batches(1000, columns=names))
 
@@ -308,9 +305,7 @@ def _checked(rows: Iterator[Row], columns: list[str], references: bool) -> Itera
             raise DataError(f"{place}: {error}") from None
 
 
-def _write(
-    folder: Path, stem: str, source: str, rows: Iterator[tuple[dict[str, Any], bytes]], schema: pa.Schema
-) -> Path:
+def _write(folder: Path, stem: str, source: str, rows: Iterator[tuple[dict[str, Any], bytes]], schema: pa.Schema) -> Path:
     """Store the texts as an Arrow file and return its path. Several processes may do the same at once.
 
     The file gets its name when it is complete; whoever comes last replaces it by an equal one.
@@ -337,6 +332,4 @@ def _write(
             return Path(file.name).rename(folder / f"{stem}-{digest.hexdigest()}.arrow")
     except OSError as error:
         reason = error.strerror or _first_line(error)
-        raise DataError(
-            f"{folder}: cannot be written ({reason}); set HF_DATASETS_CACHE to a folder with space"
-        ) from None
+        raise DataError(f"{folder}: cannot be written ({reason}); set HF_DATASETS_CACHE to a folder with space") from None

@@ -161,8 +161,7 @@ def list_folders(storage: str) -> list[str]:
     return sorted(
         info.path.split("/")[-2]
         for info in found
-        if info.base_name == MANIFEST and len(info.path.split("/")) == depth
-        and not info.path.split("/")[-2].startswith(".")
+        if info.base_name == MANIFEST and len(info.path.split("/")) == depth and not info.path.split("/")[-2].startswith(".")
     )
 
 

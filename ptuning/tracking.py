@@ -6,17 +6,10 @@ A `Tracker` belongs to the driver of one run. Each record is one line in the spo
 batches and remembers how far it came. MLflow may be slow, down, or absent from start to end: the lines wait, and the
 same run resumed, or `ship_leftovers` in a later command, ships them. Shipping twice is harmless: each point carries its
 own time and step, and the run is found again by a key of ours, so an answer that got lost never makes a second run.
-
-    <spool>/run.json       our run key, and what is needed to create the MLflow run
-    <spool>/events.jsonl   the records
-    <spool>/sent.json      how far they are shipped
-    <spool>/files/         artifacts given as bytes
-    <spool>/refused.jsonl  records that MLflow will never take, and why
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
@@ -28,18 +21,17 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from ptuning.config import UserError
+from ptuning.spool import Record, Sent, Spool, locked, redact, write_file
 
-Record = dict[str, Any]
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 PAUSE, LONGEST_PAUSE = 0.5, 30.0
@@ -72,21 +64,13 @@ def default_uri(storage: str | Path) -> str:
         UserError: the storage is no local folder.
     """
     if "://" in str(storage):
-        raise UserError(
-            f"compute.storage: {storage} cannot hold the tracking store; set tracking.uri to an MLflow server"
-        )
+        raise UserError(f"compute.storage: {storage} cannot hold the tracking store; set tracking.uri to an MLflow server")
     return f"sqlite:///{Path(storage).absolute() / 'mlflow.db'}"
 
 
 def default_artifact_root(storage: str | Path) -> str:
     """Where the runs of `default_uri` keep their artifacts."""
     return f"{storage}/mlartifacts" if "://" in str(storage) else (Path(storage).absolute() / "mlartifacts").as_uri()
-
-
-def redact(text: str) -> str:
-    """The text with passwords in addresses replaced by ***."""
-    text = re.sub(r"(\w://)[^/\s\"']*@", r"\1***@", text)
-    return re.sub(r"(?i)([?&][^=&\s]*(?:password|passwd|pwd|token|secret)[^=&\s]*=)[^&\s\"']+", r"\1***", text)
 
 
 def provenance() -> dict[str, str]:
@@ -142,10 +126,10 @@ class Tracker:
         """
         spool.mkdir(parents=True, exist_ok=True)
         self._held = ExitStack()
-        if not self._held.enter_context(_locked(spool / "writer.lock", seconds=2)):  # ship_leftovers holds it shortly
+        if not self._held.enter_context(locked(spool / "writer.lock", seconds=2)):  # ship_leftovers holds it shortly
             raise UserError(f"run {run_name}: another process is writing {spool}; wait for it or choose another name")
         remote = uri.startswith(("http://", "https://"))
-        self._spool = _Spool.create(spool, uri, experiment, None if remote else artifact_root, run_name, parent)
+        self._spool = Spool.create(spool, uri, experiment, None if remote else artifact_root, run_name, parent)
         self.run_key: str = self._spool.about["run_key"]
         self._shipment = _Shipment(self._spool, uri)
         self._secret = (uri, redact(uri))
@@ -211,7 +195,7 @@ class Tracker:
         """Upload bytes as the file `name` (slashes make folders). The same name again replaces it."""
         path = self._spool.files / _inside(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, content)
+        write_file(path, content)
         folder = str(PurePosixPath(name).parent)
         kept = str(path.relative_to(self._spool.folder))  # relative: the spool may be moved before it is shipped
         self._record({"kind": "artifact", "path": kept, "folder": "" if folder == "." else folder}, sync=True)
@@ -311,13 +295,13 @@ def ship_leftovers(folder: Path, uri: str) -> int:
     A run whose process died without a word is closed as KILLED. Runs that somebody writes at this moment, and runs that
     were tracked elsewhere, are left alone. Takes as long as MLflow takes: call it in a thread.
     """
-    found = [_Spool(path.parent) for path in folder.rglob("events.jsonl") if path.with_name("run.json").exists()]
+    found = [Spool(path.parent) for path in folder.rglob("events.jsonl") if path.with_name("run.json").exists()]
     spools = sorted(found, key=lambda spool: int(spool.about["time"]))  # parents before their children
     waiting, down = 0, False
     for spool in spools:
         if spool.about["uri"] != redact(uri):
             continue
-        with _locked(spool.folder / "writer.lock") as abandoned:
+        with locked(spool.folder / "writer.lock") as abandoned:
             if not abandoned:
                 continue
             if not spool.finished():
@@ -334,100 +318,6 @@ def ship_leftovers(folder: Path, uri: str) -> int:
     return waiting
 
 
-class _Sent(NamedTuple):
-    """How far a spool is shipped to one MLflow."""
-
-    uri: str
-    run_id: str | None = None
-    offset: int = 0
-
-
-class _Spool:
-    """A run on local disk. One process writes it (`writer.lock`), one at a time ships it (`shipping.lock`)."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files = folder / "files"
-        self.events = folder / "events.jsonl"
-        self.about: Record = json.loads((folder / "run.json").read_text())
-
-    @classmethod
-    def create(
-        cls, folder: Path, uri: str, experiment: str, artifact_root: str | None, run_name: str, parent: str | None
-    ) -> _Spool:
-        path = folder / "run.json"
-        about: Record = {"run_key": uuid.uuid4().hex, "experiment": experiment, "artifact_root": artifact_root}
-        about |= {"run_name": run_name, "parent": parent, "time": time.time_ns() // 1_000_000}
-        if path.exists():
-            about = json.loads(path.read_text())
-        about["uri"] = redact(uri)
-        _write(path, json.dumps(about).encode())
-        (folder / "events.jsonl").touch()
-        return cls(folder)
-
-    def append(self, line: bytes, sync: bool) -> int:
-        """Write one line and return the new size. All of it or, on a full disk, nothing.
-
-        Unbuffered and opened per line (some 20 microseconds): a process that is killed has lost nothing.
-        """
-        with self.events.open("ab", buffering=0) as file:
-            start = file.tell()
-            try:
-                while line:
-                    line = line[file.write(line) :]
-                if sync:
-                    os.fsync(file.fileno())
-            except OSError:
-                file.truncate(start)
-                raise
-            return file.tell()
-
-    def read(self, offset: int) -> Iterator[tuple[Record, int, int]]:
-        """The records from a byte offset on, each with its length and the offset behind it; not a half-written line."""
-        with self.events.open("rb") as file:
-            file.seek(offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                offset += len(line)
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    record = {"kind": "broken"}
-                yield record, len(line), offset
-
-    def replay(self) -> Iterator[Record]:
-        """All records; then cuts off a line that a killed machine left half-written."""
-        whole = 0
-        for record, size, _ in self.read(0):
-            yield record
-            whole += size
-        os.truncate(self.events, whole)
-
-    def size(self) -> int:
-        return self.events.stat().st_size
-
-    def unsent(self, offset: int) -> int:
-        return sum(1 for _ in self.read(offset))
-
-    def finished(self) -> bool:
-        """True if the last record is a finish (a short line: reading the end of the file is enough)."""
-        with self.events.open("rb") as file:
-            file.seek(max(0, self.size() - 200))
-            return b'{"kind": "finish"' in file.read().rstrip(b"\n").rpartition(b"\n")[2]
-
-    def sent(self, uri: str) -> _Sent:
-        """How far it is shipped to this MLflow. Unknown means not at all: shipping again is harmless."""
-        try:
-            sent = _Sent(**json.loads((self.folder / "sent.json").read_text()))
-        except (OSError, ValueError, TypeError):
-            return _Sent(redact(uri))
-        return sent if sent.uri == redact(uri) and sent.offset <= self.size() else _Sent(redact(uri))
-
-    def save_sent(self, sent: _Sent) -> None:
-        _write(self.folder / "sent.json", json.dumps(sent._asdict()).encode(), sync=False)
-
-
 class _RunGone(Exception):
     """The run was deleted in MLflow, or its database was replaced."""
 
@@ -439,7 +329,7 @@ class _Refused(Exception):
 class _Shipment:
     """Brings one spool to MLflow."""
 
-    def __init__(self, spool: _Spool, uri: str) -> None:
+    def __init__(self, spool: Spool, uri: str) -> None:
         self.spool = spool
         self.uri = uri
         self.run_id = spool.sent(uri).run_id
@@ -452,7 +342,7 @@ class _Shipment:
         Raises:
             Exception: whatever stands between us and MLflow; call it again later.
         """
-        with _locked(self.spool.folder / "shipping.lock") as mine:
+        with locked(self.spool.folder / "shipping.lock") as mine:
             if not mine:
                 raise ConnectionError("another process is shipping this run")
             sent = self.spool.sent(self.uri)
@@ -468,7 +358,7 @@ class _Shipment:
                     self._send(batch)
                 except _RunGone:
                     self.run_id = self._params = None
-                    self.spool.save_sent(_Sent(sent.uri))
+                    self.spool.save_sent(Sent(sent.uri))
                     raise
                 self.spool.save_sent(sent._replace(offset=offset))
                 yield offset
@@ -670,7 +560,7 @@ def _create_database(path: Path) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_name(f"{path.name}.lock"), seconds=300) as mine:
+    with locked(path.with_name(f"{path.name}.lock"), seconds=300) as mine:
         if not mine:
             raise ConnectionError(f"another process is creating {path}")
         if path.exists():
@@ -680,34 +570,6 @@ def _create_database(path: Path) -> None:
         store: Any = SqlAlchemyStore
         store(f"sqlite:///{fresh}", default_artifact_root(path.parent)).engine.dispose()
         fresh.replace(path)
-
-
-@contextmanager
-def _locked(path: Path, seconds: float = 0) -> Iterator[bool]:
-    """Hold a lock that dies with the process; yields False if another one holds it for longer than `seconds`."""
-    deadline = time.monotonic() + seconds
-    with path.open("ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    yield False
-                    return
-                time.sleep(0.05)
-        yield True
-
-
-def _write(path: Path, content: bytes, sync: bool = True) -> None:
-    """Replace a file whole or not at all."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    with fresh.open("wb") as file:
-        file.write(content)
-        file.flush()
-        if sync:
-            os.fsync(file.fileno())
-    fresh.replace(path)
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -20,8 +20,8 @@ from transformers import Adafactor
 
 from ptuning import checkpoint, soft_prompt, storage
 from ptuning.base import Base
-from ptuning.config import Experiment, Template, TrainConfig
 from ptuning.batches import BatchOrder, share
+from ptuning.config import Experiment, Template, TrainConfig
 from ptuning.data import Encoder, Split
 from ptuning.evaluate import Evaluation, evaluate
 from ptuning.model import PromptedModel, Row, plan_targets
@@ -157,9 +157,7 @@ class Slot:
         """The inverse of `state`: training goes on bit by bit as if it had not been interrupted."""
         self.vectors.data.copy_(tensors["vectors"])
         self.best_vectors = tensors["best_vectors"]
-        moments = {
-            key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")
-        }
+        moments = {key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")}
         self.optimizer.state[self.vectors] = {**state["optimizer"], **moments}
         self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
         self.since_best, self.parent = state["since_best"], state["parent"]
@@ -168,8 +166,9 @@ class Slot:
 class Pack:
     """The slots that train together over one base, on one of the workers."""
 
-    def __init__(self, model: PromptedModel, base: Base, workers: Workers, load_task: Callable[[Experiment], Task],
-                 places: int = 1) -> None:
+    def __init__(
+        self, model: PromptedModel, base: Base, workers: Workers, load_task: Callable[[Experiment], Task], places: int = 1
+    ) -> None:
         self.model = model
         self.base = base
         self.workers = workers
@@ -215,8 +214,7 @@ def train(pack: Pack, source: Source, report: Report) -> None:
         step(pack, report)
         due = [slot for slot in pack.slots if slot.evaluation_due and slot.task.validation]
         for slot, evaluation in zip(due, evaluate_slots(pack, due, "validation"), strict=True):
-            best = slot.observe(evaluation.metrics)
-            tell(slot, report, "evaluation", evaluation.metrics, {"best": best})
+            observe(pack, slot, evaluation, report)
         for slot in pack.slots:
             if slot.checkpoint_due or slot.done:
                 save_checkpoint(pack, slot)
@@ -272,8 +270,10 @@ def _micro_batches(pack: Pack, rows: list[np.ndarray]) -> list[list[list[Row]]]:
     limit = min((slot.config.micro_batch_size or most) for slot in pack.slots)
     passes = math.ceil(most / limit)
     return [
-        [[slot.task.train.row(int(row)) for row in np.array_split(part, passes)[index]]
-         for slot, part in zip(pack.slots, mine, strict=True)]
+        [
+            [slot.task.train.row(int(row)) for row in np.array_split(part, passes)[index]]
+            for slot, part in zip(pack.slots, mine, strict=True)
+        ]
         for index in range(passes)
     ]
 
@@ -298,10 +298,23 @@ def evaluate_slots(pack: Pack, slots: list[Slot], split: Literal["validation", "
         text = split == "test" or slot.experiment.metric != "loss"
         vectors = slot.best_vectors if split == "test" else slot.vectors
         evaluations += evaluate(
-            pack.model, [vectors.detach()], rows, slot.task.encoder, pack.workers,
+            pack.model,
+            [vectors.detach()],
+            rows,
+            slot.task.encoder,
+            pack.workers,
             slot.task.max_new_tokens if text else None,
         )
     return evaluations
+
+
+def observe(pack: Pack, slot: Slot, evaluation: Evaluation, report: Report) -> None:
+    """Compare an evaluation with the best one; a loss that is not finite ends the slot."""
+    if not math.isfinite(evaluation.metrics["loss"]):
+        fail(pack, slot, report, evaluation.metrics["loss"])
+        return
+    best = slot.observe(evaluation.metrics)
+    tell(slot, report, "evaluation", evaluation.metrics, {"best": best})
 
 
 def save_checkpoint(pack: Pack, slot: Slot) -> None:
@@ -348,8 +361,13 @@ def fail(pack: Pack, slot: Slot, report: Report, loss: float) -> None:
     pack.slots.remove(slot)
 
 
-def tell(slot: Slot, report: Report, kind: Literal["step", "evaluation"], values: dict[str, float],
-         details: dict[str, Any] | None = None) -> None:
+def tell(
+    slot: Slot,
+    report: Report,
+    kind: Literal["step", "evaluation"],
+    values: dict[str, float],
+    details: dict[str, Any] | None = None,
+) -> None:
     """Report an event and remember it until the next checkpoint."""
     event = Event(kind, slot.name, slot.step, values, details=details or {})
     slot.unsaved.append(event)
@@ -371,8 +389,13 @@ def _optimizer(config: TrainConfig, vectors: nn.Parameter) -> torch.optim.Optimi
         return torch.optim.AdamW([vectors], lr=config.learning_rate, weight_decay=config.weight_decay)
     # As in Lester et al. 2021, section 3: external learning rate, no parameter scaling, beta2 decay 0.8.
     return Adafactor(
-        [vectors], lr=config.learning_rate, weight_decay=config.weight_decay, scale_parameter=False,
-        relative_step=False, warmup_init=False, decay_rate=-0.8,
+        [vectors],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        scale_parameter=False,
+        relative_step=False,
+        warmup_init=False,
+        decay_rate=-0.8,
     )
 
 

@@ -9,6 +9,7 @@ stage 3 does around a step: its `step()` releases and re-gathers every persisten
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,8 +30,7 @@ if not torch.cuda.is_available():
 
 import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when it is imported)
 import deepspeed.ops  # noqa: E402
-from transformers.integrations import HfDeepSpeedConfig  # noqa: E402
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noqa: E402
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config  # noqa: E402
 
 SAMPLES = 8
 """Numbers per tensor and rank that are compared with the file after loading."""
@@ -131,24 +131,28 @@ def sharding(model: nn.Module) -> Sharding:
     """Bytes of the base that this rank holds, and bytes of the whole base."""
     held = whole = 0
     for parameter in model.parameters():
-        if hasattr(parameter, "ds_tensor"):
-            held += max(parameter.ds_tensor.numel(), parameter.data.numel()) * parameter.ds_tensor.element_size()
-            whole += parameter.ds_numel * parameter.ds_tensor.element_size()
-        else:
-            held += parameter.numel() * parameter.element_size()
-            whole += parameter.numel() * parameter.element_size()
+        own = _own_share(parameter)
+        held += max(own.numel(), parameter.data.numel()) * own.element_size()
+        whole += _numbers(_whole_shape(parameter)) * own.element_size()
     return Sharding(held, whole)
+
+
+def _own_share(parameter: nn.Parameter) -> torch.Tensor:
+    """What stays on this rank between passes: the flattened part of a partitioned tensor, or a whole one."""
+    share: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
+    return share.detach()
+
+
+def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 over every base tensor as this rank holds it: equal before and after training (law 2)."""
-    import hashlib
-
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        local = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
         digest.update(name.encode())
-        digest.update(local.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(_own_share(parameter).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -163,12 +167,11 @@ def _check_weights(model: PreTrainedModel, base: Base) -> None:
     compared = 0
     for name, parameter in model.named_parameters():
         file = stored.get(name) or stored.get(name.removeprefix(f"{model.base_model_prefix}."))
-        sharded = hasattr(parameter, "ds_tensor")
-        shape = tuple(parameter.ds_shape if sharded else parameter.shape)
+        shape = _whole_shape(parameter)
         if file is None or file.shape != shape or file.dtype not in STORED_DTYPES:
             continue  # renamed or merged while loading, or tied: nothing to compare with
-        local = (parameter.ds_tensor if sharded else parameter).detach().flatten()
-        first = rank * local.numel() if sharded else 0
+        local = _own_share(parameter).flatten()
+        first = rank * local.numel() if hasattr(parameter, "ds_tensor") else 0
         count = min(local.numel(), _numbers(shape) - first)
         for at in range(0, max(count, 0), max(1, count // SAMPLES)):
             expected = stored_values(file, first + at, 1).to(local.dtype)

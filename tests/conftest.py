@@ -184,9 +184,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     corpus = [f"Text: {row['text']}\nKind: {row['label']}" for row in toy_rows(200, seed=9)]
     tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
     )

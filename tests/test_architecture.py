@@ -42,9 +42,7 @@ OWNERS = {
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc", "core"}
 LONG_JOBS = {"pretrain_builtin", "benchmark"}
 
-MODULES = {
-    path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py") if path.stem != "__init__"
-}
+MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 SOURCES = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "jobs").glob("*.py")]
 
 
@@ -94,9 +92,7 @@ def test_each_framework_has_one_owner(room):
 
 
 def test_transformers_own_door_to_deepspeed_is_used_in_zero_only():
-    through = {
-        room for room, tree in MODULES.items() if any("integrations.deepspeed" in name for name in imported(tree))
-    }
+    through = {room for room, tree in MODULES.items() if any("integrations.deepspeed" in name for name in imported(tree))}
     assert through <= {"zero"}
 
 

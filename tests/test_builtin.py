@@ -67,9 +67,7 @@ def test_same_seed_same_corpus_and_another_seed_another_one() -> None:
 def test_every_reference_in_the_lexicons_names_a_section_or_a_bound_value() -> None:
     sections = Grammar().sections
     known = {name.rstrip("*+-") for name in sections} | BOUND
-    references = {
-        name for items in sections.values() for item in items for name in re.findall(r"\{([^{}]+?)[*!]?\}", item)
-    }
+    references = {name for items in sections.values() for item in items for name in re.findall(r"\{([^{}]+?)[*!]?\}", item)}
     assert {name for name in references if name.rstrip("2+-") not in known} == set()
 
 

@@ -174,8 +174,7 @@ WRONG = [
     ({"prompt__init": "labels"}, 'prompt.init: "labels" needs data.labels; list them or choose another init'),
     (
         {"train__metric": "accuracy"},
-        'train.metric: "accuracy" is not measured on a generation task; '
-        "use one of loss, exact_match, token_f1, rouge_l, bleu",
+        'train.metric: "accuracy" is not measured on a generation task; use one of loss, exact_match, token_f1, rouge_l, bleu',
     ),
     (
         {"train__metric": "bleu", "data__labels": ["a", "b"]},
@@ -288,9 +287,7 @@ def test_files_that_cannot_be_read(tmp_path):
     assert sentence(lambda: read_experiment(latin)).startswith(f"{latin}: cannot be read (")
     broken = tmp_path / "broken.toml"
     broken.write_text("name = \n", encoding="utf-8")
-    assert (
-        sentence(lambda: read_experiment(broken)) == f"{broken}: is not valid TOML: Invalid value (at line 1, column 8)"
-    )
+    assert sentence(lambda: read_experiment(broken)) == f"{broken}: is not valid TOML: Invalid value (at line 1, column 8)"
 
 
 def test_template_fields():
@@ -321,9 +318,7 @@ experiments = st.fixed_dictionaries(
         ),
     },
     optional={
-        "model": st.fixed_dictionaries(
-            {}, optional={"path": st.text(), "revision": st.text(), "dtype": st.just("float32")}
-        ),
+        "model": st.fixed_dictionaries({}, optional={"path": st.text(), "revision": st.text(), "dtype": st.just("float32")}),
         "prompt": st.fixed_dictionaries({"init": st.just("text"), "init_text": st.text(min_size=1), "length": counts}),
         "train": st.fixed_dictionaries(
             {"batch_size": st.integers(8, 64)},
@@ -354,7 +349,5 @@ def test_only_safe_names_are_names(name):
 
 
 def test_a_file_says_the_same_as_its_tables(write_toml):
-    plain = tables(
-        data__labels=["a", "b"], train__gradient_checkpointing=True, compute__workers=[1, 2], train__clip=0.5
-    )
+    plain = tables(data__labels=["a", "b"], train__gradient_checkpointing=True, compute__workers=[1, 2], train__clip=0.5)
     assert read_experiment(write_toml(plain)) == parse_experiment(plain)

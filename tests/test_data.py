@@ -71,9 +71,7 @@ def words(specials: str = "<s> $A", **options: Any) -> CountingTokenizer:
     """One token per word or blank, and "ab" is one token where "a" and "b" stand together: BPE with a merge."""
     vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3, "b": 4, "ab": 5, " ": 6, "c": 7}
     tokenizer = Tokenizer(models.BPE(vocabulary, [("a", "b")], unk_token="<unk>"))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=specials, special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=specials, special_tokens=[("<s>", 0), ("</s>", 1)])
     options = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | options
     return CountingTokenizer(tokenizer_object=tokenizer, **options)
 
@@ -201,8 +199,7 @@ def test_both_tokenizers_of_the_assets_encode_every_label(assets: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         encoder = Encoder(KIND, tokenizer, 100)
         assert encoder.label_ids == [
-            [*tokenizer(f" {label}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-            for label in ("fruit", "tool")
+            [*tokenizer(f" {label}", add_special_tokens=False).input_ids, tokenizer.eos_token_id] for label in ("fruit", "tool")
         ]
         assert encoder.input_ids(ROWS[0])[0] == tokenizer.bos_token_id
 
@@ -281,10 +278,7 @@ def test_several_processes_may_load_at_once(tiny_tokenizer: PreTrainedTokenizerF
         "HF_DATASETS_CACHE": str(tmp_path / "cache"),
         "PYTHONPATH": str(Path(__file__).parent.parent),
     }
-    processes = [
-        subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=PIPE, stderr=PIPE)
-        for _ in range(2)
-    ]
+    processes = [subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=PIPE, stderr=PIPE) for _ in range(2)]
     outputs = [process.communicate(timeout=60) for process in processes]
     assert outputs[0][0].startswith(b"900 ") and outputs[0] == outputs[1]
     assert outputs[0][1] == b""  # no progress bars
@@ -339,9 +333,7 @@ def test_the_templates_words_survive_any_cut(
     encoder = Encoder(template, tiny_tokenizer, 100)
     row = {"text": text, "other": other}
     whole = encoder.input_ids(row)
-    least = min(
-        len(encoder.input_ids(row | {field: ""})) for field in row if len(row[field]) == max(len(text), len(other))
-    )
+    least = min(len(encoder.input_ids(row | {field: ""})) for field in row if len(row[field]) == max(len(text), len(other)))
     try:
         ids = encoder.fitted_ids(row, room)
     except DataError:
@@ -428,9 +420,7 @@ def test_builtin_tasks(load: Callable[..., Split], tmp_path: Path, monkeypatch: 
         jsonl(str(tmp_path / "tasks" / "kind" / f"{split}.jsonl"), ROWS)
     assert load("builtin:kind/train").source == "builtin:kind/train"
     for source in ("builtin:kind/validation", "builtin:kind", "builtin:../tasks/kind/train"):
-        assert sentence(load, source) == (
-            f"{source}: no such built-in split; there are builtin:kind/test, builtin:kind/train"
-        )
+        assert sentence(load, source) == (f"{source}: no such built-in split; there are builtin:kind/test, builtin:kind/train")
 
 
 LINE = b'{"text": "a pear", "label": "fruit"}\n'
@@ -498,15 +488,11 @@ def test_sentences_about_columns(load: Callable[..., Split]) -> None:
     )
 
 
-def test_sentences_about_rows_that_do_not_fit(
-    load: Callable[..., Split], tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_sentences_about_rows_that_do_not_fit(load: Callable[..., Split], tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(KIND, tiny_tokenizer, 60)
     bare = KIND.model_copy(update={"input": "{text}"})
     path = jsonl("t.jsonl", [*ROWS, {"text": "", "label": "tool"}])
-    assert sentence(load, path, bare, "validation") == (
-        "t.jsonl, row 4: the input has no text; fill the row or remove it"
-    )
+    assert sentence(load, path, bare, "validation") == ("t.jsonl, row 4: the input has no text; fill the row or remove it")
     assert load(path, bare).dropped == 1
     assert load(path, KIND, "validation").dropped == 0  # the template has words of its own
 
@@ -550,14 +536,10 @@ def test_sentences_about_labels_and_tokenizers(load: Callable[..., Split]) -> No
 def test_a_request_without_the_field_is_told_so(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError) as error:
         Encoder(KIND, tiny_tokenizer, 100).fitted_ids({"message": "x"})
-    assert str(error.value) == (
-        "the field 'text' is missing (there are 'message'); correct the data or the template"
-    )
+    assert str(error.value) == ("the field 'text' is missing (there are 'message'); correct the data or the template")
 
 
-def test_a_cache_that_cannot_be_written(
-    load: Callable[..., Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written(load: Callable[..., Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
     folder = tmp_path / "file" / "ptuning"

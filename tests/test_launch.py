@@ -70,10 +70,18 @@ def test_train_gives_a_soft_prompt_and_an_mlflow_run_that_holds_everything(table
     ]
     assert len(client.get_metric_history(summary["run_id"], "validation/accuracy")) == 3
     assert {found.dataset.name for found in run.inputs.dataset_inputs} == {"train", "validation", "test"}
-    files = {found.path for folder in ("", "plots", "soft_prompt") for found in client.list_artifacts(summary["run_id"], folder)}
+    files = {
+        found.path for folder in ("", "plots", "soft_prompt") for found in client.list_artifacts(summary["run_id"], folder)
+    }
     assert files >= {
-        "experiment.json", "predictions.json", "plots/loss.png", "plots/confusion.png", "plots/validation.png",
-        "soft_prompt/card.json", "soft_prompt/adapter_config.json", "soft_prompt/adapter_model.safetensors",
+        "experiment.json",
+        "predictions.json",
+        "plots/loss.png",
+        "plots/confusion.png",
+        "plots/validation.png",
+        "soft_prompt/card.json",
+        "soft_prompt/adapter_config.json",
+        "soft_prompt/adapter_model.safetensors",
     }
 
     with pytest.raises(UserError, match=r"a run of this name is there \(finished\); continue it with --resume, or choose"):
@@ -96,7 +104,8 @@ def test_a_killed_worker_costs_at_most_one_checkpoint_interval(tables: dict[str,
         while not any(event.kind == "step" and event.step >= 12 for event in events):
             time.sleep(0.02)
         victims = [
-            int(pid.name) for pid in Path("/proc").iterdir()
+            int(pid.name)
+            for pid in Path("/proc").iterdir()
             if pid.name.isdigit() and b"RayTrainWorker" in _read(pid / "cmdline")
         ]
         killed.append(victims[-1])
@@ -158,7 +167,9 @@ def test_workers_may_be_a_range(tables: dict[str, Any]) -> None:
     assert scaling.num_workers == (1, 2) and scaling.resources_per_worker == {"CPU": 1}
 
 
-def test_experiments_travel_with_absolute_paths(tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_experiments_travel_with_absolute_paths(
+    tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     tables["data"]["train"] = "toy/train.jsonl"
     tables["compute"]["storage"] = "runs"

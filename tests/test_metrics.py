@@ -16,9 +16,7 @@ pytestmark = pytest.mark.fast
 
 METRICS = ("exact_match", "token_f1", "rouge_l", "bleu")
 
-words = st.lists(st.sampled_from(["the", "a", "cat", "sat", "on", "mat", "big", ".", "Red's", "7"]), max_size=8).map(
-    " ".join
-)
+words = st.lists(st.sampled_from(["the", "a", "cat", "sat", "on", "mat", "big", ".", "Red's", "7"]), max_size=8).map(" ".join)
 answers = st.lists(words, min_size=1, max_size=3)
 tasks = st.lists(st.tuples(words, answers), min_size=1, max_size=5)
 

@@ -126,9 +126,7 @@ def test_losses_and_gradients_equal_the_rows_written_out(architecture, lengths):
     assert got.dtype == torch.float32
     assert plan.per_slot == [sum(len(target) for _, target in rows) for rows in ROWS]
     trained = [prompt for prompt in prompts if len(prompt)]
-    for mine, theirs in zip(
-        torch.autograd.grad(got.sum(), trained), torch.autograd.grad(expected.sum(), trained), strict=True
-    ):
+    for mine, theirs in zip(torch.autograd.grad(got.sum(), trained), torch.autograd.grad(expected.sum(), trained), strict=True):
         assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
 
 
@@ -139,9 +137,7 @@ def test_labels_are_scored_as_if_each_stood_alone(architecture):
     inputs = [[source for source, _ in rows] for rows in ROWS]
     with torch.no_grad():
         got = model(prompts, plan_labels([5, 0], inputs, LABELS))
-        expected = [
-            alone(base, prompts[k], (source, label)) for k in range(2) for source in inputs[k] for label in LABELS
-        ]
+        expected = [alone(base, prompts[k], (source, label)) for k in range(2) for source in inputs[k] for label in LABELS]
     torch.testing.assert_close(got, torch.cat(expected), atol=2e-5, rtol=1e-5)
 
 
@@ -300,9 +296,7 @@ def test_bfloat16_base_gives_fp32_losses_and_gradients(architecture):
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neo", "opt", "falcon", "llama"])
 def test_dropout_is_off_even_in_training_mode(architecture):
     dropout = (
-        {"attention_dropout": 0.5}
-        if architecture != "gpt2"
-        else {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}
+        {"attention_dropout": 0.5} if architecture != "gpt2" else {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}
     )
     if architecture in ("gpt_neo", "opt", "falcon"):
         name = {"gpt_neo": "resid_dropout", "opt": "dropout", "falcon": "hidden_dropout"}[architecture]
@@ -380,9 +374,7 @@ def test_logits_and_loss_equal_pefts(architecture):
     theirs, ours = _peft(architecture, soft_prompt), prompted(architecture)
     with torch.no_grad():
         logits = theirs(input_ids=torch.tensor([[3, 4, 5, 6, 7]])).logits[0, -5:]
-        torch.testing.assert_close(
-            every_logit(ours, soft_prompt.detach(), [[3, 4, 5, 6, 7]]), logits, atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(every_logit(ours, soft_prompt.detach(), [[3, 4, 5, 6, 7]]), logits, atol=1e-5, rtol=1e-5)
         loss = ours([soft_prompt], plan_targets([6], ROWS[:1])).mean()
         assert loss.item() == pytest.approx(_peft_loss(theirs, ROWS[0]).item(), rel=1e-5)
 

@@ -30,7 +30,11 @@ FINGERPRINT = {"config": "a" * 64, "tokenizer": "b" * 64, "weights": "c" * 64}
 
 def make(vectors: Tensor, **changes: Any) -> SoftPrompt:
     fields: dict[str, Any] = {
-        "name": "toy", "base": "tiny", "base_fingerprint": FINGERPRINT, "length": len(vectors), "width": vectors.shape[1],
+        "name": "toy",
+        "base": "tiny",
+        "base_fingerprint": FINGERPRINT,
+        "length": len(vectors),
+        "width": vectors.shape[1],
         "template": Template(input="{text}", target=" {label}", labels=("a", "b")),
         "content_hash": soft_prompt.content_hash(vectors),
     }
@@ -49,7 +53,10 @@ def test_a_soft_prompt_comes_back_bit_by_bit(tmp_path: Path) -> None:
     loaded = soft_prompt.load(str(tmp_path / "toy"))
     assert torch.equal(saved.vectors, loaded.vectors) and saved.card == loaded.card
     assert sorted(path.name for path in (tmp_path / "toy").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "card.json", "manifest.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "card.json",
+        "manifest.json",
     ]
 
 
@@ -138,8 +145,15 @@ def test_hostile_tensors_are_a_sentence(folder: Path, tensors: Any, config: Any,
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\x00" * 8, b"\xff" * 8 + b"{}", (1 << 63).to_bytes(8, "little") + b"{}", b"\x02\0\0\0\0\0\0\0{}",
-     b"\x10\0\0\0\0\0\0\0not json at all!", b"\x80\x02]q\x00."],
+    [
+        b"",
+        b"\x00" * 8,
+        b"\xff" * 8 + b"{}",
+        (1 << 63).to_bytes(8, "little") + b"{}",
+        b"\x02\0\0\0\0\0\0\0{}",
+        b"\x10\0\0\0\0\0\0\0not json at all!",
+        b"\x80\x02]q\x00.",
+    ],
 )
 def test_hostile_files_are_a_sentence(folder: Path, content: bytes) -> None:
     rewrite(folder)

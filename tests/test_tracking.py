@@ -67,9 +67,7 @@ def runs(uri: str) -> list[Any]:
 
     mlflow = client(uri)
     experiment = mlflow.get_experiment_by_name("tests")
-    return (
-        [] if experiment is None else list(mlflow.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL))
-    )
+    return [] if experiment is None else list(mlflow.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL))
 
 
 def history(uri: str, run_id: str | None, key: str) -> list[tuple[int, float]]:
@@ -424,8 +422,7 @@ def test_recording_is_cheap_while_the_thread_imports_mlflow(tmp_path: Path) -> N
 def test_threads_do_not_tear_lines(tmp_path: Path) -> None:
     tracker = track(tmp_path, uri=f"http://127.0.0.1:{free_port()}")
     threads = [
-        threading.Thread(target=lambda key=key: [tracker.metrics({key: 1.0}, step) for step in range(200)])
-        for key in "abcd"
+        threading.Thread(target=lambda key=key: [tracker.metrics({key: 1.0}, step) for step in range(200)]) for key in "abcd"
     ]
     for thread in threads:
         thread.start()

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from ptuning import checkpoint, soft_prompt, storage, train as training, zero
+from ptuning import checkpoint, soft_prompt, storage, zero
+from ptuning import train as training
 from ptuning.base import Base, find_base
 from ptuning.config import Experiment, ModelConfig, TrainConfig, ZeroConfig, parse_experiment
 from ptuning.model import PromptedModel
@@ -88,8 +89,7 @@ def experiment(toy_task: SimpleNamespace, **changes: Any) -> Experiment:
 
 
 def test_a_soft_prompt_learns_the_toy_task(run: Any, toy_task: SimpleNamespace) -> None:
-    done = run()(experiment(toy_task, prompt__length=10, train__steps=60, train__learning_rate=0.3,
-                            train__evaluate_every=20))
+    done = run()(experiment(toy_task, prompt__length=10, train__steps=60, train__learning_rate=0.3, train__evaluate_every=20))
     [finished] = done.of("finished")
     assert finished.values["test_accuracy"] > 0.9
     assert [event.step for event in done.of("evaluation")] == [20, 40, 60]
@@ -109,9 +109,7 @@ def test_law_2_only_the_soft_prompt_moves(run: Any, toy_task: SimpleNamespace, m
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize("killed_at", [1, 7, 10, 13, 20])
-def test_law_5_killed_and_resumed_is_bit_identical(
-    run: Any, toy_task: SimpleNamespace, killed_at: int, optimizer: str
-) -> None:
+def test_law_5_killed_and_resumed_is_bit_identical(run: Any, toy_task: SimpleNamespace, killed_at: int, optimizer: str) -> None:
     task = experiment(toy_task, train__checkpoint_every=5, train__optimizer=optimizer)
     whole = run("whole")(task)
     interrupted = run("interrupted")
@@ -138,12 +136,25 @@ def test_events_of_a_killed_driver_are_reported_again(run: Any, toy_task: Simple
 
 def test_law_4_packing_changes_nothing(run: Any, toy_task: SimpleNamespace) -> None:
     trials = [
-        experiment(toy_task, name=f"t{index}", prompt__length=length, prompt__init=init, train__learning_rate=rate,
-                   train__seed=index, train__steps=steps, train__optimizer=optimizer)
-        for index, (length, init, rate, steps, optimizer) in enumerate([
-            (4, "vocabulary", 0.05, 50, "adamw"), (1, "random", 0.01, 20, "adamw"), (9, "labels", 0.3, 35, "adafactor"),
-            (6, "vocabulary", 0.1, 50, "adamw"), (2, "random", 0.02, 10, "adamw"),
-        ])
+        experiment(
+            toy_task,
+            name=f"t{index}",
+            prompt__length=length,
+            prompt__init=init,
+            train__learning_rate=rate,
+            train__seed=index,
+            train__steps=steps,
+            train__optimizer=optimizer,
+        )
+        for index, (length, init, rate, steps, optimizer) in enumerate(
+            [
+                (4, "vocabulary", 0.05, 50, "adamw"),
+                (1, "random", 0.01, 20, "adamw"),
+                (9, "labels", 0.3, 35, "adafactor"),
+                (6, "vocabulary", 0.1, 50, "adamw"),
+                (2, "random", 0.02, 10, "adamw"),
+            ]
+        )
     ]
     packed = run("packed", places=3)(*trials)  # two join when others leave
     for trial in trials:
@@ -183,9 +194,12 @@ def test_micro_batches_give_the_same_training(run: Any, toy_task: SimpleNamespac
 def test_the_best_step_is_kept_and_patience_stops(run: Any, toy_task: SimpleNamespace) -> None:
     # Validation rows with the labels exchanged: the better the training, the worse they look.
     text = toy_task.validation.read_text()
-    toy_task.validation.write_text(text.replace("tool\"", "?").replace("fruit\"", "tool\"").replace("?", "fruit\""))
-    done = run()(experiment(toy_task, prompt__length=10, train__steps=200, train__evaluate_every=5, train__patience=3,
-                            train__learning_rate=0.3))
+    toy_task.validation.write_text(text.replace('tool"', "?").replace('fruit"', 'tool"').replace("?", 'fruit"'))
+    done = run()(
+        experiment(
+            toy_task, prompt__length=10, train__steps=200, train__evaluate_every=5, train__patience=3, train__learning_rate=0.3
+        )
+    )
     [finished] = done.of("finished")
     ranked = max(done.of("evaluation"), key=lambda event: (event.values["accuracy"], -event.values["loss"]))
     assert finished.details["best_step"] == ranked.step
@@ -216,9 +230,7 @@ def test_the_test_split_is_read_once(run: Any, toy_task: SimpleNamespace, monkey
 
 
 @pytest.mark.parametrize("init", ["random", "vocabulary", "labels", "text"])
-def test_initial_vectors_are_deterministic_in_the_seed(
-    run: Any, toy_task: SimpleNamespace, base: Base, init: str
-) -> None:
+def test_initial_vectors_are_deterministic_in_the_seed(run: Any, toy_task: SimpleNamespace, base: Base, init: str) -> None:
     pack = run().pack
     text = {"prompt__init_text": "fruit or tool"} if init == "text" else {}
 
@@ -234,8 +246,15 @@ def test_a_soft_prompt_starts_from_another_one(run: Any, toy_task: SimpleNamespa
     done = run()(experiment(toy_task))
     folder = str(done.folder / "toy" / "soft_prompt")
     for length in (3, 6):
-        task = experiment(toy_task, name=f"child{length}", prompt__init="soft-prompt", prompt__init_from=folder,
-                          prompt__length=length, train__steps=1, train__learning_rate=1e-9)
+        task = experiment(
+            toy_task,
+            name=f"child{length}",
+            prompt__init="soft-prompt",
+            prompt__init_from=folder,
+            prompt__length=length,
+            train__steps=1,
+            train__learning_rate=1e-9,
+        )
         child = run("children")(task).result(task.name)
         assert child.card.parent == done.result("toy").card.content_hash
         rows = min(3, length)
@@ -244,8 +263,11 @@ def test_a_soft_prompt_starts_from_another_one(run: Any, toy_task: SimpleNamespa
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
-    [("constant", [0.5, 1.0, 1.0, 1.0, 1.0]), ("linear", [0.5, 1.0, 1.0, 0.875, 0.125]),
-     ("cosine", [0.5, 1.0, 1.0, 0.5 + 0.5 * math.cos(math.pi / 8), 0.5 - 0.5 * math.cos(math.pi / 8)])],
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.875, 0.125]),
+        ("cosine", [0.5, 1.0, 1.0, 0.5 + 0.5 * math.cos(math.pi / 8), 0.5 - 0.5 * math.cos(math.pi / 8)]),
+    ],
 )
 def test_schedules(schedule: Any, expected: list[float]) -> None:
     config = TrainConfig(learning_rate=1.0, schedule=schedule, steps=10, warmup=0.2)

@@ -60,8 +60,14 @@ def run(workers: Workers, model: PromptedModel, base: Any, tables: dict[str, Any
 
 
 def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     from ptuning import zero
@@ -232,5 +238,3 @@ def test_no_compiled_operation_is_loaded(alone: Any) -> None:
 
     zero._skip_compiled_collectives()
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
-
-

@@ -5,6 +5,7 @@ alone or several in a row. No document contains a validation or test text of the
 """
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -47,6 +48,10 @@ ENTRIES: dict[str, tuple[str, ...] | dict[str, tuple[str, ...]]] = {
 """Where the entries of a glossary come from."""
 
 SYLLABLE = ("bcdfghjklmnprstvwz", "aeiou", ("", "", "n", "r", "s", "l", "m", "t", "ng", "ck"))
+Span = tuple[int, int]
+"""Start and end of a piece of a document, in characters."""
+ANSWER_START, ANSWER_END = "\x02", "\x03"
+
 QUESTION_FORMS = (("Q: ", "\nA: "), ("Question: ", "\nAnswer: "), ("", " "), ("Q: ", " A: "), ("", "\n"))
 """What stands before a question, and between it and its answer."""
 
@@ -84,10 +89,13 @@ class Corpus:
 
     def documents(self) -> Iterator[str]:
         """Documents without end."""
+        for document, _ in self.documents_with_answers():
+            yield document
+
+    def documents_with_answers(self) -> Iterator[tuple[str, list[Span]]]:
+        """Documents without end, each with the places of its answers: labels, and sentences that follow from facts."""
         while True:
-            document = self.rng.choices(self.makers, self.weights)[0]()
-            if document:
-                yield document
+            yield unmarked(self.rng.choices(self.makers, self.weights)[0]())
 
     # --- texts, each with its class ---
 
@@ -201,7 +209,7 @@ class Corpus:
         """A text and its label in a shape."""
         index = self.rng.randrange(len(words))
         text = self.text_of(task, LABELS[task][index])
-        return self.grammar.expand(shape, self.draw(text=text, label=words[index], **cues))
+        return self.grammar.expand(shape, self.draw(text=text, label=marked(words[index]), **cues))
 
     def glossary(self, task: str) -> str:
         """Four to ten short entries, each with its class: what single words and phrases mean."""
@@ -209,7 +217,7 @@ class Corpus:
         _, cues, words = self.form(task, False)
         indexes = [self.rng.randrange(len(words)) for _ in range(self.rng.randint(4, 10))]
         entries = [(self.entry(task, LABELS[task][index]), words[index]) for index in indexes]
-        lines = [self.grammar.expand(shape, self.draw(text=text, label=word, **cues)) for text, word in entries]
+        lines = [self.grammar.expand(shape, self.draw(text=text, label=marked(word), **cues)) for text, word in entries]
         return self.rng.choice(("\n", "\n", ", ")).join(lines)
 
     def entry(self, task: str, label: str) -> str:
@@ -247,7 +255,7 @@ class Corpus:
         text = " ".join(self.review(polarity, about) for polarity in self.rng.sample("+-", 2))
         shape, cues, _ = self.form("sentiment", False)
         label = self.grammar.choose("mixed_labels", self.draw())
-        return self.grammar.expand(shape, self.draw(text=text, label=label, **cues))
+        return self.grammar.expand(shape, self.draw(text=text, label=marked(label), **cues))
 
     def facts(self) -> str:
         """A few facts as pairs, and a sentence that says the same."""
@@ -263,19 +271,21 @@ class Corpus:
         pairs = [self.grammar.expand(pair, self.draw(key=key, value=values[key])) for key in keys]
         start = self.rng.choice(("", "Facts: ", "Data: ", "Facts:\n", "Input: "))
         end = self.rng.choice(("\n", "\nText: ", "\nSentence: ", " => ", "\nOutput: ", " -> ", "\nSummary: "))
-        return start + self.grammar.choose("facts.join", self.draw()).join(pairs) + end + tidy(sentence)
+        return start + self.grammar.choose("facts.join", self.draw()).join(pairs) + end + marked(tidy(sentence))
 
     def question(self) -> str:
         """A question with its answer, from a sentence or from common knowledge."""
         before, between = self.rng.choice(QUESTION_FORMS)
         if self.rng.random() < 0.35:
             asked, answer = self.grammar.choose("knowledge", self.draw()).split("|")
-            return before + asked + between + answer
+            return before + asked + between + marked(answer)
         draw = self.draw("", "*")
         # Every reference keeps its value, so that the question, the sentence and the answer speak of the same things.
         parts = self.grammar.choose("qa", self.draw()).replace("<a|an>", "a").split("|")
         asked, sentence, answer = (tidy(self.grammar.expand(part, draw)) for part in parts)
-        return self.rng.choice(("", "Text: ", "Context: ")) + sentence + "\n" + before + asked + between + answer
+        return (
+            self.rng.choice(("", "Text: ", "Context: ")) + sentence + "\n" + before + asked + between + marked(answer)
+        )
 
     def story(self) -> str:
         """A small story; a name keeps its bearer to the end."""
@@ -284,6 +294,23 @@ class Corpus:
     def plain_sentences(self) -> str:
         """One to four unrelated plain sentences."""
         return " ".join(self.grammar.text("plain", self.draw()) for _ in range(self.rng.randint(1, 4)))
+
+
+def marked(answer: str) -> str:
+    """An answer between marks."""
+    return ANSWER_START + answer + ANSWER_END
+
+
+def unmarked(document: str) -> tuple[str, list[Span]]:
+    """The document without the marks, and where its answers are."""
+    pieces, spans, length = [], [], 0
+    for index, piece in enumerate(re.split(f"[{ANSWER_START}{ANSWER_END}]", document)):
+        # Marks come in pairs, so every second piece is an answer.
+        if index % 2:
+            spans.append((length, length + len(piece)))
+        pieces.append(piece)
+        length += len(piece)
+    return "".join(pieces), spans
 
 
 def person_facts(grammar: Grammar, draw: Draw) -> dict[str, str]:

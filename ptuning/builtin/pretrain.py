@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ptuning.builtin.corpus import Corpus
+from ptuning.builtin.corpus import Corpus, Span
 from ptuning.builtin.tasks import held_out_texts
 
 CARD = Path(__file__).parent / "card.md"
@@ -40,7 +40,7 @@ class Recipe:
     """Everything that decides the result of a pretraining."""
 
     seed: int = 0
-    steps: int = 1_200
+    steps: int = 1_500
     vocabulary: int = 3_072
     width: int = 256
     layers: int = 4
@@ -50,11 +50,14 @@ class Recipe:
     warmup: int = 40
     weight_decay: float = 0.1
     clip: float = 1.0
+    answer_weight: int = 5
+    """Weight of the loss of an answer's tokens. Answers are few among the tokens: with weight 1 the base learns
+    to write long before it learns to judge."""
 
 
-def documents(seed: int) -> Iterator[str]:
+def corpus(seed: int) -> Corpus:
     """The corpus of a seed, without the validation and test texts of the tasks."""
-    return Corpus(seed, held_out_texts()).documents()
+    return Corpus(seed, held_out_texts())
 
 
 def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -79,39 +82,58 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-def pack(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast, tokens: int) -> np.ndarray:
-    """Token ids [tokens] of documents one after the other, each closed by the end token."""
-    packed = np.empty(tokens, dtype=np.uint16)
+@dataclass(frozen=True)
+class Packed:
+    """Documents one after the other, each closed by the end token: ids [tokens] and whether each is in an answer."""
+
+    ids: np.ndarray
+    in_answer: np.ndarray
+
+
+def pack(documents: Iterator[tuple[str, list[Span]]], tokenizer: PreTrainedTokenizerFast, tokens: int) -> Packed:
+    """As many documents as fill the given number of tokens; the last is cut."""
+    packed = Packed(np.empty(tokens, dtype=np.uint16), np.zeros(tokens, dtype=bool))
     filled = 0
     while filled < tokens:
-        for encoding in tokenizer.backend_tokenizer.encode_batch(list(islice(texts, 2_000))):
+        texts, answers = zip(*islice(documents, 2_000), strict=True)
+        for encoding, spans in zip(tokenizer.backend_tokenizer.encode_batch(list(texts)), answers, strict=True):
             ids = [*encoding.ids, tokenizer.eos_token_id][: tokens - filled]
-            packed[filled : filled + len(ids)] = ids
+            packed.ids[filled : filled + len(ids)] = ids
+            for index, (start, end) in enumerate(encoding.offsets[: len(ids)]):
+                packed.in_answer[filled + index] = any(start < last and end > first for first, last in spans)
             filled += len(ids)
     return packed
 
 
-def batch(packed: np.ndarray, step: int) -> torch.Tensor:
-    """The token ids [B, T] of a step. Most rows are 128 long, which holds one to four documents and is fastest;
-    some steps have rows of 512 or of the whole context, so that far positions are trained too."""
+def batch(packed: Packed, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token ids [B, T] of a step and which of them are in answers.
+
+    Most rows are 128 long, which holds one to four documents and is fastest; some steps have rows of 512 or of the
+    whole context, so that far positions are trained too.
+    """
     length = CONTEXT if step % 16 == 15 else 512 if step % 8 == 3 else 128
-    chunk = packed[step * TOKENS_PER_STEP : (step + 1) * TOKENS_PER_STEP]
-    return torch.from_numpy(chunk.astype(np.int64)).view(-1, length)
+    chunk = slice(step * TOKENS_PER_STEP, (step + 1) * TOKENS_PER_STEP)
+    ids = torch.from_numpy(packed.ids[chunk].astype(np.int64)).view(-1, length)
+    return ids, torch.from_numpy(packed.in_answer[chunk]).view(-1, length)
 
 
-def loss_of(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of the next token, over ids [B, T]."""
+def losses_of(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """Cross entropy [B, T - 1] of each next token, over ids [B, T]."""
     hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
-    logits = model.lm_head(hidden).flatten(0, 1)
-    return F.cross_entropy(logits.float(), ids[:, 1:].flatten())
+    logits = model.lm_head(hidden).float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
 
 
 @torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, packed: np.ndarray) -> float:
-    """Mean loss over held-out batches."""
-    device = model.device
-    losses = [loss_of(model, batch(packed, step).to(device)).item() for step in range(len(packed) // TOKENS_PER_STEP)]
-    return sum(losses) / len(losses)
+def held_out_losses(model: LlamaForCausalLM, packed: Packed) -> tuple[float, float]:
+    """Mean loss over all held-out tokens, and over those in answers; every token weighs the same."""
+    everywhere, answers = [], []
+    for step in range(len(packed.ids) // TOKENS_PER_STEP):
+        ids, in_answer = batch(packed, step)
+        losses = losses_of(model, ids.to(model.device)).cpu()
+        everywhere.append(losses.flatten())
+        answers.append(losses[in_answer[:, 1:]])
+    return torch.cat(everywhere).mean().item(), torch.cat(answers).mean().item()
 
 
 def rate_at(step: int, recipe: Recipe) -> float:
@@ -141,9 +163,10 @@ class Trainer:
         adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.optimizers: tuple[torch.optim.Optimizer, ...] = (muon, adamw)
 
-    def step(self, step: int, ids: torch.Tensor) -> float:
-        """One update from ids [B, T]; the loss before it."""
-        loss = loss_of(self.model, ids)
+    def step(self, step: int, ids: torch.Tensor, in_answer: torch.Tensor) -> float:
+        """One update from ids [B, T]; the weighted loss before it."""
+        weights = 1.0 + (self.recipe.answer_weight - 1) * in_answer[:, 1:]
+        loss = (losses_of(self.model, ids) * weights).sum() / weights.sum()
         loss.backward()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             assert parameter.grad is not None
@@ -194,27 +217,28 @@ def pretrain(out: Path, recipe: Recipe, device: str = "cpu", tracking_uri: str |
     started = time.time()
     torch.manual_seed(recipe.seed)
     tracking = Tracking(tracking_uri, recipe)
-    tokenizer = train_tokenizer(islice(documents(recipe.seed), 60_000), recipe.vocabulary)
-    packed = pack(documents(recipe.seed), tokenizer, recipe.steps * TOKENS_PER_STEP)
-    held_out = pack(documents(recipe.seed + 1), tokenizer, 16 * TOKENS_PER_STEP)
-    print(f"{len(packed)} tokens after {time.time() - started:.0f} s", flush=True)
+    tokenizer = train_tokenizer(islice(corpus(recipe.seed).documents(), 60_000), recipe.vocabulary)
+    packed = pack(corpus(recipe.seed).documents_with_answers(), tokenizer, recipe.steps * TOKENS_PER_STEP)
+    held_out = pack(corpus(recipe.seed + 1).documents_with_answers(), tokenizer, 16 * TOKENS_PER_STEP)
+    print(f"{len(packed.ids)} tokens after {time.time() - started:.0f} s", flush=True)
     with torch.device(device):
         model = new_model(recipe, tokenizer)
     trainer = Trainer(model, recipe)
-    print("step  loss  held-out  tokens/s", flush=True)
+    print("step  loss  held-out  answers  tokens/s", flush=True)
     for step in range(recipe.steps):
-        loss = trainer.step(step, batch(packed, step).to(device))
+        loss = trainer.step(step, *(tensor.to(device) for tensor in batch(packed, step)))
         if step % 100 == 99 or step == recipe.steps - 1:
-            measured = held_out_loss(model, held_out)
+            measured, answers = held_out_losses(model, held_out)
             rate = (step + 1) * TOKENS_PER_STEP / (time.time() - started)
-            print(f"{step + 1:4d}  {loss:.3f}  {measured:.3f}  {rate:.0f}", flush=True)
-            tracking.metrics(step + 1, loss=loss, held_out_loss=measured)
+            print(f"{step + 1:4d}  {loss:.3f}  {measured:.3f}  {answers:.3f}  {rate:.0f}", flush=True)
+            tracking.metrics(step + 1, loss=loss, held_out_loss=measured, held_out_answer_loss=answers)
         if step % 300 == 299 or step == recipe.steps - 1:
             figures = {
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "tokens": (step + 1) * TOKENS_PER_STEP,
                 "held_out_loss": measured,
                 "held_out_perplexity": math.exp(measured),
+                "held_out_answer_loss": answers,
                 "minutes": (time.time() - started) / 60,
             }
             save(out, model, tokenizer, recipe, figures)
