@@ -58,10 +58,10 @@ def run_training(experiment: Experiment, *, resume: bool, show: Show, say: Calla
     if finished:
         return finished
     base = find_base(experiment.model)
+    storage.check_writable(experiment.compute.storage)
     task = load_task(experiment, base)
     for line in describe(task):
         say(line)
-    storage.check_writable(experiment.compute.storage)
     started_here = start_ray(experiment)
     try:
         scaling = scale(experiment)

@@ -45,21 +45,33 @@ def join(storage: str, *parts: str) -> str:
 
 
 def check_writable(storage: str) -> None:
-    """Write and remove a small file.
+    """Whether folders can be written here. Leaves no trace on a disk; an object store gets a small file for a moment.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: they cannot.
     """
     system, path = resolve(storage)
-    probe = f"{path}/.write-{uuid.uuid4().hex}"
+    reason = _refusal(Path(path)) if isinstance(system, fs.LocalFileSystem) else _probe(system, path)
+    if reason:
+        raise StorageError(f"compute.storage: {storage} cannot be written ({reason}); choose another folder")
+
+
+def _refusal(folder: Path) -> str | None:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        return f"{there} is a file"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"no permission to write {there}"
+
+
+def _probe(system: fs.FileSystem, path: str) -> str | None:
+    name = f"{path}/.write-{uuid.uuid4().hex}"
     try:
-        if isinstance(system, fs.LocalFileSystem):
-            system.create_dir(path, recursive=True)
-        with system.open_output_stream(probe) as out:
+        with system.open_output_stream(name) as out:
             out.write(b"ok")
-        system.delete_file(probe)
+        system.delete_file(name)
     except OSError as error:
-        raise StorageError(f"compute.storage: {storage} cannot be written ({_reason(error)}); choose another folder") from None
+        return _reason(error)
+    return None
 
 
 def write_folder(storage: str, files: Mapping[str, bytes]) -> None:

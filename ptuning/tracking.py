@@ -509,23 +509,57 @@ class _Shipment:
 
     @cached_property
     def _client(self) -> Any:
-        mlflow = _mlflow()
-        if self.uri.startswith("sqlite:////"):
-            _create_database(Path(self.uri.removeprefix("sqlite:///").partition("?")[0]))
-        return mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        return connect(self.uri)
 
     @cached_property
     def _experiment_id(self) -> str:
-        name = self.spool.about["experiment"]
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return str(self._client.create_experiment(name, self.spool.about["artifact_root"]))
-            except _mlflow().MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            experiment = self._client.get_experiment_by_name(name)  # another process was faster
-        return str(experiment.experiment_id)
+        return experiment_id(self._client, self.spool.about["experiment"], self.spool.about["artifact_root"])
+
+
+class TrackingError(UserError):
+    """MLflow could not be asked, or said no. `code` is MLflow's, such as RESOURCE_DOES_NOT_EXIST."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def connect(uri: str) -> Any:
+    """An `MlflowClient` for runs and registry; a local database is created if it is not there."""
+    mlflow = _mlflow()
+    if path := database(uri):
+        _create_database(path)
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def database(uri: str) -> Path | None:
+    """The file of a local database; None for a server."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:////") else None
+
+
+@contextmanager
+def asking(uri: str) -> Iterator[None]:
+    """Around calls of a client: whatever goes wrong with MLflow becomes a `TrackingError` of one sentence."""
+    exceptions = _mlflow().exceptions
+    try:
+        yield
+    except exceptions.MlflowException as error:
+        raise TrackingError(f"MLflow ({redact(uri)}): {_reason(error)}", str(error.error_code)) from None
+    except OSError as error:  # requests' errors too
+        raise TrackingError(f"MLflow ({redact(uri)}) does not answer: {_reason(error)}; is it running?", "OFFLINE") from None
+
+
+def experiment_id(client: Any, name: str, artifact_root: str | None) -> str:
+    """Id of the MLflow experiment of this name, which is created if it is not there."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return str(client.create_experiment(name, artifact_root))
+        except _mlflow().MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        experiment = client.get_experiment_by_name(name)  # another process was faster
+    return str(experiment.experiment_id)
 
 
 def _mlflow() -> Any:

@@ -283,9 +283,7 @@ class Corpus:
         # Every reference keeps its value, so that the question, the sentence and the answer speak of the same things.
         parts = self.grammar.choose("qa", self.draw()).replace("<a|an>", "a").split("|")
         asked, sentence, answer = (tidy(self.grammar.expand(part, draw)) for part in parts)
-        return (
-            self.rng.choice(("", "Text: ", "Context: ")) + sentence + "\n" + before + asked + between + marked(answer)
-        )
+        return self.rng.choice(("", "Text: ", "Context: ")) + sentence + "\n" + before + asked + between + marked(answer)
 
     def story(self) -> str:
         """A small story; a name keeps its bearer to the end."""

@@ -11,6 +11,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -88,11 +89,10 @@ class TaskRows:
         """A fresh draw for one row."""
         return Draw(self.rng, polarity, self.part, dict(bound), SUBJECTS)
 
-    def row(self) -> Row:
+    def row(self, label: str) -> Row:
         """One row; raises NothingToDraw if a template wants a word that this part has not."""
         if self.task == "facts":
             return self.facts_row()
-        label = self.rng.choice(LABELS[self.task])
         return {"text": getattr(self, f"{self.task}_text")(label), "label": label}
 
     def framed(self, polarity: str = "", **bound: str) -> str:
@@ -136,18 +136,23 @@ class TaskRows:
         return {"facts": " | ".join(f"{key}: {values[key]}" for key in keys), "text": sentence}
 
     def rows(self) -> Iterator[Row]:
-        """Different rows without end, free of the words of the splits after this one."""
+        """Different rows without end, as many of each label, free of the words of the splits after this one."""
         forbidden = held_out_pattern(self.task, self.part)
         seen: set[str] = set()
+        labels = LABELS.get(self.task, ("",))
         while True:
-            try:
-                row = self.row()
-            except NothingToDraw:
-                continue
-            form = plain_form(" ".join(text for key, text in row.items() if key != "label"))
-            if form not in seen and not forbidden.search(form):
-                seen.add(form)
-                yield row
+            for label in self.rng.sample(labels, len(labels)):
+                yield self.new_row(label, seen, forbidden)
+
+    def new_row(self, label: str, seen: set[str], forbidden: re.Pattern[str]) -> Row:
+        """A row of a label that is not in `seen` yet."""
+        while True:
+            with suppress(NothingToDraw):
+                row = self.row(label)
+                form = plain_form(" ".join(text for key, text in row.items() if key != "label"))
+                if form not in seen and not forbidden.search(form):
+                    seen.add(form)
+                    return row
 
 
 @cache

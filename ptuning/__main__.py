@@ -1,0 +1,5 @@
+"""`python -m ptuning`: the command line."""
+
+from ptuning.cli import main
+
+main()

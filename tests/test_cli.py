@@ -1,0 +1,176 @@
+"""The front door: help at once, bad input in one sentence with exit code 2 and nothing written, the whole command for real."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import tiny_config
+from typer.testing import CliRunner
+
+from ptuning.cli import app
+
+Write = Callable[..., Path]
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stderr.strip()
+
+
+def change(tables: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        tables = tables.setdefault(part, {})
+    tables[last] = value
+
+
+@pytest.mark.fast
+def test_help_answers_at_once() -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", "ptuning", "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.monotonic() - began)
+    assert "train" in done.stdout and "config" in done.stdout
+    assert min(seconds) < 3.0  # 0.4 s on a machine at rest; torch alone would take longer than this on a busy one
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("name", "a/b", "name: 'a/b' is no name; use letters, digits, '-', '_' and '.', at most 64, no slashes"),
+        ("prompt.length", 0, "prompt.length: input should be greater than 0 (got 0); change the value"),
+        (
+            "prompt.length",
+            128,
+            "prompt.length: 128 virtual tokens leave no room in the 128 positions of {model}; lower it",
+        ),
+        (
+            "data.max_tokens",
+            126,
+            "data.max_tokens: 4 virtual tokens and 126 of text exceed the 128 positions of {model}; at most 124",
+        ),
+        ("train.learning_rate", 0.0, "train.learning_rate: input should be greater than 0 (got 0.0); change the value"),
+        ("train.learning_rate", -1, "train.learning_rate: input should be greater than 0 (got -1); change the value"),
+        ("train.lr", 0.1, "train.lr: unknown key; "),
+        ("model.path", "no/such/folder", "model.path: no/such/folder is no folder here and no Hugging Face id; correct the path"),
+        ("model.path", "nobody/nothing", "model.path: nobody/nothing was not found on the Hugging Face Hub or in its cache "),
+        ("data.train", "missing.jsonl", "missing.jsonl: "),
+        ("data.input", "{txt}:", "txt"),
+        ("data.labels", ["fruit", "tols"], "tols"),
+        ("prompt.init_from", "x", "prompt.init_from: is only used with init"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    change(toy_task.experiment, key, value)
+    code, error = invoke("train", str(write_toml(toy_task.experiment)))
+    assert code == 2
+    assert message.format(model=toy_task.experiment["model"]["path"]) in error
+    assert error.startswith("ptuning: ") and "\n" not in error and "Traceback" not in error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.fast
+def test_bad_files_are_one_sentence(toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path) -> None:
+    experiment = str(write_toml(toy_task.experiment))
+    rows = toy_task.train.read_bytes()
+    for content, words in [
+        (b"", "empty"),
+        (rows + b'{"text": "a\x00b", "label": "tool"}\n', "line 65"),
+        (rows + b'{"text": "\xff", "label": "tool"}\n', "line 65"),
+        (rows + b'{"text": "' + b"x" * 11_000_000 + b'", "label": "tool"}\n', "line 65"),
+        (rows + b'{"text": "no label"}\n', "label"),
+        (rows + b'{"text": "x", "label": "toool"}\n', "did you mean 'tool'?"),
+        (rows + b"not json\n", "line 65"),
+    ]:
+        toy_task.train.write_bytes(content)
+        code, error = invoke("train", experiment)
+        assert code == 2 and words in error and str(toy_task.train) in error and "\n" not in error, error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.fast
+def test_a_storage_that_cannot_be_written_is_named(toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    experiment = str(write_toml(toy_task.experiment))
+    code, error = invoke("train", experiment, f"compute.storage={tmp_path}/file/runs")
+    assert code == 2 and error == (
+        f"ptuning: compute.storage: {tmp_path}/file/runs cannot be written ({tmp_path}/file is a file); choose another folder"
+    )
+
+
+@pytest.mark.fast
+def test_a_base_that_is_no_decoder_is_refused(toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path) -> None:
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
+    experiment = str(write_toml(toy_task.experiment))
+    code, error = invoke("train", experiment, f"model.path={folder}")
+    assert code == 2
+    assert error == (
+        f"ptuning: model.path: {folder} is a BertForMaskedLM, not a decoder-only language model; choose a causal LM"
+    )
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    code, error = invoke("train", experiment, f"model.path={folder}")
+    assert code == 2 and "has no .safetensors file, and nothing else is opened; convert it" in error
+
+
+@pytest.mark.fast
+def test_a_model_without_its_tokenizer_or_end_token_is_refused(
+    toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bare"
+    tiny_config("llama", architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    code, error = invoke("train", str(write_toml(toy_task.experiment)), f"model.path={folder}")
+    assert code == 2 and error.startswith(f"ptuning: model.path: {folder} ") and "\n" not in error
+
+
+@pytest.mark.fast
+def test_resume_without_a_run_is_refused(toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path) -> None:
+    code, error = invoke("train", str(write_toml(toy_task.experiment)), "--resume")
+    assert code == 2 and error == (
+        f"ptuning: {tmp_path}/runs/toy: there is no run to resume; start it without --resume"
+    )
+
+
+@pytest.mark.fast
+def test_config_prints_the_resolved_experiment(toy_task: SimpleNamespace, write_toml: Write) -> None:
+    done = CliRunner().invoke(app, ["config", str(write_toml(toy_task.experiment)), "train.steps=7"])
+    resolved = json.loads(done.stdout)
+    assert resolved["train"]["steps"] == 7 and resolved["train"]["optimizer"] == "adamw"
+    schema = json.loads(CliRunner().invoke(app, ["config", "--schema"]).stdout)
+    assert schema["properties"]["name"]["type"] == "string" and "ZeroConfig" in schema["$defs"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_whole_command_with_two_workers(toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path) -> None:
+    toy_task.experiment["compute"]["workers"] = 2
+    toy_task.experiment["prompt"]["length"] = 10
+    toy_task.experiment["train"] |= {"steps": 60, "learning_rate": 0.3}
+    command = [sys.executable, "-m", "ptuning", "train", str(write_toml(toy_task.experiment)), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["name"] == "toy" and summary["steps"] == 60 and summary["run_id"]
+    assert summary["metrics"]["test_accuracy"] > 0.9
+    assert (Path(summary["soft_prompt"]) / "adapter_model.safetensors").is_file()
+    assert "base loaded by 2 workers (50%, 50% of it each), float32, shared prefix" in done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    again = subprocess.run([*command[:-1]], capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 2 and "continue it with --resume" in again.stderr
