@@ -14,24 +14,22 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
 import ray
 import ray.train
-import torch
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ptuning import storage, tracking
 from ptuning.base import Base, find_base
 from ptuning.config import Experiment, UserError
+from ptuning.mailbox import Mailbox
 from ptuning.prepare import absolute, check_name, describe, load_task, write_run
 from ptuning.record import Recorder
-from ptuning.train import Assignment, Event, Pack, Report, Task, train
-from ptuning.workers import Workers
+from ptuning.train import Event, Task
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +150,15 @@ def _fit(
     mailbox = Mailbox.remote()  # type: ignore[attr-defined]  # added by ray.remote
     attempt = storage.join(folder, "ray")
     failures: Any = ray.train.FailureConfig
+
+    def work(config: dict[str, Any]) -> None:
+        # Travels by value and imports on the worker: neither side loads what only the other needs.
+        from ptuning import worker
+
+        worker.work(config)
+
     trainer = TorchTrainer(
-        _worker,
+        work,
         train_loop_config={"experiment": experiment.model_dump(mode="json"), "folder": folder, "mailbox": mailbox},
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
@@ -192,21 +197,6 @@ def _failure(error: TrainingFailedError, folder: str) -> str:
     return f"a worker failed: {last[-1] if last else 'no message'}; see {storage.join(folder, 'error.log')}"
 
 
-@ray.remote(num_cpus=0)
-class Mailbox:
-    """Events on their way from the first worker to the driver."""
-
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-
-    def put(self, events: list[dict[str, Any]]) -> None:
-        self._events += events
-
-    def take(self) -> list[dict[str, Any]]:
-        events, self._events = self._events, []
-        return events
-
-
 class _Follower:
     """Takes events from the mailbox to the screen and the tracker, in a thread of the driver."""
 
@@ -232,66 +222,3 @@ class _Follower:
                 event = Event(**fields)
                 self._record(event)
                 self._show(event)
-
-
-def _worker(config: dict[str, Any]) -> None:
-    """One training worker. Ray Train has set up the process group and the device."""
-    from ptuning import zero  # imports deepspeed, which only workers need
-
-    experiment = Experiment.model_validate(config["experiment"])
-    workers = Workers.current()
-    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    post = _Post(config["mailbox"]) if workers.first else None
-    report: Report = post if post else lambda event: None
-    try:
-        base = find_base(experiment.model)
-        dtype = base.dtype(experiment.model.dtype)
-        model = zero.load(base, experiment.zero, dtype, checkpoint_gradients=experiment.train.gradient_checkpointing)
-        shares = workers.gather(asdict(zero.sharding(model.base)))
-        report(
-            Event(
-                "loaded",
-                experiment.name,
-                0,
-                details={
-                    "shares": shares,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "shared_prefix": model.shared_prefix,
-                    "workers": workers.size,
-                },
-            )
-        )
-        pack = Pack(model, base, workers, lambda experiment: load_task(experiment, base))
-        assignments = iter([[Assignment(experiment, config["folder"])]])
-        train(pack, lambda free: next(assignments, None), report)
-    except UserError as error:
-        report(Event("failed", experiment.name, 0, details={"message": str(error)}))
-    finally:
-        if post:
-            post.flush()
-
-
-class _Post:
-    """Sends events to the mailbox, several at a time, without waiting for them to arrive."""
-
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
-        self._waiting: list[dict[str, Any]] = []
-        self._sent_at = 0.0
-        self._last: Any = None
-
-    def __call__(self, event: Event) -> None:
-        self._waiting.append(asdict(event))
-        if event.kind != "step" or time.monotonic() - self._sent_at > 0.2:
-            self._send()
-
-    def flush(self) -> None:
-        """Wait until everything has arrived."""
-        self._send()
-        if self._last is not None:
-            ray.get(self._last)
-
-    def _send(self) -> None:
-        if self._waiting:
-            self._last = self._mailbox.put.remote(self._waiting)
-            self._waiting, self._sent_at = [], time.monotonic()
