@@ -24,7 +24,7 @@ def test_a_folder_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
 
 
-def test_a_damaged_or_incomplete_folder_is_refused(tmp_path: Path) -> None:
+def test_law_9_a_damaged_or_incomplete_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     storage.write_folder(str(folder), {"x": b"1234"})
     (folder / "x").write_bytes(b"1235")
@@ -56,7 +56,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_killed_while_writing_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
+def test_law_9_killed_while_writing_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
     script = (
         "import sys; from ptuning import storage\n"
         "n = 0\n"

@@ -15,7 +15,8 @@ from ptuning import checkpoint, soft_prompt, storage, zero
 from ptuning import train as training
 from ptuning.base import Base, find_base
 from ptuning.config import Experiment, ModelConfig, TrainConfig, ZeroConfig, parse_experiment
-from ptuning.model import PromptedModel
+from ptuning.evaluate import label_scores
+from ptuning.model import PromptedModel, plan_targets
 from ptuning.prepare import load_task
 from ptuning.train import Assignment, Event, Pack, Slot, learning_rate, train
 from ptuning.workers import Workers
@@ -294,3 +295,17 @@ def test_observe_breaks_ties_by_loss(run: Any, toy_task: SimpleNamespace) -> Non
     assert slot.observe({"accuracy": 0.5, "loss": 0.9})
     assert not slot.observe({"accuracy": 0.4, "loss": 0.1})
     pack.slots.clear()
+
+
+def test_law_6_evaluation_scores_the_tokens_that_training_saw(
+    toy_task: SimpleNamespace, model: PromptedModel, base: Base
+) -> None:
+    task = load_task(experiment(toy_task), base)
+    vectors = torch.randn(4, base.width, generator=torch.Generator().manual_seed(0))
+    scores = label_scores(model, [vectors], task.test, task.encoder, Workers())[0]
+    with torch.no_grad():
+        for row in range(len(task.test)):
+            plan = plan_targets([4], [[task.test.row(row)]])
+            trained = -model([vectors], plan).double().sum()
+            label = task.test.rows["label"][row]
+            assert float(scores[row, label]) == pytest.approx(float(trained), rel=1e-5)

@@ -1,0 +1,94 @@
+"""Storage on an object store: a real S3 protocol server (moto) on loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pyarrow import fs
+
+from ptuning import checkpoint, soft_prompt, storage
+from ptuning.config import parse_experiment
+from ptuning.launch import run_training
+from ptuning.storage import StorageError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    before = dict(os.environ)
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+    }
+    try:
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        system = fs.S3FileSystem(endpoint_override=f"127.0.0.1:{port}", scheme="http", allow_bucket_creation=True)
+        system.create_dir("tests")
+        yield "s3://tests"
+    finally:
+        os.environ.clear()
+        os.environ |= before
+        server.send_signal(signal.SIGTERM)
+        server.wait()
+
+
+def test_law_9_folders_are_whole_or_absent(bucket: str) -> None:
+    folder = f"{bucket}/a/b"
+    storage.check_writable(folder)
+    storage.write_folder(folder, {"x": b"1", "y": b"22"})
+    assert storage.read_folder(folder) == {"x": b"1", "y": b"22"}
+    storage.write_folder(folder, {"z": b"3"})
+    assert storage.read_folder(folder) == {"z": b"3"} and not storage.exists(folder, "x")
+    storage.write_file(folder, "extra", b"4")
+    assert storage.list_folders(f"{bucket}/a") == ["b"]
+    storage.delete_folder(folder)
+    assert storage.list_folders(f"{bucket}/a") == [] and not storage.exists(folder, "extra")
+
+
+def test_checkpoints_live_in_an_object_store(bucket: str) -> None:
+    for step in (10, 20, 30):
+        checkpoint.save(f"{bucket}/run/checkpoints", step, {"v": torch.full((3,), float(step))}, {"step": step})
+    assert storage.list_folders(f"{bucket}/run/checkpoints") == ["step-000000020", "step-000000030"]
+    storage.write_file(f"{bucket}/run/checkpoints/step-000000030", "state.json", b"{}")
+    saved = checkpoint.newest(f"{bucket}/run/checkpoints")
+    assert saved is not None and saved[1]["step"] == 20
+
+
+def test_a_bucket_that_is_not_there_is_a_sentence(bucket: str) -> None:
+    with pytest.raises(StorageError, match="compute.storage: s3://nowhere/x cannot be written .*; choose another folder"):
+        storage.check_writable("s3://nowhere/x")
+
+
+@pytest.mark.timeout(240)
+def test_a_run_with_its_storage_in_an_object_store(bucket: str, toy_task: SimpleNamespace, tmp_path: Path) -> None:
+    toy_task.experiment["compute"] |= {"storage": f"{bucket}/runs", "workers": 1}
+    toy_task.experiment["tracking"] = {"uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    summary = run_training(parse_experiment(toy_task.experiment), resume=False, show=lambda event: None, say=print)
+    assert summary["soft_prompt"] == f"{bucket}/runs/toy/soft_prompt"
+    assert soft_prompt.load(summary["soft_prompt"]).card.metrics == summary["metrics"]
+    assert not (Path.cwd() / "s3:").exists()
