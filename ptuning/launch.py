@@ -116,6 +116,8 @@ def scale(experiment: Experiment) -> ray.train.ScalingConfig:
                 f"compute.workers: {least} workers with {each:g} {kind} each need {least * each:g}, the cluster has "
                 f"{have.get(kind, 0):g}; lower compute.workers or {fix}"
             )
+    if experiment.zero.offload and not gpus:
+        raise UserError("zero.offload: the workers have no GPU whose memory it could spare; remove it")
     resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     # ray's types describe Train V1; V2, the default since 2.51, takes (min, max) and more limits on failures.
     scaling: Any = ray.train.ScalingConfig

@@ -44,6 +44,8 @@ class Recorder:
 
     def _evaluation(self, event: Event) -> None:
         self._log("validation", event)
+        used = {f"system/memory_bytes_rank{rank}": value for rank, value in enumerate(event.details["memory"])}
+        self._tracker.metrics(used, event.step, event.time_ms)
 
     def _log(self, prefix: str, event: Event) -> None:
         named = {f"{prefix}/{name}": value for name, value in event.values.items()}

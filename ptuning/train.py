@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import Adafactor
@@ -314,7 +315,8 @@ def observe(pack: Pack, slot: Slot, evaluation: Evaluation, report: Report) -> N
         fail(pack, slot, report, evaluation.metrics["loss"])
         return
     best = slot.observe(evaluation.metrics)
-    tell(slot, report, "evaluation", evaluation.metrics, {"best": best})
+    memory = pack.workers.gather(_memory())
+    tell(slot, report, "evaluation", evaluation.metrics, {"best": best, "memory": memory})
 
 
 def save_checkpoint(pack: Pack, slot: Slot) -> None:
@@ -452,6 +454,13 @@ def make_card(slot: Slot, base: Base, measured: dict[str, float]) -> Card:
 def checkpoints(folder: str) -> str:
     """Where a run's checkpoints lie."""
     return storage.join(folder, "checkpoints")
+
+
+def _memory() -> int:
+    """Memory that this worker uses now, in bytes: GPU memory where there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.memory_allocated())
+    return int(psutil.Process().memory_info().rss)
 
 
 def _peak_memory() -> int:

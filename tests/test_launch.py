@@ -69,6 +69,7 @@ def test_train_gives_a_soft_prompt_and_an_mlflow_run_that_holds_everything(table
         (event.step, event.values["loss"]) for event in events if event.kind == "step"
     ]
     assert len(client.get_metric_history(summary["run_id"], "validation/accuracy")) == 3
+    assert len(client.get_metric_history(summary["run_id"], "system/memory_bytes_rank1")) == 3
     assert {found.dataset.name for found in run.inputs.dataset_inputs} == {"train", "validation", "test"}
     files = {
         found.path for folder in ("", "plots", "soft_prompt") for found in client.list_artifacts(summary["run_id"], folder)
@@ -159,6 +160,12 @@ def test_more_workers_than_the_cluster_has_is_a_sentence(tables: dict[str, Any])
         "compute.workers: 8 workers with 1 CPU each need 8, the cluster has 2; lower compute.workers or compute.cpus_per_worker"
     )
     assert not storage.exists(tables["compute"]["storage"], "toy")
+
+
+def test_offloading_needs_gpus(tables: dict[str, Any]) -> None:
+    tables["zero"] = {"offload": True}
+    with pytest.raises(UserError, match="zero.offload: the workers have no GPU whose memory it could spare; remove it"):
+        launch.scale(parse_experiment(tables))
 
 
 def test_workers_may_be_a_range(tables: dict[str, Any]) -> None:
