@@ -57,6 +57,31 @@ def train(experiment: ExperimentArgument, overrides: Overrides = None, resume: R
 
 
 @app.command()
+def search(experiment: ExperimentArgument, overrides: Overrides = None, resume: Resume = False, as_json: Json = False) -> None:
+    """Search over soft prompts: many train side by side over one frozen base; the winner is tested.
+
+    Example: ptuning search jobs/sentiment.toml search.trials=16 search.length=[5,20]
+    """
+    settings = _read(experiment, overrides)
+    from ptuning.display import SearchDisplay
+    from ptuning.launch import RunFailed
+    from ptuning.search import run_search
+
+    display = SearchDisplay(settings)
+    try:
+        summary = run_search(settings, resume=resume, show=display, say=display.say)
+    except RunFailed as error:
+        _fail(str(error), 1)
+    except UserError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail(f"stopped; continue with: ptuning search {experiment} --resume", 130)
+    finally:
+        display.close()
+    _finish(summary, _won(summary), as_json)
+
+
+@app.command()
 def config(
     experiment: Annotated[str | None, typer.Argument(metavar="[EXPERIMENT]", help="Experiment file (TOML).")] = None,
     overrides: Overrides = None,
@@ -105,6 +130,13 @@ def _reached(summary: dict[str, Any]) -> str:
         f"{summary['seconds']:.0f} s; soft prompt in {summary['soft_prompt']}, "
         f"MLflow run {summary['run_id'] or 'not shipped yet'}"
     )
+
+
+def _won(summary: dict[str, Any]) -> str:
+    """The last line of a search: the winner, and what any run says."""
+    values = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in summary["winner"]["values"].items())
+    trials = ", ".join(f"{many} {state}" for state, many in summary["trials"].items())
+    return f"winner {summary['winner']['trial']} ({values}) of {trials}; {_reached(summary)}"
 
 
 def _finish(summary: dict[str, Any], line: str, as_json: bool) -> None:

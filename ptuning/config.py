@@ -175,12 +175,29 @@ class SearchConfig(Table):
     """The search over soft prompts."""
 
     trials: Positive = 16
+    """Configurations to try."""
     length: tuple[Positive, ...] = (5, 10, 20, 50)
-    learning_rate: tuple[float, float] = (0.001, 0.1)
+    """Lengths to choose from."""
+    learning_rate: tuple[PositiveNumber, PositiveNumber] = (0.001, 0.1)
+    """[low, high], drawn log-uniformly."""
     init: tuple[Init, ...] = ("random", "vocabulary")
+    """Initialisations to choose from."""
+    space: dict[str, tuple[float, ...]] = {}
+    """More numbers of [train] or [prompt] to search, as "train.warmup" = [low, high]; three or more are choices."""
     slots: Positive | Literal["auto"] = "auto"
+    """Soft prompts that train side by side over one base; auto: as many as memory holds and throughput gains from."""
     groups: Positive = 1
+    """Groups of workers, each with a base of its own."""
     scheduler: Literal["asha", "fifo", "pbt"] = "asha"
+    """asha: stop the worse ones early; fifo: train all to the end; pbt: the worse ones go on from the better ones."""
+    algorithm: Literal["tpe", "random", "grid"] = "tpe"
+    """How configurations are chosen."""
+    finalists: Positive = 3
+    """The best configurations, which are trained with several seeds."""
+    seeds: Positive = 3
+    """Seeds of each finalist; the winner is the best in the mean."""
+    prefer_short: Number = 0.0
+    """What a halved length is worth in units of the metric: a shorter soft prompt is cheaper to serve for ever."""
     seed: Count = 0
 
     @field_validator("length", "init")
@@ -196,6 +213,51 @@ class SearchConfig(Table):
         if not 0 < values[0] <= values[1]:
             raise ValueError(f"[{values[0]}, {values[1]}] is no range; write [low, high] with 0 < low <= high")
         return values
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _dotted(cls, tables: Any) -> Any:
+        """`search.space.train.warmup=...` on the command line makes tables of tables."""
+        if not isinstance(tables, dict):
+            return tables
+        flat: dict[str, Any] = {}
+        for key, value in tables.items():
+            flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+        return flat
+
+    @field_validator("space")
+    @classmethod
+    def _numeric_fields(cls, space: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+        for key, values in space.items():
+            table, _, name = key.partition(".")
+            known = SEARCHABLE.get(table, {})
+            if name not in known:
+                names = sorted(f"{table}.{name}" for table, fields in SEARCHABLE.items() for name in fields)
+                close = difflib.get_close_matches(key, names, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(names)}"
+                raise ValueError(f"{key!r} is no number to search; {hint}")
+            if len(values) < 2 or (len(values) == 2 and values[0] >= values[1]):
+                raise ValueError(
+                    f'"{key}" = {list(values)} is no range; write [low, high] with low < high, or three or more values'
+                )
+            for value in values:
+                try:
+                    known[name].model_validate({name: int(value) if is_whole(key) and value == int(value) else value})
+                except ValidationError as error:
+                    message = error.errors()[0]["msg"]
+                    raise ValueError(f'"{key}": {message[0].lower()}{message[1:]} (got {value:g}); change the range') from None
+        return space
+
+
+SEARCHABLE: dict[str, dict[str, type[Table]]] = {
+    "train": dict.fromkeys(("weight_decay", "warmup", "batch_size", "patience", "clip"), TrainConfig),
+}
+"""Numbers that `search.space` may name. Length and learning rate have keys of their own; steps are the budget."""
+
+
+def is_whole(key: str) -> bool:
+    """True if a searchable field takes whole numbers only."""
+    return key in ("train.batch_size", "train.patience")
 
 
 class ServeConfig(Table):

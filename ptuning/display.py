@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
+from ptuning.config import Experiment
+from ptuning.ledger import Entry
+from ptuning.space import INIT, LENGTH, RATE, best_result
 from ptuning.train import Event
 
 EVERY = 10.0
@@ -81,3 +87,61 @@ class Display:
             self._evaluated = f"  accuracy {event.values['accuracy']:.3f}"
         best = "  (best so far)" if event.details["best"] else ""
         self.say(f"step {event.step}/{self._steps}  validation: {numbers}{best}")
+
+
+class SearchDisplay:
+    """Shows a search: a live table on a terminal, a line per evaluation and end elsewhere."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._experiment = experiment
+        self._live: Live | None = None
+        self._told: dict[str, tuple[int, str]] = {}
+
+    def say(self, line: str) -> None:
+        self._console.print(line, style="yellow" if line.startswith("warning") else None, markup=False, soft_wrap=True)
+
+    def __call__(self, entries: list[Entry]) -> None:
+        if self._console.is_terminal:
+            if self._live is None:
+                self._live = Live(console=self._console, refresh_per_second=4)
+                self._live.start()
+            self._live.update(self._table(entries))
+            return
+        for entry in entries:
+            now = (len(entry.results), entry.status)
+            if now != self._told.get(entry.run, (0, "running")):
+                self._told[entry.run] = now
+                self.say("  ".join([entry.run, *self._cells(entry)]))
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def _cells(self, entry: Entry) -> list[str]:
+        metric = self._experiment.metric
+        best = best_result(self._experiment, entry.results, entry.values[LENGTH])
+        values = entry.values
+        found = f"{metric} {best['values'][metric]:.4f}" if best else "-"
+        return [
+            f"length {values[LENGTH]}",
+            f"lr {values[RATE]:.3g}",
+            str(values[INIT]),
+            f"step {entry.step}/{self._experiment.train.steps}",
+            found,
+            entry.status if not entry.message else f"failed: {entry.message}",
+        ]
+
+    def _table(self, entries: list[Entry]) -> Group:
+        """Those in training, then the newest of the others, as many as the screen has room for; a bar for the whole."""
+        table = Table(box=None, pad_edge=False)
+        for column in ("trial", "length", "lr", "init", "step", "validation", "state"):
+            table.add_column(column)
+        room = max(5, self._console.height - 6)
+        order = sorted(entries, key=lambda entry: entry.status != "running")
+        for entry in sorted(order[:room], key=lambda entry: entry.run):
+            table.add_row(entry.run, *self._cells(entry))
+        total = max(self._experiment.search.trials, len(entries))
+        ended = sum(entry.status != "running" for entry in entries)
+        return Group(table, ProgressBar(total=total, completed=ended, width=60), f"{ended} of {total} ended")

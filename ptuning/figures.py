@@ -22,7 +22,7 @@ SMOOTHED = 30
 COLOURS = ("#1f6fb4", "#d1602b", "#2f8f4e", "#8a4fb0", "#b0902f", "#4a4a4a")
 
 
-def curves(history: Mapping[str, Sequence[tuple[int, float]]], title: str, ylabel: str) -> bytes:
+def curves(history: Mapping[str, Sequence[tuple[int, float]]], title: str, ylabel: str, xlabel: str = "step") -> bytes:
     """Metrics over steps, one line each: (step, value) points. Long lines are smoothed, short ones show every point."""
     figure = Figure(figsize=(10, 5.6), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     axes = figure.add_subplot()
@@ -36,7 +36,7 @@ def curves(history: Mapping[str, Sequence[tuple[int, float]]], title: str, ylabe
         else:
             axes.plot(steps, values, color=colour, linewidth=1.5, marker="o", markersize=5, label=name)
     axes.set_title(title, fontsize=14)
-    axes.set_xlabel("step", fontsize=12)
+    axes.set_xlabel(xlabel, fontsize=12)
     axes.set_ylabel(ylabel, fontsize=12)
     axes.tick_params(labelsize=11)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -46,6 +46,41 @@ def curves(history: Mapping[str, Sequence[tuple[int, float]]], title: str, ylabe
         axes.legend(fontsize=11, frameon=False)
     else:
         axes.text(0.5, 0.5, "no points", transform=axes.transAxes, ha="center", fontsize=14, color="#777777")
+    return _png(figure)
+
+
+def landscape(points: Sequence[tuple[int, float, float, str]], metric: str, title: str) -> bytes:
+    """The search space: (length, learning rate, value, init) of each trial as a dot whose colour is the value."""
+    figure = Figure(figsize=(9, 5.6), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    axes = figure.add_subplot()
+    lengths = sorted({length for length, *_ in points})
+    values = [value for _, _, value, _ in points]
+    for marker, init in zip("osD^v", sorted({init for *_, init in points}), strict=False):
+        chosen = [point for point in points if point[3] == init]
+        dots = axes.scatter(
+            [rate for _, rate, _, _ in chosen],
+            [lengths.index(length) for length, *_ in chosen],
+            c=[value for _, _, value, _ in chosen],
+            cmap="viridis_r" if metric == "loss" else "viridis",
+            vmin=min(values),
+            vmax=max(values),
+            s=170,
+            marker=marker,
+            edgecolors="#333333",
+            linewidths=0.6,
+            label=init,
+        )
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(lengths)), [str(length) for length in lengths])
+    axes.set_ylim(-0.6, max(len(lengths), 1) - 0.4)
+    axes.set_xlabel("learning rate", fontsize=12)
+    axes.set_ylabel("length", fontsize=12)
+    axes.set_title(title, fontsize=14)
+    axes.grid(color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    if points:
+        axes.legend(title="init", fontsize=11, frameon=True, loc="upper left", bbox_to_anchor=(1.22, 1))
+        figure.colorbar(dots, shrink=0.8).set_label(f"validation {metric}", fontsize=12)
     return _png(figure)
 
 

@@ -64,7 +64,7 @@ def run_training(experiment: Experiment, *, resume: bool, show: Show, say: Calla
     try:
         scaling = scale(experiment)
         write_run(folder, experiment, "running")
-        tracker = _start_tracker(experiment, folder, task, base)
+        tracker = start_tracker(experiment, folder, task, base)
         summary = _fit(experiment, folder, scaling, tracker, show)
     finally:
         if started_here:
@@ -96,8 +96,8 @@ def start_ray(experiment: Experiment) -> bool:
     return True
 
 
-def scale(experiment: Experiment) -> ray.train.ScalingConfig:
-    """Workers and their resources.
+def scale(experiment: Experiment, groups: int = 1, spare: float = 0.0) -> ray.train.ScalingConfig:
+    """Workers of a group and their resources; each worker leaves the share `spare` of its CPUs to others.
 
     Raises:
         UserError: the cluster does not have them. Ray Train would wait for ever.
@@ -109,32 +109,30 @@ def scale(experiment: Experiment) -> ray.train.ScalingConfig:
     if gpus is None:
         gpus = 1.0 if have.get("GPU", 0) >= 1 else 0.0
     local = len(ray.nodes()) == 1
-    cpus = compute.cpus_per_worker or (max(1, int(have.get("CPU", 1) // compute.most_workers)) if local else 1)
+    cpus = compute.cpus_per_worker or (max(1, int(have.get("CPU", 1) // (compute.most_workers * groups))) if local else 1)
     for kind, each, fix in (("CPU", cpus, "compute.cpus_per_worker"), ("GPU", gpus, "compute.gpus_per_worker")):
-        if least * each > have.get(kind, 0):
+        if groups * least * each > have.get(kind, 0):
+            many = f"{least} workers" if groups == 1 else f"{groups} groups of {least} workers"
             raise UserError(
-                f"compute.workers: {least} workers with {each:g} {kind} each need {least * each:g}, the cluster has "
+                f"compute.workers: {many} with {each:g} {kind} each need {groups * least * each:g}, the cluster has "
                 f"{have.get(kind, 0):g}; lower compute.workers or {fix}"
             )
     if experiment.zero.offload and not gpus:
         raise UserError("zero.offload: the workers have no GPU whose memory it could spare; remove it")
-    resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    resources = {"CPU": cpus * (1 - spare)} | ({"GPU": gpus} if gpus else {})
     # ray's types describe Train V1; V2, the default since 2.51, takes (min, max) and more limits on failures.
     scaling: Any = ray.train.ScalingConfig
     return scaling(num_workers=compute.workers, use_gpu=bool(gpus), resources_per_worker=resources)
 
 
-def _start_tracker(experiment: Experiment, folder: str, task: Task, base: Base) -> tracking.Tracker:
+def start_tracker(experiment: Experiment, folder: str, task: Task, base: Base) -> tracking.Tracker:
+    """The MLflow run of an experiment, with everything that is known before it starts."""
     store = experiment.compute.storage
     uri = experiment.tracking.uri or tracking.default_uri(store)
-    # The spool is a plain local file: an object store cannot append.
-    local = Path(store) if storage.is_local(store) else Path.home() / ".cache" / "ptuning" / quote(store, safe="")
+    local = _spools(store)
     leftovers = threading.Thread(target=tracking.ship_leftovers, args=(local, uri), daemon=True)
     leftovers.start()  # what earlier runs could not send
-    spool = local / experiment.name / "tracking"
-    tracker = tracking.Tracker(
-        uri, experiment.tracking.experiment, tracking.default_artifact_root(store), spool, experiment.name
-    )
+    tracker = open_tracker(experiment, experiment.name, experiment.name)
     tracker.params(experiment.model_dump(mode="json", include={"model", "prompt", "data", "train", "zero", "compute"}))
     tracker.tags(tracking.provenance() | {f"base.{part}": value for part, value in base.fingerprint.model_dump().items()})
     tracker.json("experiment.json", experiment.model_dump(mode="json"))
@@ -145,12 +143,24 @@ def _start_tracker(experiment: Experiment, folder: str, task: Task, base: Base) 
     return tracker
 
 
-def _fit(
-    experiment: Experiment, folder: str, scaling: ray.train.ScalingConfig, tracker: tracking.Tracker, show: Show
-) -> dict[str, Any]:
-    """Run Ray Train in this thread (so that Ctrl-C stops it in order) and follow its events in another."""
-    mailbox = Mailbox.remote()  # type: ignore[attr-defined]  # added by ray.remote
-    attempt = storage.join(folder, "ray")
+def open_tracker(experiment: Experiment, name: str, folder: str, parent: str | None = None) -> tracking.Tracker:
+    """A run where the experiment is tracked; its spool lies below `folder` in the storage."""
+    store = experiment.compute.storage
+    uri = experiment.tracking.uri or tracking.default_uri(store)
+    spool = _spools(store) / folder / "tracking"
+    root = tracking.default_artifact_root(store)
+    return tracking.Tracker(uri, experiment.tracking.experiment, root, spool, name, parent)
+
+
+def _spools(store: str) -> Path:
+    """Where spools lie: plain local files, since an object store cannot append."""
+    return Path(store) if storage.is_local(store) else Path.home() / ".cache" / "ptuning" / quote(store, safe="")
+
+
+def make_trainer(
+    experiment: Experiment, attempt: str, scaling: ray.train.ScalingConfig, config: dict[str, Any]
+) -> TorchTrainer:
+    """A Ray Train run of workers; `config` says what they train. Ray's own files go to `attempt`."""
     failures: Any = ray.train.FailureConfig
 
     def work(config: dict[str, Any]) -> None:
@@ -159,9 +169,9 @@ def _fit(
 
         worker.work(config)
 
-    trainer = TorchTrainer(
+    return TorchTrainer(
         work,
-        train_loop_config={"experiment": experiment.model_dump(mode="json"), "folder": folder, "mailbox": mailbox},
+        train_loop_config={"experiment": experiment.model_dump(mode="json"), "threads": None} | config,
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
             name=uuid.uuid4().hex,
@@ -169,6 +179,15 @@ def _fit(
             failure_config=failures(max_failures=experiment.compute.max_failures, controller_failure_limit=3),
         ),
     )
+
+
+def _fit(
+    experiment: Experiment, folder: str, scaling: ray.train.ScalingConfig, tracker: tracking.Tracker, show: Show
+) -> dict[str, Any]:
+    """Run Ray Train in this thread (so that Ctrl-C stops it in order) and follow its events in another."""
+    mailbox = Mailbox.remote()  # type: ignore[attr-defined]  # added by ray.remote
+    attempt = storage.join(folder, "ray")
+    trainer = make_trainer(experiment, attempt, scaling, {"folder": folder, "mailbox": mailbox})
     follower = _Follower(mailbox, tracker, show)
     status: tracking.Status = "FAILED"
     try:
@@ -177,7 +196,7 @@ def _fit(
         status = "FINISHED" if "message" not in follower.summary else "FAILED"
     except TrainingFailedError as error:
         follower.stop()
-        follower.summary["message"] = _failure(error, folder)
+        follower.summary["message"] = explain(error, folder)
     except KeyboardInterrupt:
         follower.stop()
         status = "KILLED"
@@ -191,7 +210,7 @@ def _fit(
     return follower.summary
 
 
-def _failure(error: TrainingFailedError, folder: str) -> str:
+def explain(error: TrainingFailedError, folder: str) -> str:
     """One sentence; the tracebacks of all workers go to a file in the run's folder."""
     storage.write_file(folder, "error.log", str(error).encode())
     failures = getattr(error, "worker_failures", None) or {}

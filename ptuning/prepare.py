@@ -14,6 +14,9 @@ from ptuning.train import Task
 RUN = "run.json"
 """In a run's folder: its experiment, its status, and in the end its summary."""
 
+FREE = ("search.trials", "search.slots", "search.groups", "search.finalists", "search.seeds")
+"""What may differ when a search is resumed."""
+
 
 def absolute(experiment: Experiment) -> Experiment:
     """The experiment with absolute paths: workers run in folders of their own."""
@@ -70,8 +73,9 @@ def describe(task: Task) -> list[str]:
     return lines
 
 
-def check_name(experiment: Experiment, folder: str, resume: bool) -> dict[str, Any] | None:
+def check_name(experiment: Experiment, folder: str, resume: bool, search: bool = False) -> dict[str, Any] | None:
     """A name is not silently used twice. Returns the summary of a finished run that is to be resumed."""
+    kind = "search" if search else "train"
     if not storage.exists(folder, RUN):
         if resume:
             raise UserError(f"{folder}: there is no run to resume; start it without --resume")
@@ -82,13 +86,17 @@ def check_name(experiment: Experiment, folder: str, resume: bool) -> dict[str, A
             f"{folder}: a run of this name is there ({record['status']}); continue it with --resume, or choose another "
             f"name with name={experiment.name}-2"
         )
-    decisive = ("model", "prompt", "data", "train")
+    if record.get("kind", "train") != kind:
+        raise UserError(
+            f"{folder}: was made by ptuning {record.get('kind', 'train')}; resume it with that, or choose another name"
+        )
+    decisive = ("model", "prompt", "data", "train", *(("search",) if search else ()))
     now = experiment.model_dump(mode="json")
     changed = [
         f"{table}.{key}"
         for table in decisive
         for key, value in now[table].items()
-        if record["experiment"].get(table, {}).get(key) != value
+        if record["experiment"].get(table, {}).get(key) != value and f"{table}.{key}" not in FREE
     ]
     if changed:
         raise UserError(
@@ -97,6 +105,8 @@ def check_name(experiment: Experiment, folder: str, resume: bool) -> dict[str, A
     return record["summary"] if record["status"] == "finished" else None
 
 
-def write_run(folder: str, experiment: Experiment, status: str, summary: dict[str, Any] | None = None) -> None:
-    record = {"status": status, "experiment": experiment.model_dump(mode="json"), "summary": summary}
+def write_run(
+    folder: str, experiment: Experiment, status: str, summary: dict[str, Any] | None = None, kind: str = "train"
+) -> None:
+    record = {"kind": kind, "status": status, "experiment": experiment.model_dump(mode="json"), "summary": summary}
     storage.write_file(folder, RUN, json.dumps(record, indent=1).encode())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from transformers import Adafactor
 from ptuning import checkpoint, soft_prompt, storage
 from ptuning.base import Base
 from ptuning.batches import BatchOrder, share
-from ptuning.config import Experiment, Template, TrainConfig
+from ptuning.config import Experiment, Template, TrainConfig, UserError
 from ptuning.data import Encoder, Split
 from ptuning.evaluate import Evaluation, evaluate
 from ptuning.model import PromptedModel, Row, plan_targets
@@ -54,6 +54,14 @@ class Assignment:
 
 
 @dataclass(frozen=True)
+class Detachment:
+    """A run that leaves before its end: with its best soft prompt saved, or without a trace."""
+
+    run: str
+    keep: bool
+
+
+@dataclass(frozen=True)
 class Event:
     """Something that happened to a run, as plain data."""
 
@@ -65,8 +73,9 @@ class Event:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-Source = Callable[[int], list[Assignment] | None]
-"""Given the number of free slots, new assignments (the same on all workers); None: there will be no more."""
+Order = Assignment | Detachment
+Source = Callable[[int], Sequence[Order] | None]
+"""Given the number of free slots, what changes now (the same on all workers); None: there will be no more."""
 Report = Callable[[Event], None]
 
 
@@ -168,13 +177,24 @@ class Pack:
     """The slots that train together over one base, on one of the workers."""
 
     def __init__(
-        self, model: PromptedModel, base: Base, workers: Workers, load_task: Callable[[Experiment], Task], places: int = 1
+        self,
+        model: PromptedModel,
+        base: Base,
+        workers: Workers,
+        load_task: Callable[[Experiment], Task],
+        places: int = 1,
+        ringing: Callable[[], bool] | None = None,
     ) -> None:
+        """`ringing`: whether the source has news, asked on the first worker only; default: while a place is free."""
         self.model = model
         self.base = base
         self.workers = workers
         self.load_task = load_task
         self.places = places
+        self.ringing = ringing or (lambda: self.free > 0)
+        self.called = True
+        """The first worker has news from the source. All know it from the step's own collective: one more would cost more
+        than a small step."""
         self.slots: list[Slot] = []
 
     @property
@@ -204,14 +224,14 @@ class Pack:
 
 
 def train(pack: Pack, source: Source, report: Report) -> None:
-    """Train until the source has no more assignments and every slot is done."""
+    """Train until the source has no more orders and every slot is done."""
     more = True
     while more or pack.slots:
-        if more and pack.free:
-            assignments = source(pack.free)
-            more = assignments is not None
-            for assignment in assignments or []:
-                start(pack, assignment, report)
+        if more and (pack.called or not pack.slots):
+            orders = source(pack.free)
+            more = orders is not None
+            for order in orders or []:
+                follow(pack, order, report)
         step(pack, report)
         due = [slot for slot in pack.slots if slot.evaluation_due and slot.task.validation]
         for slot, evaluation in zip(due, evaluate_slots(pack, due, "validation"), strict=True):
@@ -223,12 +243,30 @@ def train(pack: Pack, source: Source, report: Report) -> None:
             finish(pack, slot, report)
 
 
+def follow(pack: Pack, order: Order, report: Report) -> None:
+    """Let a run join or leave."""
+    if isinstance(order, Assignment):
+        start(pack, order, report)
+        return
+    for slot in [slot for slot in pack.slots if slot.name == order.run]:  # none: it has just ended by itself
+        if order.keep:
+            finish(pack, slot, report)
+        else:
+            pack.slots.remove(slot)
+
+
 def start(pack: Pack, assignment: Assignment, report: Report) -> None:
     """Attach an assignment and say where it begins; a resumed one first repeats what its checkpoint saw last."""
-    slot = pack.attach(assignment)
+    try:
+        slot = pack.attach(assignment)
+    except UserError as error:  # the same on every worker
+        report(Event("failed", assignment.experiment.name, 0, details={"message": str(error)}))
+        return
     for event in slot.unsaved:
         report(event)
     report(Event("start", slot.name, slot.step, details={"steps": slot.config.steps}))
+    if slot.done:  # nothing but its end is missing
+        finish(pack, slot, report)
 
 
 def step(pack: Pack, report: Report) -> None:
@@ -248,7 +286,7 @@ def step(pack: Pack, report: Report) -> None:
         torch.stack(parts).sum().backward()  # the slots' losses share no term: each keeps its own gradient
         losses += torch.stack([part.detach().float().cpu() for part in parts])
         tokens += plan.positions
-    gradients = _reduce(pack.workers, slots, losses)
+    gradients = _reduce(pack, losses)
     seconds = time.perf_counter() - began
     for slot, loss, gradient in zip(list(slots), losses.tolist(), gradients, strict=True):
         if not (math.isfinite(loss) and bool(torch.isfinite(gradient).all())):
@@ -279,13 +317,19 @@ def _micro_batches(pack: Pack, rows: list[np.ndarray]) -> list[list[list[Row]]]:
     ]
 
 
-def _reduce(workers: Workers, slots: list[Slot], losses: Tensor) -> list[Tensor]:
-    """Sum the workers' gradients and, in place, losses, with one collective; gradients as `[P, H]` per slot."""
-    pieces = [slot.vectors.grad if slot.vectors.grad is not None else torch.zeros_like(slot.vectors) for slot in slots]
-    flat = workers.sum(torch.cat([*(piece.flatten() for piece in pieces), losses.to(pieces[0])]))
-    losses.copy_(flat[-len(slots) :])
-    sizes = [piece.numel() for piece in pieces]
-    return [part.view_as(piece).clone() for part, piece in zip(flat[: -len(slots)].split(sizes), pieces, strict=True)]
+def _reduce(pack: Pack, losses: Tensor) -> list[Tensor]:
+    """Sum the workers' gradients and, in place, losses, with one collective; gradients as `[P, H]` per slot.
+
+    With them travels whether the first worker has news.
+    """
+    vectors = [slot.vectors for slot in pack.slots]
+    pieces = [each.grad if each.grad is not None else torch.zeros_like(each) for each in vectors]
+    bell = losses.new_tensor([float(pack.workers.first and pack.ringing())])
+    flat = pack.workers.sum(torch.cat([*(piece.flatten() for piece in pieces), torch.cat([losses, bell]).to(pieces[0])]))
+    *parts, summed, bell = flat.split([*(piece.numel() for piece in pieces), len(losses), 1])
+    losses.copy_(summed)
+    pack.called = bool(bell)
+    return [part.view_as(piece).clone() for part, piece in zip(parts, pieces, strict=True)]
 
 
 def evaluate_slots(pack: Pack, slots: list[Slot], split: Literal["validation", "test"]) -> list[Evaluation]:
@@ -293,20 +337,24 @@ def evaluate_slots(pack: Pack, slots: list[Slot], split: Literal["validation", "
 
     Text is generated for the test split, and on validation only where the metric that chooses the best step needs it.
     """
-    evaluations = []
-    for slot in slots:
-        rows = getattr(slot.task, split)
-        text = split == "test" or slot.experiment.metric != "loss"
-        vectors = slot.best_vectors if split == "test" else slot.vectors
-        evaluations += evaluate(
-            pack.model,
-            [vectors.detach()],
-            rows,
-            slot.task.encoder,
-            pack.workers,
-            slot.task.max_new_tokens if text else None,
+    evaluations: dict[str, Evaluation] = {}
+    for together in _sharing(slots, split):
+        task = together[0].task
+        text = split == "test" or together[0].experiment.metric != "loss"
+        vectors = [(slot.best_vectors if split == "test" else slot.vectors).detach() for slot in together]
+        found = evaluate(
+            pack.model, vectors, getattr(task, split), task.encoder, pack.workers, task.max_new_tokens if text else None
         )
-    return evaluations
+        evaluations |= {slot.name: evaluation for slot, evaluation in zip(together, found, strict=True)}
+    return [evaluations[slot.name] for slot in slots]
+
+
+def _sharing(slots: list[Slot], split: str) -> list[list[Slot]]:
+    """Slots that read the same rows by the same metric: they share their passes."""
+    groups: dict[tuple[int, str], list[Slot]] = {}
+    for slot in slots:
+        groups.setdefault((id(getattr(slot.task, split)), slot.experiment.metric), []).append(slot)
+    return list(groups.values())
 
 
 def observe(pack: Pack, slot: Slot, evaluation: Evaluation, report: Report) -> None:

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from ptuning import zero
-from ptuning.base import find_base
+from ptuning.base import Base, find_base
 from ptuning.config import Experiment, UserError
+from ptuning.hub import Line
 from ptuning.mailbox import Post
 from ptuning.prepare import load_task
-from ptuning.train import Assignment, Event, Pack, train
+from ptuning.slots import count_slots
+from ptuning.train import Assignment, Detachment, Event, Order, Pack, Source, Task, train
 from ptuning.workers import Workers
 
 
 def work(config: dict[str, Any]) -> None:
-    """Train the experiment's soft prompt; the first worker reports to the mailbox.
+    """Train soft prompts over one base; the first worker reports.
 
-    `config` holds the experiment as plain tables, the run's folder and the mailbox.
+    `config` holds the experiment as plain tables, and either a mailbox and the folder of the one run to train, or the hub of a
+    search and the number of this group of workers.
     """
     experiment = Experiment.model_validate(config["experiment"])
     workers = Workers.current()
-    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    post = Post(config["mailbox"])
+    torch.set_num_threads(config["threads"] or max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    line = Line(config["hub"], config["group"]) if "hub" in config else None
+    post = line or Post(config["mailbox"])
 
     def report(event: Event) -> None:
         if workers.first:
@@ -42,10 +48,56 @@ def work(config: dict[str, Any]) -> None:
             "workers": workers.size,
         }
         report(Event("loaded", experiment.name, 0, details=loaded))
-        pack = Pack(model, base, workers, lambda experiment: load_task(experiment, base))
-        assignments = iter([[Assignment(experiment, config["folder"])]])
-        train(pack, lambda free: next(assignments, None), report)
+        pack = Pack(model, base, workers, _Tasks(base))
+        if line:
+            pack.places = count_slots(pack, experiment)
+            if workers.first:
+                line.join(pack.places)
+                pack.ringing = line.ringing
+            source = orders_from(line, pack)
+        else:
+            assignments: list[list[Order]] = [[Assignment(experiment, config["folder"])]]
+            source = lambda free: assignments.pop() if assignments else None  # noqa: E731
+        train(pack, source, report)
     except UserError as error:  # the same on every worker: no restart would help
         report(Event("failed", experiment.name, 0, details={"message": str(error)}))
     finally:
         post.flush()
+
+
+def orders_from(line: Line, pack: Pack) -> Source:
+    """The hub's orders, on all workers. The search is over when the hub says so: who still trains then leaves."""
+
+    def source(free: int) -> Sequence[Order] | None:
+        orders = pack.workers.from_first(line.orders(wait=not pack.slots) if pack.workers.first else None)
+        if orders is None:
+            pack.slots.clear()
+            return None
+        return [_order(each) for each in orders]
+
+    return source
+
+
+def _order(fields: dict[str, Any]) -> Order:
+    if "attach" in fields:
+        wanted = fields["attach"]
+        return Assignment(Experiment.model_validate(wanted["experiment"]), wanted["folder"])
+    return Detachment(fields["run"], fields["keep"])
+
+
+class _Tasks:
+    """Tokenised rows, once for all trials that read the same."""
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._known: dict[str, Task] = {}
+
+    def __call__(self, experiment: Experiment) -> Task:
+        room = None if experiment.data.max_tokens else experiment.prompt.length  # decides how many tokens a row may have
+        key = json.dumps([room, experiment.data.model_dump(mode="json", exclude={"test"})])
+        if experiment.data.test or key not in self._known:
+            task = load_task(experiment, self._base)
+            if experiment.data.test:
+                return task
+            self._known[key] = task
+        return self._known[key]

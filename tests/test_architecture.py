@@ -18,17 +18,18 @@ PACKAGE = REPOSITORY / "ptuning"
 
 FLOORS = {
     "config": 0, "mailbox": 0, "openai_api": 0,
-    "batches": 1, "metrics": 1, "segments": 1, "sources": 1, "storage": 1, "workers": 1,
-    "checkpoint": 2, "data": 2, "figures": 2, "model": 2, "soft_prompt": 2, "tracking": 2,
-    "base": 3, "engine": 3, "evaluate": 3,
+    "batches": 1, "hub": 1, "metrics": 1, "segments": 1, "sources": 1, "space": 1, "storage": 1, "workers": 1,
+    "checkpoint": 2, "data": 2, "figures": 2, "ledger": 2, "model": 2, "soft_prompt": 2, "tracking": 2, "trial": 2,
+    "base": 3, "chooser": 3, "engine": 3, "evaluate": 3, "leaderboard": 3,
     "zero": 4,
     "train": 5,
-    "display": 6, "prepare": 6, "record": 6,
+    "display": 6, "prepare": 6, "record": 6, "slots": 6,
     "worker": 7,
     "launch": 8,
-    "search": 9, "serve": 9,
-    "cli": 10,
-    "__main__": 11,
+    "desk": 9, "serve": 9,
+    "search": 10,
+    "cli": 11,
+    "__main__": 12,
 }  # fmt: skip
 """Imports point downstairs only: a room may import rooms of lower floors."""
 
@@ -36,8 +37,8 @@ OWNERS = {
     "deepspeed": {"zero"},
     "matplotlib": {"figures"},
     "mlflow": {"tracking"},
-    "ray": {"launch", "mailbox", "search", "serve"},
-    "optuna": {"search"},
+    "ray": {"chooser", "desk", "hub", "launch", "mailbox", "search", "serve", "trial"},
+    "optuna": {"chooser"},
 }
 """The only doors to each framework."""
 

@@ -1,0 +1,124 @@
+"""The driver's desk of a search: takes what the workers report to the ledger, the tracker and the screen."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+
+from ptuning.config import Experiment
+from ptuning.launch import open_tracker
+from ptuning.ledger import Entry, Ledger
+from ptuning.record import Recorder
+from ptuning.tracking import Status, Tracker
+from ptuning.train import Event
+
+Show = Callable[[list[Entry]], None]
+ENDED: dict[str, Status] = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "running": "KILLED"}
+
+
+class Desk:
+    """Follows the hub in a thread."""
+
+    def __init__(self, experiment: Experiment, hub: Any, ledger: Ledger, tracker: Tracker, show: Show) -> None:
+        self.summary: dict[str, Any] = {}
+        """What the parent run reached: the winner's test."""
+        self._experiment = experiment
+        self._hub = hub
+        self._ledger = ledger
+        self._tracker = tracker
+        self._show = show
+        self._parent = Recorder(tracker, self.summary)
+        self._children: dict[str, tuple[Tracker, Recorder]] = {}
+        self._closing = ThreadPoolExecutor(1)
+        self._unsent: list[Any] = []
+        self._stopped = threading.Event()
+        self.trouble: BaseException | None = None
+        self._thread = threading.Thread(target=self._follow, name="ptuning-search", daemon=True)
+        self._thread.start()
+
+    def wait(self, done: Callable[[], bool], alive: Callable[[], bool]) -> None:
+        """Until `done`, or nobody works any more."""
+        while not done() and alive() and self.trouble is None:
+            time.sleep(0.05)
+        if self.trouble:
+            raise self.trouble
+
+    def stop(self, deadline_s: float) -> int:
+        """Take what is left, end the children's runs; returns how many records could not be sent."""
+        self._stopped.set()
+        self._thread.join()
+        self._ledger.flush()
+        for run in list(self._children):
+            self._close(run)
+        until = time.monotonic() + deadline_s
+        return sum(each.result(max(0.1, until - time.monotonic()) + 30) for each in self._unsent)
+
+    def _follow(self) -> None:
+        last = False
+        try:
+            while not last:
+                last = self._stopped.wait(0.1)
+                for fields in ray.get(self._hub.call.remote("take")):
+                    self._take(fields)
+                self._ledger.save()
+                self._show(list(self._ledger.entries.values()))
+        except Exception as error:  # the main thread raises it
+            self.trouble = error
+
+    def _take(self, fields: dict[str, Any]) -> None:
+        if fields["run"] == self._experiment.name:
+            if fields["kind"] != "attached":
+                self._parent(Event(**fields))
+            return
+        run = fields["run"].partition("-")[0]  # a trial's later stays have a suffix
+        if fields["kind"] == "attached":
+            self._ledger.change(run, lambda entry: _attached(entry, fields["details"]))
+            return
+        event = Event(**fields)
+        self._ledger.change(run, lambda entry: _changed(entry, event))
+        self._child(run)(event)
+        if event.kind in ("finished", "failed"):
+            self._ledger.flush()
+            self._close(run)
+
+    def _child(self, run: str) -> Recorder:
+        if run not in self._children:
+            entry = self._ledger.entries[run]
+            name = self._experiment.name
+            tracker = open_tracker(self._experiment, f"{name}-{run}", f"{name}/trials/{run}", self._tracker.run_key)
+            tracker.params(entry.values)
+            tracker.tags(
+                {"ptuning.trial": run, "ptuning.trial_key": entry.key, "ptuning.finalist": str(entry.finalist).lower()}
+            )
+            self._children[run] = tracker, Recorder(tracker, {})
+        return self._children[run][1]
+
+    def _close(self, run: str) -> None:
+        tracker, _ = self._children.pop(run)
+        tracker.tags({"ptuning.state": self._ledger.entries[run].status})
+        tracker.finish(ENDED[self._ledger.entries[run].status])
+        self._unsent.append(self._closing.submit(tracker.close, 20))
+
+
+def _attached(entry: Entry, details: dict[str, Any]) -> None:
+    if entry.folder != details["folder"]:  # a later stay: goes on from another trial's checkpoint
+        entry.results = []
+    entry.folder, entry.values = details["folder"], details["values"]
+
+
+def _changed(entry: Entry, event: Event) -> None:
+    entry.step = event.step
+    if event.kind == "evaluation":
+        if event.step > max((each["step"] for each in entry.results), default=0):
+            entry.results.append({"step": event.step, "values": event.values, "time_ms": event.time_ms})
+    elif event.kind == "failed":
+        entry.status, entry.message = "failed", event.details["message"]
+    elif event.kind == "finished":
+        if not (event.details["early"] and entry.status == "stopped"):
+            entry.status = "finished"
+        entry.measured, entry.soft_prompt = event.values, event.details["soft_prompt"]

@@ -1,0 +1,236 @@
+"""Between the trials of a search and the slots of its worker groups: who waits, who trains where, what was measured.
+
+    trial -- attach --> Hub -- orders --> first worker of a group
+    trial <-- results -- Hub <-- events -- first worker; the driver takes all events
+
+`Board` is the logic, plain and quick; `Hub` puts it into an actor whose callers may wait; `Line` is the first worker's end.
+Imports nothing heavy: the actor's process starts in a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+
+from ptuning.mailbox import Post
+
+Fields = dict[str, Any]
+"""An event or an order as plain data."""
+FOR_TRIALS = ("evaluation", "finished", "failed")
+"""Events that a trial hears of."""
+
+
+class Board:
+    """Which trial trains in which group. A trial has a key of ours; each of its stays in a slot is a run of its own."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.broken: str | None = None
+        """Why no worker will ever answer again."""
+        self.places: dict[int, int] = {}
+        self._known: dict[str, Fields] = {}
+        self._waiting: list[Fields] = []
+        self._training: dict[str, tuple[int, Fields]] = {}
+        self._orders: dict[int, list[Fields]] = {}
+        self._events: list[Fields] = []
+        self._results: dict[str, list[Fields]] = {}
+        self._reported: dict[str, int] = {}
+
+    def announce(self, trial: str, key: str, folder: str, results: list[Fields]) -> None:
+        """Before a trial starts: its key, the folder of its checkpoints, and what is known of it from before."""
+        self._known[trial] = {"key": key, "folder": folder, "stays": 0}
+        self._results[trial] = list(results)
+        self._reported[trial] = max((each["step"] for each in results), default=0)
+
+    def enter(self, trial: str) -> tuple[str, str]:
+        """Run name and folder of a trial's next stay. A trial that comes again (PBT) gives up the stay before."""
+        known = self._known[trial]
+        self._leave(trial, keep=False)
+        self._results.setdefault(trial, [])
+        run, folder = known["key"], known["folder"]
+        if known["stays"]:
+            suffix = uuid.uuid4().hex[:6]
+            run, folder = f"{run}-{suffix}", f"{folder}/{suffix}"
+            self._results[trial], self._reported[trial] = [], 0
+        known["stays"] += 1
+        return run, folder
+
+    def attach(self, trial: str, run: str, folder: str, experiment: Fields, values: Fields) -> None:
+        """Ask for a slot."""
+        self._waiting.append({"trial": trial, "run": run, "folder": folder, "experiment": experiment})
+        self._results.setdefault(trial, [])
+        self._events.append({"kind": "attached", "run": run, "step": 0, "details": {"folder": folder, "values": values}})
+        self._place()
+
+    def release(self, trial: str, keep: bool = True) -> bool:
+        """The trial is over; if it still trains, its slot becomes free, with its best soft prompt saved if `keep`.
+
+        Returns whether it was on its way: False if it had come to its own end.
+        """
+        self._results.pop(trial, None)
+        return self._leave(trial, keep)
+
+    def _leave(self, trial: str, keep: bool) -> bool:
+        waiting = len(self._waiting)
+        self._waiting = [order for order in self._waiting if order["trial"] != trial]
+        found = self._training.pop(trial, None)
+        if found:
+            group, order = found
+            self._orders[group].append({"run": order["run"], "keep": keep})
+            self._place()
+        return found is not None or len(self._waiting) < waiting
+
+    def join(self, group: int, places: int) -> None:
+        """A group of workers is there, for the first time or again after a failure: it has no slots taken."""
+        self.places[group] = places
+        mine = [order for at, order in self._training.values() if at == group]
+        self._orders[group] = [{"attach": order} for order in mine]
+        self._place()
+
+    def _place(self) -> None:
+        """Give waiting trials to free places: first come, first served, to the group with the most similar lengths."""
+        while self._waiting:
+            open_groups = [group for group in self.places if self._free(group) > 0]
+            if not open_groups:
+                return
+            order = self._waiting.pop(0)
+            group = min(open_groups, key=lambda each: (self._distance(each, _length(order)), -self._free(each)))
+            self._training[order["trial"]] = group, order
+            self._orders[group].append({"attach": order})
+
+    def _free(self, group: int) -> int:
+        return self.places[group] - sum(at == group for at, _ in self._training.values())
+
+    def _distance(self, group: int, length: int) -> float:
+        there = [_length(order) for at, order in self._training.values() if at == group]
+        return abs(sum(there) / len(there) - length) if there else 0.0
+
+    def orders(self, group: int) -> list[Fields] | None:
+        """What is new for a group; None: there will be no more."""
+        orders, self._orders[group] = self._orders.get(group, []), []
+        if self.closed:
+            return None
+        return orders
+
+    def waiting_orders(self, group: int) -> bool:
+        return self.closed or bool(self._orders.get(group))
+
+    def put(self, events: list[Fields]) -> None:
+        """Events of the workers: all for the driver, some for a trial."""
+        self._events += events
+        by_run = {order["run"]: trial for trial, (_, order) in self._training.items()}
+        for event in events:
+            trial = by_run.get(event["run"])
+            if trial is None or event["kind"] not in FOR_TRIALS:
+                continue
+            if event["kind"] == "evaluation":
+                if event["step"] <= self._reported.get(trial, 0):
+                    continue  # repeated after a restart from a checkpoint
+                self._reported[trial] = event["step"]
+            else:
+                del self._training[trial]
+                del by_run[event["run"]]
+            self._results.setdefault(trial, []).append(event)
+        self._place()
+
+    def results(self, trial: str) -> list[Fields]:
+        """What a trial has not heard yet."""
+        found = self._results.get(trial, [])
+        self._results[trial] = []
+        if not found and self.broken:
+            return [{"kind": "failed", "run": "", "step": 0, "values": {}, "details": {"message": self.broken}}]
+        return found
+
+    def take(self) -> list[Fields]:
+        """What the driver has not heard yet."""
+        events, self._events = self._events, []
+        return events
+
+
+def _length(order: Fields) -> int:
+    return int(order["experiment"]["prompt"]["length"])
+
+
+@ray.remote(num_cpus=0)
+class Hub:
+    """The board in a process of its own. Whoever asks for news may wait for it a while."""
+
+    def __init__(self) -> None:
+        self._board = Board()
+        self._news = asyncio.Condition()
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        """Any method of the board that answers at once."""
+        async with self._news:
+            answer = getattr(self._board, method)(*arguments)
+            self._news.notify_all()
+            return answer
+
+    async def put(self, events: list[Fields]) -> None:
+        await self.call("put", events)
+
+    async def orders(self, group: int) -> list[Fields] | None:
+        await self._wait(lambda: self._board.waiting_orders(group))
+        return self._board.orders(group)
+
+    async def results(self, trial: str) -> list[Fields]:
+        board = self._board
+        await self._wait(lambda: bool(board._results.get(trial)) or board.broken is not None)
+        return board.results(trial)
+
+    async def joined(self, groups: int) -> dict[int, int]:
+        """Places of the groups, once so many are there; fewer after a while."""
+        await self._wait(lambda: len(self._board.places) >= groups or self._board.broken is not None)
+        return self._board.places
+
+    async def close(self, broken: str | None = None) -> None:
+        """No more orders; `broken`: every trial hears that it failed, and why."""
+        async with self._news:
+            self._board.closed, self._board.broken = True, broken
+            self._news.notify_all()
+
+    async def _wait(self, ready: Callable[[], bool], seconds: float = 1.0) -> None:
+        async with self._news:
+            try:
+                await asyncio.wait_for(self._news.wait_for(ready), seconds)
+            except TimeoutError:
+                return
+
+
+class Line:
+    """The first worker's end: sends events without waiting, and has asked for orders before they are needed."""
+
+    def __init__(self, hub: Any, group: int) -> None:
+        self._hub = hub
+        self._group = group
+        self._post = Post(hub)
+        self._asked: Any = None
+
+    def join(self, places: int) -> None:
+        ray.get(self._hub.call.remote("join", self._group, places))
+        self._ask()
+
+    def send(self, event: Mapping[str, Any], *, now: bool) -> None:
+        self._post.send(event, now=now)
+
+    def flush(self) -> None:
+        self._post.flush()
+
+    def ringing(self) -> bool:
+        """Whether an answer is there, without waiting."""
+        return bool(ray.wait([self._asked], timeout=0)[0])
+
+    def orders(self, wait: bool) -> list[Fields] | None:
+        """The orders that have arrived; `wait`: nothing else is to be done."""
+        if not wait and not self.ringing():
+            return []
+        found: list[Fields] | None = ray.get(self._asked)
+        self._ask()
+        return found
+
+    def _ask(self) -> None:
+        self._asked = self._hub.orders.remote(self._group)

@@ -1,0 +1,394 @@
+"""A search: Ray Tune decides, trials attach to the slots of worker groups that are already running.
+
+    Chooser (Optuna) -> Tune trial (light) -> Hub -> slot of a worker group -> Hub -> trial -> Tune's scheduler
+                                               \\-> Desk (driver) -> ledger, MLflow, screen
+
+Ray Train runs in threads of the driver, Tune in its main thread. Then the finalists are trained with several seeds in the same
+slots, and the winner reads the test rows once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import ray.train
+from ray import tune
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.tune.callback import Callback
+
+from ptuning import figures, leaderboard, space, storage
+from ptuning.base import Base, find_base
+from ptuning.chooser import Chooser, make_scheduler
+from ptuning.config import Experiment, ExperimentError
+from ptuning.desk import Desk, Show
+from ptuning.hub import Hub
+from ptuning.launch import RunFailed, explain, make_trainer, scale, start_ray, start_tracker
+from ptuning.ledger import Entry, Ledger
+from ptuning.prepare import absolute, check_name, describe, load_task, write_run
+from ptuning.space import LENGTH
+from ptuning.tracking import Status, Tracker
+from ptuning.train import Task
+
+SPARE = 0.25
+"""Share of a worker's CPUs that stays free for the trials, which do nothing but wait."""
+TRIAL_CPU = 0.01
+AHEAD = 2
+"""Trials that are started before a slot is free, so that it is refilled at once."""
+
+
+def run_search(experiment: Experiment, *, resume: bool, show: Show, say: Callable[[str], None]) -> dict[str, Any]:
+    """Search on a Ray cluster and return a summary: name, run_id, soft_prompt, steps, seconds, metrics, winner, trials.
+
+    Raises:
+        UserError: something in the experiment or its surroundings is wrong; nothing was started or written.
+        RunFailed: no trial could be trained, or the workers failed.
+    """
+    began = time.monotonic()
+    experiment = absolute(experiment)
+    space.check(experiment)
+    folder = storage.join(experiment.compute.storage, experiment.name)
+    finished = check_name(experiment, folder, resume, search=True)
+    if finished:
+        return finished
+    base = find_base(experiment.model)
+    storage.check_writable(experiment.compute.storage)
+    trained, task = prepare(experiment, base)
+    for line in describe(task):
+        say(line)
+    started_here = start_ray(experiment)
+    try:
+        scaling = scale(experiment, experiment.search.groups, SPARE)
+        write_run(folder, experiment, "running", kind="search")
+        tracker = start_tracker(experiment, folder, task, base)
+        tracker.params({"search": experiment.search.model_dump(mode="json")})
+        search = _Search(trained, folder, tracker, show, say)
+        summary = search.run(scaling)
+    finally:
+        if started_here:
+            ray.shutdown()
+    if "message" in summary:
+        write_run(folder, experiment, "failed", kind="search")
+        raise RunFailed(summary["message"])
+    summary["seconds"] = round(time.monotonic() - began, 1)
+    write_run(folder, experiment, "finished", summary, kind="search")
+    return summary
+
+
+def prepare(experiment: Experiment, base: Base) -> tuple[Experiment, Task]:
+    """The experiment that trials are made from, and its rows as the longest soft prompt leaves room for them.
+
+    Raises:
+        UserError: the longest does not fit, or the rows are wrong.
+    """
+    longest = max(experiment.search.length)
+    if base.context - longest < 2:
+        raise ExperimentError(
+            f"search.length: {longest} virtual tokens leave no room in the {base.context} positions of {base.name}; remove it"
+        )
+    # All trials see the same rows, cut at the same place, whatever their length.
+    data = experiment.data.model_copy(update={"max_tokens": experiment.data.max_tokens or base.context - longest})
+    train = experiment.train
+    if experiment.search.scheduler == "pbt":  # a trial may go on from another one's last evaluation
+        train = train.model_copy(update={"checkpoint_every": train.evaluate_every})
+    trained = experiment.model_copy(update={"data": data, "train": train})
+    prompt = experiment.prompt.model_copy(update={"length": longest})
+    return trained, load_task(trained.model_copy(update={"prompt": prompt}), base)
+
+
+class _Free(Callback):
+    """A trial that Tune has stopped gives back its slot. Its own end may never run: Tune kills its actor."""
+
+    def __init__(self, release: Callable[[str], None]) -> None:
+        self._release = release
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._release(trial.trial_id)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._release(trial.trial_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles what it is given; nobody reads it
+
+
+class _Search:
+    """One life of a search, from the ledger to the winner."""
+
+    def __init__(self, experiment: Experiment, folder: str, tracker: Tracker, show: Show, say: Callable[[str], None]) -> None:
+        self.experiment = experiment
+        self.tables = experiment.model_dump(mode="json")
+        self.folder = folder
+        self.tracker = tracker
+        self.say = say
+        self.ledger = Ledger(folder)
+        self.hub = Hub.remote()  # type: ignore[attr-defined]  # added by ray.remote
+        self.desk = Desk(experiment, self.hub, self.ledger, tracker, show)
+        self.broken: str | None = None
+        self.threads: list[threading.Thread] = []
+        self._runs: dict[str, str] = {}
+        """Run name of each Tune trial."""
+
+    def run(self, scaling: ray.train.ScalingConfig) -> dict[str, Any]:
+        status: Status = "FAILED"
+        summary: dict[str, Any] = {}
+        try:
+            for group in range(self.experiment.search.groups):
+                thread = threading.Thread(target=self._train, args=(group, scaling), name=f"group {group}", daemon=True)
+                thread.start()
+                self.threads.append(thread)
+            self._choose()
+            summary = self._finals() if not self.broken else {}
+            status = "FINISHED" if "message" not in summary and not self.broken else "FAILED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            ray.get(self.hub.close.remote())
+            for thread in self.threads:
+                thread.join(60)
+            unsent = self.desk.stop(30)
+            self._report()
+            self.tracker.finish(status)
+            unsent += self.tracker.close(deadline_s=30)
+            if storage.is_local(self.folder):
+                shutil.rmtree(storage.join(self.folder, "ray"), ignore_errors=True)
+        if self.broken:
+            summary["message"] = self.broken
+        return summary | {"name": self.experiment.name, "run_id": self.tracker.run_id, "unsent": unsent}
+
+    def _train(self, group: int, scaling: ray.train.ScalingConfig) -> None:
+        """A worker group, in a thread, for as long as the search takes."""
+        resources: Any = scaling.resources_per_worker
+        cpus = resources["CPU"] / (1 - SPARE)
+        config = {"hub": self.hub, "group": group, "threads": max(1, int(cpus))}
+        try:
+            make_trainer(self.experiment, storage.join(self.folder, "ray"), scaling, config).fit()
+            if "message" in self.desk.summary:
+                self.broken = self.desk.summary["message"]
+        except TrainingFailedError as error:
+            self.broken = explain(error, self.folder)
+        finally:
+            if self.broken:
+                ray.get(self.hub.close.remote(self.broken))
+
+    def _alive(self) -> bool:
+        return self.broken is None and all(thread.is_alive() for thread in self.threads)
+
+    def _choose(self) -> None:
+        """Let Tune run the trials that are not in the ledger yet, or not to their end."""
+        search = self.experiment.search
+        open_trials = search.trials - sum(entry.status != "running" for entry in self.ledger.trials())
+        if open_trials <= 0:
+            return
+        slots = search.slots if isinstance(search.slots, int) else None
+        at_once = search.groups * slots if slots else self._measured()
+        if not at_once:
+            return
+        os.environ |= {
+            "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's own CSV, JSON and TensorBoard files
+            "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search, it does not wait for the trials
+            "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the ledger is what a search is resumed from
+            "TUNE_MAX_PENDING_TRIALS_PG": str(at_once + AHEAD),
+        }
+        logging.getLogger("ray.tune").setLevel(
+            logging.CRITICAL
+        )  # a failed trial is told by the leaderboard, not by a traceback
+        hub, tables, checkpoints = self.hub, self.tables, search.scheduler == "pbt"
+
+        def trial(values: dict[str, Any]) -> None:
+            # Travels by value and imports on the trial's side: neither loads what only the other needs.
+            from ptuning.trial import run_trial
+
+            run_trial(values, hub, tables, checkpoints)
+
+        chooser = Chooser(self.experiment, self.tables, self.folder, self.ledger, self._announce)
+        threading.Thread(target=self._watch, args=(chooser,), daemon=True).start()
+        tune.Tuner(
+            tune.with_resources(trial, {"cpu": TRIAL_CPU}),
+            tune_config=tune.TuneConfig(
+                search_alg=chooser,
+                scheduler=make_scheduler(self.experiment, self.ledger),
+                num_samples=open_trials,
+                max_concurrent_trials=at_once + AHEAD,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=storage.join(self.folder, "ray"),
+                callbacks=[_Free(self._release)],
+                verbose=0,
+            ),
+        ).fit()
+        # What Tune has stopped still saves its soft prompt; what failed has told the desk.
+        self.desk.wait(lambda: all(self._settled(entry) for entry in self.ledger.trials()), self._alive)
+
+    def _measured(self) -> int:
+        """Slots of all groups together, once the workers have measured them."""
+        while self._alive():
+            places = ray.get(self.hub.joined.remote(self.experiment.search.groups))
+            if len(places) == self.experiment.search.groups:
+                total = sum(places.values())
+                self.say(f"{total} soft prompts train side by side")
+                return total
+        return 0
+
+    def _watch(self, chooser: Chooser) -> None:
+        """Workers that are gone for good end the search: no new trials."""
+        for thread in self.threads:
+            thread.join()
+        chooser.stop = True
+
+    def _announce(self, trial: str, entry: Entry) -> None:
+        self._runs[trial] = entry.run
+        ray.get(self.hub.call.remote("announce", trial, entry.run, entry.folder, entry.results))
+
+    def _release(self, trial: str) -> None:
+        stopped = ray.get(self.hub.call.remote("release", trial))
+        if stopped:
+            self.ledger.change(self._runs[trial], _stop)
+
+    @staticmethod
+    def _settled(entry: Entry) -> bool:
+        return entry.status in ("finished", "failed") or (
+            entry.status == "stopped" and (bool(entry.soft_prompt) or not entry.step)
+        )
+
+    def _finals(self) -> dict[str, Any]:
+        """Train the best configurations with several seeds, choose by mean, read the test rows once."""
+        trials = self.ledger.trials()
+        best = leaderboard.ranked(self.experiment, trials)
+        if not best:
+            reason = next((entry.message for entry in trials if entry.message), "none was evaluated")
+            return {"message": f"all {len(trials)} trials failed, the first with: {reason}"}
+        # A schedule that PBT found cannot be repeated from its last values.
+        finalists = best[: self.experiment.search.finalists] if self.experiment.search.scheduler != "pbt" else []
+        seeds = {entry.run: self._train_seeds(entry) for entry in finalists} or {best[0].run: [best[0]]}
+        everyone = {entry.run for group in seeds.values() for entry in group}
+        self.desk.wait(lambda: all(self.ledger.entries[run].status != "running" for run in everyone), self._alive)
+        if self.broken:
+            return {}
+        means = {run: found for run, group in seeds.items() if (found := self._mean(group))}
+        if not means:
+            return {"message": f"all {len(everyone)} runs of the finalists failed; lower search.learning_rate"}
+        winner = max(means, key=lambda run: means[run]["order"])
+        return self._test(winner, means)
+
+    def _train_seeds(self, entry: Entry) -> list[Entry]:
+        """The runs of a finalist: the trial itself if it was trained to its end, and one for each further seed."""
+        group = []
+        for number in range(self.experiment.search.seeds):
+            if number == 0 and entry.status == "finished":
+                group.append(entry)
+                continue
+            run = f"{entry.run}.s{number}"
+            tables = space.trial_tables(self.tables, run, entry.values)
+            tables["train"]["seed"] += number
+            if run not in self.ledger.entries:
+                folder = storage.join(self.folder, "trials", run)
+                self.ledger.add(Entry(run, space.key_of(tables), entry.values, folder, finalist=True))
+            known = self.ledger.entries[run]
+            if known.status == "running":
+                self._attach(run, known.folder, tables, known)
+            group.append(known)
+        return group
+
+    def _attach(self, run: str, folder: str, tables: dict[str, Any], entry: Entry) -> None:
+        ray.get(self.hub.call.remote("announce", run, run, folder, []))
+        ray.get(self.hub.call.remote("enter", run))
+        ray.get(self.hub.call.remote("attach", run, run, folder, tables, entry.values))
+
+    def _mean(self, group: list[Entry]) -> dict[str, Any] | None:
+        found = [(value, entry) for entry in group if (value := leaderboard.value_of(self.experiment, entry))]
+        whole = [(value, entry) for value, entry in found if entry.status == "finished"]
+        if not whole:
+            return None
+        scores = [value[0] for value, _ in whole]
+        losses = [value[1] for value, _ in whole]
+        mean = statistics.fmean(scores)
+        return {
+            "order": (len(whole) == len(group), mean, statistics.fmean(losses)),
+            "mean": mean,
+            "spread": statistics.pstdev(scores),
+            "seeds": len(whole),
+            "run": max(whole, key=lambda pair: pair[0])[1].run,
+        }
+
+    def _test(self, winner: str, means: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """The winner's best seed goes once more into a slot, trained as it is, to read the test rows."""
+        chosen = self.ledger.entries[means[winner]["run"]]
+        name = self.experiment.name
+        tables = space.trial_tables(self.tables, name, chosen.values)
+        tables["data"]["test"] = self.tables["data"]["test"]
+        if chosen.finalist:
+            tables["train"]["seed"] += int(chosen.run.rpartition("s")[2])
+        self._attach(name, chosen.folder, tables, chosen)
+        found = self.desk.summary
+        self.desk.wait(lambda: "soft_prompt" in found or "message" in found, self._alive)
+        if "soft_prompt" not in found:
+            return {"message": found.get("message") or self.broken or "the workers ended before the winner was tested"}
+        target = storage.join(self.folder, "soft_prompt")
+        files = storage.read_folder(found["soft_prompt"])
+        storage.write_folder(target, {file: content for file, content in files.items() if file != storage.MANIFEST})
+        # REGISTRATION goes here: publish `target` under experiment.name with the parent run (registry.py, publish.py).
+        states = [entry.status for entry in self.ledger.trials()]
+        finalists = [
+            {"trial": run, "values": self.ledger.entries[run].values} | {key: mean[key] for key in ("mean", "spread", "seeds")}
+            for run, mean in sorted(means.items(), key=lambda pair: pair[1]["order"], reverse=True)
+        ]
+        return {
+            "soft_prompt": target,
+            "steps": found["steps"],
+            "best_step": found["best_step"],
+            "metrics": found["metrics"],
+            "peak_bytes": found["peak_bytes"],
+            "workers": found.get("workers"),
+            "winner": finalists[0],
+            "finalists": finalists,
+            "trials": {state: states.count(state) for state in sorted(set(states))},
+            "trial_steps": sum(entry.step for entry in self.ledger.entries.values()),
+        }
+
+    def _report(self) -> None:
+        """Leaderboard, pictures and figures of what is known so far: to the parent run and the search's folder."""
+        trials, experiment = self.ledger.trials(), self.experiment
+        columns, rows = leaderboard.table(experiment, list(self.ledger.entries.values()))
+        if not rows:
+            return
+        self.tracker.table("leaderboard.json", columns, rows)
+        curve = leaderboard.budget_curve(experiment, trials)
+        correlation = leaderboard.early_late(experiment, trials)
+        files = {
+            "leaderboard.csv": leaderboard.as_csv([dict(zip(columns, row, strict=True)) for row in rows]).encode(),
+            "budget.csv": leaderboard.as_csv(curve).encode(),
+        }
+        points = []
+        for entry in leaderboard.ranked(experiment, trials):
+            best = space.best_result(experiment, entry.results, entry.values[LENGTH])
+            assert best is not None
+            values = entry.values
+            points.append((values[LENGTH], values[space.RATE], best["values"][experiment.metric], values[space.INIT]))
+        if points:
+            best_so_far = {"best so far": [(int(row["trial_steps"]), row["best"]) for row in curve]}
+            files["landscape.png"] = figures.landscape(points, experiment.metric, f"{experiment.name}: {len(points)} trials")
+            files["budget.png"] = figures.curves(
+                best_so_far, experiment.name, f"best validation {experiment.metric}", "steps of all trials"
+            )
+        for name, content in files.items():
+            storage.write_file(storage.join(self.folder, "report"), name, content)
+            self.tracker.artifact_bytes(f"report/{name}", content)
+        numbers = [{"step": step, "spearman": value, "trials": many} for step, (value, many) in correlation.items()]
+        self.tracker.json("report/early_late.json", numbers)
+        for step, (value, _) in correlation.items():
+            self.tracker.metrics({"search/early_late_spearman": value}, step)
+
+
+def _stop(entry: Entry) -> None:
+    if entry.status == "running":
+        entry.status = "stopped"
