@@ -209,6 +209,14 @@ def running_scores(experiment: Experiment, entry: Entry) -> list[dict[str, float
     return found
 
 
+class _Population(PopulationBasedTraining):
+    """PBT refuses searchers, because their samplers would learn from values that were changed under way. Ours draws blindly
+    then, and only keeps the ledger."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(SimpleNamespace(search_alg=None), trial)
+
+
 def _population(experiment: Experiment) -> TrialScheduler:
     spans = {key: span for key, span in ranges(experiment).items() if span[0] < span[1]}
     mutations: dict[str, Any] = {}
@@ -224,7 +232,7 @@ def _population(experiment: Experiment) -> TrialScheduler:
         kept = {key: min(max(values[key], low), high) for key, (low, high) in spans.items()}
         return values | {key: round(value) if is_whole(key) else value for key, value in kept.items()}
 
-    return PopulationBasedTraining(
+    return _Population(
         time_attr="step",
         metric="score",
         mode="max",

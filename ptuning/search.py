@@ -15,6 +15,7 @@ import shutil
 import statistics
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -193,6 +194,7 @@ class _Search:
         if not at_once:
             return
         os.environ |= {
+            "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a box even at verbose=0
             "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's own CSV, JSON and TensorBoard files
             "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search, it does not wait for the trials
             "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the ledger is what a search is resumed from
@@ -211,21 +213,23 @@ class _Search:
 
         chooser = Chooser(self.experiment, self.tables, self.folder, self.ledger, self._announce)
         threading.Thread(target=self._watch, args=(chooser,), daemon=True).start()
-        tune.Tuner(
-            tune.with_resources(trial, {"cpu": TRIAL_CPU}),
-            tune_config=tune.TuneConfig(
-                search_alg=chooser,
-                scheduler=make_scheduler(self.experiment, self.ledger),
-                num_samples=open_trials,
-                max_concurrent_trials=at_once + AHEAD,
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=storage.join(self.folder, "ray"),
-                callbacks=[_Free(self._release)],
-                verbose=0,
-            ),
-        ).fit()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Consider boosting PBT")  # reused actors save a second per exploit
+            tune.Tuner(
+                tune.with_resources(trial, {"cpu": TRIAL_CPU}),
+                tune_config=tune.TuneConfig(
+                    search_alg=chooser,
+                    scheduler=make_scheduler(self.experiment, self.ledger),
+                    num_samples=open_trials,
+                    max_concurrent_trials=at_once + AHEAD,
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=storage.join(self.folder, "ray"),
+                    callbacks=[_Free(self._release)],
+                    verbose=0,
+                ),
+            ).fit()
         # What Tune has stopped still saves its soft prompt; what failed has told the desk.
         self.desk.wait(lambda: all(self._settled(entry) for entry in self.ledger.trials()), self._alive)
 

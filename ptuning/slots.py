@@ -24,27 +24,35 @@ def count_slots(pack: Pack, experiment: Experiment) -> int:
         UserError: so many slots do not fit into memory.
     """
     search = experiment.search
-    wanted = search.slots if isinstance(search.slots, int) else None
-    most = min(wanted or MOST, search.trials)
+    if isinstance(search.slots, int):
+        most = min(search.slots, search.trials)
+        _check_memory(pack, experiment, most)
+        return most
     best, rate, size = 1, 0.0, 1
-    while True:
-        before = _peak(pack)
+    while size <= min(MOST, search.trials):
+        before = _peak()
         seconds = _seconds(pack, experiment, size)
-        # The last doubling added `grown` bytes per worker; the next one adds twice that. Unknown after the first.
-        grown = max(pack.workers.gather(_peak(pack) - before))
-        room = min(pack.workers.gather(_available()))
-        if wanted is None and size / seconds < GAIN * rate:
+        if size / seconds < GAIN * rate:
             break
         best, rate = size, size / seconds
-        if size >= most:
+        # This doubling added so many bytes; the next one adds twice as many.
+        if size > 1 and 2 * _most(pack, _peak() - before) > _room(pack):
             break
-        following = min(2 * size, most)
-        if size > 1 and grown * 2 * (following - size) / size > room:
-            if wanted:
-                raise UserError(f"search.slots: {wanted} do not fit into memory, about {best} would; lower it")
-            break
-        size = following
-    return min(wanted, most) if wanted else int(pack.workers.from_first(best))
+        size *= 2
+    return best
+
+
+def _check_memory(pack: Pack, experiment: Experiment, slots: int) -> None:
+    """From what the second soft prompt takes in a step, whether so many fit."""
+    if slots <= 2:
+        return
+    _seconds(pack, experiment, 1)
+    before = _peak()
+    _seconds(pack, experiment, 2)
+    each, room = _most(pack, _peak() - before), _room(pack)
+    if each * (slots - 2) > room:
+        fitting = 2 + room // each
+        raise UserError(f"search.slots: {slots} do not fit into memory, {fitting} would; lower it or set data.max_tokens")
 
 
 def _seconds(pack: Pack, experiment: Experiment, size: int) -> float:
@@ -63,7 +71,16 @@ def _seconds(pack: Pack, experiment: Experiment, size: int) -> float:
     return float(pack.workers.from_first(seconds))
 
 
-def _peak(pack: Pack) -> int:
+def _most(pack: Pack, value: int) -> int:
+    return int(max(pack.workers.gather(value)))
+
+
+def _room(pack: Pack) -> int:
+    """Bytes that each worker may still take; those of one machine share its memory."""
+    return int(min(pack.workers.gather(_available()))) // (1 if torch.cuda.is_available() else pack.workers.size)
+
+
+def _peak() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "ptuning"
 
 FLOORS = {
     "config": 0, "mailbox": 0, "openai_api": 0,
-    "batches": 1, "hub": 1, "metrics": 1, "segments": 1, "sources": 1, "space": 1, "storage": 1, "workers": 1,
+    "batches": 1, "hub": 1, "metrics": 1, "segments": 1, "sources": 1, "space": 1, "spool": 1, "storage": 1, "workers": 1,
     "checkpoint": 2, "data": 2, "figures": 2, "ledger": 2, "model": 2, "soft_prompt": 2, "tracking": 2, "trial": 2,
     "base": 3, "chooser": 3, "engine": 3, "evaluate": 3, "leaderboard": 3,
     "zero": 4,

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+import torch
 
 from ptuning import soft_prompt
 from ptuning.config import parse_experiment
+from ptuning.launch import RunFailed
 from ptuning.ledger import Entry
 from ptuning.search import run_search
 
@@ -46,6 +55,18 @@ def search(tables: dict[str, Any], resume: bool = False) -> tuple[dict[str, Any]
     return summary, shown[-1], lines
 
 
+def children(tables: dict[str, Any]) -> list[Any]:
+    """The runs of the trials in MLflow."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tables['compute']['storage']}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("ptuning").experiment_id])
+    [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    others = [run for run in runs if run is not parent]
+    assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in others)
+    return others
+
+
 @pytest.mark.timeout(240)
 def test_a_search_under_asha_finds_tests_and_tracks_its_winner(tables: dict[str, Any]) -> None:
     summary, entries, _ = search(tables)
@@ -56,10 +77,86 @@ def test_a_search_under_asha_finds_tests_and_tracks_its_winner(tables: dict[str,
     assert loaded.card.name == "toy" and loaded.card.metrics == summary["metrics"]
     assert summary["metrics"]["test_accuracy"] > 0.9
 
-    from mlflow import MlflowClient
+    runs = children(tables)
+    assert sorted(run.data.tags["ptuning.trial"] for run in runs) == sorted(entry.run for entry in entries)
+    assert all(run.info.status == "FINISHED" for run in runs)
+    report = Path(tables["compute"]["storage"]) / "toy" / "report"
+    assert {path.name for path in report.iterdir()} == {"leaderboard.csv", "budget.csv", "landscape.png", "budget.png"}
 
-    client = MlflowClient(f"sqlite:///{tables['compute']['storage']}/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("ptuning").experiment_id])
-    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == summary["run_id"]]
-    assert sorted(run.data.tags["ptuning.trial"] for run in children) == sorted(entry.run for entry in entries)
-    assert len(runs) == len(children) + 1 and all(run.info.status == "FINISHED" for run in runs)
+
+@pytest.mark.timeout(240)
+def test_pbt_lets_a_trial_go_on_from_a_better_one(tables: dict[str, Any]) -> None:
+    tables["search"] |= {"trials": 3, "scheduler": "pbt", "learning_rate": [0.0001, 0.3], "length": [10]}
+    tables["train"] |= {"steps": 80}
+    _, entries, _ = search(tables)
+    assert len(entries) == 3 and {entry.status for entry in entries} == {"finished"}
+    exploited = [entry for entry in entries if Path(entry.folder).parent.name == entry.run]
+    assert exploited and all(entry.step == 80 for entry in entries)
+
+
+@pytest.mark.timeout(240)
+def test_a_trial_that_diverges_is_marked_and_the_others_go_on(tables: dict[str, Any]) -> None:
+    source = torch.zeros(10, 32)
+    source[0, 0] = 3e38  # finite in the file, not in the first layer
+    card = soft_prompt.Card(name="x", base="x", length=10, width=32, content_hash=soft_prompt.content_hash(source))
+    poison = str(Path(tables["compute"]["storage"]) / "poison")
+    soft_prompt.SoftPrompt(source, card).save(poison)
+    tables["prompt"] |= {"init": "soft-prompt", "init_from": poison}
+    tables["search"] |= {"trials": 2, "learning_rate": [0.05, 0.05], "algorithm": "grid", "length": [10]}
+    tables["search"] |= {"init": ["vocabulary", "soft-prompt"], "finalists": 1, "seeds": 1, "scheduler": "fifo"}
+    summary, entries, _ = search(tables)
+    good, failed = sorted(entries, key=lambda entry: entry.values["prompt.init"], reverse=True)
+    assert failed.status == "failed" and "lower train.learning_rate" in str(failed.message)
+    assert good.status == "finished" and summary["trials"] == {"failed": 1, "finished": 1}
+    assert {run.data.tags["ptuning.trial"]: run.info.status for run in children(tables)}[failed.run] == "FAILED"
+
+    tables |= {"name": "hopeless"}
+    tables["search"] |= {"length": [9, 10], "init": ["soft-prompt"]}
+    with pytest.raises(RunFailed, match="all 2 trials failed, the first with: t00"):
+        search(tables)
+
+
+@pytest.mark.timeout(400)
+def test_killed_drivers_and_resume_give_every_trial_exactly_once(
+    tables: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
+) -> None:
+    tables["search"] |= {"finalists": 1, "seeds": 2}
+    file = write_toml(tables)
+    ledger = Path(tables["compute"]["storage"]) / "toy" / "ledger.json"
+    command = [sys.executable, "-m", "ptuning", "search", str(file), "--json"]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    draw = random.Random(0)
+    done: dict[str, float] = {}
+    for life in range(3):
+        driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        target = 2 + 5 * life
+        while driver.poll() is None and len([each for e in _entries(ledger) for each in e["results"]]) < target:
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0, 1))
+        driver.kill()
+        driver.wait()
+        for entry in _entries(ledger):
+            if entry["status"] == "finished" and entry["soft_prompt"]:
+                manifest = Path(entry["soft_prompt"]) / "manifest.json"
+                assert done.setdefault(entry["run"], manifest.stat().st_mtime) == manifest.stat().st_mtime
+        command = [*command[:-1], "--resume", "--json"] if life == 0 else command
+    last = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert last.returncode == 0, last.stderr
+    summary = json.loads(last.stdout.splitlines()[-1])
+    entries = _entries(ledger)
+    trials = [entry for entry in entries if not entry["finalist"]]
+    assert len(trials) == 6 == sum(summary["trials"].values()) and len({entry["key"] for entry in trials}) == 6
+    for run, written in done.items():
+        found = next(entry for entry in entries if entry["run"] == run)
+        if run != summary["winner"]["trial"]:  # the winner is saved again, with its test result
+            assert (Path(found["soft_prompt"]) / "manifest.json").stat().st_mtime == written
+    for entry in entries:
+        steps = [result["step"] for result in entry["results"]]
+        assert (
+            steps == sorted(set(steps)) and steps[0] == 10 and all(b - a == 10 for a, b in zip(steps, steps[1:], strict=False))
+        )
+    assert sorted(run.data.tags["ptuning.trial"] for run in children(tables)) == sorted(entry["run"] for entry in entries)
+
+
+def _entries(ledger: Path) -> list[dict[str, Any]]:
+    return json.loads(ledger.read_text())["trials"] if ledger.exists() else []
