@@ -80,7 +80,10 @@ class Board:
         found = self._training.pop(trial, None)
         if found:
             group, order = found
-            self._orders[group].append({"run": order["run"], "keep": keep})
+            if {"attach": order} in self._orders[group]:  # it has not heard of the slot yet
+                self._orders[group].remove({"attach": order})
+            else:
+                self._orders[group].append({"run": order["run"], "keep": keep})
             self._place()
         return found is not None or len(self._waiting) < waiting
 

@@ -107,14 +107,14 @@ def prepare(experiment: Experiment, base: Base) -> tuple[Experiment, Task]:
 class _Free(Callback):
     """A trial that Tune has stopped gives back its slot. Its own end may never run: Tune kills its actor."""
 
-    def __init__(self, release: Callable[[str], None]) -> None:
+    def __init__(self, release: Callable[[str, str | None], None]) -> None:
         self._release = release
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._release(trial.trial_id)
+        self._release(trial.trial_id, None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._release(trial.trial_id)
+        self._release(trial.trial_id, str(trial.get_error() or "unknown error").strip().splitlines()[-1])
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles what it is given; nobody reads it
@@ -253,10 +253,11 @@ class _Search:
         self._runs[trial] = entry.run
         ray.get(self.hub.call.remote("announce", trial, entry.run, entry.folder, entry.results))
 
-    def _release(self, trial: str) -> None:
-        stopped = ray.get(self.hub.call.remote("release", trial))
-        if stopped:
-            self.ledger.change(self._runs[trial], _stop)
+    def _release(self, trial: str, error: str | None) -> None:
+        """`error`: what the trial's own process died of, not its soft prompt; that one has told the desk itself."""
+        under_way = ray.get(self.hub.call.remote("release", trial, error is None))
+        if under_way:
+            self.ledger.change(self._runs[trial], lambda entry: _end(entry, error))
 
     @staticmethod
     def _settled(entry: Entry) -> bool:
@@ -393,6 +394,6 @@ class _Search:
             self.tracker.metrics({"search/early_late_spearman": value}, step)
 
 
-def _stop(entry: Entry) -> None:
+def _end(entry: Entry, error: str | None) -> None:
     if entry.status == "running":
-        entry.status = "stopped"
+        entry.status, entry.message = ("failed", f"{entry.run}: its Tune trial failed: {error}") if error else ("stopped", None)

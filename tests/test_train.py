@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from ptuning import checkpoint, soft_prompt, storage, zero
 from ptuning import train as training
@@ -18,7 +21,7 @@ from ptuning.config import Experiment, ModelConfig, TrainConfig, ZeroConfig, par
 from ptuning.evaluate import label_scores
 from ptuning.model import PromptedModel, plan_targets
 from ptuning.prepare import load_task
-from ptuning.train import Assignment, Event, Pack, Slot, learning_rate, train
+from ptuning.train import Assignment, Detachment, Event, Order, Pack, Slot, learning_rate, train
 from ptuning.workers import Workers
 
 pytestmark = pytest.mark.fast
@@ -162,6 +165,95 @@ def test_law_4_packing_changes_nothing(run: Any, toy_task: SimpleNamespace) -> N
         alone = run("alone")(trial).result(trial.name).vectors
         together = packed.result(trial.name).vectors
         assert float((alone - together).norm() / alone.norm()) < 1e-5, trial.name
+
+
+@pytest.fixture(scope="module")
+def trained_alone() -> dict[str, torch.Tensor]:
+    """Filled by the first example of the property."""
+    return {}
+
+
+@hypothesis.settings(max_examples=12, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 30)), min_size=5, max_size=5))
+def test_law_4_whoever_joins_and_leaves(
+    run: Any, toy_task: SimpleNamespace, trained_alone: dict[str, torch.Tensor], stays: list[tuple[int, int]]
+) -> None:
+    """Five trials, each joining at some step; those that would stay longer than their 15 steps are trained to the end."""
+    lengths, rates = (3, 1, 8, 5, 2), (0.05, 0.01, 0.3, 0.1, 0.02)
+    trials = [
+        experiment(
+            toy_task,
+            name=f"t{number}",
+            prompt__length=length,
+            train__learning_rate=rate,
+            train__steps=15,
+            train__seed=number,
+            data__validation=None,
+            data__test=None,
+        )
+        for number, (length, rate) in enumerate(zip(lengths, rates, strict=True))
+    ]
+    if not trained_alone:
+        trained_alone |= {trial.name: run("alone")(trial).result(trial.name).vectors for trial in trials}
+    folder = f"packed-{abs(hash(tuple(stays)))}"
+    packed = run(folder, places=5)
+    packed.pack.ringing = lambda: True
+    clock = itertools.count()
+
+    def source(free: int) -> list[Order] | None:
+        now = next(clock)
+        orders: list[Order] = [Detachment(f"t{n}", keep=True) for n, (join, stay) in enumerate(stays) if join + stay == now]
+        orders += [Assignment(trials[n], str(packed.folder / f"t{n}")) for n, (join, _) in enumerate(stays) if join == now]
+        return orders if now <= 42 else None
+
+    train(packed.pack, source, packed.events.append)
+    for number, (_, stay) in enumerate(stays):
+        [finished] = packed.of("finished", f"t{number}")
+        assert finished.step == min(stay, 15)
+        if stay >= 15:
+            alone, together = trained_alone[f"t{number}"], packed.result(f"t{number}").vectors
+            assert float((alone - together).norm() / alone.norm()) < 1e-5
+
+
+def test_slots_that_share_their_rows_are_evaluated_together(
+    run: Any, toy_task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together: list[int] = []
+    original = training.evaluate
+
+    def counting(model: Any, prompts: Any, split: Any, *rest: Any) -> Any:
+        together.append(len(prompts))
+        return original(model, prompts, split, *rest)
+
+    trials = [experiment(toy_task, name=f"t{number}", train__seed=number, data__test=None) for number in range(3)]
+    packed = run(places=3)
+    task = packed.pack.load_task(trials[0])
+    packed.pack.load_task = lambda experiment: task
+    monkeypatch.setattr(training, "evaluate", counting)
+    packed(*trials)
+    assert together == [3, 3]
+    alone = run("alone")(trials[1])
+    for one, two in zip(packed.of("evaluation", "t1"), alone.of("evaluation", "t1"), strict=True):
+        assert one.values == pytest.approx(two.values, rel=1e-5)
+
+
+def test_a_run_whose_end_was_interrupted_only_ends(
+    run: Any, toy_task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between its last checkpoint and its soft prompt: it makes no step more."""
+    task = experiment(toy_task)
+    whole = run("whole")(task)
+
+    def killed(*arguments: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "finish", killed)
+        with pytest.raises(Killed):
+            run("interrupted")(task)
+    resumed = run("interrupted")(task)
+    assert torch.equal(whole.result("toy").vectors, resumed.result("toy").vectors)
+    assert [event.step for event in resumed.of("step")] == [] or max(event.step for event in resumed.of("step")) == 20
 
 
 def test_a_slot_that_diverges_stops_alone(run: Any, toy_task: SimpleNamespace) -> None:

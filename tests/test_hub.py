@@ -1,0 +1,178 @@
+"""The board of a search, without Ray: who gets which slot, who hears what, and that nobody is lost or doubled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptuning.hub import Board
+
+pytestmark = pytest.mark.fast
+
+
+def experiment(length: int = 5) -> dict[str, Any]:
+    return {"prompt": {"length": length}}
+
+
+def enter(board: Board, trial: str, length: int = 5) -> str:
+    board.announce(trial, f"run-of-{trial}".replace("-", ""), f"folder/{trial}", [])
+    run, folder = board.enter(trial)
+    board.attach(trial, run, folder, experiment(length), {})
+    return run
+
+
+def event(kind: str, run: str, step: int = 0) -> dict[str, Any]:
+    return {"kind": kind, "run": run, "step": step, "values": {}, "details": {}}
+
+
+def attached(orders: list[dict[str, Any]] | None) -> list[str]:
+    return [order["attach"]["run"] for order in orders or [] if "attach" in order]
+
+
+def test_a_trial_waits_for_a_group_and_hears_its_results_once() -> None:
+    board = Board()
+    run = enter(board, "a")
+    assert board.orders(0) == []
+    board.join(0, 1)
+    assert attached(board.orders(0)) == [run] and board.orders(0) == []
+    board.put([event("step", run, 1), event("evaluation", run, 10), event("evaluation", run, 10)])
+    assert [each["step"] for each in board.results("a")] == [10] and board.results("a") == []
+    board.put([event("finished", run, 20)])
+    assert [each["kind"] for each in board.results("a")] == ["finished"]
+    assert board.release("a") is False
+    assert [each["kind"] for each in board.take()] == ["attached", "step", "evaluation", "evaluation", "finished"]
+
+
+def test_a_slot_that_is_freed_is_refilled_in_the_same_orders() -> None:
+    board = Board()
+    board.join(0, 1)
+    first, second = enter(board, "a"), enter(board, "b")
+    board.orders(0)
+    assert board.release("a") is True
+    orders = board.orders(0)
+    assert orders is not None and orders[0] == {"run": first, "keep": True} and attached(orders) == [second]
+
+
+def test_a_trial_that_waits_can_be_released() -> None:
+    board = Board()
+    enter(board, "a")
+    assert board.release("a") is True
+    board.join(0, 4)
+    assert board.orders(0) == []
+
+
+def test_what_is_known_from_before_comes_first_and_is_not_reported_again() -> None:
+    board = Board()
+    board.join(0, 1)
+    board.announce("a", "t0", "folder", [event("evaluation", "t0", 10)])
+    run, folder = board.enter("a")
+    board.attach("a", run, folder, experiment(), {})
+    board.put([event("evaluation", run, 10), event("evaluation", run, 20)])
+    assert [each["step"] for each in board.results("a")] == [10, 20]
+
+
+def test_a_trial_that_comes_again_leaves_its_old_slot_without_a_trace() -> None:
+    board = Board()
+    board.join(0, 1)
+    first = enter(board, "a")
+    board.orders(0)
+    board.put([event("evaluation", first, 20)])
+    second, folder = board.enter("a")
+    board.attach("a", second, folder, experiment(), {})
+    assert second.partition("-")[0] == first and folder.startswith("folder/a/")
+    orders = board.orders(0)
+    assert orders is not None and orders[0] == {"run": first, "keep": False} and attached(orders) == [second]
+    board.put([event("finished", first, 20), event("evaluation", second, 10)])
+    assert [(each["kind"], each["step"]) for each in board.results("a")] == [("evaluation", 10)]
+
+
+def test_a_group_that_restarts_gets_its_trials_again() -> None:
+    board = Board()
+    board.join(0, 2)
+    runs = [enter(board, "a"), enter(board, "b")]
+    board.orders(0)
+    board.put([event("failed", runs[0])])
+    board.join(0, 2)
+    assert attached(board.orders(0)) == runs[1:]
+
+
+def test_similar_lengths_go_together() -> None:
+    board = Board()
+    board.join(0, 2)
+    board.join(1, 2)
+    for trial, length in (("a", 100), ("b", 5), ("c", 6), ("d", 90)):
+        enter(board, trial, length)
+    lengths = [sorted(o["attach"]["experiment"]["prompt"]["length"] for o in board.orders(group) or []) for group in (0, 1)]
+    assert sorted(lengths) == [[5, 6], [90, 100]]
+
+
+def test_a_closed_board_has_no_more_orders_and_a_broken_one_fails_its_trials() -> None:
+    board = Board()
+    board.join(0, 1)
+    run = enter(board, "a")
+    board.closed = True
+    assert board.orders(0) is None
+    board.broken = "the workers are gone"
+    [failed] = board.results("a")
+    assert run and failed["kind"] == "failed" and failed["details"]["message"] == "the workers are gone"
+
+
+class World:
+    """A board, a worker that follows its orders, and trials that come, end and are stopped."""
+
+    def __init__(self, places: int) -> None:
+        self.board, self.places = Board(), places
+        self.training: set[str] = set()
+        self.alive: dict[str, str] = {}
+        self.ended: set[str] = set()
+        self.restart(0)
+
+    def restart(self, pick: int) -> None:
+        self.training.clear()
+        self.board.join(0, self.places)
+
+    def new(self, pick: int) -> None:
+        trial = f"t{len(self.alive) + len(self.ended)}x{pick}"
+        if trial not in self.alive:
+            self.alive[trial] = enter(self.board, trial)
+
+    def poll(self, pick: int = 0) -> None:
+        for order in self.board.orders(0) or []:
+            if "attach" in order:
+                run = order["attach"]["run"]
+                assert run not in self.training and run not in self.ended
+                self.training.add(run)
+            else:
+                self.training.discard(order["run"])
+        assert len(self.training) <= self.places
+
+    def finish(self, pick: int) -> None:
+        if self.training:
+            run = sorted(self.training)[pick % len(self.training)]
+            self.training.remove(run)
+            self.ended.add(run)
+            self.board.put([event("finished", run)])
+
+    def stop(self, pick: int) -> None:
+        if self.alive:
+            trial = sorted(self.alive)[pick % len(self.alive)]
+            self.ended.add(self.alive.pop(trial))
+            self.board.release(trial)
+
+
+ACTIONS = ["new", "finish", "stop", "poll", "restart"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 9)), max_size=60), st.integers(1, 4))
+def test_no_trial_is_lost_or_doubled(actions: list[tuple[str, int]], places: int) -> None:
+    """A worker that follows its orders trains at most `places`, and everybody who is not over gets a slot in the end."""
+    world = World(places)
+    for action, pick in actions:
+        getattr(world, action)(pick)
+    for _ in range(len(actions) + 1):
+        world.poll()
+        world.finish(0)
+    assert all(run in world.ended for run in world.alive.values())
