@@ -214,7 +214,8 @@ class _Population(PopulationBasedTraining):
     then, and only keeps the ledger."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        super().on_trial_add(SimpleNamespace(search_alg=None), trial)
+        unsearched: Any = SimpleNamespace(search_alg=None)
+        super().on_trial_add(unsearched, trial)
 
 
 def _population(experiment: Experiment) -> TrialScheduler:
