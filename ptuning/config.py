@@ -248,6 +248,9 @@ class SearchConfig(Table):
                     raise ValueError(f'"{key}": {message[0].lower()}{message[1:]} (got {value:g}); change the range') from None
         return space
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # the space is a dict
+
 
 SEARCHABLE: dict[str, dict[str, type[Table]]] = {
     "train": dict.fromkeys(("weight_decay", "warmup", "batch_size", "patience", "clip"), TrainConfig),
