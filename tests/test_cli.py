@@ -64,7 +64,7 @@ def test_help_answers_at_once() -> None:
         ("train.learning_rate", 0.0, "train.learning_rate: input should be greater than 0 (got 0.0); change the value"),
         ("train.learning_rate", -1, "train.learning_rate: input should be greater than 0 (got -1); change the value"),
         ("train.lr", 0.1, "train.lr: unknown key; "),
-        ("model.path", "no/such/folder", "model.path: no/such/folder is no folder here and no Hugging Face id; correct the path"),
+        ("model.path", "no/such/folder", "no/such/folder is no folder here and no Hugging Face id; correct the path"),
         ("model.path", "nobody/nothing", "model.path: nobody/nothing was not found on the Hugging Face Hub or in its cache "),
         ("data.train", "missing.jsonl", "missing.jsonl: "),
         ("data.input", "{txt}:", "txt"),
@@ -143,9 +143,7 @@ def test_a_model_without_its_tokenizer_or_end_token_is_refused(
 @pytest.mark.fast
 def test_resume_without_a_run_is_refused(toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path) -> None:
     code, error = invoke("train", str(write_toml(toy_task.experiment)), "--resume")
-    assert code == 2 and error == (
-        f"ptuning: {tmp_path}/runs/toy: there is no run to resume; start it without --resume"
-    )
+    assert code == 2 and error == (f"ptuning: {tmp_path}/runs/toy: there is no run to resume; start it without --resume")
 
 
 @pytest.mark.fast
