@@ -114,6 +114,7 @@ def load(folder: str) -> SoftPrompt:
     Raises:
         SoftPromptError, StorageError: not a soft prompt, damaged, or not finite.
     """
+    _check_size(folder)
     if storage.exists(folder, storage.MANIFEST):
         files = storage.read_folder(folder)
         config, weights, card = (files.get(name) for name in (CONFIG, WEIGHTS, CARD))
@@ -140,6 +141,14 @@ def load(folder: str) -> SoftPrompt:
     return SoftPrompt(vectors, known)
 
 
+def _check_size(folder: str) -> None:
+    """Before anything is read into memory."""
+    system, path = storage.resolve(folder)
+    size = system.get_file_info(f"{path}/{WEIGHTS}").size or 0
+    if size > LARGEST:
+        raise SoftPromptError(f"{folder}: {WEIGHTS} has {size} bytes, too many for a soft prompt")
+
+
 def _read_weights(folder: str) -> bytes:
     if not storage.exists(folder, WEIGHTS):
         raise SoftPromptError(f"{folder}: has no {WEIGHTS}, and nothing else is opened; save the adapter as safetensors")
@@ -158,8 +167,6 @@ def _parse_adapter(folder: str, content: bytes) -> dict[str, Any]:
 
 
 def _parse_weights(folder: str, content: bytes, adapter: dict[str, Any]) -> Tensor:
-    if len(content) > LARGEST:
-        raise SoftPromptError(f"{folder}: {WEIGHTS} has {len(content)} bytes, too many for a soft prompt")
     try:
         tensors = safetensors.torch.load(content)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:

@@ -1,10 +1,10 @@
 """The spool of a run: its records on the local disk until MLflow has them. Knows nothing of MLflow.
 
-    <spool>/run.json       our run key, and what is needed to create the MLflow run
-    <spool>/events.jsonl   the records
-    <spool>/sent.json      how far they are shipped
-    <spool>/files/         artifacts given as bytes
-    <spool>/refused.jsonl  records that MLflow will never take, and why
+<spool>/run.json       our run key, and what is needed to create the MLflow run
+<spool>/events.jsonl   the records
+<spool>/sent.json      how far they are shipped
+<spool>/files/         artifacts given as bytes
+<spool>/refused.jsonl  records that MLflow will never take, and why
 """
 
 from __future__ import annotations

@@ -18,15 +18,16 @@ PACKAGE = REPOSITORY / "ptuning"
 
 FLOORS = {
     "config": 0, "mailbox": 0, "openai_api": 0,
-    "batches": 1, "metrics": 1, "segments": 1, "sources": 1, "storage": 1, "workers": 1,
+    "batches": 1, "guard": 1, "metrics": 1, "segments": 1, "sources": 1, "spool": 1, "storage": 1, "workers": 1,
     "checkpoint": 2, "data": 2, "figures": 2, "model": 2, "soft_prompt": 2, "tracking": 2,
-    "base": 3, "engine": 3, "evaluate": 3,
-    "zero": 4,
-    "train": 5,
-    "display": 6, "prepare": 6, "record": 6,
+    "base": 3, "engine": 3, "evaluate": 3, "registry": 3,
+    "champion": 4, "publish": 4, "zero": 4,
+    "adopt": 5, "gate": 5, "meaning": 5, "train": 5,
+    "display": 6, "export": 6, "portrait": 6, "prepare": 6, "record": 6,
     "worker": 7,
     "launch": 8,
     "search": 9, "serve": 9,
+    "cli_prompts": 9,
     "cli": 10,
     "__main__": 11,
 }  # fmt: skip
