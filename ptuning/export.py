@@ -108,6 +108,7 @@ def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Mer
     guarded = guard.close(model, ids, states)
     _check_logits(model, ids, probe, expected, name)
     plain = base.tokenizer
+    tokenizer.padding_side = "left"  # generation goes on at the right end
     prepends = _prepend(tokenizer, tokens, ids)
     chat = _chat(tokenizer, plain, loaded.card.template, [*tokens, *front], ids)
     model.generation_config = _generation(model, base, ids, loaded.card)

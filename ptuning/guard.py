@@ -28,8 +28,9 @@ HOT = 2.0
 """The temperature at which a virtual token must not be drawn; at lower ones it is still less likely."""
 PENALTIES = (0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4)
 """Weights of the squared length of w: from short and careful to long and sure."""
-SURE = 1e-12
-"""Largest probability of any virtual token, over all states of the trial, that is called safe."""
+SURE = -100.0
+"""Log of the largest probability, over all states of the trial, at which a row is long enough. Longer would not be safer: at a
+state unlike all others, a long row on the wrong side is drawn for certain."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Guard:
 
     @property
     def safe(self) -> bool:
-        return self.exact or self.worst <= SURE
+        return self.exact or self.worst < 1e-12
 
 
 @torch.no_grad()
@@ -120,6 +121,8 @@ def close(model: PreTrainedModel, ids: list[int], states: States) -> Guard:
         worst = float((states.trial @ row.float() / HOT - trial).max())
         if math.isfinite(worst) and (best is None or worst < best[0]):
             best = worst, row
+        if worst < SURE:
+            break
     assert best
     head.weight.data[ids] = best[1]
     logs = states.trial @ best[1].float() / HOT - trial + math.log(len(ids))

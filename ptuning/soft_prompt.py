@@ -159,7 +159,7 @@ def _parse_adapter(folder: str, content: bytes) -> dict[str, Any]:
     try:
         adapter: dict[str, Any] = json.loads(content)
         kind = adapter["peft_type"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise SoftPromptError(f"{folder}: {CONFIG} is no PEFT config; it is no soft prompt") from None
     if kind != "PROMPT_TUNING":
         raise SoftPromptError(f"{folder}: is a PEFT adapter of type {kind}, not PROMPT_TUNING; train a soft prompt instead")
@@ -168,8 +168,10 @@ def _parse_adapter(folder: str, content: bytes) -> dict[str, Any]:
 
 def _parse_weights(folder: str, content: bytes, adapter: dict[str, Any]) -> Tensor:
     try:
+        # Given twice, a tensor could be one thing to this reader and another to the next.
+        json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")], object_pairs_hook=_each_once)
         tensors = safetensors.torch.load(content)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise SoftPromptError(f"{folder}: {WEIGHTS} is no safetensors file ({error}); take another copy") from None
     if set(tensors) != {TENSOR}:
         raise SoftPromptError(f"{folder}: {WEIGHTS} must hold the one tensor {TENSOR}, not {sorted(tensors)}")
@@ -183,6 +185,12 @@ def _parse_weights(folder: str, content: bytes, adapter: dict[str, Any]) -> Tens
     if not bool(torch.isfinite(vectors).all()):
         raise SoftPromptError(f"{folder}: {TENSOR} is not finite; train it again with a lower learning rate")
     return vectors
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key is given twice")
+    return dict(pairs)
 
 
 def check_base(soft_prompt: SoftPrompt, folder: str, width: int, base: str, fingerprint: dict[str, str] | None) -> None:
