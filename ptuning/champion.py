@@ -31,8 +31,8 @@ from ptuning.registry import CHAMPION, Reference, Registry, RegistryError, Versi
 from ptuning.tracking import TrackingError, asking
 
 Kind = Literal["promote", "rollback", "delete"]
-TRIES = 20
-"""MLflow gives up numbering a version after three collisions (CREATE_MODEL_VERSION_RETRIES); we ask again."""
+PATIENCE = 30.0
+"""Seconds: MLflow gives up numbering a version after three collisions (CREATE_MODEL_VERSION_RETRIES); we ask again."""
 DESCRIPTION = "Promotions of {name}, one per version, in order. Written by ptuning only: the alias champion follows from it."
 
 
@@ -184,7 +184,8 @@ class Ledger:
         tags = {"kind": kind, "version": str(version), "seen": str(seen), "request": request, "born": born, "by": _who()}
         if forced:
             tags["forced"] = forced[:4000]
-        for attempt in range(TRIES):
+        deadline, attempt = time.monotonic() + PATIENCE, 0
+        while True:
             try:
                 with asking(self.registry.uri):
                     self.registry.client.create_model_version(
@@ -195,12 +196,12 @@ class Ledger:
                     )
                 return request
             except TrackingError as error:
-                if error.code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE") or attempt == TRIES - 1:
+                if error.code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE") or time.monotonic() > deadline:
                     raise
             time.sleep(random.uniform(0, 0.02 * 2 ** min(attempt, 6)))
+            attempt += 1
             if any(move.request == request for move in self._entries(born)):
                 return request  # it was written, only the answer got lost
-        raise AssertionError
 
     def _create(self) -> None:
         try:

@@ -87,7 +87,9 @@ def drawn(merged: Path, tokens: int, suppress: bool) -> int:
 
 @pytest.mark.fast
 def test_a_merged_export_says_what_base_and_soft_prompt_say(
-    tmp_path: Path, tiny_base_folder: Path, registry: Registry  # noqa: F811
+    tmp_path: Path,
+    tiny_base_folder: Path,
+    registry: Registry,  # noqa: F811
 ) -> None:
     base = find_base(ModelConfig(path=str(tiny_base_folder)))
     loaded = prompt_for(base)
@@ -220,7 +222,10 @@ def check_round_trip(base: Base, folder: Path, registry: Registry) -> None:  # n
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma2"])
 def test_peft_and_back(
-    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, architecture: str, registry: Registry  # noqa: F811
+    tmp_path: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    architecture: str,
+    registry: Registry,  # noqa: F811
 ) -> None:
     check_round_trip(base_in(tmp_path / "base", tiny_tokenizer, architecture), tmp_path, registry)
 
@@ -233,7 +238,10 @@ def test_peft_and_back_on_the_assets(tmp_path: Path, assets: Path, model: str, r
 
 @pytest.mark.fast
 def test_imports_that_cannot_be(
-    tmp_path: Path, tiny_base_folder: Path, tiny_tokenizer: Any, registry: Registry  # noqa: F811
+    tmp_path: Path,
+    tiny_base_folder: Path,
+    tiny_tokenizer: Any,
+    registry: Registry,  # noqa: F811
 ) -> None:
     with pytest.raises(UserError, match="nowhere: is no folder here and no Hugging Face id; correct the path"):
         locate(str(tmp_path / "nowhere"))

@@ -75,8 +75,10 @@ def test_a_file_of_many_gigabytes_is_not_read(folder: Path) -> None:
         soft_prompt.load(str(folder))
 
 
-@pytest.mark.parametrize("content", [b"", b"null", b"[]", b'"x"', b'{"peft_type": null}', b'{"peft_type": "PROMPT_TUNING"}',
-                                     b"[" * 5000, b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"null", b"[]", b'"x"', b'{"peft_type": null}', b'{"peft_type": "PROMPT_TUNING"}', b"[" * 5000, b"\xff\xfe"],
+)
 def test_configs_that_are_none(folder: Path, content: bytes) -> None:
     (folder / "adapter_config.json").write_bytes(content)
     with pytest.raises(UserError):
