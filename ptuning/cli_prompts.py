@@ -72,12 +72,13 @@ def import_(
     with _sentences():
         from ptuning.adopt import adopt, locate
         from ptuning.registry import check_name
-        from ptuning.tracking import default_artifact_root
+        from ptuning.tracking import database, default_artifact_root
 
         check_name(name)
         template = _template(input_, target, labels) or _ask_template(locate(source))
-        root = None if tracking else default_artifact_root(storage)
-        version = adopt(_registry(storage, tracking), source, name, base, template, root)
+        registry = _registry(storage, tracking)
+        local = database(registry.uri)  # a server decides itself where artifacts lie
+        version = adopt(registry, source, name, base, template, default_artifact_root(local.parent) if local else None)
         _say(_row(version), f"imported as {version}; make it champion with: ptuning prompts promote {version}", as_json)
 
 

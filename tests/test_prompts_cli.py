@@ -190,22 +190,28 @@ def test_a_bad_name_to_register_is_refused_before_anything_starts(toy_task: Simp
     assert not Path(toy_task.experiment["compute"]["storage"]).exists()
 
 
-def cost_of_list(*where: str) -> tuple[float, list[Any]]:
-    """Seconds of processor time of the whole command in a new process: what it takes on a machine with nothing else to do."""
-    command = [sys.executable, "-m", "ptuning", "prompts", "list", "--json", *where]
+def cost(*arguments: str) -> tuple[float, str]:
+    """Seconds of processor time of a command: what it takes where nothing else runs. And its output."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True, env=environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return seconds, json.loads(done.stdout.splitlines()[-1])["soft_prompts"]
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
 
 
 @pytest.mark.slow
 def test_a_thousand_versions_are_listed_in_three_seconds(store: Path, registry: Registry) -> None:  # noqa: F811
     for name in range(20):
         fill(registry, f"name-{name}", 50)
-    seconds, rows = cost_of_list("--storage", str(store))
-    assert len(rows) == 1000 and seconds < 3
+    # Importing MLflow takes 1.7 s of an idle processor, and much more of one that is shared; the rest is ours.
+    mlflow = "from mlflow import MlflowClient; import mlflow.store.tracking.sqlalchemy_store"
+    taken = []
+    for _ in range(3):
+        imports, _ = cost("-W", "ignore", "-c", mlflow)
+        seconds, output = cost("-m", "ptuning", "prompts", "list", "--json", "--storage", str(store))
+        assert len(json.loads(output.splitlines()[-1])["soft_prompts"]) == 1000
+        taken.append(seconds - imports)
+    assert min(taken) < 1.3, taken
 
 
 @pytest.mark.slow
