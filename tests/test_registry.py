@@ -410,42 +410,6 @@ def test_two_promotions_at_once_leave_one_winner_over_http(http: str) -> None:
     run_races(http, 10)
 
 
-def jostle(uri: str, seed: int, moves: int, results: Any) -> None:
-    """Promote, roll back and delete at random; reports which moves were granted."""
-    draw, ledger = random.Random(seed), Ledger(Registry(uri), "toy")
-    granted = []
-    for _ in range(moves):
-        kind, version = draw.choice(["promote", "promote", "rollback", "delete"]), draw.randint(1, 12)
-        try:
-            if kind == "promote":
-                ledger.promote(version, ledger.state())
-            elif kind == "rollback":
-                version = int(ledger.rollback().champion or 0)
-            else:
-                delete(ledger.registry, Reference("toy", version))
-            granted.append(kind)
-        except RegistryError:
-            pass
-    results.put(granted)
-
-
-@pytest.mark.slow
-def test_whatever_three_clients_do_at_once_the_alias_follows_the_ledger(registry: Registry) -> None:
-    fill(registry, "toy", 12)
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    clients = [context.Process(target=jostle, args=(registry.uri, seed, 15, results)) for seed in range(3)]
-    for client in clients:
-        client.start()
-    granted = [kind for _ in clients for kind in results.get(timeout=120)]
-    for client in clients:
-        client.join()
-    state = Ledger(registry, "toy").state()
-    assert sorted(move.kind for move in state.moves) == sorted(granted), "granted and written are the same"
-    assert registry.find("toy@champion").version == state.champion
-    assert {version.version for version in registry.versions("toy")} == set(range(1, 13)) - state.deleted
-
-
 @pytest.mark.slow
 def test_everything_over_http(http: str, tmp_path: Path) -> None:
     registry = Registry(http)
