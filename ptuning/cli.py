@@ -8,6 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from ptuning.cli_prompts import prompts
 from ptuning.config import Experiment, UserError, read_experiment
 
 app = typer.Typer(
@@ -19,12 +20,17 @@ app = typer.Typer(
     help="Prompt tuning of large frozen language models: one frozen model, many soft prompts.",
 )
 
+app.add_typer(prompts)
+
 ExperimentArgument = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Experiment file (TOML).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.learning_rate=0.1")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run of this name from its newest checkpoint.")]
+Register = Annotated[
+    str | None, typer.Option("--register", metavar="NAME", help="Publish the result as the newest version of this name.")
+]
 
 
 @app.callback()
@@ -33,18 +39,25 @@ def ptuning() -> None:
 
 
 @app.command()
-def train(experiment: ExperimentArgument, overrides: Overrides = None, resume: Resume = False, as_json: Json = False) -> None:
+def train(
+    experiment: ExperimentArgument,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    register: Register = None,
+    as_json: Json = False,
+) -> None:
     """Train one soft prompt on a frozen base, evaluate it and track it.
 
     Example: ptuning train jobs/sms-spam.toml train.learning_rate=0.05 compute.workers=2
     """
     settings = _read(experiment, overrides)
+    _check_register(register)
     from ptuning.display import Display
     from ptuning.launch import RunFailed, run_training
 
     display = Display()
     try:
-        summary = run_training(settings, resume=resume, show=display, say=display.say)
+        summary = run_training(settings, resume=resume, show=display, say=display.say, register=register)
     except RunFailed as error:
         _fail(str(error), 1)
     except UserError as error:
@@ -57,19 +70,28 @@ def train(experiment: ExperimentArgument, overrides: Overrides = None, resume: R
 
 
 @app.command()
-def search(experiment: ExperimentArgument, overrides: Overrides = None, resume: Resume = False, as_json: Json = False) -> None:
-    """Search over soft prompts: many train side by side over one frozen base; the winner is tested.
+def search(
+    experiment: ExperimentArgument,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    register: Annotated[
+        str | None, typer.Option("--register", metavar="NAME", help="Publish the winner under this name, not the experiment's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Search over soft prompts: many train side by side over one frozen base; the winner is tested and registered.
 
     Example: ptuning search jobs/sentiment.toml search.trials=16 search.length=[5,20]
     """
     settings = _read(experiment, overrides)
+    _check_register(register)
     from ptuning.display import SearchDisplay
     from ptuning.launch import RunFailed
     from ptuning.search import run_search
 
     display = SearchDisplay(settings)
     try:
-        summary = run_search(settings, resume=resume, show=display, say=display.say)
+        summary = run_search(settings, resume=resume, show=display, say=display.say, register=register or settings.name)
     except RunFailed as error:
         _fail(str(error), 1)
     except UserError as error:
@@ -108,6 +130,16 @@ def _read(path: str, overrides: list[str] | None) -> Experiment:
         _fail(str(error), 2)
 
 
+def _check_register(name: str | None) -> None:
+    from ptuning.registry import check_name
+
+    try:
+        if name is not None:
+            check_name(name)
+    except UserError as error:
+        _fail(f"--register: {error}", 2)
+
+
 def _fail(message: str, code: int) -> NoReturn:
     typer.echo(f"ptuning: {message}", err=True)
     raise typer.Exit(code)
@@ -128,7 +160,7 @@ def _reached(summary: dict[str, Any]) -> str:
     return (
         f"{summary['name']}: {', '.join(numbers[:3]) or 'trained'} after {summary['steps']} steps in "
         f"{summary['seconds']:.0f} s; soft prompt in {summary['soft_prompt']}, "
-        f"MLflow run {summary['run_id'] or 'not shipped yet'}"
+        f"MLflow run {summary['run_id'] or 'not shipped yet'}{_published(summary)}"
     )
 
 
@@ -137,6 +169,11 @@ def _won(summary: dict[str, Any]) -> str:
     values = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in summary["winner"]["values"].items())
     trials = ", ".join(f"{many} {state}" for state, many in summary["trials"].items())
     return f"winner {summary['winner']['trial']} ({values}) of {trials}; {_reached(summary)}"
+
+
+def _published(summary: dict[str, Any]) -> str:
+    name = summary.get("registered")
+    return f"; registered as {name}, make it champion with: ptuning prompts promote {name}" if name else ""
 
 
 def _finish(summary: dict[str, Any], line: str, as_json: bool) -> None:

@@ -147,7 +147,7 @@ def generate_rows(
     own: list[tuple[int, str]] = []
     for rows, real in _passes(split, workers, 1, max_new_tokens, 1, _vocabulary(model)):
         inputs = [split.row(row)[0] for row in rows]
-        texts = greedy(model, soft_prompt, inputs, encoder, max_new_tokens)
+        texts = greedy(model, soft_prompt, inputs, encoder, max_new_tokens, together=workers.size > 1)
         if real:
             own += zip(rows, texts, strict=True)
     everything = sorted(pair for part in workers.gather(own) for pair in part)
@@ -156,13 +156,23 @@ def generate_rows(
 
 @torch.no_grad()
 def greedy(
-    model: PromptedModel, soft_prompt: Tensor, inputs: Sequence[list[int]], encoder: Encoder, max_new_tokens: int
+    model: PromptedModel,
+    soft_prompt: Tensor,
+    inputs: Sequence[list[int]],
+    encoder: Encoder,
+    max_new_tokens: int,
+    *,
+    together: bool = False,
 ) -> list[str]:
-    """Greedy continuations of `inputs` behind one soft prompt, by transformers' `generate`; stripped text."""
+    """Greedy continuations of `inputs` behind one soft prompt, by transformers' `generate`; stripped text.
+
+    `together`: workers that share a base go on until the last of them has finished, as each layer needs all of them.
+    """
     embed = model.base.get_input_embeddings()
     device = model.base.device
-    rows = [embed(torch.tensor(ids, device=device)) for ids in inputs]
-    rows = [torch.cat([soft_prompt.to(device, row.dtype), row]) for row in rows]
+    # One call for all rows: a sharded base gathers at every call, and workers may have different numbers of rows.
+    text = embed(torch.tensor([token for ids in inputs for token in ids], device=device))
+    rows = [torch.cat([soft_prompt.to(text), row]) for row in text.split([len(ids) for ids in inputs])]
     longest = max(len(row) for row in rows)
     # Padding stands on the left: generate continues at the right end.
     embeds = torch.stack([torch.cat([row.new_zeros(longest - len(row), row.shape[1]), row]) for row in rows])
@@ -175,6 +185,8 @@ def greedy(
         do_sample=False,
         eos_token_id=end,
         pad_token_id=end,
+        # Found out by transformers itself only while an HfDeepSpeedConfig lives (generation/utils.py).
+        synced_gpus=together,
     )
     return [text.strip() for text in encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 

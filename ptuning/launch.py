@@ -28,6 +28,7 @@ from ptuning.base import Base, find_base
 from ptuning.config import Experiment, UserError
 from ptuning.mailbox import Mailbox
 from ptuning.prepare import absolute, check_name, describe, load_task, write_run
+from ptuning.publish import bring_parent, pin_parent, publish_run
 from ptuning.record import Recorder
 from ptuning.train import Event, Task
 
@@ -40,23 +41,28 @@ class RunFailed(RuntimeError):
     """The run was started and did not reach its end. The message says why and what to do."""
 
 
-def run_training(experiment: Experiment, *, resume: bool, show: Show, say: Callable[[str], None]) -> dict[str, Any]:
+def run_training(
+    experiment: Experiment, *, resume: bool, show: Show, say: Callable[[str], None], register: str | None = None
+) -> dict[str, Any]:
     """Train one soft prompt on a Ray cluster and return its summary: name, run_id, soft_prompt, steps, seconds, metrics.
 
-    `show` gets every event of the run, `say` lines about the data.
+    `show` gets every event of the run, `say` lines about the data. With `register` the result becomes the newest version of
+    that name, and the summary says which (`registered`).
 
     Raises:
         UserError: something in the experiment or its surroundings is wrong; nothing was started or written.
-        RunFailed: the training did not reach its end.
+        RunFailed: the training did not reach its end, or its result could not be registered.
     """
     began = time.monotonic()
-    experiment = absolute(experiment)
-    folder = storage.join(experiment.compute.storage, experiment.name)
+    written = absolute(experiment)
+    folder = storage.join(written.compute.storage, written.name)
+    experiment = pin_parent(written, folder)
     finished = check_name(experiment, folder, resume)
     if finished:
-        return finished
+        return finished | registered(experiment, finished, register)
     base = find_base(experiment.model)
     storage.check_writable(experiment.compute.storage)
+    bring_parent(written, experiment, base)
     task = load_task(experiment, base)
     for line in describe(task):
         say(line)
@@ -64,6 +70,7 @@ def run_training(experiment: Experiment, *, resume: bool, show: Show, say: Calla
     try:
         scaling = scale(experiment)
         write_run(folder, experiment, "running")
+        say(f"starting {experiment.compute.most_workers} workers")
         tracker = start_tracker(experiment, folder, task, base)
         summary = _fit(experiment, folder, scaling, tracker, show)
     finally:
@@ -74,7 +81,24 @@ def run_training(experiment: Experiment, *, resume: bool, show: Show, say: Calla
         raise RunFailed(summary["message"])
     summary["seconds"] = round(time.monotonic() - began, 1)
     write_run(folder, experiment, "finished", summary)
-    return summary
+    return summary | registered(experiment, summary, register)
+
+
+def registered(experiment: Experiment, summary: dict[str, Any], name: str | None) -> dict[str, str]:
+    """Publish what a run made under a name; what the summary says about it.
+
+    Raises:
+        RunFailed: it could not be published. The run itself is finished and complete.
+    """
+    if name is None:
+        return {}
+    try:
+        return {"registered": str(publish_run(experiment, name, summary["soft_prompt"], summary["run_id"]))}
+    except UserError as error:
+        raise RunFailed(
+            f"the run is finished but not registered ({error}); register it with: "
+            f"ptuning prompts import {summary['soft_prompt']} --name {name}"
+        ) from None
 
 
 def start_ray(experiment: Experiment) -> bool:

@@ -31,9 +31,10 @@ from ptuning.chooser import Chooser, make_scheduler
 from ptuning.config import Experiment, ExperimentError
 from ptuning.desk import Desk, Show
 from ptuning.hub import Hub
-from ptuning.launch import RunFailed, explain, make_trainer, scale, start_ray, start_tracker
+from ptuning.launch import RunFailed, explain, make_trainer, registered, scale, start_ray, start_tracker
 from ptuning.ledger import Entry, Ledger
 from ptuning.prepare import absolute, check_name, describe, load_task, write_run
+from ptuning.publish import bring_parent, pin_parent
 from ptuning.space import LENGTH
 from ptuning.tracking import Status, Tracker
 from ptuning.train import Task
@@ -45,22 +46,28 @@ AHEAD = 2
 """Trials that are started before a slot is free, so that it is refilled at once."""
 
 
-def run_search(experiment: Experiment, *, resume: bool, show: Show, say: Callable[[str], None]) -> dict[str, Any]:
+def run_search(
+    experiment: Experiment, *, resume: bool, show: Show, say: Callable[[str], None], register: str | None = None
+) -> dict[str, Any]:
     """Search on a Ray cluster and return a summary: name, run_id, soft_prompt, steps, seconds, metrics, winner, trials.
+
+    With `register` the winner becomes the newest version of that name, and the summary says which (`registered`).
 
     Raises:
         UserError: something in the experiment or its surroundings is wrong; nothing was started or written.
-        RunFailed: no trial could be trained, or the workers failed.
+        RunFailed: no trial could be trained, the workers failed, or the winner could not be registered.
     """
     began = time.monotonic()
-    experiment = absolute(experiment)
-    space.check(experiment)
-    folder = storage.join(experiment.compute.storage, experiment.name)
+    written = absolute(experiment)
+    space.check(written)
+    folder = storage.join(written.compute.storage, written.name)
+    experiment = pin_parent(written, folder)
     finished = check_name(experiment, folder, resume, search=True)
     if finished:
-        return finished
+        return finished | registered(experiment, finished, register)
     base = find_base(experiment.model)
     storage.check_writable(experiment.compute.storage)
+    bring_parent(written, experiment, base)
     trained, task = prepare(experiment, base)
     for line in describe(task):
         say(line)
@@ -80,7 +87,7 @@ def run_search(experiment: Experiment, *, resume: bool, show: Show, say: Callabl
         raise RunFailed(summary["message"])
     summary["seconds"] = round(time.monotonic() - began, 1)
     write_run(folder, experiment, "finished", summary, kind="search")
-    return summary
+    return summary | registered(experiment, summary, register)
 
 
 def prepare(experiment: Experiment, base: Base) -> tuple[Experiment, Task]:
@@ -341,7 +348,6 @@ class _Search:
         target = storage.join(self.folder, "soft_prompt")
         files = storage.read_folder(found["soft_prompt"])
         storage.write_folder(target, {file: content for file, content in files.items() if file != storage.MANIFEST})
-        # REGISTRATION goes here: publish `target` under experiment.name with the parent run (registry.py, publish.py).
         states = [entry.status for entry in self.ledger.trials()]
         finalists = [
             {"trial": run, "values": self.ledger.entries[run].values} | {key: mean[key] for key in ("mean", "spread", "seeds")}

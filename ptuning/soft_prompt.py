@@ -114,6 +114,7 @@ def load(folder: str) -> SoftPrompt:
     Raises:
         SoftPromptError, StorageError: not a soft prompt, damaged, or not finite.
     """
+    _check_size(folder)
     if storage.exists(folder, storage.MANIFEST):
         files = storage.read_folder(folder)
         config, weights, card = (files.get(name) for name in (CONFIG, WEIGHTS, CARD))
@@ -140,6 +141,14 @@ def load(folder: str) -> SoftPrompt:
     return SoftPrompt(vectors, known)
 
 
+def _check_size(folder: str) -> None:
+    """Before anything is read into memory."""
+    system, path = storage.resolve(folder)
+    size = system.get_file_info(f"{path}/{WEIGHTS}").size or 0
+    if size > LARGEST:
+        raise SoftPromptError(f"{folder}: {WEIGHTS} has {size} bytes, too many for a soft prompt")
+
+
 def _read_weights(folder: str) -> bytes:
     if not storage.exists(folder, WEIGHTS):
         raise SoftPromptError(f"{folder}: has no {WEIGHTS}, and nothing else is opened; save the adapter as safetensors")
@@ -150,7 +159,7 @@ def _parse_adapter(folder: str, content: bytes) -> dict[str, Any]:
     try:
         adapter: dict[str, Any] = json.loads(content)
         kind = adapter["peft_type"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise SoftPromptError(f"{folder}: {CONFIG} is no PEFT config; it is no soft prompt") from None
     if kind != "PROMPT_TUNING":
         raise SoftPromptError(f"{folder}: is a PEFT adapter of type {kind}, not PROMPT_TUNING; train a soft prompt instead")
@@ -158,11 +167,11 @@ def _parse_adapter(folder: str, content: bytes) -> dict[str, Any]:
 
 
 def _parse_weights(folder: str, content: bytes, adapter: dict[str, Any]) -> Tensor:
-    if len(content) > LARGEST:
-        raise SoftPromptError(f"{folder}: {WEIGHTS} has {len(content)} bytes, too many for a soft prompt")
     try:
+        # Given twice, a tensor could be one thing to this reader and another to the next.
+        json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")], object_pairs_hook=_each_once)
         tensors = safetensors.torch.load(content)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise SoftPromptError(f"{folder}: {WEIGHTS} is no safetensors file ({error}); take another copy") from None
     if set(tensors) != {TENSOR}:
         raise SoftPromptError(f"{folder}: {WEIGHTS} must hold the one tensor {TENSOR}, not {sorted(tensors)}")
@@ -176,6 +185,12 @@ def _parse_weights(folder: str, content: bytes, adapter: dict[str, Any]) -> Tens
     if not bool(torch.isfinite(vectors).all()):
         raise SoftPromptError(f"{folder}: {TENSOR} is not finite; train it again with a lower learning rate")
     return vectors
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key is given twice")
+    return dict(pairs)
 
 
 def check_base(soft_prompt: SoftPrompt, folder: str, width: int, base: str, fingerprint: dict[str, str] | None) -> None:

@@ -131,9 +131,8 @@ def read_folder(storage: str) -> dict[str, bytes]:
         StorageError: not there, without manifest, or a file is missing or differs from its hash.
     """
     system, path = resolve(storage)
-    manifest = json.loads(_read(system, f"{path}/{MANIFEST}", storage))
     files = {}
-    for name, digest in manifest["sha256"].items():
+    for name, digest in _hashes(storage, _read(system, f"{path}/{MANIFEST}", storage)).items():
         if "/" in name or name.startswith("."):
             raise StorageError(f"{storage}: the manifest names {name!r}, which is no plain file name; do not use this folder")
         content = _read(system, f"{path}/{name}", storage)
@@ -141,6 +140,16 @@ def read_folder(storage: str) -> dict[str, bytes]:
             raise StorageError(f"{storage}: {name} differs from its hash in {MANIFEST}; take another copy of this folder")
         files[name] = content
     return files
+
+
+def _hashes(storage: str, manifest: bytes) -> dict[str, str]:
+    try:
+        hashes = json.loads(manifest)["sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        hashes = None
+    if not isinstance(hashes, dict):
+        raise StorageError(f"{storage}: {MANIFEST} is no manifest; take another copy of this folder")
+    return hashes
 
 
 def read_file(storage: str, name: str) -> bytes:

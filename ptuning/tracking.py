@@ -516,8 +516,11 @@ class _Shipment:
         return experiment_id(self._client, self.spool.about["experiment"], self.spool.about["artifact_root"])
 
 
+OFFLINE = "OFFLINE"
+
+
 class TrackingError(UserError):
-    """MLflow could not be asked, or said no. `code` is MLflow's, such as RESOURCE_DOES_NOT_EXIST."""
+    """MLflow did not answer (`code` is OFFLINE), or said no (`code` is its own, such as RESOURCE_DOES_NOT_EXIST)."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
@@ -543,10 +546,11 @@ def asking(uri: str) -> Iterator[None]:
     exceptions = _mlflow().exceptions
     try:
         yield
-    except exceptions.MlflowException as error:
-        raise TrackingError(f"MLflow ({redact(uri)}): {_reason(error)}", str(error.error_code)) from None
-    except OSError as error:  # requests' errors too
-        raise TrackingError(f"MLflow ({redact(uri)}) does not answer: {_reason(error)}; is it running?", "OFFLINE") from None
+    except (exceptions.MlflowException, OSError) as error:  # requests' errors are OSErrors, and wrapped in MlflowException
+        reason = _reason(error)
+        if isinstance(error, OSError) or " failed with exception " in reason:
+            raise TrackingError(f"MLflow ({redact(uri)}) does not answer; is it running? ({reason[-160:]})", OFFLINE) from None
+        raise TrackingError(f"MLflow ({redact(uri)}): {reason}", str(error.error_code)) from None
 
 
 def experiment_id(client: Any, name: str, artifact_root: str | None) -> str:

@@ -265,7 +265,7 @@ def start(pack: Pack, assignment: Assignment, report: Report) -> None:
     for event in slot.unsaved:
         report(event)
     report(Event("start", slot.name, slot.step, details={"steps": slot.config.steps}))
-    if slot.done:  # nothing but its end is missing
+    if slot.done:  # it was interrupted between its last checkpoint and its result
         finish(pack, slot, report)
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ptuning.builtin import BASE_FOLDER, TASKS_FOLDER
 from ptuning.builtin.corpus import Corpus, plain_form
-from ptuning.builtin.grammar import PARTS, Draw, Grammar, part_of, tidy
-from ptuning.builtin.tasks import LABELS, SIZES, SPLIT_BY_TASK, TASKS, held_out_texts, plain_words, split_text
+from ptuning.builtin.grammar import Draw, Grammar, tidy
+from ptuning.builtin.tasks import LABELS, PARTS, SIZES, SPLIT_BY_TASK, TASKS, held_out_texts, parts_of, plain_words, split_text
 
 pytestmark = pytest.mark.fast
 
@@ -110,7 +110,7 @@ def test_no_text_is_in_two_splits_or_twice_in_one(task: str) -> None:
 def test_held_out_words_do_not_occur_in_train(task: str) -> None:
     rows = rows_of(task_file(task, "train"))
     train = "\n".join(f" {plain_form(' '.join(text for key, text in row.items() if key != 'label'))} " for row in rows)
-    words = {part: plain_words(Grammar(), SPLIT_BY_TASK[task], part) for part in PARTS}
+    words = {part: plain_words(task, part) for part in PARTS}
     # Two items that differ only in punctuation can fall into two parts; such a word is not held out.
     held_out = (words["validation"] | words["test"]) - words["train"]
     assert len(held_out) > 15
@@ -137,9 +137,11 @@ def test_templates_serve_one_split_and_not_the_corpus() -> None:
     assert not set.union(*tasks.values()) & others
 
 
-def test_a_word_belongs_to_one_part_whatever_its_case() -> None:
-    assert part_of("Lovely") == part_of("lovely")
-    assert {part_of(str(number)) for number in range(100)} == set(PARTS)
+@pytest.mark.parametrize("task", TASKS)
+def test_every_split_lexicon_has_items_for_every_part(task: str) -> None:
+    sections, parts = Grammar().sections, parts_of(task)
+    for name in SPLIT_BY_TASK[task]:
+        assert {parts[item.lower()] for item in sections[name]} == set(PARTS), name
 
 
 def test_the_corpus_of_pretraining_contains_no_held_out_text() -> None:

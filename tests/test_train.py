@@ -129,6 +129,23 @@ def test_law_5_killed_and_resumed_is_bit_identical(run: Any, toy_task: SimpleNam
     assert curve == {event.step: event.values["loss"] for event in whole.of("step")}
 
 
+def test_law_5_killed_while_finishing(run: Any, toy_task: SimpleNamespace) -> None:
+    whole = run("whole")(experiment(toy_task))
+    interrupted = run("interrupted")
+
+    def kill(event: Event) -> None:
+        if event.kind == "finished":
+            raise Killed
+
+    interrupted.on_event = kill
+    with pytest.raises(Killed):
+        interrupted(experiment(toy_task))
+    resumed = run("interrupted")(experiment(toy_task))
+    assert resumed.of("start")[0].step == 20 and resumed.of("finished")[0].step == 20
+    assert resumed.of("finished")[0].values == whole.of("finished")[0].values
+    assert torch.equal(whole.result("toy").vectors, resumed.result("toy").vectors)
+
+
 def test_events_of_a_killed_driver_are_reported_again(run: Any, toy_task: SimpleNamespace) -> None:
     """What was on its way when the driver died stands in the checkpoint."""
     task = experiment(toy_task, train__checkpoint_every=5)

@@ -86,6 +86,8 @@ def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:
     found["evaluations"] = [each.metrics for each in evaluate(model, vectors, task.test, task.encoder, workers)]
     inputs = [task.test.row(index)[0] for index in range(6)]
     found["greedy"] = [text for vector in vectors for text in greedy(model, vector, inputs, task.encoder, 8)]
+    # The first rank's texts end sooner: it must not leave the other alone in the middle of a layer.
+    found["together"] = greedy(model, vectors[0], inputs[rank:], task.encoder, (1, 8)[rank], together=True)
     tensors["gradients_after_generation"] = gradients(model, base.width, workers)
     found["hash_after"] = zero.weights_hash(model.base)
     checkpointed = zero.load(base, ZeroConfig(), torch.float32, checkpoint_gradients=True)
@@ -207,6 +209,16 @@ def test_evaluation_and_generation_do_not_depend_on_sharding(pair: Any, alone: A
         for found, each in zip(rank["evaluations"], expected, strict=True):
             assert found == pytest.approx(each.metrics, rel=1e-5)
         assert rank["greedy"] == texts
+
+
+def test_workers_whose_texts_end_at_different_tokens_wait_for_each_other(pair: Any, alone: Any) -> None:
+    _, tables, ranks, _ = pair
+    base, model = alone
+    task = load_task(parse_experiment(tables), base)
+    inputs = [task.test.row(index)[0] for index in range(6)]
+    vectors = prompts(base.width)[0].detach()
+    for rank, longest in enumerate((1, 8)):
+        assert ranks[rank]["together"] == greedy(model, vectors, inputs[rank:], task.encoder, longest)
 
 
 def test_weights_that_are_not_the_files_are_refused(alone: Any, tmp_path: Path, tiny_base_folder: Path) -> None:

@@ -10,16 +10,14 @@ A file in `lexicon/` holds sections, `[name]`, and under each its items, one per
     \n \_ \;    a line break, a space at an edge, a semicolon that does not separate
 """
 
-import hashlib
 import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 LEXICON_FOLDER = Path(__file__).parent / "lexicon"
-PARTS = ("train", "validation", "test")
 PLURAL_VERBS = {"am": "are", "is": "are", "was": "were", "has": "have"}
 FLIPPED = {"+": "-", "-": "+", "": ""}
 
@@ -29,14 +27,6 @@ Node = str | tuple[str, tuple[str, ...]]
 
 class NothingToDraw(LookupError):
     """A section has no item in the wanted part; the caller draws another template."""
-
-
-@cache
-def part_of(item: str) -> str:
-    """The split an item belongs to in the tasks: 60 % train, 15 % validation, 25 % test, decided by its hash alone,
-    so that a word falls into the same part in every section."""
-    point = hashlib.sha256(item.lower().encode()).digest()[0]
-    return "train" if point < 154 else "validation" if point < 192 else "test"
 
 
 @lru_cache(maxsize=200_000)
@@ -83,10 +73,10 @@ class Draw:
 class Grammar:
     """The sections, and texts drawn from them."""
 
-    def __init__(self, sections: Mapping[str, tuple[str, ...]] | None = None, split: frozenset[str] = frozenset()):
-        """`split` names the sections whose items are dealt out to the parts; the others serve all parts."""
+    def __init__(self, sections: Mapping[str, tuple[str, ...]] | None = None, parts: Mapping[str, str] | None = None):
+        """`parts` gives the part of each item that serves one part only, in lower case; the others serve all."""
         self.sections = dict(sections if sections is not None else read_sections())
-        self.split = split
+        self.parts = dict(parts or {})
         self._options: dict[tuple[str, str, str], tuple[str, ...]] = {}
 
     def options(self, name: str, polarity: str = "", part: str = "") -> tuple[str, ...]:
@@ -96,7 +86,7 @@ class Grammar:
             found: list[str] = []
             for section in dict.fromkeys((name, f"{name}*", f"{name}{polarity}")):
                 items = self.sections.get(section, ())
-                found += [i for i in items if not part or section not in self.split or part_of(i) == part]
+                found += [item for item in items if not part or self.parts.get(item.lower(), part) == part]
             self._options[key] = tuple(found)
         return self._options[key]
 

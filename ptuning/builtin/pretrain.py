@@ -40,19 +40,27 @@ class Recipe:
     """Everything that decides the result of a pretraining."""
 
     seed: int = 0
-    steps: int = 1_500
+    phases: tuple[tuple[int, float], ...] = ((1_500, 4e-3), (900, 2e-3))
+    """Steps and peak learning rate of each phase. A phase starts with a fresh optimiser: a warm restart."""
     vocabulary: int = 3_072
     width: int = 256
     layers: int = 4
     heads: int = 4
     feed_forward: int = 704
-    learning_rate: float = 4e-3
     warmup: int = 40
     weight_decay: float = 0.1
     clip: float = 1.0
     answer_weight: int = 5
     """Weight of the loss of an answer's tokens. Answers are few among the tokens: with weight 1 the base learns
     to write long before it learns to judge."""
+
+    def plan(self) -> list[tuple[int, float]]:
+        """The phase and learning rate of every step: in each phase a linear warm-up, then half a cosine."""
+        return [
+            (phase, peak * min((step + 1) / self.warmup, 0.05 + 0.475 * (1 + math.cos(math.pi * step / steps))))
+            for phase, (steps, peak) in enumerate(self.phases)
+            for step in range(steps)
+        ]
 
 
 def corpus(seed: int) -> Corpus:
@@ -136,14 +144,6 @@ def held_out_losses(model: LlamaForCausalLM, packed: Packed) -> tuple[float, flo
     return torch.cat(everywhere).mean().item(), torch.cat(answers).mean().item()
 
 
-def rate_at(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then half a cosine down to a twentieth."""
-    if step < recipe.warmup:
-        return recipe.learning_rate * (step + 1) / recipe.warmup
-    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
 class Trainer:
     """A bf16 model with fp32 master weights: on a CPU a third faster than autocast."""
 
@@ -163,8 +163,8 @@ class Trainer:
         adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.optimizers: tuple[torch.optim.Optimizer, ...] = (muon, adamw)
 
-    def step(self, step: int, ids: torch.Tensor, in_answer: torch.Tensor) -> float:
-        """One update from ids [B, T]; the weighted loss before it."""
+    def step(self, rate: float, ids: torch.Tensor, in_answer: torch.Tensor) -> float:
+        """One update with a learning rate from ids [B, T]; the weighted loss before it."""
         weights = 1.0 + (self.recipe.answer_weight - 1) * in_answer[:, 1:]
         loss = (losses_of(self.model, ids) * weights).sum() / weights.sum()
         loss.backward()
@@ -175,7 +175,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.masters, self.recipe.clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate_at(step, self.recipe)
+                group["lr"] = rate
             optimizer.step()
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -210,41 +210,60 @@ class Tracking:
             self.client.set_terminated(self.run_id)
 
 
-def pretrain(out: Path, recipe: Recipe, device: str = "cpu", tracking_uri: str | None = None) -> dict[str, float]:
+def pretrain(
+    out: Path, recipe: Recipe, device: str = "cpu", tracking_uri: str | None = None, start: Path | None = None
+) -> dict[str, float]:
     """Train tokenizer and model, write them with their card to `out`, and return the figures of the card.
 
-    A snapshot is written on the way, every 300 steps, so that a long run can be looked at before it ends."""
+    With `start`, the base in that folder has been through all phases but the last, and only the last is trained. A
+    snapshot is written on the way, every 300 steps, so that a long run can be looked at before it ends.
+    """
     started = time.time()
     torch.manual_seed(recipe.seed)
     tracking = Tracking(tracking_uri, recipe)
-    tokenizer = train_tokenizer(islice(corpus(recipe.seed).documents(), 60_000), recipe.vocabulary)
-    packed = pack(corpus(recipe.seed).documents_with_answers(), tokenizer, recipe.steps * TOKENS_PER_STEP)
+    if start:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
+        model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+        model.train()
+    else:
+        tokenizer = train_tokenizer(islice(corpus(recipe.seed).documents(), 60_000), recipe.vocabulary)
+        model = new_model(recipe, tokenizer)
+    cast(torch.nn.Module, model).to(device)
+    plan = recipe.plan()
+    packed = pack(corpus(recipe.seed).documents_with_answers(), tokenizer, len(plan) * TOKENS_PER_STEP)
     held_out = pack(corpus(recipe.seed + 1).documents_with_answers(), tokenizer, 16 * TOKENS_PER_STEP)
     print(f"{len(packed.ids)} tokens after {time.time() - started:.0f} s", flush=True)
-    with torch.device(device):
-        model = new_model(recipe, tokenizer)
-    trainer = Trainer(model, recipe)
-    print("step  loss  held-out  answers  tokens/s", flush=True)
-    for step in range(recipe.steps):
-        loss = trainer.step(step, *(tensor.to(device) for tensor in batch(packed, step)))
-        if step % 100 == 99 or step == recipe.steps - 1:
-            measured, answers = held_out_losses(model, held_out)
-            rate = (step + 1) * TOKENS_PER_STEP / (time.time() - started)
-            print(f"{step + 1:4d}  {loss:.3f}  {measured:.3f}  {answers:.3f}  {rate:.0f}", flush=True)
-            tracking.metrics(step + 1, loss=loss, held_out_loss=measured, held_out_answer_loss=answers)
-        if step % 300 == 299 or step == recipe.steps - 1:
-            figures = {
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "tokens": (step + 1) * TOKENS_PER_STEP,
-                "held_out_loss": measured,
-                "held_out_perplexity": math.exp(measured),
-                "held_out_answer_loss": answers,
-                "minutes": (time.time() - started) / 60,
-            }
+    print("step  loss  held-out  answers  seconds", flush=True)
+    figures: dict[str, float] = {}
+    for step, (phase, rate) in enumerate(plan):
+        if start and phase < len(recipe.phases) - 1:
+            continue
+        if step == 0 or phase != plan[step - 1][0]:
+            trainer = Trainer(model, recipe)
+        loss = trainer.step(rate, *(tensor.to(device) for tensor in batch(packed, step)))
+        last = step == len(plan) - 1
+        if step % 100 == 99 or last:
+            figures = figures_of(model, held_out, step, started)
+            tracking.metrics(step + 1, loss=loss, **figures)
+            values = (f"{figures[name]:.3f}" for name in ("held_out_loss", "held_out_answer_loss"))
+            print(f"{step + 1:4d}  {loss:.3f}  {'  '.join(values)}  {time.time() - started:.0f}", flush=True)
+        if step % 300 == 299 or last:
             save(out, model, tokenizer, recipe, figures)
-    tracking.metrics(recipe.steps, **figures)
     tracking.finish()
     return figures
+
+
+def figures_of(model: LlamaForCausalLM, held_out: Packed, step: int, started: float) -> dict[str, float]:
+    """What the card says about a model after a step."""
+    everywhere, answers = held_out_losses(model, held_out)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tokens": (step + 1) * TOKENS_PER_STEP,
+        "held_out_loss": everywhere,
+        "held_out_perplexity": math.exp(everywhere),
+        "held_out_answer_loss": answers,
+        "minutes": (time.time() - started) / 60,
+    }
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -278,7 +297,13 @@ def save(
     digest = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
     named = {f"figure_{name}": value for name, value in figures.items()}
     card = CARD.read_text(encoding="utf-8").format(
-        **asdict(recipe), **named, context=CONTEXT, tokens_per_step=TOKENS_PER_STEP, samples=samples, digest=digest
+        **asdict(recipe),
+        **named,
+        steps=len(recipe.plan()),
+        context=CONTEXT,
+        tokens_per_step=TOKENS_PER_STEP,
+        samples=samples,
+        digest=digest,
     )
     (out / "README.md").write_text(card, encoding="utf-8")
 

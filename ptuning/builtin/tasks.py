@@ -8,18 +8,21 @@ contains a word of a later split's lexicons by accident, for example inside a te
 """
 
 import json
+import math
 import random
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 from ptuning.builtin import TASKS_FOLDER
 from ptuning.builtin.corpus import person_facts, plain_form
-from ptuning.builtin.grammar import PARTS, Draw, Grammar, NothingToDraw, part_of, tidy
+from ptuning.builtin.grammar import Draw, Grammar, NothingToDraw, tidy
 
 SEED = 20_240
+PARTS = ("train", "validation", "test")
 SIZES = {"train": 2_000, "validation": 400, "test": 800}
 TASKS = ("sentiment", "topic", "intent", "spam", "facts")
 
@@ -57,23 +60,32 @@ LABELS = {
 Row = dict[str, str]
 
 
-def plain_words(grammar: Grammar, split: frozenset[str], part: str) -> frozenset[str]:
-    """The items of the split lexicons that belong to `part` and are plain words, without references inside."""
-    items = (item for section in split for item in grammar.sections[section])
-    return frozenset(plain_form(item) for item in items if not re.search(r"[{<]", item) and part_of(item) == part)
+@cache
+def parts_of(task: str) -> dict[str, str]:
+    """The part of each item, in lower case, of the task's split lexicons: of each lexicon about 60 % serve train, 15 %
+    validation and 25 % test. A word in several lexicons has the same part in all of them."""
+    sections = Grammar().sections
+    parts: dict[str, str] = {}
+    for name in sorted(SPLIT_BY_TASK[task]):
+        # In the order of their hashes: a new item changes the part of few others.
+        new = sorted({item.lower() for item in sections[name]} - parts.keys(), key=lambda i: sha256(i.encode()).digest())
+        test, validation = round(0.25 * len(new)), math.ceil(0.15 * len(new))
+        for index, item in enumerate(new):
+            parts[item] = "test" if index < test else "validation" if index < test + validation else "train"
+    return parts
+
+
+def plain_words(task: str, part: str) -> frozenset[str]:
+    """The plain forms of the items of a part, without those that refer to other lexicons."""
+    return frozenset(plain_form(item) for item, its in parts_of(task).items() if its == part and not re.search("[{<]", item))
 
 
 def held_out_pattern(task: str, part: str) -> re.Pattern[str]:
-    """Matches the plain form of a text that contains a word of another split of the task."""
-    grammar = Grammar()
-    own = plain_words(grammar, SPLIT_BY_TASK[task], part)
-    others: set[str] = set()
-    for other in PARTS:
-        # Only train must be free of the others' words; and validation free of the test's.
-        if PARTS.index(other) > PARTS.index(part):
-            others |= plain_words(grammar, SPLIT_BY_TASK[task], other) - own
-    alternatives = "|".join(sorted(map(re.escape, others), key=lambda word: (-len(word), word)))
-    return re.compile(rf"\b(?:{alternatives})\b" if alternatives else r"(?!)")
+    """Matches the plain form of a text that contains a word of a later split: train is kept free of the words of
+    validation and test, validation of those of test."""
+    later = set[str]().union(*(plain_words(task, other) for other in PARTS[PARTS.index(part) + 1 :]))
+    words = sorted(later - plain_words(task, part), key=lambda word: (-len(word), word))
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b" if words else r"(?!)")
 
 
 class TaskRows:
@@ -81,7 +93,7 @@ class TaskRows:
 
     def __init__(self, task: str, part: str):
         self.task, self.part = task, part
-        self.grammar = Grammar(split=SPLIT_BY_TASK[task])
+        self.grammar = Grammar(parts=parts_of(task))
         # Seeded by a string: random.Random hashes it the same way on every machine.
         self.rng = random.Random(f"{SEED}/{task}/{part}")
 
