@@ -1,7 +1,8 @@
 """What predictions are worth: pure functions from predictions and truth to numbers.
 
 Every metric lies between 0 and 1, BLEU too (sacrebleu's own scale is 0 to 100). Whatever a well-kept library computes
-is computed there: scikit-learn, rouge-score, sacrebleu.
+is computed there: scikit-learn, rouge-score, sacrebleu. They are imported where they are used: together they take two
+seconds, which every worker would wait for before its first step.
 """
 
 from __future__ import annotations
@@ -15,10 +16,6 @@ from itertools import zip_longest
 from typing import TypedDict
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import Tokenizer
-from sacrebleu.metrics.bleu import BLEU
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 
 class Classification(TypedDict):
@@ -36,6 +33,8 @@ def classification(scores: np.ndarray, truth: np.ndarray) -> Classification:
     Raises:
         ValueError: there are no rows, or a score is NaN and has no place in an order.
     """
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+
     if not len(scores):
         raise ValueError("no rows to measure")
     if np.isnan(scores).any():
@@ -58,6 +57,9 @@ def generation(predictions: Sequence[str], references: Sequence[Sequence[str]]) 
     Raises:
         ValueError: there are no rows, or a row has no reference.
     """
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
+
     if not predictions:
         raise ValueError("no rows to measure")
     for row, answers in enumerate(references):
@@ -90,7 +92,7 @@ def _squad_words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", "".join(letters)).split()
 
 
-class _Words(Tokenizer):
+class _Words:
     """The words of rouge-score's own tokenizer for ASCII text; that one drops every other letter."""
 
     def tokenize(self, text: str) -> list[str]:
