@@ -169,39 +169,40 @@ class Segments:
         return index, lengths
 
 
-def _rows(packed: Tensor, group: Group) -> Tensor:
-    """`[h, N, d]` packed -> `[R, h, T, d]` padded rows of one group."""
-    part = packed.narrow(1, group.start, group.tokens)
-    if not group.dense:
-        part = part.index_select(1, group.padded.flatten().to(packed.device))
-    return part.unflatten(1, (len(group.lengths), group.longest)).transpose(0, 1)
+def _rows(packed: Tensor, groups: list[Group]) -> dict[int, Tensor]:
+    """`[h, N, d]` packed -> `[R, h, T, d]` padded rows of every group, by the group's id.
+
+    One split, whose backward pass is one concatenation. A slice for each group would have a backward pass that fills a whole
+    `[h, N, d]` each time: with K slots, K times K of them.
+    """
+    rows = {}
+    for group, part in zip(groups, packed.split([group.tokens for group in groups], 1), strict=True):
+        if not group.dense:
+            part = part.index_select(1, group.padded.flatten().to(packed.device))
+        rows[id(group)] = part.unflatten(1, (len(group.lengths), group.longest)).transpose(0, 1)
+    return rows
 
 
 def _attend(
-    group: Group, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, softcap: float | None
+    group: Group,
+    queries: dict[int, Tensor],
+    keys: dict[int, Tensor],
+    values: dict[int, Tensor],
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
-    """Attention of one group's rows to themselves and their ancestors: packed `[h, N, d]` -> `[tokens, h, d]`."""
-    q = _rows(query, group)  # [R, h, T, d]
-    shared = query.shape[0] // key.shape[0]  # grouped-query attention: query heads per key head
-    keys, values = [], []
-    for ancestor, rows in group.chain:
-        k, v = _rows(key, ancestor), _rows(value, ancestor)
-        if rows is not None:
-            if len(ancestor.lengths) == 1:
-                k, v = k.expand(len(rows), -1, -1, -1), v.expand(len(rows), -1, -1, -1)
-            else:
-                pick = torch.tensor(rows, device=key.device)
-                k, v = k.index_select(0, pick), v.index_select(0, pick)
-        keys.append(k)
-        values.append(v)
-    k = torch.cat(keys, 2) if len(keys) > 1 else keys[0]  # [R, key heads, S, d]
-    v = torch.cat(values, 2) if len(values) > 1 else values[0]
-    mask = group.mask(window, key.device)
+    """Attention of one group's rows to themselves and their ancestors: rows `[R, h, T, d]` -> `[tokens, h, d]`."""
+    q = queries[id(group)]
+    k = torch.cat([_inherited(keys[id(ancestor)], rows) for ancestor, rows in group.chain], 2)  # [R, key heads, S, d]
+    v = torch.cat([_inherited(values[id(ancestor)], rows) for ancestor, rows in group.chain], 2)
+    shared = q.shape[1] // k.shape[1]  # grouped-query attention: query heads per key head
+    mask = group.mask(window, k.device)
     if shared > 1:
         # The query heads of one key head become more query rows: no copy of keys and values per query head.
         q = q.unflatten(1, (k.shape[1], shared)).flatten(2, 3)
         if mask is None:
-            mask = torch.ones(group.longest, group.longest, dtype=torch.bool, device=key.device).tril()[None, None]
+            mask = torch.ones(group.longest, group.longest, dtype=torch.bool, device=k.device).tril()[None, None]
         mask = mask.repeat(1, 1, shared, 1)
     if softcap is None:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
@@ -211,6 +212,15 @@ def _attend(
         out = out.unflatten(2, (shared, group.longest)).flatten(1, 2)
     out = out.transpose(1, 2).flatten(0, 1)  # [R * T, h, d]
     return out if group.dense else out.index_select(0, group.unpadded.to(out.device))
+
+
+def _inherited(above: Tensor, rows: list[int] | None) -> Tensor:
+    """An ancestor's keys or values, one row for each row that continues it."""
+    if rows is None:
+        return above
+    if len(above) == 1:
+        return above.expand(len(rows), -1, -1, -1)
+    return above.index_select(0, torch.tensor(rows, device=above.device))
 
 
 def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float) -> Tensor:
@@ -254,8 +264,8 @@ def segment_attention(
     extras = sorted(name for name in ("s_aux", "position_bias", "cache") if kwargs.get(name) is not None)
     if extras:
         raise NotImplementedError(f"attention with {', '.join(extras)}")
-    q, k, v = query[0], key[0], value[0]
-    rows = [_attend(group, q, k, v, scaling, sliding_window, softcap) for group in segments.groups]
+    queries, keys, values = (_rows(packed[0], segments.groups) for packed in (query, key, value))
+    rows = [_attend(group, queries, keys, values, scaling, sliding_window, softcap) for group in segments.groups]
     return torch.cat(rows)[None], None
 
 
