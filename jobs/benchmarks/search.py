@@ -1,0 +1,212 @@
+"""A packed search against the usual nesting, and what a pack of soft prompts saves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+from ptuning import figures, zero
+from ptuning.base import find_base
+from ptuning.config import read_experiment
+from ptuning.prepare import absolute, load_task
+from ptuning.train import Assignment, Pack, step
+from ptuning.workers import Workers
+
+
+def pack_worker(rank: int, port: int, path: str, overrides: list[str], folder: str) -> None:
+    """One of two plain processes: bytes gathered and trial-steps per second over the number of slots."""
+    local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in local.items()}
+    torch.set_num_threads(1)
+    gathered = count_gathered()
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    experiment = absolute(read_experiment(path, overrides))
+    base = find_base(experiment.model)
+    model = zero.load(base, experiment.zero, base.dtype(experiment.model.dtype))
+    task = load_task(experiment, base)
+    results = []
+    for slots in (1, 2, 4, 8):
+        pack = Pack(model, base, Workers.current(), lambda experiment: task, slots)
+        for number in range(slots):
+            pack.attach(Assignment(experiment.model_copy(update={"name": f"t{number}"}), f"{folder}/{slots}/{number}"))
+        step(pack, lambda event: None)
+        gathered[0], began, steps = 0, time.perf_counter(), 6
+        for _ in range(steps):
+            step(pack, lambda event: None)
+        seconds = time.perf_counter() - began
+        results.append(
+            {
+                "slots": slots,
+                "bytes_per_trial_step": gathered[0] / (slots * steps),
+                "trial_steps_per_s": slots * steps / seconds,
+            }
+        )
+    if rank == 0:
+        Path(folder, "pack.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+def count_gathered() -> list[int]:
+    """A counter of the bytes that all-gathers bring to this process, in a list of one."""
+    counter = [0]
+
+    def counting(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            output = arguments[0] if arguments else options["output_tensor"]
+            tensors = output if isinstance(output, list) else [output]
+            counter[0] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            return collective(*arguments, **options)
+
+        return call
+
+    for name in ("all_gather_into_tensor", "all_gather"):
+        setattr(torch.distributed, name, counting(getattr(torch.distributed, name)))
+    return counter
+
+
+class Memory:
+    """The most memory that processes below this one used together, in bytes; shared pages count once (PSS)."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stopped.wait(1.0):
+            total = 0
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    total += process.memory_full_info().pss
+            self.peak = max(self.peak, total)
+
+
+def nested_worker(path: str, overrides: list[str], trials: list[dict[str, Any]], out: str) -> None:
+    """The usual nesting: Ray Tune, and one TorchTrainer per trial, as in Ray's own example."""
+    import ray
+    from ray import tune
+
+    from ptuning import launch
+    from ptuning.mailbox import Mailbox
+    from ptuning.space import trial_tables
+
+    experiment = absolute(read_experiment(path, overrides))
+    launch.start_ray(experiment)
+    tables, folder = experiment.model_dump(mode="json"), f"{experiment.compute.storage}/nested"
+    scaling = launch.scale(experiment, spare=0.25)
+
+    def trial(config: dict[str, Any]) -> None:
+        from ptuning.config import Experiment
+        from ptuning.launch import make_trainer
+
+        number = config["number"]
+        mine = Experiment.model_validate(trial_tables(tables, f"t{number}", trials[number]))
+        mailbox = Mailbox.remote()  # type: ignore[attr-defined]  # added by ray.remote
+        make_trainer(mine, f"{folder}/ray/{number}", scaling, {"folder": f"{folder}/{number}", "mailbox": mailbox}).fit()
+        [finished] = [event for event in ray.get(mailbox.take.remote()) if event["kind"] == "finished"]
+        tune.report(finished["values"])
+
+    grid: Any = tune.Tuner(
+        tune.with_resources(trial, {"cpu": 0.01}),
+        param_space={"number": tune.grid_search(list(range(len(trials))))},
+        tune_config=tune.TuneConfig(max_concurrent_trials=1),
+        run_config=tune.RunConfig(name="tune", storage_path=f"{folder}/tune", verbose=0),
+    ).fit()
+    found = {result.config["number"]: result.metrics for result in grid if result.config and result.metrics}
+    metric = f"validation_{experiment.metric}"
+    Path(out).write_text(json.dumps([found[number][metric] for number in range(len(trials))]))
+    ray.shutdown()
+
+
+def search(arguments: argparse.Namespace) -> None:
+    """A packed search against the usual nesting (Ray Tune, one TorchTrainer per trial): same trials, seeds and steps, no early
+    stopping. Then ASHA on top, and the bytes that ZeRO-3 gathers over the number of slots."""
+    common = ["compute.workers=2", "compute.cpus_per_worker=1", "search.finalists=1", "search.seeds=1", *arguments.overrides]
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        name = read_experiment(arguments.experiment, common).name
+        ledger = Path(folder, "fifo", name, "ledger.json")
+        for scheduler in ("fifo", "asha"):
+            overrides = [*common, f"search.scheduler={scheduler}", f"compute.storage={folder}/{scheduler}"]
+            results[scheduler] = timed([sys.executable, "-m", "ptuning", "search", arguments.experiment, *overrides])
+            print(f"packed, {scheduler}: {results[scheduler]}", flush=True)
+        trials = [entry for entry in json.loads(ledger.read_text())["trials"] if not entry["finalist"]]
+        metric = read_experiment(arguments.experiment, common).metric
+        packed = [entry["measured"][f"validation_{metric}"] for entry in trials]
+        out = f"{folder}/nested.json"
+        job = [arguments.experiment, json.dumps([*common, f"compute.storage={folder}/nested"])]
+        job += [json.dumps([entry["values"] for entry in trials]), out]
+        results["nested"] = timed([sys.executable, sys.argv[0], "nested", *job])
+        alone = json.loads(Path(out).read_text())
+        results["largest_difference"] = max(abs(one - two) for one, two in zip(packed, alone, strict=True))
+        print(f"nested: {results['nested']}, metrics differ by {results['largest_difference']:.2g} at most", flush=True)
+        print(f"packed is {results['nested']['seconds'] / results['fifo']['seconds']:.1f} times as fast")
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(results, indent=1))
+
+
+def pack(arguments: argparse.Namespace) -> None:
+    """Bytes gathered per trial-step and trial-steps per second over the number of slots, ZeRO-3 on 2 processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.spawn(  # type: ignore[attr-defined]  # a re-export that torch does not declare
+            pack_worker, (port, arguments.experiment, arguments.overrides, folder), nprocs=2
+        )
+        results = json.loads(Path(folder, "pack.json").read_text())
+    for row in results:
+        print(f"K={row['slots']}: {row['bytes_per_trial_step']:,.0f} bytes, {row['trial_steps_per_s']:.2f} trial-steps/s")
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(results, indent=1))
+        speeds = {"2 workers": [(row["slots"], row["trial_steps_per_s"]) for row in results]}
+        picture = figures.curves(speeds, "A pack of soft prompts", "trial-steps per second", "slots")
+        Path(arguments.out).with_suffix(".png").write_bytes(picture)
+
+
+def timed(command: list[str]) -> dict[str, float]:
+    """Wall time of a command and the peak memory of all its processes."""
+    began = time.perf_counter()
+    with Memory() as memory:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return {"seconds": round(time.perf_counter() - began, 1), "peak_mib": round(memory.peak / 2**20)}
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The commands `search` and `pack`."""
+    for run in (search, pack):
+        command = commands.add_parser(run.__name__, help=run.__doc__)
+        command.add_argument("experiment")
+        command.add_argument("overrides", nargs="*")
+        command.add_argument("--out", help="file for the raw numbers (JSON)")
+        command.set_defaults(run=run)
+    command = commands.add_parser("nested", help="used by search")
+    for name in ("experiment", "overrides", "trials", "out"):
+        command.add_argument(name)
+    command.set_defaults(
+        run=lambda found: nested_worker(found.experiment, json.loads(found.overrides), json.loads(found.trials), found.out)
+    )
