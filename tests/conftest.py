@@ -38,6 +38,7 @@ os.environ |= {
 }
 
 import hypothesis
+import psutil
 import pytest
 import torch
 import transformers
@@ -276,3 +277,15 @@ def _toml(tables: dict[str, Any]) -> str:
     plain = [f"{key} = {json.dumps(value)}" for key, value in tables.items() if not isinstance(value, dict)]
     nested = [f"\n[{key}]\n{_toml(value)}" for key, value in tables.items() if isinstance(value, dict)]
     return "\n".join([*plain, *nested]) + "\n"
+
+
+def train_workers() -> list[psutil.Process]:
+    """Processes of Ray Train's workers, in the cluster that this process has started."""
+    return [process for process in psutil.Process().children(recursive=True) if "RayTrainWorker" in _title(process)]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from conftest import train_workers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -104,13 +103,9 @@ def test_a_killed_worker_costs_at_most_one_checkpoint_interval(tables: dict[str,
     def kill() -> None:
         while not any(event.kind == "step" and event.step >= 12 for event in events):
             time.sleep(0.02)
-        victims = [
-            int(pid.name)
-            for pid in Path("/proc").iterdir()
-            if pid.name.isdigit() and b"RayTrainWorker" in _read(pid / "cmdline")
-        ]
-        killed.append(victims[-1])
-        os.kill(victims[-1], signal.SIGKILL)
+        victim = train_workers()[-1]
+        killed.append(victim.pid)
+        victim.kill()
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -123,13 +118,6 @@ def test_a_killed_worker_costs_at_most_one_checkpoint_interval(tables: dict[str,
     assert last_before - starts[1] <= 5
     one, two = (soft_prompt.load(each["soft_prompt"]).vectors for each in (undisturbed, summary))
     assert float((one - two).norm() / one.norm()) < 1e-6
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
 
 
 def test_a_failed_run_says_why_and_can_be_resumed(tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from conftest import train_workers
 
 from ptuning import soft_prompt
 from ptuning.config import parse_experiment
@@ -116,6 +118,29 @@ def test_a_trial_that_diverges_is_marked_and_the_others_go_on(tables: dict[str, 
         search(tables)
 
 
+@pytest.mark.timeout(240)
+def test_a_killed_worker_costs_the_search_no_trial(tables: dict[str, Any]) -> None:
+    tables["search"] |= {"scheduler": "fifo", "trials": 4, "finalists": 1, "seeds": 1}
+    ledger = Path(tables["compute"]["storage"]) / "toy" / "ledger.json"
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not any(entry["results"] for entry in _entries(ledger)):
+            time.sleep(0.02)
+        victim = train_workers()[-1]
+        killed.append(victim.pid)
+        victim.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    summary, entries, _ = search(tables)
+    killer.join()
+    assert killed and summary["trials"] == {"finished": 4}
+    for entry in entries:
+        assert [result["step"] for result in entry.results] == [10, 20, 30, 40]
+    assert len(children(tables)) == 4
+
+
 @pytest.mark.timeout(400)
 def test_killed_drivers_and_resume_give_every_trial_exactly_once(
     tables: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
@@ -145,6 +170,7 @@ def test_killed_drivers_and_resume_give_every_trial_exactly_once(
     summary = json.loads(last.stdout.splitlines()[-1])
     entries = _entries(ledger)
     trials = [entry for entry in entries if not entry["finalist"]]
+    assert summary["registered"] == "toy:1"
     assert len(trials) == 6 == sum(summary["trials"].values()) and len({entry["key"] for entry in trials}) == 6
     for run, written in done.items():
         found = next(entry for entry in entries if entry["run"] == run)
