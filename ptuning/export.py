@@ -101,7 +101,8 @@ def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Mer
     model = base.load(dtype).eval()
     probe = torch.tensor([tokenizer(PROBES[0])["input_ids"]])
     expected = next_logits(model, loaded.vectors, probe)
-    states = guard.hidden_states(model, loaded.vectors, len(tokenizer))
+    first = cast(list[int], tokenizer.convert_tokens_to_ids(front))
+    states = guard.hidden_states(model, loaded.vectors, first, len(tokenizer))
     tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=base.trust_remote_code)  # a fresh one to change
     ids = _add_tokens(tokenizer, tokens, name)
     untied = _grow(model, ids, vectors)

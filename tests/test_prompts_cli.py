@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_base
-from peft import PromptTuningConfig, get_peft_model
+from test_export import same_logits, train_with_peft
 from test_registry import fill, http, prompt, put, registry, store  # noqa: F401 (fixtures)
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -142,9 +141,8 @@ def test_similar(shelf: SimpleNamespace) -> None:
 @pytest.mark.fast
 def test_import_and_export(store: Path, tmp_path: Path, tiny_base_folder: Path) -> None:  # noqa: F811
     where = ("--storage", str(store))
-    theirs = get_peft_model(tiny_base("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6))
-    theirs.save_pretrained(str(tmp_path / "theirs"))
     source = str(tmp_path / "theirs")
+    train_with_peft(find_base(ModelConfig(path=str(tiny_base_folder))), tmp_path / "theirs")
     base = ("--base", str(tiny_base_folder))
     done = run("import", source, "--name", "plain", *base, *where)
     assert done.stdout.startswith("imported as plain:1; make it champion with: ptuning prompts promote plain:1")
@@ -159,6 +157,7 @@ def test_import_and_export(store: Path, tmp_path: Path, tiny_base_folder: Path) 
     assert run("export", "kind", str(tmp_path / "back"), *where).stdout == f"kind:1 written to {tmp_path}/back; PEFT loads it\n"
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
+    same_logits(find_base(ModelConfig(path=str(tiny_base_folder))), tmp_path / "theirs", tmp_path / "back")
     assert "back: is there already" in refusal("export", "kind", str(tmp_path / "back"), *where)
     facts = answer("export", "kind", str(tmp_path / "merged"), "--format", "merged", *where)
     assert facts["tokens"] == 6 and facts["untied"] and facts["chat"]
