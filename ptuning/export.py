@@ -262,6 +262,10 @@ def _generation(model: PreTrainedModel, base: Base, ids: list[int], card: Card) 
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: Card, folder: Path) -> None:
+    # save_pretrained imports DeepSpeed wherever it is installed, and that looks for an accelerator and warns of what it finds.
+    # Through our own door it is told first.
+    from ptuning import zero  # noqa: F401
+
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -214,6 +214,26 @@ def test_a_thousand_versions_are_listed_in_three_seconds(store: Path, registry: 
 
 
 @pytest.mark.slow
+def test_nothing_but_our_own_lines(tmp_path: Path, tiny_base_folder: Path) -> None:
+    train_with_peft(find_base(ModelConfig(path=str(tiny_base_folder))), tmp_path / "theirs")
+    # As at a user's, without what conftest and our own rooms have told the libraries in this process.
+    told = ("DS_", "MLFLOW_", "TRANSFORMERS_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(told)}
+    template = ("--input", "Text: {text}\\nKind:", "--target", " {label}")
+    for arguments, line in (
+        (("import", str(tmp_path / "theirs"), "--name", "toy", *template), "imported as toy:1"),  # makes the database
+        (("promote", "toy:1"), "toy:1 is champion"),
+        (("show", "toy"), "toy:1 (champion)"),
+        (("export", "toy", str(tmp_path / "merged"), "--format", "merged"), "toy:1 merged into"),
+    ):
+        command = [sys.executable, "-m", "ptuning", "prompts", *arguments, "--storage", str(tmp_path / "runs")]
+        if arguments[0] != "show":
+            command += ["--base", str(tiny_base_folder)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(line)
+
+
+@pytest.mark.slow
 def test_the_commands_on_a_server(http: str, tmp_path: Path, tiny_base_folder: Path) -> None:  # noqa: F811
     where = ("--tracking", http)
     base = find_base(ModelConfig(path=str(tiny_base_folder)))
