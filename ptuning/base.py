@@ -38,10 +38,6 @@ class Fingerprint(Table):
     tokenizer: str
     weights: str
 
-    def differences(self, other: Fingerprint) -> list[str]:
-        """Which parts differ."""
-        return [part for part in Fingerprint.model_fields if getattr(self, part) != getattr(other, part)]
-
 
 @dataclass(frozen=True)
 class Base:
