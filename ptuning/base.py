@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from ptuning.config import ModelConfig, Table, UserError
 from ptuning.data import tokenizer_fingerprint
@@ -36,10 +37,6 @@ class Fingerprint(Table):
     config: str
     tokenizer: str
     weights: str
-
-    def differences(self, other: Fingerprint) -> list[str]:
-        """Which parts differ."""
-        return [part for part in Fingerprint.model_fields if getattr(self, part) != getattr(other, part)]
 
 
 @dataclass(frozen=True)
@@ -89,6 +86,7 @@ class Base:
         """
         model: PreTrainedModel
         report: dict[str, Any]
+        disable_progress_bar()  # transformers draws one per process on stderr, whatever it is connected to
         loading: Any = AutoModelForCausalLM.from_pretrained  # typed as if it could only return a model
         model, report = loading(
             self.folder,

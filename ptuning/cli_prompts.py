@@ -107,7 +107,6 @@ def export(
             return
         from ptuning.export import export_merged
 
-        _quiet()
         merged = export_merged(registry, version, folder, base)
         _say({"name": str(version), "folder": folder, **merged.facts()}, "\n".join(merged.lines(str(version), folder)), as_json)
 
@@ -127,7 +126,6 @@ def promote(
     with _sentences():
         from ptuning import gate
 
-        _quiet()
         done = gate.promote(_registry(storage, tracking), _one(name, number), base=base, margin=margin, force=force)
         facts = {"name": done.version.name, "champion": done.version.version}
         before = f", before it was {done.previous}" if done.previous else ""
@@ -199,12 +197,6 @@ def _sentences() -> Iterator[None]:
 def _fail(message: str) -> NoReturn:
     typer.echo(f"ptuning: {message}", err=True)
     raise typer.Exit(2)
-
-
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def _registry(storage: str, uri: str | None) -> Registry:

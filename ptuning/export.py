@@ -95,19 +95,19 @@ def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Mer
     vectors = loaded.vectors.to(dtype)
     if not bool(torch.isfinite(vectors).all()):
         raise ExportError(f"{name}: its vectors are not finite in {dtype}, in which its base is stored; it cannot be merged")
-    tokenizer = base.tokenizer
-    front = _in_front(tokenizer)
+    plain = base.tokenizer
+    front = _in_front(plain)
     tokens = [f"<|{name}:{place}|>" for place in range(len(vectors))]
     model = base.load(dtype).eval()
-    probe = torch.tensor([tokenizer(PROBES[0])["input_ids"]])
+    probe = torch.tensor([plain(PROBES[0])["input_ids"]])
     expected = next_logits(model, loaded.vectors, probe)
-    states = guard.hidden_states(model, loaded.vectors, len(tokenizer))
+    first = cast(list[int], plain.convert_tokens_to_ids(front))
+    states = guard.hidden_states(model, loaded.vectors, first, len(plain))
     tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=base.trust_remote_code)  # a fresh one to change
     ids = _add_tokens(tokenizer, tokens, name)
     untied = _grow(model, ids, vectors)
     guarded = guard.close(model, ids, states)
     _check_logits(model, ids, probe, expected, name)
-    plain = base.tokenizer
     tokenizer.padding_side = "left"  # generation goes on at the right end
     prepends = _prepend(tokenizer, tokens, ids)
     chat = _chat(tokenizer, plain, loaded.card.template, [*tokens, *front], ids)
@@ -261,6 +261,10 @@ def _generation(model: PreTrainedModel, base: Base, ids: list[int], card: Card) 
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: Card, folder: Path) -> None:
+    # save_pretrained imports DeepSpeed wherever it is installed, and that looks for an accelerator and warns of what it finds.
+    # Through our own door it is told first.
+    from ptuning import zero  # noqa: F401
+
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -11,16 +11,17 @@ from conftest import FRUITS, tiny_base
 from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from test_registry import put, registry, store  # noqa: F401 (fixtures)
 from test_soft_prompt import make
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-from ptuning import evaluate
+from ptuning import evaluate, soft_prompt
 from ptuning.adopt import adopt, locate
 from ptuning.base import Base, find_base
 from ptuning.config import ModelConfig, Template, UserError
 from ptuning.data import Encoder
 from ptuning.export import ExportError, Merged, export_merged, write_merged
 from ptuning.guard import Guard
-from ptuning.model import PromptedModel, plan_targets
+from ptuning.model import PromptedModel, plan_labels
 from ptuning.publish import fetch
 from ptuning.registry import Registry
 from ptuning.soft_prompt import SoftPrompt
@@ -67,8 +68,9 @@ def virtual(merged: Path) -> list[int]:
     return sorted(place for token, place in vocabulary.items() if token.startswith("<|toy:"))
 
 
-def drawn(merged: Path, tokens: int, suppress: bool) -> int:
-    """How many of the tokens sampled at temperature 2 are virtual ones."""
+def sample(merged: Path, tokens: int, suppress: bool) -> tuple[Tensor, Tensor]:
+    """Draw tokens at temperature 2: which of them `[128, n]` are virtual ones, and how probable `[128, n]` they were at every
+    place for an engine that knows nothing of suppressing."""
     tokenizer, model = AutoTokenizer.from_pretrained(merged), AutoModelForCausalLM.from_pretrained(merged).float()
     ids = virtual(merged)
     assert model.generation_config.suppress_tokens == ids
@@ -81,8 +83,16 @@ def drawn(merged: Path, tokens: int, suppress: bool) -> int:
         input_ids=start, attention_mask=torch.ones_like(start), do_sample=True, temperature=2.0, top_k=0, top_p=1.0,
         min_new_tokens=steps, max_new_tokens=steps,
     )  # fmt: skip
-    assert out[:, start.shape[1] :].numel() >= tokens
-    return int(torch.isin(out[:, start.shape[1] :], torch.tensor(ids)).sum())
+    with torch.no_grad():
+        logits = model(input_ids=out, use_cache=False, logits_to_keep=steps + 1).logits[:, :-1]
+    found = torch.isin(out[:, start.shape[1] :], torch.tensor(ids))
+    assert found.numel() >= tokens
+    return found, torch.softmax(logits / 2, dim=-1)[:, :, ids].sum(-1)
+
+
+def drawn(merged: Path, tokens: int, suppress: bool) -> int:
+    """How many of the tokens sampled at temperature 2 are virtual ones."""
+    return int(sample(merged, tokens, suppress)[0].sum())
 
 
 @pytest.mark.fast
@@ -131,7 +141,7 @@ def test_merged_exports_of_every_architecture(
     loaded = prompt_for(base)
     write_merged(loaded, base, "toy", tmp_path / "merged")
     same_text(tmp_path / "merged", loaded, base, ["the old saw", "plum"])
-    assert drawn(tmp_path / "merged", 1000, suppress=True) == 0
+    assert drawn(tmp_path / "merged", 10_000, suppress=True) == 0
 
 
 @pytest.mark.slow
@@ -149,9 +159,27 @@ def test_no_virtual_token_is_ever_drawn(tmp_path: Path, assets: Path, model: str
 def test_a_base_whose_states_fill_the_space_is_guarded_by_the_generation_config_and_says_so(tmp_path: Path) -> None:
     base = find_base(ModelConfig())
     merged = write_merged(prompt_for(base, length=20), base, "toy", tmp_path / "merged")
-    assert drawn(tmp_path / "merged", 10_000, suppress=True) == 0
+    found, chances = sample(tmp_path / "merged", 10_000, suppress=True)
+    assert int(found.sum()) == 0
     assert merged.guard.safe or any("suppress_tokens" in line for line in merged.lines("toy:1", "here"))
-    assert merged.guard.mean < 1e-3
+    assert merged.guard.mean < 3e-4 and float(chances.mean()) < 2 * merged.guard.mean + 1e-6, "new texts are as was measured"
+    assert float(chances.max()) < 0.5, "nowhere on the wrong side for certain"
+    same_text(tmp_path / "merged", prompt_for(base, length=20), base, ["a film that I liked"])
+
+
+@pytest.mark.fast
+def test_a_head_with_a_bias_never_says_a_virtual_token(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    config = PhiConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    PhiForCausalLM(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    base = find_base(ModelConfig(path=str(tmp_path / "base")))
+    merged = write_merged(prompt_for(base), base, "toy", tmp_path / "merged")
+    assert merged.guard.exact and merged.guard.safe
+    found, chances = sample(tmp_path / "merged", 1000, suppress=False)
+    assert int(found.sum()) == 0 and float(chances.max()) == 0.0
 
 
 @pytest.mark.fast
@@ -180,7 +208,7 @@ def test_another_base_is_refused(tmp_path: Path, tiny_base_folder: Path, tiny_to
     assert not (tmp_path / "merged").exists()
 
 
-def train_with_peft(base: Base, folder: Path, length: int = 6) -> PeftModel:
+def train_with_peft(base: Base, folder: Path, length: int = 6) -> None:
     """Prompt tuning by PEFT alone, a few steps."""
     torch.manual_seed(0)
     model = get_peft_model(
@@ -194,12 +222,34 @@ def train_with_peft(base: Base, folder: Path, length: int = 6) -> PeftModel:
         loss.backward()
         optimizer.step()
     model.save_pretrained(str(folder))
-    return model.eval()
+
+
+def logits_of_ours(model: PromptedModel, loaded: SoftPrompt, ids: list[int]) -> Tensor:
+    """Logits `[V]` behind a text, as they leave the base in our own pass."""
+    found: list[Tensor] = []
+    hook = model.base.register_forward_hook(lambda base, inputs, output: found.append(output.logits[0, 0]))
+    try:
+        model([loaded.vectors], plan_labels([len(loaded.vectors)], [[ids]], [[3]]))
+    finally:
+        hook.remove()
+    return found[0]
+
+
+def same_logits(base: Base, theirs: Path, back: Path) -> None:
+    """An adapter of PEFT's and what came back from the registry: the same logits by PEFT, and to 1e-5 by our own pass."""
+    ours, loaded = PromptedModel(base.load(torch.float32)), soft_prompt.load(str(back))
+    peft = [PeftModel.from_pretrained(base.load(torch.float32), str(folder)).eval() for folder in (theirs, back)]
+    for text in ("a", "the old saw has one", "Text: ä plum, two  apples\nKind:"):
+        ids = torch.tensor([base.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            first, second = (model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1] for model in peft)
+            assert torch.equal(first, second)
+            assert torch.allclose(logits_of_ours(ours, loaded, ids[0].tolist()), first, rtol=1e-5, atol=1e-5)
 
 
 def check_round_trip(base: Base, folder: Path, registry: Registry) -> None:  # noqa: F811
-    """PEFT -> import -> the same logits -> export -> the same bytes -> PEFT."""
-    theirs = train_with_peft(base, folder / "theirs")
+    """PEFT -> import -> export -> the same bytes -> the same logits."""
+    train_with_peft(base, folder / "theirs")
     root = (folder / "artifacts").as_uri()
     version = adopt(registry, str(folder / "theirs"), "peft", base.name, TEMPLATE, root)
     assert version.tag("base.weights") == base.fingerprint.weights and version.tag("metric") is None
@@ -207,16 +257,7 @@ def check_round_trip(base: Base, folder: Path, registry: Registry) -> None:  # n
     assert loaded.card.template == TEMPLATE and loaded.card.experiment is None and loaded.card.metrics == {}
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (folder / "back" / file).read_bytes() == (folder / "theirs" / file).read_bytes()
-    source, target = [5, 6, 7, 8], [9, 11, 2]
-    ids = torch.tensor([source + target])
-    with torch.no_grad():
-        logits = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(target) - 1 : -1]
-        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="none")
-        model = PromptedModel(base.load(torch.float32))
-        ours = model([loaded.vectors], plan_targets([len(loaded.vectors)], [[(source, target)]]))
-        assert torch.allclose(ours, expected, atol=1e-5)
-        again = PeftModel.from_pretrained(base.load(torch.float32), str(folder / "back")).eval()
-        assert torch.equal(again(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(target) - 1 : -1], logits)
+    same_logits(base, folder / "theirs", folder / "back")
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor
 
 from ptuning import soft_prompt
-from ptuning.base import Fingerprint
 from ptuning.config import Template
 from ptuning.model import PromptedModel, plan_targets
 from ptuning.soft_prompt import Card, SoftPrompt, SoftPromptError
@@ -105,11 +104,6 @@ def test_law_8_another_base_is_refused_with_both_sides(folder: Path) -> None:
         soft_prompt.check_base(loaded, "toy", 64, "other", FINGERPRINT)
     with pytest.raises(SoftPromptError, match=r"made for tiny \(weights c{12}\), but other has weights e{12}; use the base"):
         soft_prompt.check_base(loaded, "toy", 32, "other", FINGERPRINT | {"weights": "e" * 64})
-
-
-def test_fingerprints_name_the_parts_that_differ() -> None:
-    one = Fingerprint(**FINGERPRINT)
-    assert one.differences(Fingerprint(**FINGERPRINT | {"tokenizer": "x"})) == ["tokenizer"]
 
 
 def rewrite(folder: Path, tensors: dict[str, Tensor] | None = None, config: dict[str, Any] | None = None) -> None:
