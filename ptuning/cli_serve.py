@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from ptuning.access import check_address, read_keys
 from ptuning.config import UserError, read_experiment
 
 KEY = "PTUNING_API_KEY"
@@ -28,6 +29,7 @@ def serve(
     """
     try:
         settings = read_experiment(experiment, overrides or [])
+        check_address(settings.serve.host, read_keys(settings.serve.keys), insecure)  # before seconds of imports
         from ptuning.serve import run_server
 
         run_server(settings, insecure=insecure, say=lambda line: typer.echo(line, err=True))

@@ -109,7 +109,7 @@ def run_server(experiment: Experiment, *, insecure: bool, say: Callable[[str], N
     """Serve until SIGINT or SIGTERM, then drain.
 
     Raises:
-        UserError: the experiment, the keys or the base are wrong, or the cluster lacks resources.
+        UserError: the keys or the base are wrong, the address is open without keys, or the cluster lacks resources.
     """
     experiment = absolute(experiment)
     limits = experiment.serve
