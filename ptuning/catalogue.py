@@ -222,7 +222,7 @@ class Catalogue:
         base, card = self._base, loaded.card
         soft_prompt.check_base(loaded, str(entry), base.width, base.name, base.fingerprint.model_dump())
         room = self._engine.longest - card.length
-        if room < 2:
+        if room < 3:
             raise SoftPromptError(f"{entry}: {card.length} virtual tokens leave no room in {self._engine.longest} positions")
         encoder = Encoder(card.template, base.tokenizer, room) if card.template else None
         if encoder is not None and card.template is not None and card.template.labels:
@@ -251,7 +251,8 @@ class Catalogue:
         return loaded
 
     def _try(self, entry: _Entry, handle: Handle) -> None:
-        """One real token. It also brings the soft prompt's keys and values into the cache."""
-        for event in self._engine.generate(Request([0], handle, 1)):
+        """Two real tokens. They also bring the soft prompt's keys and values into the cache: one would not, since
+        transformers 5.23 keeps nothing of a request that ends with its prefill (PagedAttentionCache.mark_complete_blocks)."""
+        for event in self._engine.generate(Request([0], handle, 2, ignore_end=True)):
             if isinstance(event, End) and event.reason == "failed":
                 raise SoftPromptError(f"{entry}: {event.message}; train it again with a lower learning rate")

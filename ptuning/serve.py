@@ -11,6 +11,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -132,11 +133,10 @@ def run_server(experiment: Experiment, *, insecure: bool, say: Callable[[str], N
         _follow(handle, say)
     finally:
         say("stopping")
+        with suppress(Exception):  # it never started, or the cluster has gone: what matters is said already
+            serve.delete(APPLICATION)  # drains
         if started_here:
-            serve.shutdown()
             ray.shutdown()
-        else:
-            serve.delete(APPLICATION)
 
 
 def _follow(handle: Any, say: Callable[[str], None]) -> None:
