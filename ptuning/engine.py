@@ -132,12 +132,15 @@ class _Running:
     cached: int = 0
 
 
+_Scores = list[list[list[float]]]
+
+
 @dataclass
 class _LabelJob:
     handle: Handle | None
     rows: Sequence[Sequence[int]]
     labels: tuple[tuple[int, ...], ...]
-    future: Future[list[list[list[float]]]] = field(default_factory=Future)
+    future: Future[_Scores] = field(default_factory=Future)
 
 
 class _Router(OutputRouter):
@@ -444,19 +447,23 @@ class Engine:
                 return
             jobs = [job, *self._more_jobs(job)]
             claimed = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-            try:
-                for labels in dict.fromkeys(job.labels for job in claimed):
-                    self._score_together([job for job in claimed if job.labels == labels])
-            except Exception as error:  # whatever it is, those who wait must hear of it and the next job must be tried
-                log.exception("labels could not be scored")
-                for job in claimed:
-                    if not job.future.done():
-                        job.future.set_exception(error)
-            finally:
-                with self._lock:
-                    for job in jobs:
-                        self._waiting_rows -= len(job.rows)
-                        self._release(job.handle)
+            outcomes: list[tuple[_LabelJob, _Scores | Exception]] = []
+            for labels in dict.fromkeys(job.labels for job in claimed):
+                together = [job for job in claimed if job.labels == labels]
+                try:
+                    outcomes += zip(together, self._score_together(together), strict=True)
+                except Exception as error:  # whatever it is, those who wait must hear of it and the next jobs must be tried
+                    log.exception("labels could not be scored")
+                    outcomes += [(job, error) for job in together]
+            with self._lock:  # before anybody is told, who might ask again at once
+                for job in jobs:
+                    self._waiting_rows -= len(job.rows)
+                    self._release(job.handle)
+            for job, outcome in outcomes:
+                if isinstance(outcome, Exception):
+                    job.future.set_exception(outcome)
+                else:
+                    job.future.set_result(outcome)
 
     def _more_jobs(self, first: _LabelJob) -> Iterator[_LabelJob]:
         tokens = _positions(first)
@@ -472,7 +479,7 @@ class Engine:
             yield job
 
     @torch.no_grad()
-    def _score_together(self, jobs: list[_LabelJob]) -> None:
+    def _score_together(self, jobs: list[_LabelJob]) -> list[_Scores]:
         """One pass for jobs with the same labels, a slot for each soft prompt."""
         labels = [list(label) for label in jobs[0].labels]
         handles = list(dict.fromkeys(job.handle for job in jobs))
@@ -489,10 +496,12 @@ class Engine:
             handle: iter(part.view(-1, sum(lengths)))
             for handle, part in zip(handles, nll.split([len(part) * sum(lengths) for part in rows]), strict=True)
         }
+        found = []
         for job in jobs:
             mine = [next(answers[job.handle]) for _ in job.rows]
             self.stats.label_rows += len(mine)
-            job.future.set_result([[(-part).tolist() for part in row.split(lengths)] for row in mine])
+            found.append([[(-part).tolist() for part in row.split(lengths)] for row in mine])
+        return found
 
 
 def _deliver(running: _Running, event: Token | End) -> None:

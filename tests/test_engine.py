@@ -310,6 +310,12 @@ def test_a_full_engine_says_so(engine, add):
     assert answer(engine, Request(ids, handle, 1))
 
 
+def test_labels_free_their_places_before_they_are_told(engine, add):
+    handle = add(4, 1)
+    for _ in range(200):  # as many rows as may wait, again and again without a pause
+        engine.label_logprobs(handle, [[5, 6]] * 40, [[7, END]]).result(20)
+
+
 def test_cancelled_requests_leave_nothing_behind(engine, add):
     handle = add(32, 1)
     answer(engine, Request([5] * 10, handle, 1))
