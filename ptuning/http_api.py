@@ -11,12 +11,14 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ptuning.access import Scope, scope_of
 from ptuning.answers import (
@@ -58,6 +60,8 @@ from ptuning.service import Service
 log = logging.getLogger(__name__)
 
 Asked = TypeVar("Asked", bound=BaseModel)
+DRAIN_S = 1.0
+"""Seconds for the rest of a body that is refused."""
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 256
 """Most new tokens where neither the request nor the soft prompt's card says."""
 
@@ -386,6 +390,7 @@ class Api:
             response = await answer(body, served, began)
         except Exception as error:  # the edge: whatever it is, the client gets an OpenAI-shaped answer
             response = as_refusal(error).response()
+            await self._drain(request)
         self._service.gauges.answered(model, route, response.status_code)
         return response
 
@@ -404,18 +409,15 @@ class Api:
             raise Refusal(415, "the body must be plain application/json; set Content-Type", "invalid_request_error")
         most = self._limits.max_body_kb * 1024
         declared = request.headers.get("content-length", "")
-        # Closed in the middle of a body, a connection is reset and the answer lost: somewhat too much is read to its end.
-        if not declared.isdigit() or int(declared) <= 4 * most:
-            size, chunks = 0, []
+        size, chunks = int(declared) if declared.isdigit() else 0, []
+        if size <= most:
+            size = 0
             async with asyncio.timeout(self._limits.deadline_s):  # a body that never ends, drop by drop
                 async for chunk in request.stream():
                     size += len(chunk)
-                    if size <= most:
-                        chunks.append(chunk)
-                    elif size > 4 * most:
+                    if size > most:
                         break
-        else:
-            size, chunks = int(declared), []
+                    chunks.append(chunk)
         if size > most:
             raise Refusal(413, f"the body is larger than {self._limits.max_body_kb} KiB; send less", "invalid_request_error")
         try:
@@ -423,6 +425,16 @@ class Api:
         except ValidationError as error:
             message, param = complaint(error)
             raise Refusal(400, message, "invalid_request_error", param) from None
+
+    async def _drain(self, request: Request) -> None:
+        """Read on for a while: a connection that is closed with an unread body is reset, and the answer lost with it."""
+        size = 0
+        with suppress(TimeoutError, RuntimeError, ClientDisconnect):  # RuntimeError: it has been read already
+            async with asyncio.timeout(DRAIN_S):
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size > 4 * self._limits.max_body_kb * 1024:
+                        return
 
     def _count(self, served: Served, spent: Usage, began: float, first: float) -> None:
         now, gauges = time.monotonic(), self._service.gauges

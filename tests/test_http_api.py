@@ -452,8 +452,13 @@ def test_hostile_requests(world):
     host, port = world.url.removeprefix("http://").removesuffix("/v1").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as endless:
         head = f"POST {post} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-type: application/json\r\n"
-        endless.sendall(f"{head}transfer-encoding: chunked\r\n\r\n".encode() + chunk * 300)
-        assert endless.recv(1000).startswith(b"HTTP/1.1 413")
+        with contextlib.suppress(ConnectionError):  # it may be cut off before the answer is read
+            endless.sendall(f"{head}transfer-encoding: chunked\r\n\r\n".encode() + chunk * 300)
+            assert endless.recv(1000).startswith(b"HTTP/1.1 413")
+        endless.settimeout(5)
+        with contextlib.suppress(ConnectionError):
+            while endless.recv(65536):
+                pass  # and then it is closed, whatever comes behind
     status, _, content = raw(world.url, "/v1/nowhere", GOOD)
     assert status == 404 and "error" in json.loads(content)
 
