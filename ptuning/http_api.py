@@ -237,7 +237,6 @@ class Api:
     async def _ids(self, served: Served, prompt: str | list[int], room: int) -> list[int]:
         if isinstance(prompt, str):
             return await asyncio.to_thread(raw_ids, served, prompt, room)
-        self._engine.check_ids(prompt)  # virtual ids are nobody's to send
         if len(prompt) > room:
             raise too_long(len(prompt), room)
         return prompt

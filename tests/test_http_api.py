@@ -26,6 +26,8 @@ import torch
 import uvicorn
 from conftest import tiny_base, toy_rows
 from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import strategies as st
 from openai import OpenAI
 from test_registry import migrated, put
 from test_soft_prompt import make
@@ -33,6 +35,7 @@ from test_tracking import free_port
 
 from ptuning import tracking
 from ptuning.access import read_keys
+from ptuning.answers import TextStream
 from ptuning.base import find_base
 from ptuning.catalogue import Catalogue
 from ptuning.champion import Ledger
@@ -271,6 +274,26 @@ def test_stop_and_length(client):
     assert len(chat(client, max_tokens=1).choices[0].message.content) < len("fruit")  # a label is cut as any answer
 
 
+@given(
+    st.text("ab\u00e9\u4e16 ", max_size=30),
+    st.lists(st.text("ab\u00e9 ", min_size=1, max_size=4), max_size=3),
+    st.booleans(),
+)
+def test_what_is_sent_is_the_text_up_to_the_first_stop(tiny_tokenizer, text, stops, strip):
+    """Whole characters only, nothing of a stop string ever, nothing lost: for any text, token by token."""
+    whole = text.lstrip() if strip else text
+    expected = whole[: min([at for stop in stops if (at := whole.find(stop)) >= 0], default=len(whole))]
+    stream, sent = TextStream(tiny_tokenizer, stops, strip), ""
+    for token in tiny_tokenizer(text, add_special_tokens=False).input_ids:
+        sent += stream.push(token)
+        assert expected.startswith(sent)
+        if stream.stopped:
+            break
+    else:
+        sent += stream.flush()
+    assert sent == expected == stream.text
+
+
 def test_logprobs(client):
     choice = chat(client, model="writer", temperature=0, logprobs=True, top_logprobs=5).choices[0]
     assert choice.logprobs.content
@@ -489,11 +512,13 @@ def wait_until_idle(world: SimpleNamespace, seconds: float = 5) -> None:
 
 
 def test_a_client_that_leaves_frees_its_place(client, world):
-    for _ in range(10):
-        stream = client.completions.create(model="raw", prompt="Text:", max_tokens=90, temperature=2, stream=True)
-        next(iter(stream))
-        stream.close()
-    wait_until_idle(world)
+    """Seen while the engine stands still: nothing but the cancellation can end these requests."""
+    with world.service.engine._manager.pause():
+        for _ in range(10):
+            stream = chat(client, model="writer", max_tokens=50, stream=True)
+            next(iter(stream))  # the role, which is sent before any token
+            stream.close()
+        wait_until_idle(world)
 
 
 def test_the_deadline_is_kept_here(client, world):
@@ -614,7 +639,7 @@ def test_the_last_good_set_outlives_the_registry(world, tiny_base_folder, tmp_pa
 def test_openapi_holds_against_invention(world):
     """No input is a 5xx, and every answer has the described shape: schemathesis over /openapi.json."""
     import schemathesis
-    from hypothesis import HealthCheck, Phase, given
+    from hypothesis import HealthCheck, Phase
     from hypothesis import settings as examples
 
     schema = schemathesis.openapi.from_url(world.url.removesuffix("/v1") + "/openapi.json")
