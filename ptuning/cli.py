@@ -25,6 +25,7 @@ app.add_typer(prompts)
 
 app.command()(cli_serve.serve)
 app.command()(cli_serve.ask)
+app.command()(cli_serve.compare)
 
 ExperimentArgument = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Experiment file (TOML).")]
 Overrides = Annotated[

@@ -1,4 +1,4 @@
-"""`ptuning serve` and `ptuning ask`: parse first, import ray and torch inside."""
+"""`ptuning serve`, `ask` and `compare`: parse first, import ray and torch inside."""
 
 from __future__ import annotations
 
@@ -60,6 +60,39 @@ def ask(
     except (OSError, ValueError) as error:
         _fail(f"{url}: no server answers ({error}); start one with: ptuning serve EXPERIMENT", 1)
     typer.echo(json.dumps(answer) if as_json else answer["choices"][0]["message"]["content"])
+
+
+def compare(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A registered name.")],
+    text: Annotated[str, typer.Option("--text", help="The text, or a JSON object with the template's fields.")],
+    storage: Annotated[str, typer.Option("--storage", metavar="FOLDER", help="Storage folder whose registry to use.")] = "runs",
+    tracking: Annotated[
+        str | None, typer.Option("--tracking", metavar="URI", help="MLflow server or database to use instead.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="PATH", help="Where its base lies, if not where its card says.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Ask the base, the hand-written text (if there was one) and every version the same thing. No server is needed.
+
+    Example: ptuning compare sentiment --text "This movie was terrible."
+    """
+    from ptuning.compare import compare as ask_all
+    from ptuning.registry import Registry
+    from ptuning.tracking import default_uri
+
+    try:
+        opinions = ask_all(Registry(tracking or default_uri(storage)), name, text, base)
+    except UserError as error:
+        _fail(str(error), 2)
+    if as_json:
+        typer.echo(json.dumps({"opinions": [vars(opinion) for opinion in opinions]}))
+        return
+    width = max(len(opinion.who) for opinion in opinions)
+    for opinion in opinions:
+        sure = f"  {opinion.probability:.3f}" if opinion.probability is not None else ""
+        typer.echo(f"{opinion.who:{width}}  {opinion.answer}{sure}")
 
 
 def _complaint(error: urllib.error.HTTPError) -> str:

@@ -26,7 +26,7 @@ FLOORS = {
     "champion": 4, "publish": 4, "zero": 4,
     "adopt": 5, "catalogue": 5, "gate": 5, "meaning": 5, "train": 5,
     "answers": 6, "display": 6, "export": 6, "portrait": 6, "prepare": 6, "record": 6, "slots": 6,
-    "replies": 7, "service": 7, "worker": 7,
+    "compare": 7, "replies": 7, "service": 7, "worker": 7,
     "http_api": 8, "launch": 8,
     "desk": 9, "serve": 9, "cli_prompts": 9,
     "cli_serve": 10, "search": 10,

@@ -32,6 +32,7 @@ from openai import OpenAI
 from test_registry import migrated, put
 from test_soft_prompt import make
 from test_tracking import free_port
+from typer.testing import CliRunner
 
 from ptuning import tracking
 from ptuning.access import read_keys
@@ -39,6 +40,7 @@ from ptuning.answers import TextStream
 from ptuning.base import find_base
 from ptuning.catalogue import Catalogue
 from ptuning.champion import Ledger
+from ptuning.cli import app
 from ptuning.config import ModelConfig, Template, parse_experiment
 from ptuning.data import Encoder, load_split
 from ptuning.engine import Engine, EngineConfig
@@ -82,11 +84,16 @@ def publish_soft_prompt(registry: Registry, base_folder: Path, folder: Path, nam
     return str(put(registry, name, str(path)))
 
 
-def fill_storage(folder: Path, base_folder: Path) -> Registry:
-    """A storage folder whose registry holds: fruits 1 (champion) and 2, writer, pair, raw, and one for another base."""
+def fill_empty(folder: Path) -> Registry:
+    """A new storage folder with an empty registry."""
     folder.mkdir()
     shutil.copy(migrated(), folder / "mlflow.db")
-    registry = Registry(tracking.default_uri(folder))
+    return Registry(tracking.default_uri(folder))
+
+
+def fill_storage(folder: Path, base_folder: Path) -> Registry:
+    """A storage folder whose registry holds: fruits 1 (champion) and 2, writer, pair, raw, and one for another base."""
+    registry = fill_empty(folder)
     scratch = folder.parent / f"{folder.name}-scratch"
     for name, seed, card in (
         ("fruits", 1, {}),
@@ -591,9 +598,7 @@ def test_what_diverges_or_is_damaged_is_refused(tmp_path, tiny_tokenizer):
     folder = tmp_path / "gpt2"
     tiny_base("gpt2", vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
-    (tmp_path / "runs").mkdir()
-    shutil.copy(migrated(), tmp_path / "runs" / "mlflow.db")
-    registry, base = Registry(tracking.default_uri(tmp_path / "runs")), find_base(ModelConfig(path=str(folder)))
+    registry, base = fill_empty(tmp_path / "runs"), find_base(ModelConfig(path=str(folder)))
     engine = Engine(base.load(torch.float32), 2, EngineConfig(running=2, waiting=4, cache_bytes=1 << 20, context=128))
     catalogue = Catalogue(base, engine, registry, str(tmp_path / "served"))
     try:
@@ -634,6 +639,29 @@ def test_the_last_good_set_outlives_the_registry(world, tiny_base_folder, tmp_pa
         assert service.catalogue.find("fruits").handle.content_hash == world.service.catalogue.find("fruits").content_hash
     finally:
         service.close()
+
+
+def test_compare_asks_everybody_the_same(world, client, tmp_path):
+    """What the command says of a version is what the server says; a version for another base is named, not asked."""
+    registry, _ = fill_empty(tmp_path / "runs"), (tmp_path / "scratch").mkdir()
+    written = {"prompt": {"init": "text", "init_text": "Text: sort"}}
+    other = {"config": "0" * 64, "tokenizer": "0" * 64, "weights": "0" * 64}
+    for seed, card in ((1, {"experiment": written}), (2, {"base_fingerprint": other}), (2, {})):
+        publish_soft_prompt(registry, world.base, tmp_path / "scratch", "fruits", seed, **card)
+    command = ["compare", "fruits", "--text", "the old hammer", "--storage", str(tmp_path / "runs")]
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert done.exit_code == 0, done.output
+    base, text, first, stranger, third = json.loads(done.stdout)["opinions"]
+    assert (base["who"], text["who"]) == ("the base alone", "the text 'Text: sort'")
+    assert first["who"] == "fruits:1" and stranger["who"] == "fruits:2" and "made for" in stranger["answer"]
+    for mine, model in ((first, "fruits:1"), (third, "fruits:2")):
+        (served,) = classify(client, ["the old hammer"], model)["data"]
+        assert mine["answer"] == served["label"]
+        assert mine["probability"] == pytest.approx(served["probability"], abs=1e-4)
+    lines = CliRunner().invoke(app, command).stdout.splitlines()
+    assert len(lines) == 5 and lines[2].startswith("fruits:1 ")
+    wrong = CliRunner().invoke(app, ["compare", "nobody", "--text", "x", "--storage", str(tmp_path / "runs")])
+    assert wrong.exit_code == 2 and wrong.stderr.startswith("ptuning: nobody: no soft prompt of this name")
 
 
 def test_openapi_holds_against_invention(world):
