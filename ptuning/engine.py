@@ -10,6 +10,9 @@ Where it falls short it is extended through the parts it is made of: `sampling` 
 the pass that training and evaluation use (`PromptedModel`), between two steps of generation: one pass for all labels
 of all waiting rows, where generating would need a request per label and a step per token.
 
+Whole pages of text are shared as well as soft prompts. The answer is the same either way, but it begins sooner, and whoever can
+measure that may learn that somebody has asked the same: parties that distrust each other want replicas of their own.
+
 The room knows token ids, not text, and no ray: it runs wherever torch does.
 """
 

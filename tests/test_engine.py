@@ -103,6 +103,20 @@ def collect(event: Token | End, sink: queue.SimpleQueue) -> bool:
     return isinstance(event, Token)
 
 
+def test_a_base_in_16_bits():
+    base, vectors, ids = tiny_base("llama_tied_gqa", attention=None).bfloat16(), soft_prompt(20, 1), text(random.Random(0), 12)
+    engine = Engine(tiny_base("llama_tied_gqa", attention=None).bfloat16(), END, SMALL)
+    try:
+        handle = engine.add(vectors, "a")
+        *tokens, _ = engine.generate(Request(ids, handle, 6, Sampling(top=0), ignore_end=True))
+        expected = -PromptedModel(base)([vectors], plan_targets([20], [[(ids, [token.id for token in tokens])]]))
+        torch.testing.assert_close(torch.tensor([token.logprob for token in tokens]), expected, atol=0.15, rtol=0.05)
+        (scores,) = engine.label_logprobs(handle, [ids], [[tokens[0].id]]).result(20)
+        assert scores[0][0] == pytest.approx(float(expected[0]), abs=0.15)
+    finally:
+        engine.close()
+
+
 @pytest.mark.parametrize("architecture", ["llama_tied_gqa", "gpt2", "gemma3"])
 def test_logits_are_those_of_evaluation(architecture):
     """Law 6: what `PromptedModel`, hence training and evaluation, thinks of a target is what the engine thinks of it."""

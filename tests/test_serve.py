@@ -167,6 +167,10 @@ def test_promotions_under_load_fail_nobody(world):
                 except Exception as error:
                     failures.append(error)
 
+    replica = next(
+        process for process in psutil.Process(world.command.process.pid).children(recursive=True) if is_replica(process)
+    )
+    before = replica.memory_info().rss
     threads = [threading.Thread(target=load, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
@@ -185,6 +189,13 @@ def test_promotions_under_load_fail_nobody(world):
     assert not failures and len(answers) > PROMOTIONS
     assert {model for model, _ in answers} == {"fruits:1", "fruits:2"}
     assert len(set(answers)) == 2, "an answer comes from exactly one version"
+    grown = (replica.memory_info().rss - before) / 2**20
+    print(f"{PROMOTIONS} promotions, {len(answers)} answers, memory grew by {grown:.1f} MiB")
+    assert grown < 100
+
+
+def is_replica(process: psutil.Process) -> bool:
+    return any("ServeReplica" in part for part in process.cmdline())
 
 
 def test_a_bad_soft_prompt_is_refused_loudly(client, world):
