@@ -119,6 +119,7 @@ def run_server(experiment: Experiment, *, insecure: bool, say: Callable[[str], N
     started_here = start_ray(experiment)
     try:
         _check_resources(experiment)
+        logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)  # its level is set anew
         serve.start(
             proxy_location=ProxyLocation.HeadOnly,
             http_options=HTTPOptions(host=limits.host, port=limits.port, request_timeout_s=limits.deadline_s + 30),
