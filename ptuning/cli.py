@@ -8,6 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from ptuning import cli_serve
 from ptuning.cli_prompts import prompts
 from ptuning.config import Experiment, UserError, read_experiment
 
@@ -21,6 +22,10 @@ app = typer.Typer(
 )
 
 app.add_typer(prompts)
+
+app.command()(cli_serve.serve)
+app.command()(cli_serve.ask)
+app.command()(cli_serve.compare)
 
 ExperimentArgument = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Experiment file (TOML).")]
 Overrides = Annotated[

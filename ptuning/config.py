@@ -267,10 +267,42 @@ class ServeConfig(Table):
     """The server."""
 
     host: str = "127.0.0.1"
+    """Address to listen on. Others than loopback need API keys."""
     port: Annotated[int, Field(ge=0, le=65535, strict=True)] = 8000
-    replicas: Positive = 1
+    keys: str | None = None
+    """File with one API key per line, "KEY" or "KEY admin". Default: the variable PTUNING_API_KEYS, separated by commas."""
     soft_prompts: tuple[str, ...] = ()
     """Registered names to serve; empty: all that were trained for this base."""
+    refresh_s: PositiveNumber = 2.0
+    """Seconds between looks at the registry: how late a promotion reaches a replica at most."""
+    replicas: Positive | tuple[Positive, Positive] = 1
+    """Copies of the base, or [min, max] to follow the number of requests."""
+    cpus_per_replica: PositiveNumber = 1.0
+    gpus_per_replica: Number = 0.0
+    """A fraction shares a GPU."""
+    running: Positive = 32
+    """Requests in one batch of a replica."""
+    waiting: Positive = 256
+    """Requests that may wait in a replica; more are answered 429."""
+    cache_mb: Positive = 512
+    """Memory of a replica for keys and values."""
+    max_new_tokens: Positive = 1024
+    """Most tokens of one answer."""
+    max_answers: Positive = 16
+    """Most answers to one request: n times the number of prompts. Texts to classify may be as many as may wait."""
+    max_body_kb: Positive = 1024
+    """Most bytes of a request; more are answered 413."""
+    deadline_s: PositiveNumber = 120.0
+    """Seconds after which an answer is given up. Clients cannot lengthen it."""
+    drain_s: PositiveNumber = 30.0
+    """Seconds that a stopping replica gives to requests in flight."""
+
+    @field_validator("replicas")
+    @classmethod
+    def _min_to_max(cls, replicas: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(replicas, tuple) and replicas[0] > replicas[1]:
+            raise ValueError(f"[{replicas[0]}, {replicas[1]}] is no range; write [min, max]")
+        return replicas
 
 
 class TrackingConfig(Table):

@@ -207,7 +207,7 @@ def _attend(
     if softcap is None:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     else:
-        out = _softcapped_attention(q, k, v, mask, scale, softcap)
+        out = softcapped_attention(q, k, v, mask, scale, softcap)
     if shared > 1:
         out = out.unflatten(2, (shared, group.longest)).flatten(1, 2)
     out = out.transpose(1, 2).flatten(0, 1)  # [R * T, h, d]
@@ -223,7 +223,7 @@ def _inherited(above: Tensor, rows: list[int] | None) -> Tensor:
     return above.index_select(0, torch.tensor(rows, device=above.device))
 
 
-def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float) -> Tensor:
+def softcapped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float) -> Tensor:
     """Attention with tanh-capped scores (Gemma 2, arXiv 2408.00118, section 2), which SDPA cannot do."""
     scores = (q @ k.transpose(-1, -2)) * (scale if scale is not None else q.shape[-1] ** -0.5)
     scores = softcap * torch.tanh(scores / softcap)
@@ -259,7 +259,7 @@ def segment_attention(
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         groups = query.shape[1] // key.shape[1]
         k, v = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        out = _softcapped_attention(query, k, v, attention_mask, scaling, softcap)
+        out = softcapped_attention(query, k, v, attention_mask, scaling, softcap)
         return out.transpose(1, 2), None
     extras = sorted(name for name in ("s_aux", "position_bias", "cache") if kwargs.get(name) is not None)
     if extras:

@@ -18,17 +18,18 @@ PACKAGE = REPOSITORY / "ptuning"
 
 FLOORS = {
     "config": 0, "mailbox": 0, "openai_api": 0,
-    "batches": 1, "guard": 1, "hub": 1, "metrics": 1, "segments": 1, "sources": 1, "space": 1, "spool": 1, "storage": 1,
-    "workers": 1,
-    "checkpoint": 2, "data": 2, "figures": 2, "ledger": 2, "model": 2, "soft_prompt": 2, "tracking": 2, "trial": 2,
+    "access": 1, "batches": 1, "gauges": 1, "guard": 1, "hub": 1, "metrics": 1, "segments": 1, "sources": 1, "space": 1,
+    "spool": 1, "storage": 1, "virtual_tokens": 1, "workers": 1,
+    "checkpoint": 2, "data": 2, "figures": 2, "ledger": 2, "model": 2, "paged_attention": 2, "sampling": 2,
+    "soft_prompt": 2, "tracking": 2, "trial": 2,
     "base": 3, "chooser": 3, "engine": 3, "evaluate": 3, "leaderboard": 3, "registry": 3,
     "champion": 4, "publish": 4, "zero": 4,
-    "adopt": 5, "gate": 5, "meaning": 5, "train": 5,
-    "display": 6, "export": 6, "portrait": 6, "prepare": 6, "record": 6, "slots": 6,
-    "worker": 7,
-    "launch": 8,
+    "adopt": 5, "catalogue": 5, "gate": 5, "meaning": 5, "train": 5,
+    "answers": 6, "display": 6, "export": 6, "portrait": 6, "prepare": 6, "record": 6, "slots": 6,
+    "compare": 7, "replies": 7, "service": 7, "worker": 7,
+    "http_api": 8, "launch": 8,
     "desk": 9, "serve": 9, "cli_prompts": 9,
-    "search": 10,
+    "cli_serve": 10, "search": 10,
     "cli": 11,
     "__main__": 12,
 }  # fmt: skip
@@ -39,12 +40,14 @@ OWNERS = {
     "matplotlib": {"figures"},
     "mlflow": {"tracking"},
     "ray": {"chooser", "desk", "hub", "launch", "mailbox", "search", "serve", "trial"},
+    "fastapi": {"http_api", "serve"},
+    "prometheus_client": {"gauges"},
     "optuna": {"chooser"},
 }
 """The only doors to each framework."""
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc", "core"}
-LONG_JOBS = {"pretrain_builtin", "benchmark"}
+LONG_JOBS = {"pretrain_builtin", "benchmark", "benchmark_serve"}
 
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 SOURCES = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "jobs").glob("*.py")]

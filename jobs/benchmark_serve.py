@@ -1,0 +1,426 @@
+"""Measures serving: `python jobs/benchmark_serve.py [throughput] [first] [residents] [http] [accuracy]`.
+
+throughput  16 clients on 4 soft prompts: the engine, PEFT's generate request by request, static left-padded batches
+first       time to the first token with and without a soft prompt of 100 vectors
+residents   throughput with 1 and with 1,000 resident soft prompts
+http        what Serve and HTTP add to the engine, and latencies under an open-loop load from this process
+accuracy    a trained soft prompt's accuracy through HTTP against its training report
+
+All sides share base, dtype, threads and requests, run interleaved, and must agree on every token before they are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PromptTuningConfig, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ptuning import storage, tracking
+from ptuning.base import Base, find_base
+from ptuning.config import ModelConfig
+from ptuning.engine import Engine, EngineConfig, Request
+from ptuning.publish import publish
+from ptuning.registry import Registry
+from ptuning.sampling import Token
+from ptuning.soft_prompt import Card, SoftPrompt, content_hash
+from ptuning.sources import read_source
+
+CLIENTS, REQUESTS, ROUNDS, LENGTH = 16, 64, 5, 20
+Answers = list[list[int]]
+EXPERIMENT = """
+name = "bench"
+[data]
+train = "builtin:sentiment/train"
+input = "{text}"
+target = " {text}"
+"""
+
+
+class Bench:
+    """The builtin base, four soft prompts on rows of its vocabulary, and requests of mixed lengths."""
+
+    def __init__(self, length: int = LENGTH) -> None:
+        self.base: Base = find_base(ModelConfig(path="builtin"))
+        embed = self.load().get_input_embeddings()
+        draw = random.Random(0)
+
+        def rows(count: int) -> Tensor:
+            ids = torch.tensor([draw.randrange(10, self.base.vocabulary) for _ in range(count)])
+            return embed(ids).detach()
+
+        self.soft_prompts = [rows(length) for _ in range(4)]
+        self.rows = rows
+        self.requests = [
+            (at % 4, [draw.randrange(10, self.base.vocabulary) for _ in range(draw.randint(10, 40))], draw.randint(4, 32))
+            for at in range(REQUESTS)
+        ]
+
+    def load(self) -> PreTrainedModel:
+        return self.base.load(torch.float32)
+
+    def engine(self, **config: Any) -> Engine:
+        end = int(self.base.tokenizer.eos_token_id)
+        return Engine(self.load(), end, EngineConfig(context=self.base.context, running=32, **config))
+
+
+def drive(engine: Engine, requests: list[Request], clients: int) -> Answers:
+    """Answers of all requests, `clients` at a time."""
+    done: queue.SimpleQueue[None] = queue.SimpleQueue()
+    answers: Answers = [[] for _ in requests]
+    waiting = iter(enumerate(requests))
+
+    def ask() -> None:
+        for at, request in waiting:
+
+            def deliver(event: Token | Any, at: int = at) -> None:
+                if isinstance(event, Token):
+                    answers[at].append(event.id)
+                else:
+                    done.put(None)
+
+            engine.submit(request, deliver)
+            return
+
+    for _ in range(clients):
+        ask()
+    for _ in requests:
+        done.get()
+        ask()
+    return answers
+
+
+def throughput() -> dict[str, Any]:
+    bench = Bench()
+    engine = bench.engine()
+    handles = [engine.add(vectors, str(at)) for at, vectors in enumerate(bench.soft_prompts)]
+    requests = [Request(ids, handles[who], new, ignore_end=True) for who, ids, new in bench.requests]
+
+    peft: Any = None
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, token_dim=bench.base.width, num_layers=1)
+    for at, vectors in enumerate(bench.soft_prompts):
+        if peft is None:
+            peft = get_peft_model(bench.load(), config, adapter_name=str(at))
+        else:
+            peft.add_adapter(str(at), config)
+        with torch.no_grad():
+            peft.prompt_encoder[str(at)].embedding.weight.copy_(vectors)
+    peft.eval()
+    peft.base_model.generation_config.eos_token_id = None
+    plain = bench.load()
+    assert plain.generation_config is not None
+    plain.generation_config.eos_token_id = None
+
+    @torch.no_grad()
+    def one_by_one() -> Answers:
+        answers = []
+        for who, ids, new in bench.requests:
+            peft.set_adapter(str(who))
+            row = torch.tensor([ids])
+            out = peft.generate(
+                input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=new, do_sample=False, pad_token_id=0
+            )
+            answers.append(out[0, len(ids) :].tolist())
+        return answers
+
+    @torch.no_grad()
+    def static() -> Answers:
+        answers: Answers = []
+        embed: Any = plain.get_input_embeddings()
+        for start in range(0, len(bench.requests), CLIENTS):
+            batch = bench.requests[start : start + CLIENTS]
+            rows = [torch.cat([bench.soft_prompts[who], embed(torch.tensor(ids))]) for who, ids, _ in batch]
+            longest = max(map(len, rows))
+            padded = torch.stack([torch.cat([row.new_zeros(longest - len(row), row.shape[1]), row]) for row in rows])
+            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+            most = max(new for _, _, new in batch)
+            generating: Any = plain
+            out = generating.generate(
+                inputs_embeds=padded, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=0
+            )
+            answers += [row[:new].tolist() for row, (_, _, new) in zip(out, batch, strict=True)]
+        return answers
+
+    sides = {"PEFT, one by one": one_by_one, "static batches": static, "engine": lambda: drive(engine, requests, CLIENTS)}
+    answers = {name: side() for name, side in sides.items()}  # also warms up
+    same = {name: sum(a == b for a, b in zip(found, answers["engine"], strict=True)) for name, found in answers.items()}
+    assert min(same.values()) == REQUESTS, f"the sides do not answer alike: {same}"
+    times = interleaved(sides)
+    engine.close()
+    result: dict[str, Any] = {f"{name}, requests/s": round(REQUESTS / median(times[name]), 1) for name in sides}
+    for name in ("PEFT, one by one", "static batches"):
+        ratios = [theirs / ours for theirs, ours in zip(times[name], times["engine"], strict=True)]
+        result[f"engine against {name}"] = spread(ratios)
+    return result
+
+
+def first() -> dict[str, Any]:
+    """Seconds to the first token, request by request, after the soft prompt's first use."""
+    bench = Bench(length=100)
+    engine = bench.engine()
+    handle = engine.add(bench.soft_prompts[0], "long")
+    draw = random.Random(1)
+
+    def once(who: Any) -> float:
+        ids = [draw.randrange(10, bench.base.vocabulary) for _ in range(30)]
+        began = time.perf_counter()
+        events = engine.generate(Request(ids, who, 2, ignore_end=True))
+        next(events)
+        taken = time.perf_counter() - began
+        list(events)
+        return taken
+
+    once(handle), once(None)
+    pairs = [(once(handle), once(None)) for _ in range(100)]
+    engine.close()
+    return {
+        "P=100, ms": round(1000 * median([with_it for with_it, _ in pairs]), 2),
+        "P=0, ms": round(1000 * median([without for _, without in pairs]), 2),
+        "ratio": spread([with_it / without for with_it, without in pairs]),
+    }
+
+
+def residents() -> dict[str, Any]:
+    bench = Bench()
+    engines = {"1 resident": bench.engine(), "1,000 resident": bench.engine(), "1,000 resident, all asked": bench.engine()}
+    handles = {}
+    for name, engine in engines.items():
+        count = 1 if name == "1 resident" else 1000
+        # The asked one holds the same vectors everywhere, the others are its neighbours.
+        vectors = [bench.soft_prompts[0], *(bench.rows(LENGTH) for _ in range(count - 1))]
+        handles[name] = [engine.add(each, str(at)) for at, each in enumerate(vectors)]
+    draw = random.Random(2)
+    sides: dict[str, Callable[[], Answers]] = {}
+    for name, engine in engines.items():
+        asked = [draw.randrange(1000) if name.endswith("asked") else 0 for _ in bench.requests]
+        requests = [
+            Request(ids, handles[name][at], new, ignore_end=True)
+            for at, (_, ids, new) in zip(asked, bench.requests, strict=True)
+        ]
+        sides[name] = partial(drive, engine, requests, CLIENTS)
+    for side in sides.values():
+        side()
+    times = interleaved(sides, rounds=2 * ROUNDS)
+    for engine in engines.values():
+        engine.close()
+    result: dict[str, Any] = {f"{name}, requests/s": round(REQUESTS / median(taken), 1) for name, taken in times.items()}
+    for name in list(engines)[1:]:
+        ratios = [one / many for one, many in zip(times["1 resident"], times[name], strict=True)]
+        result[f"throughput of {name} against 1"] = spread(ratios)
+    return result
+
+
+def http() -> dict[str, Any]:
+    """The same requests to an engine in this process and to a server in its own, then open-loop loads on the server."""
+    bench, result = Bench(), {}
+    engine = bench.engine()
+    handle = engine.add(bench.soft_prompts[0], "0")
+    with tempfile.TemporaryDirectory() as folder:
+        put(bench, Path(folder) / "runs", "bench", bench.soft_prompts[0])
+        with server(
+            Path(folder), 'name = "bench"\n[data]\ntrain = "builtin:sentiment/train"\ninput = "{text}"\ntarget = " {text}"\n'
+        ) as url:
+            requests = [(ids, 8) for _, ids, _ in bench.requests]
+            bare, served = [], []
+            for ids, new in requests * 3:
+                began = time.perf_counter()
+                list(engine.generate(Request(ids, handle, new)))
+                bare.append(time.perf_counter() - began)
+                began = time.perf_counter()
+                complete(url, ids, new)
+                served.append(time.perf_counter() - began)
+            skip = len(requests)  # the first round warms up
+            added = [theirs - ours for ours, theirs in zip(bare[skip:], served[skip:], strict=True)]
+            result["engine alone, ms (p50, p99)"] = percentiles(bare[skip:])
+            result["through HTTP, ms (p50, p99)"] = percentiles(served[skip:])
+            result["added, ms (p50, p99)"] = percentiles(added)
+            engine.close()
+            for rate in (5, 10, 20, 40):
+                result[f"{rate} requests/s, ms (p50, p99), failed"] = open_loop(url, requests, rate, seconds=8)
+    return result
+
+
+def open_loop(url: str, requests: list[tuple[list[int], int]], rate: float, seconds: float) -> list[float]:
+    """Poisson arrivals that wait for nobody; latencies count from when a request was due."""
+    draw, due, times, failed = random.Random(3), 0.0, [], 0
+
+    def ask(at: float, ids: list[int], new: int) -> float | None:
+        try:
+            complete(url, ids, new)
+        except OSError:
+            return None
+        return time.perf_counter() - at
+
+    with ThreadPoolExecutor(200) as clients:
+        began, pending = time.perf_counter(), []
+        while (due := due + draw.expovariate(rate)) < seconds:
+            time.sleep(max(0.0, began + due - time.perf_counter()))
+            pending.append(clients.submit(ask, began + due, *draw.choice(requests)))
+        for future in pending:
+            taken = future.result()
+            failed += taken is None
+            times += [taken] if taken is not None else []
+    return [*percentiles(times), failed]
+
+
+def accuracy() -> dict[str, Any]:
+    """Train on sentiment, serve, classify the whole test set over HTTP."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Path(folder) / "runs"
+        overrides = [f"compute.storage={runs}", "train.steps=60", "train.evaluate_every=60", "compute.workers=1"]
+        train = [
+            sys.executable,
+            "-m",
+            "ptuning",
+            "train",
+            "jobs/sentiment.toml",
+            *overrides,
+            "--register",
+            "sentiment",
+            "--json",
+        ]
+        done = subprocess.run(train, capture_output=True, text=True, check=True)
+        reported = json.loads(done.stdout.splitlines()[-1])["metrics"]
+        rows = read_source("builtin:sentiment/test", ["text", "label"], references=False).rows
+        with server(Path(folder), Path("jobs/sentiment.toml").read_text(encoding="utf-8")) as url:
+            right = {"classify": 0, "chat": 0}
+            texts, truth = list(rows["text"]), list(rows["label"])
+            began = time.perf_counter()
+            for start in range(0, len(texts), 64):
+                part = slice(start, start + 64)
+                found = post(url, "classify", {"model": "sentiment", "input": texts[part]})["data"]
+                right["classify"] += sum(entry["label"] == label for entry, label in zip(found, truth[part], strict=True))
+            taken = time.perf_counter() - began
+
+            def chat(text: str) -> str:
+                body = {"model": "sentiment", "messages": [{"role": "user", "content": text}]}
+                return str(post(url, "chat/completions", body)["choices"][0]["message"]["content"])
+
+            with ThreadPoolExecutor(8) as clients:
+                right["chat"] = sum(answer == label for answer, label in zip(clients.map(chat, texts), truth, strict=True))
+    return {
+        "rows": len(texts),
+        "training report": reported["test_accuracy"],
+        "through /v1/classify": right["classify"] / len(texts),
+        "through /v1/chat/completions": right["chat"] / len(texts),
+        "rows/s through /v1/classify": round(len(texts) / taken, 1),
+    }
+
+
+def put(bench: Bench, runs: Path, name: str, vectors: Tensor) -> None:
+    """Publish a soft prompt into a new storage folder."""
+    card = Card(
+        name=name,
+        base="builtin",
+        base_fingerprint=bench.base.fingerprint.model_dump(),
+        length=len(vectors),
+        width=vectors.shape[1],
+        content_hash=content_hash(vectors),
+    )
+    folder = storage.join(str(runs), "published")
+    SoftPrompt(vectors, card).save(folder, layers=4, heads=4)
+    publish(Registry(tracking.default_uri(runs)), name, folder, None, tracking.default_artifact_root(runs))
+
+
+@contextmanager
+def server(folder: Path, experiment: str) -> Iterator[str]:
+    """`ptuning serve` in a process of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    toml = folder / "experiment.toml"
+    toml.write_text(experiment, encoding="utf-8")
+    command = [sys.executable, "-m", "ptuning", "serve", str(toml), f"serve.port={port}", f"compute.storage={folder / 'runs'}"]
+    process = subprocess.Popen([*command, "model.dtype=float32"], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("serving at"):
+            break
+    else:
+        raise RuntimeError("the server did not start")
+    drain = threading.Thread(target=process.stderr.read, daemon=True)
+    drain.start()
+    try:
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def complete(url: str, ids: list[int], new: int) -> None:
+    post(url, "completions", {"model": "bench", "prompt": ids, "max_tokens": new, "temperature": 0})
+
+
+def post(url: str, path: str, body: dict[str, Any]) -> Any:
+    asked = urllib.request.Request(f"{url}/{path}", json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=120) as response:
+        return json.load(response)
+
+
+def interleaved(sides: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds of each side, in turn, every other round backwards."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in list(sides)[:: -1 if number % 2 else 1]:
+            began = time.perf_counter()
+            sides[name]()
+            times[name].append(time.perf_counter() - began)
+    return times
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def spread(ratios: list[float]) -> str:
+    """Median of paired ratios with a bootstrap interval of 95 %."""
+    draw = random.Random(0)
+    medians = sorted(median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return f"{median(ratios):.2f} [{medians[50]:.2f}, {medians[1949]:.2f}]"
+
+
+def percentiles(seconds: list[float]) -> list[float]:
+    """[p50, p99] in milliseconds."""
+    ordered = sorted(seconds)
+    return [round(1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))], 1) for share in (0.5, 0.99)]
+
+
+PARTS = {"throughput": throughput, "first": first, "residents": residents, "http": http, "accuracy": accuracy}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
+    parts = parser.parse_args().parts or list(PARTS)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    results: dict[str, Any] = {"threads": torch.get_num_threads(), "load": [os.getloadavg()[0]]}
+    for part in parts:
+        results[part] = PARTS[part]()
+        print(f"{part}", *(f"  {name}: {value}" for name, value in results[part].items()), sep="\n", flush=True)
+    results["load"].append(os.getloadavg()[0])
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

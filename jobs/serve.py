@@ -1,0 +1,9 @@
+"""What a Ray job runs to serve: the same as `ptuning serve`."""
+
+import sys
+
+from ptuning.cli import main
+
+if __name__ == "__main__":
+    sys.argv[1:1] = ["serve"]
+    main()

@@ -1,0 +1,88 @@
+"""Who may ask: API keys with scopes, compared in constant time and never stored, only their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from ptuning.config import UserError
+
+Scope = Literal["inference", "admin"]
+"""admin may also read metrics and reload; it includes inference."""
+VARIABLE = "PTUNING_API_KEYS"
+SHORTEST = 16
+
+
+class AccessError(UserError):
+    """Keys that cannot be read, or an address that must not be opened without them."""
+
+
+def read_keys(file: str | None) -> dict[str, Scope]:
+    """SHA-256 of each key -> its scope, from a file (one `KEY` or `KEY SCOPE` per line) or the environment.
+
+    Raises:
+        AccessError: the file cannot be read, or a line is no key.
+    """
+    if file:
+        try:
+            lines: Iterable[str] = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise AccessError(f"serve.keys: {file} cannot be read ({error}); give a text file with one key per line") from None
+        place = file
+    else:
+        lines, place = os.environ.get(VARIABLE, "").split(","), VARIABLE
+    keys: dict[str, Scope] = {}
+    for number, line in enumerate(lines, 1):
+        key, _, scope = line.strip().partition(" ")
+        if not key or key.startswith("#"):
+            continue
+        scope = scope.strip() or "inference"
+        if scope not in get_args(Scope):
+            raise AccessError(
+                f"serve.keys: {place}, key {number}: {scope!r} is no scope; write inference or admin behind the key"
+            )
+        if len(key) < SHORTEST:
+            raise AccessError(f"serve.keys: {place}, key {number}: is shorter than {SHORTEST} characters; use a longer one")
+        keys[_digest(key)] = cast(Scope, scope)
+    if file and not keys:
+        raise AccessError(f"serve.keys: {file} holds no key; write one per line")
+    return keys
+
+
+def check_address(host: str, keys: dict[str, Scope], insecure: bool) -> None:
+    """Refuse to answer strangers.
+
+    Raises:
+        AccessError: an address that others can reach, without keys.
+    """
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not local and not keys and not insecure:
+        raise AccessError(
+            f"serve.host: {host} can be reached by others and there are no API keys; set serve.keys or {VARIABLE}, "
+            "or add --insecure"
+        )
+
+
+def scope_of(header: str | None, keys: dict[str, Scope]) -> Scope | None:
+    """The scope that an Authorization header gives; None: none. Without any keys everybody has every scope."""
+    if not keys:
+        return "admin"
+    scheme, _, key = (header or "").partition(" ")
+    found: Scope | None = None
+    digest = _digest(key.strip())
+    for known, scope in keys.items():  # all of them, however early one fits
+        if hmac.compare_digest(known, digest):
+            found = scope
+    return found if scheme.lower() == "bearer" else None
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,0 +1,108 @@
+"""`ptuning serve`, `ask` and `compare`: parse first, import ray and torch inside."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from ptuning.access import check_address, read_keys
+from ptuning.config import UserError, read_experiment
+
+KEY = "PTUNING_API_KEY"
+
+
+def serve(
+    experiment: Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Experiment file (TOML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as serve.port=9000")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen where others can reach it, without API keys.")] = False,
+) -> None:
+    """Serve all registered soft prompts of a base behind an OpenAI-compatible API.
+
+    Example: ptuning serve jobs/sentiment.toml serve.port=9000
+    """
+    try:
+        settings = read_experiment(experiment, overrides or [])
+        check_address(settings.serve.host, read_keys(settings.serve.keys), insecure)  # before seconds of imports
+        from ptuning.serve import run_server
+
+        run_server(settings, insecure=insecure, say=lambda line: typer.echo(line, err=True))
+    except UserError as error:
+        _fail(str(error), 2)
+
+
+def ask(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Who is asked: a soft prompt, name:3, or the base.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The text, or a JSON object with the template's fields.")],
+    url: Annotated[str, typer.Option("--url", help="The server.")] = "http://127.0.0.1:8000/v1",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as one JSON object.")] = False,
+) -> None:
+    """Ask the running server one question. An API key comes from PTUNING_API_KEY.
+
+    Example: ptuning ask sentiment "This movie was terrible."
+    """
+    body = {"model": name, "messages": [{"role": "user", "content": text}]}
+    headers = {"content-type": "application/json"}
+    if os.environ.get(KEY):
+        headers["authorization"] = f"Bearer {os.environ[KEY]}"
+    question = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(question, timeout=600) as response:
+            answer = json.load(response)
+    except urllib.error.HTTPError as error:
+        _fail(_complaint(error), 2)
+    except (OSError, ValueError) as error:
+        _fail(f"{url}: no server answers ({error}); start one with: ptuning serve EXPERIMENT", 1)
+    typer.echo(json.dumps(answer) if as_json else answer["choices"][0]["message"]["content"])
+
+
+def compare(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A registered name.")],
+    text: Annotated[str, typer.Option("--text", help="The text, or a JSON object with the template's fields.")],
+    storage: Annotated[str, typer.Option("--storage", metavar="FOLDER", help="Storage folder whose registry to use.")] = "runs",
+    tracking: Annotated[
+        str | None, typer.Option("--tracking", metavar="URI", help="MLflow server or database to use instead.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="PATH", help="Where its base lies, if not where its card says.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Ask the base, the hand-written text (if there was one) and every version the same thing. No server is needed.
+
+    Example: ptuning compare sentiment --text "This movie was terrible."
+    """
+    from ptuning.compare import compare as ask_all
+    from ptuning.registry import Registry
+    from ptuning.tracking import default_uri
+
+    try:
+        opinions = ask_all(Registry(tracking or default_uri(storage)), name, text, base)
+    except UserError as error:
+        _fail(str(error), 2)
+    if as_json:
+        typer.echo(json.dumps({"opinions": [vars(opinion) for opinion in opinions]}))
+        return
+    width = max(len(opinion.who) for opinion in opinions)
+    for opinion in opinions:
+        sure = f"  {opinion.probability:.3f}" if opinion.probability is not None else ""
+        typer.echo(f"{opinion.who:{width}}  {opinion.answer}{sure}")
+
+
+def _complaint(error: urllib.error.HTTPError) -> str:
+    try:
+        answer: Any = json.load(error)
+        return str(answer["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered {error.code} {error.reason}"
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"ptuning: {message}", err=True)
+    raise typer.Exit(code)

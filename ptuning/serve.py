@@ -1,0 +1,190 @@
+"""One Ray Serve application: replicas of a service behind Serve's HTTP proxy.
+
+Serve's defaults are not those of production (2.60): a queue without end, no time limit, and clients that may switch off
+what limits there are by a header. So the limits that matter are kept inside the replica (`http_api`, `engine`), and what
+is set here lets requests reach it.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
+from ray.serve.schema import LoggingConfig
+
+from ptuning.access import Scope, check_address, read_keys
+from ptuning.config import Experiment, UserError, read_experiment
+from ptuning.http_api import build_app
+from ptuning.launch import start_ray
+from ptuning.prepare import absolute
+from ptuning.service import Service
+
+log = logging.getLogger(__name__)
+
+APPLICATION = "ptuning"
+LOOK = 2.0
+"""Seconds between looks at a replica's state, for the people who watch the command."""
+
+
+@serve.ingress()
+class Replica:
+    """One copy of the base with all soft prompts."""
+
+    def __init__(self, experiment: dict[str, Any], keys: dict[str, Scope]) -> None:
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._service = Service(Experiment.model_validate(experiment), keys, replica)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self._service)
+
+    async def check_health(self) -> None:
+        """Called by Serve; raising has this replica replaced."""
+        if not self._service.alive:
+            raise RuntimeError("the engine has stopped")
+
+    def state(self) -> dict[str, Any]:
+        """What is served, and what was refused and why."""
+        catalogue = self._service.catalogue
+        served = {name: served.id for name, served in catalogue.names.items() if ":" not in name}
+        return {"served": served, "refused": dict(catalogue.refused)}
+
+    def __del__(self) -> None:
+        service = getattr(self, "_service", None)
+        if service:
+            service.close()
+
+
+def application(experiment: Experiment, keys: Mapping[str, Scope]) -> serve.Application:
+    """The application of an experiment with absolute paths."""
+    limits = experiment.serve
+    places = limits.running + limits.waiting
+    scaled: dict[str, Any] = {"num_replicas": limits.replicas}
+    if isinstance(limits.replicas, tuple):
+        least, most = limits.replicas
+        scaled = {
+            "autoscaling_config": {
+                "min_replicas": least,
+                "max_replicas": most,
+                "target_ongoing_requests": limits.running,
+            }
+        }
+    deployment: Any = serve.deployment(  # typed as if it took a class only
+        name="replica",
+        ray_actor_options={"num_cpus": limits.cpus_per_replica, "num_gpus": limits.gpus_per_replica},
+        # The replica itself says 429 when its places are taken; this is for what does not even reach it.
+        max_ongoing_requests=2 * places,
+        max_queued_requests=2 * places,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        graceful_shutdown_timeout_s=limits.drain_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        max_constructor_retry_count=2,
+        logging_config=LoggingConfig(enable_access_log=False),
+        **scaled,
+    )(Replica)
+    return deployment.bind(experiment.model_dump(mode="json"), dict(keys))
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """For Serve's config files: `import_path: ptuning.serve:build` with the args `experiment` (a path on the cluster's
+    nodes) and `overrides`.
+
+    Raises:
+        UserError: the experiment or the keys are wrong. Without keys nothing is built: a cluster is no loopback.
+    """
+    experiment = absolute(read_experiment(args["experiment"], args.get("overrides", ())))
+    keys = read_keys(experiment.serve.keys)
+    check_address("0.0.0.0", keys, bool(args.get("insecure")))
+    return application(experiment, keys)
+
+
+def run_server(experiment: Experiment, *, insecure: bool, say: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then drain.
+
+    Raises:
+        UserError: the keys or the base are wrong, the address is open without keys, or the cluster lacks resources.
+    """
+    experiment = absolute(experiment)
+    limits = experiment.serve
+    keys = read_keys(limits.keys)
+    check_address(limits.host, keys, insecure)
+    started_here = start_ray(experiment)
+    try:
+        _check_resources(experiment)
+        logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)  # its level is set anew
+        serve.start(
+            proxy_location=ProxyLocation.HeadOnly,
+            http_options=HTTPOptions(host=limits.host, port=limits.port, request_timeout_s=limits.deadline_s + 30),
+        )
+        try:
+            handle = serve.run(application(experiment, keys), name=APPLICATION, route_prefix="/")
+        except RuntimeError as error:
+            raise UserError(f"the server did not start: {_reason(error)}") from None
+        if not keys:
+            say("without API keys: whoever reaches this address may ask")
+        say(f"serving at http://{limits.host}:{limits.port}/v1, stop with Ctrl-C")
+        _follow(handle, say)
+    finally:
+        say("stopping")
+        with suppress(Exception):  # it never started, or the cluster has gone: what matters is said already
+            serve.delete(APPLICATION)  # drains
+        if started_here:
+            ray.shutdown()
+
+
+def _follow(handle: Any, say: Callable[[str], None]) -> None:
+    """Say what is served and refused whenever it changes, until a signal."""
+    stopped = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    known: dict[str, Any] = {}
+    try:
+        while not stopped.is_set():
+            try:
+                state = handle.state.remote().result(timeout_s=10)
+            except Exception as error:  # a replica that is replaced at this moment; Serve sees to it
+                log.debug("no replica told its state: %s", error)
+            else:
+                for line in _news(known, state):
+                    say(line)
+                known = state
+            stopped.wait(LOOK)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _news(known: dict[str, Any], state: dict[str, Any]) -> list[str]:
+    before, refused = known.get("served", {}), known.get("refused", {})
+    lines = [f"{name}: {who}" for name, who in state["served"].items() if before.get(name) != who]
+    lines += [f"{name}: is no longer served" for name in before if name not in state["served"]]
+    return lines + [f"refused: {why}" for who, why in state["refused"].items() if refused.get(who) != why]
+
+
+def _check_resources(experiment: Experiment) -> None:
+    """Serve would wait for them for ever."""
+    limits, have = experiment.serve, ray.cluster_resources()
+    least = limits.replicas if isinstance(limits.replicas, int) else limits.replicas[0]
+    for kind, each in (("CPU", limits.cpus_per_replica), ("GPU", limits.gpus_per_replica)):
+        if least * each > have.get(kind, 0):
+            raise UserError(
+                f"serve.replicas: {least} replicas with {each:g} {kind} each need {least * each:g}, the cluster has "
+                f"{have.get(kind, 0):g}; lower serve.replicas or serve.{kind.lower()}s_per_replica"
+            )
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last line that a person wrote."""
+    lines = [line.strip() for line in str(error).splitlines() if "Error: " in line]
+    return lines[-1].partition("Error: ")[2] if lines else str(error).splitlines()[0]

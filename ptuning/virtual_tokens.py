@@ -1,0 +1,138 @@
+"""Virtual tokens: soft prompts as token ids above the vocabulary.
+
+Every resident soft prompt has a run of ids; the input embedding becomes "row of the base, or row of the bank". A request is
+then a plain list of ids, and whatever caches by ids (paged keys and values, shared prefixes) caches by soft prompt. The
+output head does not know these ids, so they are never generated.
+
+Ids are handed out upwards and never again: what is cached under the ids of a soft prompt that has left can never be hit.
+
+Shapes: P virtual tokens, H width, R rows of the bank, n resident soft prompts.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+ROWS = 1024
+"""Rows of a new bank."""
+LAST = 2**31 - 1
+"""Ids travel as int32. At 100 virtual tokens this is twenty million soft prompts in the life of a process."""
+
+
+@dataclass(frozen=True)
+class _Bank:
+    """A state of the bank. Whoever computes holds one state; changes make a new one beside it."""
+
+    vectors: Tensor
+    """`[R, H]`; rows behind `used` are spare."""
+    used: int
+    firsts: Tensor
+    """`[n]` first id of each soft prompt, ascending."""
+    shifts: Tensor
+    """`[n]` row minus id."""
+
+
+class VirtualTokens(nn.Module):
+    """The input embedding of a base, extended by a bank of soft prompts. Threads may add and remove while others compute."""
+
+    def __init__(self, embedding: nn.Module, vocabulary: int) -> None:
+        super().__init__()
+        weight = embedding.weight
+        assert isinstance(weight, Tensor)
+        self.embedding = embedding
+        self.first = max(vocabulary, len(weight))
+        """The first virtual id: all below are tokens of the base."""
+        self._next = self.first
+        self._lock = threading.Lock()
+        self._places: dict[int, tuple[int, int]] = {}  # first id -> row, length; ascending, as ids only grow
+        self._removed = 0
+        empty = torch.empty(0, dtype=torch.long, device=weight.device)
+        self._bank = _Bank(weight.new_empty(ROWS, weight.shape[1]), 0, empty, empty)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's rows: what code that ties or measures embeddings expects here."""
+        weight = self.embedding.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def resident_bytes(self) -> int:
+        vectors = self._bank.vectors
+        return vectors.numel() * vectors.element_size()
+
+    def add(self, vectors: Tensor) -> range:
+        """Make a soft prompt `[P, H]` resident; returns its ids.
+
+        Raises:
+            ValueError: not this base's width, empty, or not finite in the base's dtype.
+        """
+        rows = vectors.detach().to(self.weight)
+        if rows.ndim != 2 or rows.shape[1] != self.weight.shape[1] or not len(rows):
+            raise ValueError(f"vectors {tuple(vectors.shape)} where [P, {self.weight.shape[1]}] fit")
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError(f"vectors are not finite in {rows.dtype}")
+        with self._lock:
+            ids = range(self._next, self._next + len(rows))
+            if ids.stop > LAST:
+                raise ValueError("no virtual ids are left; restart the process")
+            self._next = ids.stop
+            bank, used = self._bank.vectors, self._bank.used
+            if used + len(rows) > len(bank):
+                grown = bank.new_empty(max(2 * len(bank), used + len(rows)), bank.shape[1])
+                grown[:used] = bank[:used]
+                bank = grown
+            bank[used : used + len(rows)] = rows  # spare rows: nobody reads them yet
+            self._places[ids.start] = (used, len(rows))
+            self._publish(bank, used + len(rows))
+        return ids
+
+    def remove(self, ids: range) -> None:
+        """Let a soft prompt go. Its ids mean nothing from now on, and are never given to another."""
+        with self._lock:
+            _, length = self._places.pop(ids.start)
+            self._removed += length
+            if self._removed <= max(ROWS, self._bank.used // 2):
+                self._publish(self._bank.vectors, self._bank.used)
+                return
+            kept = [(first, row, length) for first, (row, length) in self._places.items()]
+            index = torch.cat(
+                [torch.arange(row, row + length) for _, row, length in kept] or [torch.empty(0, dtype=torch.long)]
+            )
+            bank = self._bank.vectors.new_empty(max(ROWS, 2 * len(index)), self._bank.vectors.shape[1])
+            bank[: len(index)] = self._bank.vectors[index.to(bank.device)]
+            self._places, row = {}, 0
+            for first, _, length in kept:
+                self._places[first] = (row, length)
+                row += length
+            self._removed = 0
+            self._publish(bank, row)
+
+    def vectors(self, ids: range) -> Tensor:
+        """`[P, H]` in the base's dtype."""
+        row, length = self._places[ids.start]
+        return self._bank.vectors[row : row + length]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids `[..., N]` -> `[..., N, H]`, whatever the base's own embedding does (scaling) done to the base's tokens only."""
+        bank = self._bank
+        virtual = ids >= self.first
+        # Most steps only decode. On an accelerator the question itself would cost a wait for it.
+        if ids.device.type == "cpu" and not bool(virtual.any()):
+            return self.embedding(ids)
+        text = self.embedding(torch.where(virtual, 0, ids))
+        if not len(bank.firsts):
+            return text
+        slots = (torch.searchsorted(bank.firsts, ids.long(), right=True) - 1).clamp_(min=0)
+        # A request that was cancelled may still be computed for one step when its soft prompt has left: any row will do.
+        rows = (ids + bank.shifts[slots]).clamp_(0, bank.used - 1)
+        return torch.where(virtual[..., None], bank.vectors[rows], text)
+
+    def _publish(self, vectors: Tensor, used: int) -> None:
+        firsts = torch.tensor(list(self._places), dtype=torch.long)
+        rows = torch.tensor([row for row, _ in self._places.values()], dtype=torch.long)
+        self._bank = _Bank(vectors, used, firsts.to(vectors.device), (rows - firsts).to(vectors.device))

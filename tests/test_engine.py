@@ -1,0 +1,404 @@
+"""The engine answers as the base alone would: law 6 (the same tokens and logits as evaluation) and law 7 (neighbours do not
+leak), whatever joins, leaves, is replaced or is cancelled."""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import random
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, CONCATENATED, tiny_base
+from torch import Tensor
+
+from ptuning.engine import PAGE, End, Engine, EngineBusy, EngineConfig, EngineStopped, Handle, Request, RequestError
+from ptuning.model import PromptedModel, plan_targets
+from ptuning.sampling import Sampling, Token, draw
+from ptuning.virtual_tokens import ROWS, VirtualTokens
+
+pytestmark = pytest.mark.fast
+
+BATCHES = int(os.environ.get("PTUNING_BATCHES", "200"))
+"""Random mixed batches of law 7."""
+SMALL = EngineConfig(running=6, waiting=40, batch_tokens=48, cache_bytes=1 << 20, context=128)
+END = 2
+
+
+def soft_prompt(length: int, seed: int) -> Tensor:
+    return torch.randn(length, 32, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+def start(architecture: str = "llama_tied_gqa", config: EngineConfig = SMALL) -> Engine:
+    return Engine(tiny_base(architecture, attention=None), END, config)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = start()
+    yield engine
+    assert engine.alive, "a test has brought the engine down"
+    assert not engine.busy, "a request was never ended"
+    assert not engine.residents, "a soft prompt was held for ever"
+    engine.close()
+
+
+@pytest.fixture
+def add(engine: Engine) -> Iterator[object]:
+    """Adds soft prompts and takes them away again."""
+    handles: list[Handle] = []
+
+    def add(length: int, seed: int, name: str | None = None) -> Handle:
+        handles.append(engine.add(soft_prompt(length, seed), name or f"{length}-{seed}"))
+        return handles[-1]
+
+    yield add
+    for handle in handles:
+        engine.remove(handle)
+
+
+def text(draw: random.Random, length: int) -> list[int]:
+    return [draw.randrange(3, 100) for _ in range(length)]
+
+
+def answer(engine: Engine, request: Request) -> list[int]:
+    *tokens, end = engine.generate(request)
+    assert isinstance(end, End) and end.reason in ("stop", "length"), end
+    return [token.id for token in tokens]
+
+
+def reference(base: torch.nn.Module, vectors: Tensor, ids: list[int], new: int) -> list[int]:
+    """Plain `generate`, one request by itself."""
+    embeds = torch.cat([vectors, base.get_input_embeddings()(torch.tensor(ids))])[None]
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+    out = base.generate(
+        inputs_embeds=embeds, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=END, pad_token_id=END
+    )
+    return out[0].tolist()
+
+
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - CONCATENATED))
+def test_answers_are_those_of_the_base_alone(architecture):
+    base, engine, draw = tiny_base(architecture, attention=None), start(architecture), random.Random(0)
+    try:
+        prompts = {length: engine.add(soft_prompt(length, length), str(length)) for length in (1, 20, 33)}
+        requests = [(length, text(draw, draw.randint(1, 40))) for length in prompts for _ in range(3)]
+        sinks: list[queue.SimpleQueue[Token | End]] = [queue.SimpleQueue() for _ in requests]
+        for (length, ids), sink in zip(requests, sinks, strict=True):
+            engine.submit(Request(ids, prompts[length], 12), sink.put)
+        for (length, ids), sink in zip(requests, sinks, strict=True):
+            tokens = [event.id for event in iter(lambda sink=sink: sink.get(timeout=20), None) if collect(event, sink)]
+            assert tokens == reference(base, soft_prompt(length, length), ids, 12)
+    finally:
+        engine.close()
+
+
+def collect(event: Token | End, sink: queue.SimpleQueue) -> bool:
+    """True for a token; at the end, lets the iteration over the queue end."""
+    if isinstance(event, End):
+        sink.put(None)
+    return isinstance(event, Token)
+
+
+def test_a_base_in_16_bits():
+    base, vectors, ids = tiny_base("llama_tied_gqa", attention=None).bfloat16(), soft_prompt(20, 1), text(random.Random(0), 12)
+    engine = Engine(tiny_base("llama_tied_gqa", attention=None).bfloat16(), END, SMALL)
+    try:
+        handle = engine.add(vectors, "a")
+        *tokens, _ = engine.generate(Request(ids, handle, 6, Sampling(top=0), ignore_end=True))
+        expected = -PromptedModel(base)([vectors], plan_targets([20], [[(ids, [token.id for token in tokens])]]))
+        torch.testing.assert_close(torch.tensor([token.logprob for token in tokens]), expected, atol=0.15, rtol=0.05)
+        (scores,) = engine.label_logprobs(handle, [ids], [[tokens[0].id]]).result(20)
+        assert scores[0][0] == pytest.approx(float(expected[0]), abs=0.15)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("architecture", ["llama_tied_gqa", "gpt2", "gemma3"])
+def test_logits_are_those_of_evaluation(architecture):
+    """Law 6: what `PromptedModel`, hence training and evaluation, thinks of a target is what the engine thinks of it."""
+    engine, vectors = start(architecture), soft_prompt(21, 1)
+    model = PromptedModel(tiny_base(architecture, attention=None))
+    try:
+        handle = engine.add(vectors, "a")
+        ids = text(random.Random(1), 30)
+        for _ in range(2):  # the second time the soft prompt is in the cache
+            *tokens, _ = engine.generate(Request(ids, handle, 6, Sampling(top=100), ignore_end=True))
+            target = [token.id for token in tokens]
+            expected = -model([vectors], plan_targets([21], [[(ids, target)]]))
+            torch.testing.assert_close(torch.tensor([token.logprob for token in tokens]), expected, atol=1e-5, rtol=1e-5)
+            for token in tokens:
+                assert len(token.top) == 100 and token.top[0][0] == token.id
+                assert math.isclose(sum(math.exp(logprob) for _, logprob in token.top), 1, abs_tol=1e-5)
+        labels = [[7, END], [8, 9, END], [END]]
+        (scores,) = engine.label_logprobs(handle, [ids], labels).result(20)
+        for label, found in zip(labels, scores, strict=True):
+            expected = -model([vectors], plan_targets([21], [[(ids, label)]]))
+            torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-5)
+    finally:
+        engine.close()
+
+
+def test_neighbours_do_not_leak(engine, add):
+    """Law 7: random mixes of soft prompts, lengths, labels, joins and cancellations; every answer equals the answer alone."""
+    draw = random.Random(7)
+    handles = [None, *(add(length, seed) for seed, length in enumerate((1, 7, 16, 20, 33)))]
+    texts = [text(draw, draw.randint(1, 45)) for _ in range(12)]
+    requests = [
+        Request(ids, handle, draw.randint(1, 16), draw.choice([Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=5)]))
+        for handle in handles
+        for ids in texts
+    ]
+    alone = [answer(engine, request) for request in requests]
+    labels = [[7, END], [8, 9, END]]
+    scored = engine.label_logprobs(handles[2], texts[:4], labels).result(20)
+
+    wrong = cancelled = 0
+    for _ in range(BATCHES):
+        pending = [send(engine, requests, at, draw) for at in draw.choices(range(len(requests)), k=draw.randint(2, 10))]
+        if draw.random() < 0.3:
+            found = engine.label_logprobs(handles[2], texts[:4], labels).result(20)
+            torch.testing.assert_close(torch.tensor(found[1][1]), torch.tensor(scored[1][1]), atol=1e-5, rtol=0)
+        for at, events, sink in pending:
+            while not events or not isinstance(events[-1], End):
+                events.append(sink.get(timeout=20))
+            tokens = [event.id for event in events[:-1]]
+            if events[-1].reason == "cancelled":
+                cancelled += 1
+                wrong += tokens != alone[at][: len(tokens)]
+            else:
+                wrong += tokens != alone[at]
+    assert wrong == 0
+    assert cancelled >= BATCHES // 2
+
+
+def send(engine: Engine, requests: list[Request], at: int, draw: random.Random) -> tuple[int, list, queue.SimpleQueue]:
+    """Submit a request, and now and then cancel it at once, after its first token, or let the next one wait for that."""
+    sink: queue.SimpleQueue[Token | End] = queue.SimpleQueue()
+    request_id, events, fate = engine.submit(requests[at], sink.put), [], draw.random()
+    if 0.2 <= fate < 0.5:
+        events.append(sink.get(timeout=20))
+    if fate < 0.3:
+        engine.cancel(request_id)
+    return at, events, sink
+
+
+def test_a_neighbour_that_is_not_a_number_stays_alone(engine, add):
+    sick, well = add(20, 1, "sick"), add(20, 2, "well")
+    ids = text(random.Random(3), 20)
+    expected = answer(engine, Request(ids, well, 10))
+    engine._bank.vectors(sick.ids)[:] = math.nan  # past the check at the door
+    sink: queue.SimpleQueue[Token | End] = queue.SimpleQueue()
+    for _ in range(4):
+        engine.submit(Request(ids, sick, 10), sink.put)
+        assert answer(engine, Request(ids, well, 10)) == expected
+    end = sink.get(timeout=20)
+    assert isinstance(end, End) and end.reason == "failed" and "diverged" in end.message
+
+
+def test_a_replacement_of_the_same_length_answers_at_once(engine):
+    """The same name, the same length, the same text, and the keys and values of the old one in the cache."""
+    ids = text(random.Random(4), 20)
+    old = engine.add(soft_prompt(32, 1), "old")
+    first = answer(engine, Request(ids, old, 10))
+    *_, end = engine.generate(Request(ids, old, 10))
+    assert end.cached >= 32, "the soft prompt should have been in the cache"
+    engine.remove(old)
+    new = engine.add(soft_prompt(32, 2), "new")
+    second = answer(engine, Request(ids, new, 10))
+    engine.remove(new)
+    base = tiny_base("llama_tied_gqa", attention=None)
+    assert first == reference(base, soft_prompt(32, 1), ids, 10)
+    assert second == reference(base, soft_prompt(32, 2), ids, 10)
+    assert first != second
+    assert old.ids.stop <= new.ids.start, "ids are never given twice"
+
+
+def test_requests_in_flight_keep_a_soft_prompt_that_leaves(engine):
+    handle = engine.add(soft_prompt(8, 1), "leaving")
+    ids = text(random.Random(5), 10)
+    expected = answer(engine, Request(ids, handle, 30, ignore_end=True))
+    events = engine.generate(Request(ids, handle, 30, ignore_end=True))
+    tokens = [next(events).id]
+    engine.remove(handle)
+    assert tokens + [event.id for event in events if isinstance(event, Token)] == expected
+    assert not engine.residents  # it left with its last request
+    with pytest.raises(RequestError, match="has left the engine"):
+        engine.submit(Request(ids, handle, 1), print)
+
+
+def test_virtual_tokens_are_never_generated(engine, add):
+    add(50, 1)
+    hot = Request(text(random.Random(6), 5), None, 100, Sampling(temperature=1e6, seed=1), ignore_end=True)
+    tokens = answer(engine, hot)
+    assert len(set(tokens)) > 50 and max(tokens) < engine.vocabulary  # nearly uniform, and all of them below
+
+
+@pytest.mark.parametrize("strange", [-1, 100, 101, 2**31, 2**40])
+def test_ids_that_are_no_tokens_are_refused(engine, add, strange):
+    handle = add(4, 1)
+    for call in (
+        lambda: engine.submit(Request([5, strange], handle, 1), print),
+        lambda: engine.label_logprobs(handle, [[5, strange]], [[5]]),
+    ):
+        with pytest.raises(RequestError, match=f"token {strange} is not in the vocabulary of 100 tokens; send 0 to 99"):
+            call()
+    with pytest.raises(RequestError, match="no tokens"):
+        engine.submit(Request([], handle, 1), print)
+
+
+def test_longer_than_the_context_is_refused_with_the_numbers(engine, add):
+    handle = add(20, 1)
+    assert len(answer(engine, Request([5] * 100, handle, 8, ignore_end=True))) == 8
+    with pytest.raises(RequestError, match="100 tokens of text, 20 virtual tokens and up to 9 new ones are 129, where 128 fit"):
+        engine.submit(Request([5] * 100, handle, 9), print)
+
+
+def test_a_thousand_soft_prompts():
+    engine, ids = start(), text(random.Random(8), 10)
+    base = tiny_base("llama_tied_gqa", attention=None)
+    try:
+        handles = [engine.add(soft_prompt(4, seed), str(seed)) for seed in range(1000)]
+        for seed in (0, 1, 500, 999):
+            assert answer(engine, Request(ids, handles[seed], 6)) == reference(base, soft_prompt(4, seed), ids, 6)
+        before = engine.resident_bytes
+        for seed, handle in enumerate(handles):
+            if seed % 100:
+                engine.remove(handle)
+        assert engine.residents == 10 and engine.resident_bytes <= before // 2  # moved together, the ids as they were
+        for seed in (0, 100, 900):
+            assert answer(engine, Request(ids, handles[seed], 6)) == reference(base, soft_prompt(4, seed), ids, 6)
+    finally:
+        engine.close()
+
+
+def test_the_same_content_is_resident_once(engine, add):
+    one, two = add(4, 1), add(4, 1)
+    assert one is two and engine.residents == 1
+
+
+def test_soft_prompts_that_do_not_fit_are_refused(engine):
+    for vectors, words in (
+        (torch.zeros(4, 16), r"\[P, 32\] fit"),
+        (torch.zeros(0, 32), "fit"),
+        (torch.full((4, 32), math.inf), "not finite"),
+        (torch.full((4, 32), 1e39, dtype=torch.float64), "not finite in torch.float32"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            engine.add(vectors, "odd")
+
+
+def test_a_seed_decides_the_answer(engine, add):
+    handle, ids = add(8, 1), text(random.Random(9), 8)
+
+    def ask(**sampling) -> list[int]:
+        return answer(engine, Request(ids, handle, 20, Sampling(**sampling), ignore_end=True))
+
+    assert ask(temperature=1.0, seed=1) == ask(temperature=1.0, seed=1)
+    assert len({tuple(ask(temperature=1.0, seed=seed)) for seed in range(4)}) == 4
+    assert len({tuple(ask(temperature=1.0)) for _ in range(4)}) == 4
+    greedy = ask()
+    assert ask(temperature=1.0, top_p=1e-9, seed=1) == greedy
+    assert ask(temperature=1e-300, seed=1) == greedy  # no overflow, however cold
+
+
+def test_drawing_follows_the_probabilities():
+    logits, generator = torch.tensor([0.0, math.log(3.0), math.log(4.0)]), torch.Generator().manual_seed(0)
+    counts = torch.bincount(torch.tensor([draw(logits, Sampling(1.0), generator) for _ in range(4000)]), minlength=3) / 4000
+    torch.testing.assert_close(counts, torch.tensor([1.0, 3.0, 4.0]) / 8, atol=0.03, rtol=0)
+    kept = {draw(logits, Sampling(1.0, top_p=0.6), generator) for _ in range(200)}
+    assert kept == {1, 2}  # 4/8 is not enough, 7/8 is
+
+
+def test_a_full_engine_says_so(engine, add):
+    handle, ids, gate = add(4, 1), [5] * 10, threading.Event()
+    waiting = [engine.submit(Request(ids, handle, 100, ignore_end=True), lambda event: gate.wait(20)) for _ in range(46)]
+    with pytest.raises(EngineBusy, match="ask again later"):
+        engine.submit(Request(ids, handle, 1), print)
+    gate.set()
+    for request_id in waiting:
+        engine.cancel(request_id)
+    assert answer(engine, Request(ids, handle, 1))
+
+
+def test_labels_free_their_places_before_they_are_told(engine, add):
+    handle = add(4, 1)
+    for _ in range(200):  # as many rows as may wait, again and again without a pause
+        engine.label_logprobs(handle, [[5, 6]] * 40, [[7, END]]).result(20)
+
+
+def test_cancelled_requests_leave_nothing_behind(engine, add):
+    handle = add(32, 1)
+    answer(engine, Request([5] * 10, handle, 1))
+    cache = engine._manager.batch_processor.cache
+    tables = cache.cache_allocators["full_attention"].block_table
+    for _ in range(20):
+        events = engine.generate(Request([6] * 10, handle, 80, ignore_end=True))
+        next(events)
+        events.close()  # the client has gone
+    answer(engine, Request([5] * 10, handle, 1))
+    assert not tables, "pages are still held"
+
+
+def test_a_receiver_that_fails_harms_nobody(engine, add):
+    handle = add(4, 1)
+    engine.submit(Request([5] * 10, handle, 4), lambda event: 1 / 0)
+    assert answer(engine, Request([5] * 10, handle, 4))
+
+
+def test_more_than_the_cache_holds():
+    """Far more requests than pages: they wait or are computed again, and all answers are right."""
+    config = EngineConfig(running=16, waiting=40, batch_tokens=64, cache_bytes=16 * PAGE * 2 * 2 * 2 * 8 * 4, context=128)
+    engine, base = start(config=config), tiny_base("llama_tied_gqa", attention=None)
+    try:
+        handle, ids = engine.add(soft_prompt(16, 1), "a"), text(random.Random(2), 40)
+        assert engine.longest == 128
+        sinks: list[queue.SimpleQueue[Token | End]] = [queue.SimpleQueue() for _ in range(16)]
+        for at, sink in enumerate(sinks):
+            engine.submit(Request([at + 3, *ids], handle, 40), sink.put)
+        for at, sink in enumerate(sinks):
+            tokens = [event.id for event in iter(lambda sink=sink: sink.get(timeout=30), None) if collect(event, sink)]
+            assert tokens == reference(base, soft_prompt(16, 1), [at + 3, *ids], 40)
+    finally:
+        engine.close()
+
+
+def test_a_stopped_engine_says_so():
+    engine = start()
+    sink: queue.SimpleQueue[Token | End] = queue.SimpleQueue()
+    engine.submit(Request([5] * 10, None, 100, ignore_end=True), sink.put)
+    engine.close()
+    events = [sink.get(timeout=20)]
+    while not isinstance(events[-1], End):
+        events.append(sink.get(timeout=20))
+    assert events[-1].reason == "failed"
+    assert not engine.alive
+    with pytest.raises(EngineStopped):
+        engine.submit(Request([5], None, 1), print)
+
+
+@pytest.mark.parametrize("architecture", sorted(CONCATENATED))
+def test_bases_that_cannot_be_served_are_named(architecture):
+    with pytest.raises(RequestError, match=r"model.path: \w+ cannot be served, .*; choose another base"):
+        start(architecture)
+
+
+def test_the_bank_keeps_its_rows_through_growth_and_removal():
+    embedding, draw = torch.nn.Embedding(10, 3), random.Random(0)
+    bank, held = VirtualTokens(embedding, 10), {}
+    for step in range(300):
+        if held and draw.random() < 0.45:
+            ids = draw.choice(list(held))
+            del held[ids]
+            bank.remove(ids)
+        else:
+            vectors = torch.full((draw.randint(1, 90), 3), float(step))
+            held[bank.add(vectors)] = vectors
+    for ids, vectors in held.items():
+        assert torch.equal(bank(torch.tensor(ids)[None])[0], vectors)
+    assert torch.equal(bank(torch.tensor([[3, next(iter(held)).start]]))[0, 0], embedding.weight[3])
+    live = sum(map(len, held))
+    assert bank._bank.used <= max(2 * live, live + ROWS), "what has left takes up too much room"
