@@ -1,4 +1,4 @@
-"""Measures serving: `python jobs/benchmark_serve.py [throughput] [first] [residents] [http] [accuracy]`.
+"""Serving: the engine against PEFT and static batches, and what HTTP adds.
 
 throughput  16 clients on 4 soft prompts: the engine, PEFT's generate request by request, static left-padded batches
 first       time to the first token with and without a soft prompt of 100 vectors
@@ -409,18 +409,22 @@ def percentiles(seconds: list[float]) -> list[float]:
 PARTS = {"throughput": throughput, "first": first, "residents": residents, "http": http, "accuracy": accuracy}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
-    parts = parser.parse_args().parts or list(PARTS)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    results: dict[str, Any] = {"threads": torch.get_num_threads(), "load": [os.getloadavg()[0]]}
-    for part in parts:
+def serve(arguments: argparse.Namespace) -> None:
+    """Throughput, time to the first token, 1,000 resident soft prompts, HTTP, accuracy through HTTP."""
+    torch.set_num_threads(arguments.threads)
+    results: dict[str, Any] = {"threads": arguments.threads, "load": [os.getloadavg()[0]]}
+    for part in arguments.parts or list(PARTS):
         results[part] = PARTS[part]()
         print(f"{part}", *(f"  {name}: {value}" for name, value in results[part].items()), sep="\n", flush=True)
     results["load"].append(os.getloadavg()[0])
-    print(json.dumps(results))
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(results, indent=1))
 
 
-if __name__ == "__main__":
-    main()
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The command `serve`."""
+    command = commands.add_parser("serve", help=serve.__doc__)
+    command.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
+    command.add_argument("--threads", type=int, default=1)
+    command.add_argument("--out", help="file for the raw numbers (JSON)")
+    command.set_defaults(run=serve)
