@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from ptuning import cli_serve
+from ptuning.cli_options import ExperimentArgument, Json, Overrides, fail
 from ptuning.cli_prompts import prompts
 from ptuning.config import Experiment, UserError, read_experiment
 
@@ -22,16 +23,6 @@ app = typer.Typer(
 )
 
 app.add_typer(prompts)
-
-app.command()(cli_serve.serve)
-app.command()(cli_serve.ask)
-app.command()(cli_serve.compare)
-
-ExperimentArgument = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Experiment file (TOML).")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.learning_rate=0.1")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run of this name from its newest checkpoint.")]
 Register = Annotated[
     str | None, typer.Option("--register", metavar="NAME", help="Publish the result as the newest version of this name.")
@@ -64,11 +55,11 @@ def train(
     try:
         summary = run_training(settings, resume=resume, show=display, say=display.say, register=register)
     except RunFailed as error:
-        _fail(str(error), 1)
+        fail(str(error), 1)
     except UserError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail(f"stopped; continue with: ptuning train {experiment} --resume", 130)
+        fail(f"stopped; continue with: ptuning train {experiment} --resume", 130)
     finally:
         display.close()
     _finish(summary, _reached(summary), as_json)
@@ -98,14 +89,19 @@ def search(
     try:
         summary = run_search(settings, resume=resume, show=display, say=display.say, register=register or settings.name)
     except RunFailed as error:
-        _fail(str(error), 1)
+        fail(str(error), 1)
     except UserError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail(f"stopped; continue with: ptuning search {experiment} --resume", 130)
+        fail(f"stopped; continue with: ptuning search {experiment} --resume", 130)
     finally:
         display.close()
     _finish(summary, _won(summary), as_json)
+
+
+app.command()(cli_serve.serve)
+app.command()(cli_serve.ask)
+app.command()(cli_serve.compare)
 
 
 @app.command()
@@ -119,7 +115,7 @@ def config(
         typer.echo(json.dumps(Experiment.model_json_schema(), indent=1))
         return
     if experiment is None:
-        _fail("EXPERIMENT is missing; give the path of an experiment file, or --schema", 2)
+        fail("EXPERIMENT is missing; give the path of an experiment file, or --schema", 2)
     typer.echo(_read(experiment, overrides).model_dump_json(indent=1))
 
 
@@ -132,7 +128,7 @@ def _read(path: str, overrides: list[str] | None) -> Experiment:
     try:
         return read_experiment(path, overrides or [])
     except UserError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
 
 
 def _check_register(name: str | None) -> None:
@@ -142,12 +138,7 @@ def _check_register(name: str | None) -> None:
         if name is not None:
             check_name(name)
     except UserError as error:
-        _fail(f"--register: {error}", 2)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"ptuning: {message}", err=True)
-    raise typer.Exit(code)
+        fail(f"--register: {error}", 2)
 
 
 def _reached(summary: dict[str, Any]) -> str:

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ptuning.cli_options import BaseOption, Json, Storage, Tracking, fail
 from ptuning.config import Template, UserError
 
 if TYPE_CHECKING:
@@ -24,13 +25,7 @@ prompts = typer.Typer(
     help="Soft prompts that were kept: list, compare, promote, move.",
 )
 
-Storage = Annotated[str, typer.Option("--storage", metavar="FOLDER", help="Storage folder whose tracking store to use.")]
-Tracking = Annotated[str | None, typer.Option("--tracking", metavar="URI", help="MLflow server or database to use instead.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A soft prompt: name, name:3 or name@champion.")]
-BaseOption = Annotated[
-    str | None, typer.Option("--base", metavar="PATH", help="Where its base lies, if not where its card says.")
-]
 
 
 @prompts.command("list")
@@ -191,12 +186,7 @@ def _sentences() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"ptuning: {message}", err=True)
-    raise typer.Exit(2)
+        fail(str(error), 2)
 
 
 def _registry(storage: str, uri: str | None) -> Registry:

@@ -6,21 +6,20 @@ import json
 import os
 import urllib.error
 import urllib.request
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from ptuning.access import check_address, read_keys
+from ptuning.cli_options import BaseOption, ExperimentArgument, Json, Overrides, Storage, Tracking, fail
 from ptuning.config import UserError, read_experiment
 
 KEY = "PTUNING_API_KEY"
 
 
 def serve(
-    experiment: Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Experiment file (TOML).")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as serve.port=9000")
-    ] = None,
+    experiment: ExperimentArgument,
+    overrides: Overrides = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen where others can reach it, without API keys.")] = False,
 ) -> None:
     """Serve all registered soft prompts of a base behind an OpenAI-compatible API.
@@ -34,7 +33,7 @@ def serve(
 
         run_server(settings, insecure=insecure, say=lambda line: typer.echo(line, err=True))
     except UserError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
 
 
 def ask(
@@ -56,23 +55,19 @@ def ask(
         with urllib.request.urlopen(question, timeout=600) as response:
             answer = json.load(response)
     except urllib.error.HTTPError as error:
-        _fail(_complaint(error), 2)
+        fail(_complaint(error), 2)
     except (OSError, ValueError) as error:
-        _fail(f"{url}: no server answers ({error}); start one with: ptuning serve EXPERIMENT", 1)
+        fail(f"{url}: no server answers ({error}); start one with: ptuning serve EXPERIMENT", 1)
     typer.echo(json.dumps(answer) if as_json else answer["choices"][0]["message"]["content"])
 
 
 def compare(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A registered name.")],
     text: Annotated[str, typer.Option("--text", help="The text, or a JSON object with the template's fields.")],
-    storage: Annotated[str, typer.Option("--storage", metavar="FOLDER", help="Storage folder whose registry to use.")] = "runs",
-    tracking: Annotated[
-        str | None, typer.Option("--tracking", metavar="URI", help="MLflow server or database to use instead.")
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", metavar="PATH", help="Where its base lies, if not where its card says.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    storage: Storage = "runs",
+    tracking: Tracking = None,
+    base: BaseOption = None,
+    as_json: Json = False,
 ) -> None:
     """Ask the base, the hand-written text (if there was one) and every version the same thing. No server is needed.
 
@@ -85,7 +80,7 @@ def compare(
     try:
         opinions = ask_all(Registry(tracking or default_uri(storage)), name, text, base)
     except UserError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     if as_json:
         typer.echo(json.dumps({"opinions": [vars(opinion) for opinion in opinions]}))
         return
@@ -101,8 +96,3 @@ def _complaint(error: urllib.error.HTTPError) -> str:
         return str(answer["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return f"the server answered {error.code} {error.reason}"
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"ptuning: {message}", err=True)
-    raise typer.Exit(code)

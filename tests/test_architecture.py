@@ -17,7 +17,7 @@ pytestmark = pytest.mark.fast
 PACKAGE = REPOSITORY / "ptuning"
 
 FLOORS = {
-    "config": 0, "mailbox": 0, "openai_api": 0,
+    "cli_options": 0, "config": 0, "mailbox": 0, "openai_api": 0,
     "access": 1, "batches": 1, "gauges": 1, "guard": 1, "hub": 1, "metrics": 1, "segments": 1, "sources": 1, "space": 1,
     "spool": 1, "storage": 1, "virtual_tokens": 1, "workers": 1,
     "checkpoint": 2, "data": 2, "figures": 2, "ledger": 2, "model": 2, "paged_attention": 2, "sampling": 2,
