@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ptuning.builtin import BASE_FOLDER, TASKS_FOLDER
 from ptuning.builtin.corpus import Corpus, plain_form
-from ptuning.builtin.grammar import Draw, Grammar, tidy
+from ptuning.builtin.grammar import Draw, Grammar, read_sections, tidy
 from ptuning.builtin.tasks import LABELS, PARTS, SIZES, SPLIT_BY_TASK, TASKS, held_out_texts, parts_of, plain_words, split_text
 
 pytestmark = pytest.mark.fast
@@ -69,6 +69,12 @@ def test_every_reference_in_the_lexicons_names_a_section_or_a_bound_value() -> N
     known = {name.rstrip("*+-") for name in sections} | BOUND
     references = {name for items in sections.values() for item in items for name in re.findall(r"\{([^{}]+?)[*!]?\}", item)}
     assert {name for name in references if name.rstrip("2+-") not in known} == set()
+
+
+def test_a_brace_without_its_partner_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "reviews.txt").write_text("[review]\n{denied*}{end*}\n*}{end*}\n")
+    with pytest.raises(ValueError, match=r"reviews.txt:3: a brace without its partner in '\*}{end\*}'"):
+        read_sections(tmp_path)
 
 
 def test_polarity_follows_the_star_and_turns_at_the_exclamation_mark() -> None:

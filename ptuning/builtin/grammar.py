@@ -44,11 +44,17 @@ def parse_item(item: str) -> tuple[Node, ...]:
 
 
 def read_sections(folder: Path = LEXICON_FOLDER) -> dict[str, tuple[str, ...]]:
-    """All sections of all lexicon files, in the order of their names."""
+    """All sections of all lexicon files, in the order of their names.
+
+    Raises:
+        ValueError: a line has a brace without its partner.
+    """
     sections: dict[str, list[str]] = {}
     for file in sorted(folder.glob("*.txt")):
         current: list[str] = []
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            if re.search(r"[{}]", re.sub(r"{[^{}]*}", "", line)):
+                raise ValueError(f"{file}:{number}: a brace without its partner in {line!r}; complete the reference")
             header = re.fullmatch(r"\[([\w.]+[*+-]?)\]", line.strip())
             if header:
                 current = sections.setdefault(header[1], [])
