@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -41,9 +42,10 @@ class Desk:
         self._thread = threading.Thread(target=self._follow, name="ptuning-search", daemon=True)
         self._thread.start()
 
-    def wait(self, done: Callable[[], bool], alive: Callable[[], bool]) -> None:
-        """Until `done`, or nobody works any more."""
-        while not done() and alive() and self.trouble is None:
+    def wait(self, done: Callable[[], bool], alive: Callable[[], bool], most_s: float = math.inf) -> None:
+        """Until `done`, or nobody works any more, or for so many seconds."""
+        until = time.monotonic() + most_s
+        while not done() and alive() and self.trouble is None and time.monotonic() < until:
             time.sleep(0.05)
         if self.trouble:
             raise self.trouble
@@ -122,3 +124,6 @@ def _changed(entry: Entry, event: Event) -> None:
         if not (event.details["early"] and entry.status == "stopped"):
             entry.status = "finished"
         entry.measured, entry.soft_prompt = event.values, event.details["soft_prompt"]
+        if event.values and not entry.results:  # it went on from another one's last checkpoint: nothing was left but to end
+            best = {name.removeprefix("validation_"): value for name, value in event.values.items()}
+            entry.results = [{"step": event.step, "values": best, "time_ms": event.time_ms}]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
@@ -66,26 +66,28 @@ class Board:
         self._events.append({"kind": "attached", "run": run, "step": 0, "details": {"folder": folder, "values": values}})
         self._place()
 
-    def release(self, trial: str, keep: bool = True) -> bool:
+    def release(self, trial: str, keep: bool = True) -> Literal["", "queue", "slot"]:
         """The trial is over; if it still trains, its slot becomes free, with its best soft prompt saved if `keep`.
 
-        Returns whether it was on its way: False if it had come to its own end.
+        Returns where it was on its way, "" if it had come to its own end.
         """
         self._results.pop(trial, None)
         return self._leave(trial, keep)
 
-    def _leave(self, trial: str, keep: bool) -> bool:
+    def _leave(self, trial: str, keep: bool) -> Literal["", "queue", "slot"]:
         waiting = len(self._waiting)
         self._waiting = [order for order in self._waiting if order["trial"] != trial]
         found = self._training.pop(trial, None)
-        if found:
-            group, order = found
-            if {"attach": order} in self._orders[group]:  # it has not heard of the slot yet
-                self._orders[group].remove({"attach": order})
-            else:
-                self._orders[group].append({"run": order["run"], "keep": keep})
-            self._place()
-        return found is not None or len(self._waiting) < waiting
+        if found is None:
+            return "queue" if len(self._waiting) < waiting else ""
+        group, order = found
+        unheard = {"attach": order} in self._orders[group]  # the group has not heard of it yet
+        if unheard:
+            self._orders[group].remove({"attach": order})
+        else:
+            self._orders[group].append({"run": order["run"], "keep": keep})
+        self._place()
+        return "queue" if unheard else "slot"
 
     def join(self, group: int, places: int) -> None:
         """A group of workers is there, for the first time or again after a failure: it has no slots taken."""

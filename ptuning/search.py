@@ -42,6 +42,8 @@ from ptuning.train import Task
 SPARE = 0.25
 """Share of a worker's CPUs that stays free for the trials, which do nothing but wait."""
 TRIAL_CPU = 0.01
+SAVING = 60.0
+"""Seconds to wait for the soft prompts of stopped trials."""
 AHEAD = 2
 """Trials that are started before a slot is free, so that it is refilled at once."""
 
@@ -143,6 +145,8 @@ class _Search:
         self.threads: list[threading.Thread] = []
         self._runs: dict[str, str] = {}
         """Run name of each Tune trial."""
+        self._leaving: set[str] = set()
+        """Runs that Tune has stopped in their slots: they end by saving their soft prompts."""
 
     def run(self, scaling: ray.train.ScalingConfig) -> dict[str, Any]:
         status: Status = "FAILED"
@@ -238,7 +242,8 @@ class _Search:
                 ),
             ).fit()
         # What Tune has stopped still saves its soft prompt; what failed has told the desk.
-        self.desk.wait(lambda: all(self._settled(entry) for entry in self.ledger.trials()), self._alive)
+        # Not for ever: workers that were just then started again have forgotten who was to leave.
+        self.desk.wait(lambda: all(self._settled(entry) for entry in self.ledger.trials()), self._alive, SAVING)
 
     def _measured(self) -> int:
         """Slots of all groups together, once the workers have measured them."""
@@ -258,19 +263,19 @@ class _Search:
 
     def _announce(self, trial: str, entry: Entry) -> None:
         self._runs[trial] = entry.run
-        ray.get(self.hub.call.remote("announce", trial, entry.run, entry.folder, entry.results))
+        known = [{"kind": "evaluation", "run": entry.run, "details": {}} | result for result in entry.results]
+        ray.get(self.hub.call.remote("announce", trial, entry.run, entry.folder, known))
 
     def _release(self, trial: str, error: str | None) -> None:
         """`error`: what the trial's own process died of, not its soft prompt; that one has told the desk itself."""
-        under_way = ray.get(self.hub.call.remote("release", trial, error is None))
-        if under_way:
+        left = ray.get(self.hub.call.remote("release", trial, error is None))
+        if left == "slot" and error is None:
+            self._leaving.add(self._runs[trial])
+        if left:
             self.ledger.change(self._runs[trial], lambda entry: _end(entry, error))
 
-    @staticmethod
-    def _settled(entry: Entry) -> bool:
-        return entry.status in ("finished", "failed") or (
-            entry.status == "stopped" and (bool(entry.soft_prompt) or not entry.step)
-        )
+    def _settled(self, entry: Entry) -> bool:
+        return entry.status != "running" and (entry.run not in self._leaving or entry.soft_prompt is not None)
 
     def _finals(self) -> dict[str, Any]:
         """Train the best configurations with several seeds, choose by mean, read the test rows once."""

@@ -42,7 +42,7 @@ def test_a_trial_waits_for_a_group_and_hears_its_results_once() -> None:
     assert [each["step"] for each in board.results("a")] == [10] and board.results("a") == []
     board.put([event("finished", run, 20)])
     assert [each["kind"] for each in board.results("a")] == ["finished"]
-    assert board.release("a") is False
+    assert board.release("a") == ""
     assert [each["kind"] for each in board.take()] == ["attached", "step", "evaluation", "evaluation", "finished"]
 
 
@@ -51,7 +51,7 @@ def test_a_slot_that_is_freed_is_refilled_in_the_same_orders() -> None:
     board.join(0, 1)
     first, second = enter(board, "a"), enter(board, "b")
     board.orders(0)
-    assert board.release("a") is True
+    assert board.release("a") == "slot"
     orders = board.orders(0)
     assert orders is not None and orders[0] == {"run": first, "keep": True} and attached(orders) == [second]
 
@@ -59,7 +59,7 @@ def test_a_slot_that_is_freed_is_refilled_in_the_same_orders() -> None:
 def test_a_trial_that_waits_can_be_released() -> None:
     board = Board()
     enter(board, "a")
-    assert board.release("a") is True
+    assert board.release("a") == "queue"
     board.join(0, 4)
     assert board.orders(0) == []
 
