@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -389,7 +388,10 @@ class Api:
             response = await answer(body, served, began)
         except Exception as error:  # the edge: whatever it is, the client gets an OpenAI-shaped answer
             response = as_refusal(error).response()
-            await self._drain(request)
+            if not await self._drain(request):
+                # Said, not left to the keep-alive timer: bytes that come behind the answer stop that timer for good
+                # (uvicorn 0.54, data_received), and the connection would stay for as long as the client likes.
+                response.headers["connection"] = "close"
         self._service.gauges.answered(model, route, response.status_code)
         return response
 
@@ -425,15 +427,23 @@ class Api:
             message, param = complaint(error)
             raise Refusal(400, message, "invalid_request_error", param) from None
 
-    async def _drain(self, request: Request) -> None:
-        """Read on for a while: a connection that is closed with an unread body is reset, and the answer lost with it."""
+    async def _drain(self, request: Request) -> bool:
+        """Read on for a while: a connection that is closed with an unread body is reset, and the answer lost with it.
+
+        Returns: whether the body has come to its end.
+        """
         size = 0
-        with suppress(TimeoutError, RuntimeError, ClientDisconnect):  # RuntimeError: it has been read already
+        try:
             async with asyncio.timeout(DRAIN_S):
                 async for chunk in request.stream():
                     size += len(chunk)
                     if size > 4 * self._limits.max_body_kb * 1024:
-                        return
+                        return False
+        except TimeoutError:
+            return False
+        except (RuntimeError, ClientDisconnect):  # RuntimeError: it has been read already
+            pass
+        return True
 
     def _count(self, served: Served, spent: Usage, began: float, first: float) -> None:
         now, gauges = time.monotonic(), self._service.gauges
