@@ -29,6 +29,9 @@ from ptuning.model import PromptedModel, Row, plan_targets
 from ptuning.soft_prompt import Card, SoftPrompt
 from ptuning.workers import Workers
 
+ON_THE_WAY_MS = 2000
+"""Milliseconds in which an event reaches the driver's disk: hub or mailbox, ledger or spool, each a fraction of a second."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -97,7 +100,8 @@ class Slot:
         self.since_best = 0
         self.parent: str | None = None
         self.unsaved: list[Event] = []
-        """Events since the last checkpoint: a resumed run repeats them, so that no point of a curve is lost."""
+        """Events since the last checkpoint, and evaluations of the last instants before it, which may not have reached the
+        driver's disk: a resumed run repeats them. No evaluation is lost, however little time lies between checkpoints."""
 
     @property
     def name(self) -> str:
@@ -371,7 +375,8 @@ def save_checkpoint(pack: Pack, slot: Slot) -> None:
     """The first worker writes; all hold the same state."""
     if pack.workers.first:
         checkpoint.save(checkpoints(slot.folder), slot.step, *slot.state())
-    slot.unsaved = []
+    recent = time.time() * 1000 - ON_THE_WAY_MS
+    slot.unsaved = [event for event in slot.unsaved if event.kind == "evaluation" and event.time_ms > recent]
 
 
 def finish(pack: Pack, slot: Slot, report: Report) -> None:

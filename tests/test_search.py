@@ -181,11 +181,10 @@ def test_killed_drivers_and_resume_give_every_trial_exactly_once(
         if run != summary["winner"]["trial"]:  # the winner is saved again, with its test result
             assert (Path(found["soft_prompt"]) / "manifest.json").stat().st_mtime == written
     for entry in entries:
-        # Each once and in order. One may be missing: a checkpoint repeats what was measured since the one before it, and these
-        # steps take so little time that two checkpoints may lie between the last word to the ledger and the kill.
         steps = [result["step"] for result in entry["results"]]
-        assert steps == sorted(set(steps)) and set(steps) <= {10, 20, 30, 40}
-        assert entry["status"] != "finished" or steps[-1] == 40
+        assert (
+            steps == sorted(set(steps)) and steps[0] == 10 and all(b - a == 10 for a, b in zip(steps, steps[1:], strict=False))
+        )
     assert sorted(run.data.tags["ptuning.trial"] for run in children(tables)) == sorted(entry["run"] for entry in entries)
 
 
