@@ -143,12 +143,16 @@ class Board:
         self._place()
 
     def results(self, trial: str) -> list[Fields]:
-        """What a trial has not heard yet."""
-        found = self._results.get(trial, [])
-        self._results[trial] = []
+        """What a trial has not heard yet; the last is that it was released, or that no worker will answer."""
+        if trial not in self._results:
+            return [{"kind": "released", "run": "", "step": 0, "values": {}, "details": {}}]
+        found, self._results[trial] = self._results[trial], []
         if not found and self.broken:
             return [{"kind": "failed", "run": "", "step": 0, "values": {}, "details": {"message": self.broken}}]
         return found
+
+    def has_results(self, trial: str) -> bool:
+        return self.broken is not None or trial not in self._results or bool(self._results[trial])
 
     def take(self) -> list[Fields]:
         """What the driver has not heard yet."""
@@ -183,9 +187,8 @@ class Hub:
         return self._board.orders(group)
 
     async def results(self, trial: str) -> list[Fields]:
-        board = self._board
-        await self._wait(lambda: bool(board._results.get(trial)) or board.broken is not None)
-        return board.results(trial)
+        await self._wait(lambda: self._board.has_results(trial))
+        return self._board.results(trial)
 
     async def joined(self, groups: int) -> dict[int, int]:
         """Places of the groups, once so many are there; fewer after a while."""

@@ -164,10 +164,10 @@ class _Search:
             raise
         finally:
             ray.get(self.hub.close.remote())
+            unsent = self.desk.stop(30)
+            self._report()  # while the workers end, which takes Ray Train some seconds
             for thread in self.threads:
                 thread.join(60)
-            unsent = self.desk.stop(30)
-            self._report()
             self.tracker.finish(status)
             unsent += self.tracker.close(deadline_s=30)
             if storage.is_local(self.folder):
@@ -225,7 +225,7 @@ class _Search:
         chooser = Chooser(self.experiment, self.tables, self.folder, self.ledger, self._announce)
         threading.Thread(target=self._watch, args=(chooser,), daemon=True).start()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Consider boosting PBT")  # reused actors save a second per exploit
+            warnings.filterwarnings("ignore", "Consider boosting PBT")  # with reuse_actors
             tune.Tuner(
                 tune.with_resources(trial, {"cpu": TRIAL_CPU}),
                 tune_config=tune.TuneConfig(
@@ -233,6 +233,8 @@ class _Search:
                     scheduler=make_scheduler(self.experiment, self.ledger),
                     num_samples=open_trials,
                     max_concurrent_trials=at_once + AHEAD,
+                    # The process of a trial costs 2 s of CPU to start. PBT's trials come again while they still listen.
+                    reuse_actors=not checkpoints,
                 ),
                 run_config=tune.RunConfig(
                     name="tune",

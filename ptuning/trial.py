@@ -37,7 +37,7 @@ def run_trial(values: dict[str, Any], hub: Any, tables: dict[str, Any], checkpoi
         for event in ray.get(hub.results.remote(me)):
             if event["kind"] == "failed":
                 raise TrialFailed(event["details"]["message"])
-            if event["kind"] == "finished":
+            if event["kind"] in ("finished", "released"):
                 return
             seen.append(event)
             best = best_result(experiment, seen, values[LENGTH])

@@ -5,12 +5,15 @@ Toys instead of mocks: everything here is a real model, a real tokenizer, a real
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import secrets
 import tempfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -279,9 +282,23 @@ def _toml(tables: dict[str, Any]) -> str:
     return "\n".join([*plain, *nested]) + "\n"
 
 
-def train_workers() -> list[psutil.Process]:
-    """Processes of Ray Train's workers, in the cluster that this process has started."""
-    return [process for process in psutil.Process().children(recursive=True) if "RayTrainWorker" in _title(process)]
+@contextlib.contextmanager
+def worker_killed(when: Callable[[], bool]) -> Iterator[None]:
+    """Kill one of Ray Train's workers, in the cluster that this process has started, as soon as `when` says so."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not when():
+            time.sleep(0.02)
+        workers = [each for each in psutil.Process().children(recursive=True) if "RayTrainWorker" in _title(each)]
+        workers[-1].kill()
+        killed.append(workers[-1].pid)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    yield
+    killer.join(10)
+    assert killed
 
 
 def _title(process: psutil.Process) -> str:

@@ -64,6 +64,16 @@ def test_a_trial_that_waits_can_be_released() -> None:
     assert board.orders(0) == []
 
 
+def test_a_trial_that_was_released_hears_so_and_can_end() -> None:
+    board = Board()
+    board.join(0, 1)
+    enter(board, "a")
+    assert not board.has_results("a")
+    board.release("a")
+    assert board.has_results("a")
+    assert [each["kind"] for each in board.results("a")] == ["released"]
+
+
 def test_what_is_known_from_before_comes_first_and_is_not_reported_again() -> None:
     board = Board()
     board.join(0, 1)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from conftest import train_workers
+from conftest import worker_killed
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -98,20 +96,8 @@ def test_a_killed_worker_costs_at_most_one_checkpoint_interval(tables: dict[str,
     undisturbed = start(tables | {"name": "undisturbed"}, [])
 
     events: list[Event] = []
-    killed: list[int] = []
-
-    def kill() -> None:
-        while not any(event.kind == "step" and event.step >= 12 for event in events):
-            time.sleep(0.02)
-        victim = train_workers()[-1]
-        killed.append(victim.pid)
-        victim.kill()
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    summary = start(tables | {"name": "disturbed"}, events)
-    killer.join()
-    assert killed
+    with worker_killed(lambda: any(event.kind == "step" and event.step >= 12 for event in events)):
+        summary = start(tables | {"name": "disturbed"}, events)
     starts = [event.step for event in events if event.kind == "start"]
     assert len(starts) == 2 and starts[1] >= 5
     last_before = max(event.step for event in events[: events.index([e for e in events if e.kind == "start"][1])])

@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from conftest import train_workers
+from conftest import worker_killed
 
 from ptuning import soft_prompt
 from ptuning.config import parse_experiment
@@ -125,20 +124,9 @@ def test_a_trial_that_diverges_is_marked_and_the_others_go_on(tables: dict[str, 
 def test_a_killed_worker_costs_the_search_no_trial(tables: dict[str, Any]) -> None:
     tables["search"] |= {"scheduler": "fifo", "trials": 4, "finalists": 1, "seeds": 1}
     ledger = Path(tables["compute"]["storage"]) / "toy" / "ledger.json"
-    killed: list[int] = []
-
-    def kill() -> None:
-        while not any(entry["results"] for entry in _entries(ledger)):
-            time.sleep(0.02)
-        victim = train_workers()[-1]
-        killed.append(victim.pid)
-        victim.kill()
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    summary, entries, _ = search(tables)
-    killer.join()
-    assert killed and summary["trials"] == {"finished": 4}
+    with worker_killed(lambda: any(entry["results"] for entry in _entries(ledger))):
+        summary, entries, _ = search(tables)
+    assert summary["trials"] == {"finished": 4}
     for entry in entries:
         assert [result["step"] for result in entry.results] == [10, 20, 30, 40]
     assert len(children(tables)) == 4
