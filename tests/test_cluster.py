@@ -351,6 +351,7 @@ def test_kubernetes_lets_nobody_in_from_outside():
     assert [policy["spec"] for policy in closed] == [{"podSelector": {}, "policyTypes": ["Ingress"]}]
     for pod in pods():
         assert pod["securityContext"]["runAsNonRoot"] is True and pod["automountServiceAccountToken"] is False
+        assert pod["enableServiceLinks"] is False, "MLFLOW_PORT and the like would be read as settings"
     for container in containers():
         confined = container["securityContext"]
         assert confined["allowPrivilegeEscalation"] is False and confined["capabilities"] == {"drop": ["ALL"]}
@@ -508,6 +509,8 @@ def test_the_image_is_built_from_what_is_there():
         for source in [word for word in line.split() if not word.startswith("--")][:-1]
     }
     assert copied == sent and all((REPOSITORY / source).exists() for source in copied)
+    files = [path for source in sent for path in [REPOSITORY / source, *(REPOSITORY / source).rglob("*")] if path.is_file()]
+    assert sum(path.stat().st_size for path in files if "__pycache__" not in path.parts) < 30e6, "the built-in base is 8 MB"
     assert not [tool for tool in ("gcc", "g++", "build-essential", "cmake", "sudo ") if tool in DOCKERFILE]
     users = re.findall(r"^USER (.+)$", DOCKERFILE, re.MULTILINE)
     assert users[-1] == "1000:100"
