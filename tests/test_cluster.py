@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tomllib
@@ -518,6 +519,32 @@ def test_the_image_is_built_from_what_is_there():
     for wanted in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["server"]]:
         name = re.match(r"[\w.-]+", wanted)
         assert name and name[0].lower() in {pin.lower().replace("_", "-") for pin in PINS}, f"{wanted} is not pinned"
+
+
+def test_slurm_passes_the_signal_on(tmp_path):
+    # The end of the script as it is, with a command that waits for SIGINT in the place of ptuning.
+    (tmp_path / "ptuning").write_text("#!/usr/bin/env python3\n" + _WAITS, encoding="utf-8")
+    (tmp_path / "ptuning").chmod(0o755)
+    script = (
+        f"export PATH={tmp_path}:$PATH address=- port=-\nset -euo pipefail\n" + SLURM[SLURM.index("# The batch shell alone") :]
+    )
+    shell = subprocess.Popen(["bash", "-c", script, "slurm", "train"], stdout=subprocess.PIPE, text=True)
+    assert shell.stdout is not None and shell.stdout.readline() == "train\n"
+    shell.send_signal(signal.SIGINT)
+    assert shell.communicate(timeout=20)[0] == "saved\n" and shell.returncode == 7
+
+
+_WAITS = """
+import sys, time
+
+print(*sys.argv[1:], flush=True)
+try:
+    time.sleep(20)
+except KeyboardInterrupt:
+    time.sleep(0.5)
+    print("saved", flush=True)
+    sys.exit(7)
+"""
 
 
 @pytest.mark.parametrize("script", ["slurm.sbatch", "secrets.sh"])
