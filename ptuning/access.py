@@ -60,15 +60,19 @@ def check_address(host: str, keys: dict[str, Scope], insecure: bool) -> None:
     Raises:
         AccessError: an address that others can reach, without keys.
     """
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if not local and not keys and not insecure:
+    if not is_loopback(host) and not keys and not insecure:
         raise AccessError(
             f"serve.host: {host} can be reached by others and there are no API keys; set serve.keys or {VARIABLE}, "
             "or add --insecure"
         )
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def scope_of(header: str | None, keys: dict[str, Scope]) -> Scope | None:

@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ptuning.config import ModelConfig, Table, UserError
 from ptuning.data import tokenizer_fingerprint
+from ptuning.shipped import locate
 
 BUILTIN = Path(__file__).parent / "builtin" / "base"
 SAMPLE = 4096
@@ -137,7 +138,7 @@ def find_base(config: ModelConfig) -> Base:
 def _folder(config: ModelConfig) -> Path:
     if config.path == "builtin":
         return BUILTIN
-    folder = Path(config.path).expanduser()
+    folder = locate(config.path)
     if folder.is_dir():
         return folder.absolute()
     if config.path.count("/") != 1 or config.path.startswith((".", "/", "~")):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ptuning import cli_serve
-from ptuning.cli_options import ExperimentArgument, Json, Overrides, fail
+from ptuning import cli_serve, cli_submit
+from ptuning.cli_options import ExperimentArgument, Json, Overrides, check_register, fail, finish
 from ptuning.cli_prompts import prompts
 from ptuning.config import Experiment, UserError, read_experiment
 
@@ -47,7 +46,7 @@ def train(
     Example: ptuning train jobs/sms-spam.toml train.learning_rate=0.05 compute.workers=2
     """
     settings = _read(experiment, overrides)
-    _check_register(register)
+    check_register(register)
     from ptuning.display import Display
     from ptuning.launch import RunFailed, run_training
 
@@ -62,7 +61,7 @@ def train(
         fail(f"stopped; continue with: ptuning train {experiment} --resume", 130)
     finally:
         display.close()
-    _finish(summary, _reached(summary), as_json)
+    finish(summary, as_json)
 
 
 @app.command()
@@ -80,7 +79,7 @@ def search(
     Example: ptuning search jobs/sentiment.toml search.trials=16 search.length=[5,20]
     """
     settings = _read(experiment, overrides)
-    _check_register(register)
+    check_register(register)
     from ptuning.display import SearchDisplay
     from ptuning.launch import RunFailed
     from ptuning.search import run_search
@@ -96,12 +95,14 @@ def search(
         fail(f"stopped; continue with: ptuning search {experiment} --resume", 130)
     finally:
         display.close()
-    _finish(summary, _won(summary), as_json)
+    finish(summary, as_json)
 
 
 app.command()(cli_serve.serve)
 app.command()(cli_serve.ask)
 app.command()(cli_serve.compare)
+app.command()(cli_submit.submit)
+app.add_typer(cli_submit.jobs)
 
 
 @app.command()
@@ -129,51 +130,3 @@ def _read(path: str, overrides: list[str] | None) -> Experiment:
         return read_experiment(path, overrides or [])
     except UserError as error:
         fail(str(error), 2)
-
-
-def _check_register(name: str | None) -> None:
-    from ptuning.registry import check_name
-
-    try:
-        if name is not None:
-            check_name(name)
-    except UserError as error:
-        fail(f"--register: {error}", 2)
-
-
-def _reached(summary: dict[str, Any]) -> str:
-    """The last line: what was reached and where it is."""
-    order = (
-        "test_accuracy",
-        "test_macro_f1",
-        "test_rouge_l",
-        "test_bleu",
-        "test_loss",
-        "validation_accuracy",
-        "validation_loss",
-    )
-    numbers = [f"{name.replace('_', ' ', 1)} {summary['metrics'][name]:.4f}" for name in order if name in summary["metrics"]]
-    return (
-        f"{summary['name']}: {', '.join(numbers[:3]) or 'trained'} after {summary['steps']} steps in "
-        f"{summary['seconds']:.0f} s; soft prompt in {summary['soft_prompt']}, "
-        f"MLflow run {summary['run_id'] or 'not shipped yet'}{_published(summary)}"
-    )
-
-
-def _won(summary: dict[str, Any]) -> str:
-    """The last line of a search: the winner, and what any run says."""
-    values = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in summary["winner"]["values"].items())
-    trials = ", ".join(f"{many} {state}" for state, many in summary["trials"].items())
-    return f"winner {summary['winner']['trial']} ({values}) of {trials}; {_reached(summary)}"
-
-
-def _published(summary: dict[str, Any]) -> str:
-    name = summary.get("registered")
-    return f"; registered as {name}, make it champion with: ptuning prompts promote {name}" if name else ""
-
-
-def _finish(summary: dict[str, Any], line: str, as_json: bool) -> None:
-    if summary.get("unsent"):
-        typer.echo(f"{summary['unsent']} records could not be sent to MLflow yet; the next command sends them", err=True)
-    typer.echo(json.dumps(summary) if as_json else line)
-    sys.stdout.flush()

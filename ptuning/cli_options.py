@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NoReturn
+import json
+import sys
+from typing import Annotated, Any, NoReturn
 
 import typer
+
+from ptuning.config import UserError
 
 ExperimentArgument = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Experiment file (TOML).")]
 Overrides = Annotated[
@@ -22,3 +26,53 @@ def fail(message: str, code: int) -> NoReturn:
     """One sentence on stderr, and the exit code: 1 for a run that failed, 2 for wrong input."""
     typer.echo(f"ptuning: {message}", err=True)
     raise typer.Exit(code)
+
+
+def check_register(name: str | None) -> None:
+    """Refuse a `--register` that cannot be a name."""
+    from ptuning.registry import check_name
+
+    try:
+        if name is not None:
+            check_name(name)
+    except UserError as error:
+        fail(f"--register: {error}", 2)
+
+
+def _reached(summary: dict[str, Any]) -> str:
+    """The last line: what was reached and where it is."""
+    order = (
+        "test_accuracy",
+        "test_macro_f1",
+        "test_rouge_l",
+        "test_bleu",
+        "test_loss",
+        "validation_accuracy",
+        "validation_loss",
+    )
+    numbers = [f"{name.replace('_', ' ', 1)} {summary['metrics'][name]:.4f}" for name in order if name in summary["metrics"]]
+    return (
+        f"{summary['name']}: {', '.join(numbers[:3]) or 'trained'} after {summary['steps']} steps in "
+        f"{summary['seconds']:.0f} s; soft prompt in {summary['soft_prompt']}, "
+        f"MLflow run {summary['run_id'] or 'not shipped yet'}{_published(summary)}"
+    )
+
+
+def _won(summary: dict[str, Any]) -> str:
+    """The last line of a search: the winner, and what any run says."""
+    values = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in summary["winner"]["values"].items())
+    trials = ", ".join(f"{many} {state}" for state, many in summary["trials"].items())
+    return f"winner {summary['winner']['trial']} ({values}) of {trials}; {_reached(summary)}"
+
+
+def _published(summary: dict[str, Any]) -> str:
+    name = summary.get("registered")
+    return f"; registered as {name}, make it champion with: ptuning prompts promote {name}" if name else ""
+
+
+def finish(summary: dict[str, Any], as_json: bool) -> None:
+    """The last line of stdout: the summary of a run or a search, for people or as JSON."""
+    if summary.get("unsent"):
+        typer.echo(f"{summary['unsent']} records could not be sent to MLflow yet; the next command sends them", err=True)
+    typer.echo(json.dumps(summary) if as_json else _won(summary) if "winner" in summary else _reached(summary))
+    sys.stdout.flush()

@@ -21,6 +21,8 @@ def serve(
     experiment: ExperimentArgument,
     overrides: Overrides = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen where others can reach it, without API keys.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Have the cluster go on serving, and return.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Serve all registered soft prompts of a base behind an OpenAI-compatible API.
 
@@ -29,9 +31,13 @@ def serve(
     try:
         settings = read_experiment(experiment, overrides or [])
         check_address(settings.serve.host, read_keys(settings.serve.keys), insecure)  # before seconds of imports
-        from ptuning.serve import run_server
+        from ptuning.serve import deploy, run_server
 
-        run_server(settings, insecure=insecure, say=lambda line: typer.echo(line, err=True))
+        if detach:
+            served = deploy(settings, insecure=insecure, say=_say)
+            typer.echo(json.dumps(served) if as_json else f"serving at {served['url']}")
+        else:
+            run_server(settings, insecure=insecure, say=_say)
     except UserError as error:
         fail(str(error), 2)
 
@@ -88,6 +94,10 @@ def compare(
     for opinion in opinions:
         sure = f"  {opinion.probability:.3f}" if opinion.probability is not None else ""
         typer.echo(f"{opinion.who:{width}}  {opinion.answer}{sure}")
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _complaint(error: urllib.error.HTTPError) -> str:

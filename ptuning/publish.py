@@ -11,6 +11,7 @@ from ptuning import soft_prompt, storage, tracking
 from ptuning.base import Base
 from ptuning.config import Experiment, UserError
 from ptuning.registry import FILES, STATE, Registry, RegistryError, Version, check_name, parse_reference
+from ptuning.shipped import SCHEME
 from ptuning.soft_prompt import Card, SoftPrompt
 from ptuning.storage import StorageError
 
@@ -158,4 +159,4 @@ def _uri(experiment: Experiment) -> str:
 
 
 def _is_folder(source: str) -> bool:
-    return "/" in source or Path(source).expanduser().is_dir()
+    return "/" in source or source.startswith(SCHEME) or Path(source).expanduser().is_dir()

@@ -8,8 +8,10 @@ is set here lets requests reach it.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import FrameType
@@ -21,7 +23,7 @@ from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
 
-from ptuning.access import Scope, check_address, read_keys
+from ptuning.access import Scope, check_address, is_loopback, read_keys
 from ptuning.config import Experiment, UserError, read_experiment
 from ptuning.http_api import build_app
 from ptuning.launch import start_ray
@@ -112,25 +114,13 @@ def run_server(experiment: Experiment, *, insecure: bool, say: Callable[[str], N
     Raises:
         UserError: the keys or the base are wrong, the address is open without keys, or the cluster lacks resources.
     """
-    experiment = absolute(experiment)
-    limits = experiment.serve
-    keys = read_keys(limits.keys)
-    check_address(limits.host, keys, insecure)
+    experiment, keys = _prepared(experiment, insecure)
     started_here = start_ray(experiment)
     try:
-        _check_resources(experiment)
-        logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)  # its level is set anew
-        serve.start(
-            proxy_location=ProxyLocation.HeadOnly,
-            http_options=HTTPOptions(host=limits.host, port=limits.port, request_timeout_s=limits.deadline_s + 30),
-        )
-        try:
-            handle = serve.run(application(experiment, keys), name=APPLICATION, route_prefix="/")
-        except RuntimeError as error:
-            raise UserError(f"the server did not start: {_reason(error)}") from None
+        handle = _run(experiment, keys)
         if not keys:
             say("without API keys: whoever reaches this address may ask")
-        say(f"serving at http://{limits.host}:{limits.port}/v1, stop with Ctrl-C")
+        say(f"serving at {_url(experiment)}, stop with Ctrl-C")
         _follow(handle, say)
     finally:
         say("stopping")
@@ -138,6 +128,78 @@ def run_server(experiment: Experiment, *, insecure: bool, say: Callable[[str], N
             serve.delete(APPLICATION)  # drains
         if started_here:
             ray.shutdown()
+
+
+def deploy(experiment: Experiment, *, insecure: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Have a cluster serve, and return: the application lives on, whatever becomes of this process and its job.
+
+    On loopback there is one proxy, on the head node; on other addresses there is one on every node with a replica.
+
+    Raises:
+        UserError: as `run_server`, or there is no cluster: one that is started here would end with this process.
+    """
+    experiment, keys = _prepared(experiment, insecure)
+    if not (experiment.compute.address or os.environ.get("RAY_ADDRESS")):
+        raise UserError("compute.address: there is no cluster that could go on serving; set it, or serve without --detach")
+    start_ray(experiment)
+    try:
+        keep = _keep_package()
+        state = _run(experiment, keys).state.remote().result(timeout_s=60)
+        keep()
+    finally:
+        ray.shutdown()
+    for line in _news({}, state):
+        say(line)
+    return {"url": _url(experiment), "application": APPLICATION, "served": sorted(state["served"])}
+
+
+def _prepared(experiment: Experiment, insecure: bool) -> tuple[Experiment, dict[str, Scope]]:
+    experiment = absolute(experiment)
+    keys = read_keys(experiment.serve.keys)
+    check_address(experiment.serve.host, keys, insecure)
+    return experiment, keys
+
+
+def _run(experiment: Experiment, keys: Mapping[str, Scope]) -> Any:
+    """Start the application on the cluster that this process is connected to, and wait until it is ready."""
+    _check_resources(experiment)
+    logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)  # its level is set anew
+    limits = experiment.serve
+    serve.start(
+        proxy_location=ProxyLocation.HeadOnly if is_loopback(limits.host) else ProxyLocation.EveryNode,
+        http_options=HTTPOptions(host=limits.host, port=limits.port, request_timeout_s=limits.deadline_s + 30),
+    )
+    try:
+        return serve.run(application(experiment, keys), name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise UserError(f"the server did not start: {_reason(error)}") from None
+
+
+def _url(experiment: Experiment) -> str:
+    return f"http://{experiment.serve.host}:{experiment.serve.port}/v1"
+
+
+class _Keeper:
+    """Does nothing, and lives as long as the application.
+
+    The files of a job are kept on the cluster while an actor that may outlive the job uses them (Ray 2.60 counts these only).
+    Between the end of the only replica and the start of the next one there would be none.
+    """
+
+
+def _keep_package() -> Callable[[], None]:
+    """Keep the files of this job for replicas to come; what is returned lets go of those of earlier deployments."""
+    space = f"{APPLICATION}-packages"
+    before = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == space]
+    name = uuid.uuid4().hex
+    ray.remote(num_cpus=0)(_Keeper).options(name=name, namespace=space, lifetime="detached", max_restarts=-1).remote()
+
+    def let_go() -> None:
+        for each in before:
+            with suppress(ValueError):  # it has ended meanwhile
+                ray.kill(ray.get_actor(each, namespace=space))
+
+    return let_go
 
 
 def _follow(handle: Any, say: Callable[[str], None]) -> None:

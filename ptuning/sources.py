@@ -31,6 +31,7 @@ from datasets import ClassLabel, Dataset, Features
 from datasets.exceptions import DatasetsError
 
 from ptuning.config import NAME, UserError
+from ptuning.shipped import locate
 
 FORMAT = 1
 """Counted up when the same source would be stored or tokenised differently: older cache files are then not found."""
@@ -133,7 +134,7 @@ def _local_path(source: str) -> Path:
         if source not in known:
             raise DataError(f"{source}: no such built-in split; there are {', '.join(known)}")
         return known[source]
-    path = Path(source)
+    path = locate(source)
     if path.suffix.lower() not in _READERS:
         raise DataError(f"{source}: unknown kind of data; give a .jsonl, .csv or .parquet file, or hub:org/name:split")
     if path.is_dir():

@@ -17,6 +17,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from ptuning.config import UserError
+from ptuning.shipped import locate
 
 MANIFEST = "manifest.json"
 
@@ -32,7 +33,7 @@ def resolve(storage: str) -> tuple[fs.FileSystem, str]:
             return fs.FileSystem.from_uri(storage)
     except (OSError, ValueError) as error:
         raise StorageError(f"{storage}: cannot be opened ({error}); give a folder or s3://bucket/folder") from None
-    return fs.LocalFileSystem(), str(Path(storage).expanduser().absolute())
+    return fs.LocalFileSystem(), str(locate(storage).absolute())
 
 
 def is_local(storage: str) -> bool:

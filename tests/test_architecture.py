@@ -17,19 +17,19 @@ pytestmark = pytest.mark.fast
 PACKAGE = REPOSITORY / "ptuning"
 
 FLOORS = {
-    "cli_options": 0, "config": 0, "mailbox": 0, "openai_api": 0,
+    "config": 0, "mailbox": 0, "openai_api": 0, "shipped": 0,
     "access": 1, "batches": 1, "gauges": 1, "guard": 1, "hub": 1, "metrics": 1, "segments": 1, "sources": 1, "space": 1,
     "spool": 1, "storage": 1, "virtual_tokens": 1, "workers": 1,
     "checkpoint": 2, "data": 2, "figures": 2, "ledger": 2, "model": 2, "paged_attention": 2, "sampling": 2,
     "soft_prompt": 2, "tracking": 2, "trial": 2,
-    "base": 3, "chooser": 3, "engine": 3, "evaluate": 3, "leaderboard": 3, "registry": 3,
-    "champion": 4, "publish": 4, "zero": 4,
+    "base": 3, "chooser": 3, "engine": 3, "evaluate": 3, "leaderboard": 3, "registry": 3, "shipment": 3,
+    "champion": 4, "publish": 4, "submit": 4, "zero": 4,
     "adopt": 5, "catalogue": 5, "gate": 5, "meaning": 5, "train": 5,
     "answers": 6, "display": 6, "export": 6, "portrait": 6, "prepare": 6, "record": 6, "slots": 6,
     "compare": 7, "replies": 7, "service": 7, "worker": 7,
-    "http_api": 8, "launch": 8,
+    "cli_options": 8, "http_api": 8, "launch": 8,
     "desk": 9, "serve": 9, "cli_prompts": 9,
-    "cli_serve": 10, "search": 10,
+    "cli_serve": 10, "cli_submit": 10, "search": 10,
     "cli": 11,
     "__main__": 12,
 }  # fmt: skip
@@ -39,7 +39,7 @@ OWNERS = {
     "deepspeed": {"zero"},
     "matplotlib": {"figures"},
     "mlflow": {"tracking"},
-    "ray": {"chooser", "desk", "hub", "launch", "mailbox", "search", "serve", "trial"},
+    "ray": {"chooser", "desk", "hub", "launch", "mailbox", "search", "serve", "submit", "trial"},
     "fastapi": {"http_api", "serve"},
     "prometheus_client": {"gauges"},
     "optuna": {"chooser"},

@@ -1,0 +1,466 @@
+"""Jobs: what travels and what does not, and the whole way over HTTP to a real cluster of two nodes that asks for a token."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, toy_rows
+from test_tracking import free_port
+from typer.testing import CliRunner
+
+from ptuning import shipment
+from ptuning.cli import app
+from ptuning.config import UserError
+from ptuning.shipment import Shipment
+from ptuning.shipped import locate
+from ptuning.sources import read_source
+
+Write = Callable[..., Path]
+fast = pytest.mark.fast
+
+
+def tables(base: Path, storage: str = "/shared/runs") -> dict[str, Any]:
+    return {
+        "name": "toy",
+        "model": {"path": str(base)},
+        "prompt": {"length": 4},
+        "data": {
+            **{split: f"data/{split}.jsonl" for split in ("train", "validation", "test")},
+            "input": "Text: {text}\nKind:",
+            "target": " {label}",
+            "labels": ["fruit", "tool"],
+        },
+        "train": {"learning_rate": 0.05, "steps": 20, "evaluate_every": 10, "batch_size": 8},
+        "compute": {"storage": storage},
+    }
+
+
+def fill(folder: Path) -> None:
+    """The data of the toy task, below a folder."""
+    (folder / "data").mkdir()
+    for seed, (split, n) in enumerate({"train": 64, "validation": 32, "test": 32}.items()):
+        lines = [json.dumps(row) + "\n" for row in toy_rows(n, seed)]
+        (folder / "data" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+# What travels.
+
+
+@pytest.fixture
+def desk(tmp_path: Path, tiny_base_folder: Path, write_toml: Write, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A folder as people have them, with more in it than a job needs, and `collect` of an experiment in it."""
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path)
+    for private in (".env", ".git/config", "runs/old/checkpoint", "big.bin", "ptuning/__init__.py"):
+        (tmp_path / private).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / private).write_text("PASSWORD=hunter2")
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base_folder, base)
+    (base / ".cache").mkdir()
+    (base / "pytorch_model.bin").write_bytes(b"pickle")
+    experiment = tables(Path("base"))
+
+    def collect(*overrides: str, kind: Any = "train", **options: Any) -> Shipment:
+        chosen: dict[str, Any] = {"shared": (), "env": (), "here": {}} | options
+        return shipment.collect(kind, str(write_toml(experiment)), overrides, **chosen)
+
+    return SimpleNamespace(folder=tmp_path, base=base, experiment=experiment, collect=collect)
+
+
+@fast
+def test_exactly_what_the_experiment_names_travels(desk: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> None:
+    packed = tmp_path_factory.mktemp("packed")
+    shipped: Shipment = desk.collect("train.steps=7")
+    shipped.pack(packed)
+    found = {str(path.relative_to(packed)): path for path in packed.rglob("*") if path.is_file()}
+    assert found.keys() == shipped.contents.keys()
+    assert {path.stat().st_size for path in found.values()} == set(shipped.contents.values())
+    folders = {name.split("/")[1].rpartition("-")[0] for name in found if "/" in name}
+    assert folders == {"base", "train", "validation", "test"} and "experiment.toml" in found
+    assert not any(word in name for name in found for word in (".bin", ".env", ".git", "runs", ".cache", "__init__"))
+    replaced = dict(override.split("=", 1) for override in shipped.overrides)
+    assert list(replaced) == ["train.steps", "data.train", "data.validation", "data.test", "model.path"]
+    for key in ("data.train", "model.path"):
+        assert (packed / "shipped" / replaced[key].removeprefix("shipped:")).exists()
+    assert shipped.notes == ["compute.storage: every node must see /shared/runs"]
+
+
+@fast
+def test_names_follow_the_content(desk: SimpleNamespace) -> None:
+    """A run that is resumed finds the same names, wherever the files lie by then; other rows are other names."""
+    before = desk.collect().overrides
+    moved = desk.folder / "elsewhere"
+    moved.mkdir()
+    (desk.folder / "data").rename(moved / "data")
+    for split in ("train", "validation", "test"):
+        desk.experiment["data"][split] = f"elsewhere/data/{split}.jsonl"
+    assert desk.collect().overrides == before
+    with (moved / "data" / "train.jsonl").open("a") as file:
+        file.write('{"text": "saw", "label": "tool"}\n')
+    after = desk.collect().overrides
+    assert after[0] != before[0] and after[1:] == before[1:]
+
+
+@fast
+def test_what_has_travelled_is_found_from_any_folder(desk: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = desk.collect()
+    job = desk.folder / "job"
+    job.mkdir()
+    shipped.pack(job)
+    source = dict(override.split("=", 1) for override in shipped.overrides)["data.train"]
+    with pytest.raises(UserError, match=f"{source}: no such file"):
+        read_source(source, ["text"], False)
+    monkeypatch.syspath_prepend(str(job))
+    assert len(read_source(source, ["text"], False).rows) == 64
+    assert locate("plain/path") == Path("plain/path")
+
+
+@fast
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "data.train=missing.jsonl",
+            "data.train: missing.jsonl is not in {folder}; correct the path, or give an absolute one of",
+        ),
+        ("data.train=data", "data.train: data is a folder; give one file per split"),
+        ("model.path=no/such/base", "model.path: no/such/base is not in {folder}; correct the path"),
+        ("model.path=data", "model.path: data holds none of *.json, *.safetensors"),
+        (
+            "compute.storage=runs",
+            "compute.storage: runs is a folder of this machine; name one that every node of the cluster sees",
+        ),
+        ("compute.storage=~/runs", "compute.storage: ~/runs is a folder of this machine; name one"),
+        ("compute.storage=s3://b/runs", "compute.storage: s3://b/runs cannot hold the tracking store; set tracking.uri to an"),
+        ("tracking.uri=http://me:hunter2@host", "tracking.uri: http://***@host has a password in it, which would lie open"),
+        (
+            "tracking.uri=sqlite:///here.db",
+            "tracking.uri: sqlite:///here.db is a place on this machine; give an MLflow server's",
+        ),
+        (
+            "data.input=http://me:hunter2@host {text}",
+            "override data.input=http://***@host {{text}}: a job's command is no place",
+        ),
+    ],
+)
+def test_what_the_cluster_cannot_have_is_refused(desk: SimpleNamespace, override: str, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        desk.collect(override)
+    assert str(refused.value).startswith(message.format(folder=desk.folder)), str(refused.value)
+    assert "hunter2" not in str(refused.value)
+
+
+@fast
+def test_large_files_are_refused_and_shared_ones_stay(desk: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (desk.base / "model.safetensors").open("ab") as weights:
+        weights.truncate(shipment.LIMIT + 1)  # takes no space
+    with pytest.raises(UserError) as refused:
+        desk.collect()
+    assert str(refused.value).startswith("model.path: base (100 MB) is with what travels already, 100 MB, too large to travel")
+    assert str(refused.value).endswith(f"or add --shared {desk.folder} if they see that")
+    shared = desk.collect("compute.storage=runs", shared=["."])
+    assert list(shared.contents) == ["experiment.toml"] and not shared.notes
+    assert f"model.path={desk.base}" in shared.overrides and f"compute.storage={desk.folder}/runs" in shared.overrides
+    theirs = desk.collect("model.path=/models/llama", "data.train=/rows/train.jsonl")
+    assert theirs.notes[:2] == [
+        "data.train: every node must see /rows/train.jsonl",
+        "model.path: every node must see /models/llama",
+    ]
+
+
+@fast
+def test_an_id_of_the_hub_and_names_of_the_registry_need_nothing(desk: SimpleNamespace) -> None:
+    hub = desk.collect(
+        "model.path=org/model", "data.train=hub:org/rows:train", "prompt.init=soft-prompt", "prompt.init_from=toy@champion"
+    )
+    assert not any(override.startswith(("model.path=shipped", "prompt.init_from=shipped")) for override in hub.overrides)
+    assert desk.collect("compute.address=10.0.0.1:6379").overrides[-1] == "compute.address=auto"
+
+
+@fast
+def test_secrets_never_travel(desk: SimpleNamespace) -> None:
+    here = {
+        "HF_TOKEN": "hf_hunter2",
+        "AWS_SECRET_ACCESS_KEY": "hunter2",
+        "MLFLOW_TRACKING_PASSWORD": "hunter2",
+        "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+        "RAY_AUTH_TOKEN": "hunter2",
+        "AWS_ENDPOINT_URL": "http://store:9000",
+        "HF_HOME": "/home/me/.cache",
+        "SSH_AUTH_SOCK": "/hunter2",
+    }
+    shipped = desk.collect("model.path=org/model", "compute.storage=s3://bucket/runs", here=here)
+    assert shipped.env == shipment.ALWAYS | {"AWS_ENDPOINT_URL": "http://store:9000"}
+    assert "tracking.uri=http://mlflow:5000" in shipped.overrides
+    assert shipped.notes == [
+        "secrets do not travel; the cluster's nodes need in their environment: HF_TOKEN, AWS_SECRET_ACCESS_KEY, "
+        "MLFLOW_TRACKING_PASSWORD"
+    ]
+    assert "hunter2" not in str(shipped)
+    assert desk.collect(shared=["/home/me"], here=here).env["HF_HOME"] == "/home/me/.cache"
+    for name in ("HF_TOKEN", "MY_API_KEY=x", "DB_PASSWORD=x", "GOOGLE_APPLICATION_CREDENTIALS=x", "KEY=x", "BASIC_AUTH=x"):
+        with pytest.raises(UserError, match="looks like a secret"):
+            desk.collect(env=[name], here=here)
+    with pytest.raises(UserError, match=r"AWS_ENDPOINT_URL: http://\*\*\*@store has a password in it"):
+        desk.collect(here={"AWS_ENDPOINT_URL": "http://me:hunter2@store"})
+    with pytest.raises(UserError, match="--env: NOWHERE is not set here; set it, or write --env NOWHERE=VALUE"):
+        desk.collect(env=["NOWHERE"])
+    assert desk.collect(env=["MONKEYS=1", "OMP_NUM_THREADS"], here={"OMP_NUM_THREADS": "2"}).env["OMP_NUM_THREADS"] == "2"
+
+
+@fast
+def test_api_keys_never_travel(desk: SimpleNamespace) -> None:
+    (desk.folder / "keys").write_text("hunter2hunter2hunter2\n")
+    with pytest.raises(UserError, match="serve.keys: keys does not travel, since others may read what does; name a file that"):
+        desk.collect("serve.keys=keys", kind="serve")
+    served = desk.collect("serve.keys=/etc/keys", kind="serve", here={"PTUNING_API_KEYS": "hunter2"})
+    assert "serve.keys: every node must see /etc/keys" in served.notes and "hunter2" not in str(served)
+    assert not any(override.startswith("data.") for override in served.overrides), "who serves reads no rows"
+
+
+@fast
+def test_dry_run_shows_all_and_sends_nothing(desk: SimpleNamespace, write_toml: Write) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
+    command = ["submit", "train", str(write_toml(desk.experiment)), "train.steps=7", "--address", nobody, "--resume"]
+    done = CliRunner().invoke(app, [*command, "--dry-run", "--json"])
+    shown = json.loads(done.stdout)
+    assert done.exit_code == 0 and shown["entrypoint"].startswith("python -m ptuning train experiment.toml train.steps=7 ")
+    assert shown["entrypoint"].endswith(" --resume --json")
+    assert shown["metadata"] == {"ptuning": "train", "experiment": "toy"} and shown["env"]["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
+    assert shown["files"]["ptuning/"] > 1_000_000 and shown["files"]["experiment.toml"] > 100
+    assert (
+        "ptuning/" not in json.loads(CliRunner().invoke(app, [*command, "--dry-run", "--json", "--installed"]).stdout)["files"]
+    )
+    words = CliRunner().invoke(app, [*command, "--dry-run"]).stdout
+    assert "entrypoint  python -m ptuning train" in words and "env         RAY_JOB_STOP_WAIT_TIME_S=60" in words
+    assert "note        compute.storage: every node must see /shared/runs" in words
+    sent = CliRunner().invoke(app, command)
+    assert sent.exit_code == 1 and f"ptuning: {nobody}: nobody answers (connection refused); check the address" in sent.stderr
+
+
+@fast
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["train", "--address", "ray://head:10001"],
+            "--address: ray://head:10001 is no address of a Ray dashboard; write http",
+        ),
+        (["train", "--insecure"], "--insecure: is nothing for train; leave it out"),
+        (["serve", "--resume"], "--resume: is nothing for serve; leave it out"),
+        (["train", "--register", "a/b"], "--register: 'a/b' is no name; use letters"),
+        (["train", "train.stops=1"], "train.stops: unknown key; did you mean train.steps?"),
+    ],
+)
+def test_wrong_commands_are_one_sentence(desk: SimpleNamespace, write_toml: Write, arguments: list[str], message: str) -> None:
+    what, *rest = arguments
+    done = CliRunner().invoke(app, ["submit", what, str(write_toml(desk.experiment)), "--address", "http://127.0.0.1:1", *rest])
+    assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@fast
+def test_exit_codes_and_reasons() -> None:
+    from ray.job_submission import JobDetails, JobStatus, JobType
+
+    from ptuning.submit import exit_code, failure
+
+    def ended(status: str, code: int | None = None, message: str | None = None) -> JobDetails:
+        return JobDetails(
+            type=JobType.SUBMISSION, status=JobStatus(status), entrypoint="x", driver_exit_code=code, message=message
+        )
+
+    cases = [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 2, 2),
+        ("FAILED", 1, 1),
+        ("FAILED", -9, 137),
+        ("FAILED", None, 1),
+        ("STOPPED", None, 130),
+    ]
+    assert [exit_code(ended(status, code)) for status, code, _ in cases] == [wanted for *_, wanted in cases]
+    assert failure(ended("FAILED", -9)) == "failed with exit code 137"
+    assert failure(ended("FAILED", None, "Traceback\n  no space left")) == "could not be started: no space left"
+
+
+@fast
+def test_the_result_is_the_last_line_and_only_there() -> None:
+    from ptuning.submit import Log
+
+    said: list[str] = []
+    log = Log(said.append)
+    for part in ("one\ntw", 'o\n{"no": "result"}\nthree\n', '{"name": "toy",', ' "steps": 3}\n'):
+        log(part)
+    assert said == ["one", "two", '{"no": "result"}', "three"]
+    assert log.result() == {"name": "toy", "steps": 3} and log.length == 59
+    unfinished = Log(said.append)
+    unfinished("{broken\n")
+    assert unfinished.result() is None and said[-1] == "{broken"
+
+
+# The whole way.
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Iterator[SimpleNamespace]:
+    """Two nodes by `up-local.sh`, a folder that stands for a shared one, and a client whose package says that it travelled."""
+    state = Path(tempfile.mkdtemp(prefix="pt-")) / "c"  # short: sockets lie in it
+    folder = tmp_path_factory.mktemp("laptop")
+    package = folder / "site" / "ptuning"
+    shutil.copytree(REPOSITORY / "ptuning", package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "__init__.py").write_text(
+        'import os, sys\n"RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and print("this package travelled", file=sys.stderr)\n'
+    )
+    desk = folder / "desk"
+    desk.mkdir()
+    fill(desk)
+    port, dashboard = free_port(), free_port()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))} | {
+        "PTUNING_CLUSTER": str(state),
+        "PTUNING_CLUSTER_PORT": str(port),
+        "PTUNING_DASHBOARD_PORT": str(dashboard),
+        "PTUNING_PYTHON": sys.executable,
+    }
+    script = str(REPOSITORY / "cluster" / "up-local.sh")
+    subprocess.run([script, "up"], env=environment, check=True, timeout=150)
+    try:
+        client = environment | {
+            "PYTHONPATH": str(package.parent),
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "RAY_ADDRESS": "127.0.0.1:1",  # of another cluster: not to be believed
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(state / "token"),
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        }
+        yield SimpleNamespace(desk=desk, shared=folder / "shared", client=client, base=tiny_base_folder)
+    finally:
+        subprocess.run([script, "down"], env=environment, check=True, timeout=60)
+        shutil.rmtree(state.parent)
+
+
+def run(cluster: SimpleNamespace, *arguments: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in (cluster.client | environment).items() if value is not None}
+    command = [sys.executable, "-m", "ptuning", *arguments]
+    return subprocess.run(command, env=env, cwd=cluster.desk, capture_output=True, text=True, timeout=150)
+
+
+def write(cluster: SimpleNamespace, write_toml: Write, **changes: Any) -> str:
+    experiment = tables(cluster.base, str(cluster.shared))
+    for key, value in changes.items():
+        experiment[key] = experiment[key] | value if isinstance(value, dict) else value
+    return str(write_toml(experiment))
+
+
+@pytest.mark.slow
+def test_without_the_token_401_with_a_wrong_one_403(cluster: SimpleNamespace) -> None:
+    address = cluster.client["RAY_API_SERVER_ADDRESS"]
+    nothing = run(cluster, "jobs", "list", RAY_AUTH_MODE=None, RAY_AUTH_TOKEN_PATH=None)
+    assert nothing.returncode == 2 and nothing.stderr == (
+        f"ptuning: {address}: asks for a token (401); set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH, a file with it\n"
+    )
+    wrong = run(cluster, "jobs", "list", RAY_AUTH_TOKEN_PATH=None, RAY_AUTH_MODE=None, RAY_AUTH_TOKEN=secrets.token_hex(16))
+    assert wrong.returncode == 2 and wrong.stderr == (
+        f"ptuning: {address}: refuses the token (403); take the one that the cluster was started with, in "
+        "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN\n"
+    )
+    assert json.loads(run(cluster, "jobs", "list", "--json", RAY_AUTH_MODE=None).stdout) == {"jobs": []}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_train_then_serve(cluster: SimpleNamespace, write_toml: Write) -> None:
+    experiment = write(cluster, write_toml, compute={"workers": 2})
+    done = run(cluster, "submit", "train", experiment, "--register", "toy", "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)  # nothing else is said on stdout
+    assert summary["name"] == "toy" and summary["steps"] == 20 and summary["registered"] == "toy:1"
+    assert Path(summary["soft_prompt"]).is_relative_to(cluster.shared) and (Path(summary["soft_prompt"]) / "card.json").exists()
+    assert "this package travelled" in done.stderr and "base loaded by 2 workers" in done.stderr
+    assert "Traceback" not in done.stderr
+
+    port = free_port()
+    served = run(cluster, "submit", "serve", experiment, f"serve.port={port}", "--json")
+    assert served.returncode == 0, served.stderr
+    assert json.loads(served.stdout)["served"] == ["toy"]
+    (job, *_) = json.loads(run(cluster, "jobs", "list", "--json").stdout)["jobs"]
+    assert job["what"] == "serve" and job["status"] == "succeeded", "the application lives on without its job"
+    answer = run(cluster, "ask", "toy", "the old hammer", "--url", f"http://127.0.0.1:{port}/v1")
+    assert answer.stdout.strip() in ("fruit", "tool"), answer.stderr
+    stopped = run(cluster, "jobs", "stop", job["job"])
+    assert stopped.returncode == 0, stopped.stderr
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_client_a_stopped_job_and_its_resumption(cluster: SimpleNamespace, write_toml: Write) -> None:
+    experiment = write(cluster, write_toml, name="long", train={"steps": 1500, "evaluate_every": 1500, "checkpoint_every": 20})
+    command = [sys.executable, "-m", "ptuning", "submit", "train", experiment]
+    client = subprocess.Popen(
+        command, env=cluster.client, cwd=cluster.desk, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(cluster.shared.glob("long/checkpoints/step-*/manifest.json")):
+            assert client.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        client.kill()
+        client.wait()
+    found = json.loads(run(cluster, "jobs", "list", "--json").stdout)["jobs"]
+    (job,) = [each["job"] for each in found if each["experiment"] == "long"]
+    again = run(cluster, "submit", "train", experiment, "--resume")
+    assert (
+        again.returncode == 2 and f"long: job {job} of this name is running; follow it with ptuning jobs logs" in again.stderr
+    )
+
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "ptuning", "jobs", "logs", job, "--follow"],
+        env=cluster.client, cwd=cluster.desk, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert follower.stderr is not None
+    while "base loaded" not in follower.stderr.readline():
+        assert follower.poll() is None
+    follower.send_signal(signal.SIGINT)
+    _, rest = follower.communicate(timeout=30)
+    assert follower.returncode == 130 and f"{job} goes on; follow it with: ptuning jobs logs {job} --follow" in rest
+
+    began = time.monotonic()
+    stopped = run(cluster, "jobs", "stop", job)
+    assert stopped.returncode == 0 and stopped.stdout == f"{job}: stopped\n", stopped
+    assert time.monotonic() - began < 50, "in order, not killed after the minute of grace"
+    assert "stopped; continue with: ptuning train" in run(cluster, "jobs", "logs", job).stdout
+    followed = run(cluster, "jobs", "logs", job, "--follow")
+    assert followed.returncode == 130 and f"ptuning: {job} was stopped" in followed.stderr
+
+    resumed = run(cluster, "submit", "train", experiment, "--resume", "--json")
+    assert resumed.returncode == 0 and json.loads(resumed.stdout)["steps"] == 1500, resumed.stderr
+    line = next(line for line in resumed.stderr.splitlines() if line.startswith("resumed at step "))
+    assert int(line.split()[3]) >= 20 and line.endswith(" of 1500")
+
+
+@pytest.mark.slow
+def test_a_failing_job_has_its_own_exit_code(cluster: SimpleNamespace, write_toml: Write) -> None:
+    experiment = write(cluster, write_toml, name="failing", data={"labels": ["fruit", "spanner"]})
+    done = run(cluster, "submit", "train", experiment)
+    assert done.returncode == 2 and "failed with exit code 2" in done.stderr and "spanner" in done.stderr
+    assert "ptuning: failing-" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr and done.stdout == ""
+    started = run(cluster, "submit", "train", experiment, "--no-wait")
+    assert started.returncode == 0 and started.stdout.startswith("failing-")
+    assert run(cluster, "jobs", "logs", started.stdout.strip(), "--follow").returncode == 2
+    nothing = run(cluster, "jobs", "stop", "nobody")
+    assert nothing.returncode == 2 and "nobody: there is no such job on" in nothing.stderr
