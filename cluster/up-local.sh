@@ -88,17 +88,22 @@ up() {
   echo "a cluster of $nodes nodes with $cpus CPUs each; for this shell: eval \"\$($0 env)\"" >&2
 }
 
+ours() { # the process ids of the nodes; an id that was kept may be another's by now
+  local file pid
+  for file in "$state"/*.pid; do
+    [ -f "$file" ] && pid=$(cat "$file") || continue
+    ps -o args= -p "$pid" 2>/dev/null | grep -q -- "$state" && echo "$pid" || true
+  done
+}
+
 down() {
-  local file pid left tries
-  for file in "$state"/node*.pid "$state"/head.pid; do
-    [ -f "$file" ] || continue
-    pid=$(cat "$file")
-    if ps -o args= -p "$pid" 2>/dev/null | grep -q "$state"; then # the id may be another's by now
-      kill "$pid" 2>/dev/null || true
-      for ((tries = 0; tries < 60; tries++)); do kill -0 "$pid" 2>/dev/null || break; sleep 0.25; done
-      for left in $(ps -o pid= -s "$pid" 2>/dev/null || true); do kill -KILL "$left" 2>/dev/null || true; done
-    fi
-    rm -f "$file"
+  local pid left tries
+  for pid in $(ours); do kill "$pid" 2>/dev/null || true; done
+  for ((tries = 0; tries < 60; tries++)); do [ -n "$(ours)" ] || break; sleep 0.25; done
+  for pid in $(cat "$state"/*.pid 2>/dev/null); do # what a node did not take along belongs to its session
+    for left in $(ps -o pid=,args= -s "$pid" 2>/dev/null | awk -v state="$state" 'index($0, state) { print $1 }'); do
+      kill -KILL "$left" 2>/dev/null || true
+    done
   done
   case $state in /|"$HOME") ;; *) [ ! -f "$state/token" ] || rm -rf "$state" ;; esac
 }

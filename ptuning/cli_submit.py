@@ -99,9 +99,9 @@ def submit(
 @jobs.command("list")
 def list_jobs(address: Address, as_json: Json = False) -> None:
     """The cluster's jobs, the newest first."""
-    from ptuning.submit import KIND, Cluster, exit_code
-
     with _told():
+        from ptuning.submit import KIND, Cluster, exit_code
+
         found = Cluster(address).jobs()
     rows: list[dict[str, Any]] = [
         {
@@ -137,9 +137,9 @@ def logs(
     as_json: Json = False,
 ) -> None:
     """What a job has said so far."""
-    from ptuning.submit import Cluster
-
     with _told():
+        from ptuning.submit import Cluster
+
         cluster = Cluster(address)
         if follow:
             _follow(cluster, job, as_json)
@@ -156,9 +156,9 @@ def stop(
     as_json: Json = False,
 ) -> None:
     """End a job in order: its run can be resumed. For a job that serves, end what it serves."""
-    from ptuning.submit import Cluster
-
     with _told():
+        from ptuning.submit import Cluster
+
         cluster = Cluster(address)
         stopped = cluster.stop(job)
         while wait and not (details := cluster.info(job)).status.is_terminal():
@@ -227,6 +227,8 @@ def _say(line: str) -> None:
 @contextmanager
 def _told() -> Iterator[None]:
     """Errors as one sentence."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # whoever sets a token wants it sent; ray reads this when imported
     from ptuning.submit import ClusterError
 
     try:

@@ -221,10 +221,10 @@ def _fit(
     except TrainingFailedError as error:
         follower.stop()
         follower.summary["message"] = explain(error, folder)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Train ends a run upon SIGINT with SystemExit(0) (2.60, data_parallel_trainer.py)
         follower.stop()
         status = "KILLED"
-        raise
+        raise KeyboardInterrupt from None
     finally:
         tracker.finish(status)
         unsent = tracker.close(deadline_s=30)

@@ -100,8 +100,6 @@ class Cluster:
     def __init__(self, address: str) -> None:
         for name in ("ray", "ray.dashboard"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-            os.environ.setdefault("RAY_AUTH_MODE", "token")  # whoever sets a token wants it to be sent
         self.address = _checked(address)
         with self._explained(), _without(DASHBOARD):
             self._client = _Client(self.address)
