@@ -17,13 +17,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import REPOSITORY, toy_rows
+from test_soft_prompt import make
 from test_tracking import free_port
 from typer.testing import CliRunner
 
-from ptuning import shipment
+from ptuning import shipment, soft_prompt
+from ptuning.base import find_base
 from ptuning.cli import app
-from ptuning.config import UserError
+from ptuning.config import ModelConfig, UserError, read_experiment
+from ptuning.prepare import absolute
+from ptuning.publish import pin_parent
 from ptuning.shipment import Shipment
 from ptuning.shipped import locate
 from ptuning.sources import read_source
@@ -126,6 +131,21 @@ def test_what_has_travelled_is_found_from_any_folder(desk: SimpleNamespace, monk
     monkeypatch.syspath_prepend(str(job))
     assert len(read_source(source, ["text"], False).rows) == 64
     assert locate("plain/path") == Path("plain/path")
+
+
+@fast
+def test_a_soft_prompt_and_a_base_travel(desk: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(torch.randn(4, 32)).save(str(desk.folder / "parent"), layers=2, heads=4)
+    shipped = desk.collect("prompt.init=soft-prompt", "prompt.init_from=parent")
+    job = desk.folder / "job"
+    job.mkdir()
+    shipped.pack(job)
+    monkeypatch.syspath_prepend(str(job))
+    travelled = absolute(read_experiment(job / "experiment.toml", shipped.overrides))
+    assert pin_parent(travelled, "/shared/runs/toy") == travelled, "a folder, no name in the registry"
+    assert soft_prompt.load(str(travelled.prompt.init_from)).vectors.shape == (4, 32)
+    here, there = find_base(ModelConfig(path=str(desk.base))), find_base(travelled.model)
+    assert there.fingerprint == here.fingerprint and there.folder.is_relative_to(job)
 
 
 @fast
