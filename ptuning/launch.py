@@ -115,8 +115,8 @@ def start_ray(experiment: Experiment) -> bool:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         ray.init(address=address, **quiet)
-    else:
-        ray.init(include_dashboard=False, **quiet)
+    else:  # not what the last `ray start` here has noted, which may be long gone: Ray would wait for it
+        ray.init(address="local", include_dashboard=False, **quiet)
     return True
 
 

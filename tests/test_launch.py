@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,6 +108,17 @@ def test_a_killed_worker_costs_at_most_one_checkpoint_interval(tables: dict[str,
     assert last_before - starts[1] <= 5
     one, two = (soft_prompt.load(each["soft_prompt"]).vectors for each in (undisturbed, summary))
     assert float((one - two).norm() / one.norm()) < 1e-6
+
+
+def test_a_cluster_that_is_gone_is_not_waited_for(tables: dict[str, Any]) -> None:
+    start = "from ptuning import config, launch; import ray; launch.start_ray(config.Experiment.model_validate({tables}))"
+    with tempfile.TemporaryDirectory() as folder:  # short, sockets lie in it
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")  # as `ray start` leaves it behind
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"RAY_TMPDIR": folder}
+        code = f"{start.format(tables=tables)}; print(len(ray.nodes()))"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "1", done.stderr
 
 
 def test_a_failed_run_says_why_and_can_be_resumed(tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
