@@ -6,7 +6,8 @@
 #   cluster/up-local.sh down               # ends exactly what `up` has started
 #
 # Every node has its own ports and folders, as on machines of its own, so a file that only one of them has is missed here too.
-# Token authentication is on, and everything listens on loopback. Settings, all optional, the same for up, env and down:
+# Token authentication is on, and the dashboard listens on loopback; Ray's own ports are on all addresses, behind the token.
+# Settings, all optional, the same for up, env and down:
 #   PTUNING_CLUSTER          folder of the nodes, their logs and the token; short, as sockets lie in it (/tmp/ptuning-cluster-UID)
 #   PTUNING_CLUSTER_NODES    nodes, the head among them (2)
 #   PTUNING_CLUSTER_CPUS     CPUs that each node offers (1)
@@ -33,7 +34,7 @@ start() { # start NAME ARGUMENTS...: a node that ends with the process whose id 
   mkdir -p "$state/$name"
   # Ports of 0 are free ones: the defaults are the same on every node. --block keeps a node's processes below one that we can end.
   setsid "$python" -m ray.scripts.scripts start "$@" --block --num-cpus "$cpus" --temp-dir "$state/$name" --disable-usage-stats \
-    --node-ip-address 127.0.0.1 --object-store-memory 200000000 --min-worker-port 0 --max-worker-port 0 \
+    --object-store-memory 200000000 --min-worker-port 0 --max-worker-port 0 \
     --node-manager-port 0 --object-manager-port 0 --dashboard-agent-listen-port 0 --dashboard-agent-grpc-port 0 \
     --metrics-export-port 0 --runtime-env-agent-port 0 >"$state/$name.log" 2>&1 </dev/null &
   echo $! >"$state/$name.pid"
@@ -99,7 +100,7 @@ ours() { # the process ids of the nodes; an id that was kept may be another's by
 down() {
   local pid left tries
   for pid in $(ours); do kill "$pid" 2>/dev/null || true; done
-  for ((tries = 0; tries < 60; tries++)); do [ -n "$(ours)" ] || break; sleep 0.25; done
+  for ((tries = 0; tries < 25; tries++)); do [ -n "$(ours)" ] || break; sleep 0.2; done
   for pid in $(cat "$state"/*.pid 2>/dev/null); do # what a node did not take along belongs to its session
     for left in $(ps -o pid=,args= -s "$pid" 2>/dev/null | awk -v state="$state" 'index($0, state) { print $1 }'); do
       kill -KILL "$left" 2>/dev/null || true
