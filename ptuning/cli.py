@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Annotated
 
 import typer
@@ -58,7 +59,7 @@ def train(
     except UserError as error:
         fail(str(error), 2)
     except KeyboardInterrupt:
-        fail(f"stopped; continue with: ptuning train {experiment} --resume", 130)
+        fail(f"stopped; continue with: {_again('train', experiment, overrides)}", 130)
     finally:
         display.close()
     finish(summary, as_json)
@@ -92,7 +93,7 @@ def search(
     except UserError as error:
         fail(str(error), 2)
     except KeyboardInterrupt:
-        fail(f"stopped; continue with: ptuning search {experiment} --resume", 130)
+        fail(f"stopped; continue with: {_again('search', experiment, overrides)}", 130)
     finally:
         display.close()
     finish(summary, as_json)
@@ -123,6 +124,10 @@ def config(
 def main() -> None:
     """Entry point of the `ptuning` command."""
     app()
+
+
+def _again(command: str, experiment: str, overrides: list[str] | None) -> str:
+    return shlex.join(["ptuning", command, experiment, *(overrides or []), "--resume"])
 
 
 def _read(path: str, overrides: list[str] | None) -> Experiment:

@@ -440,7 +440,8 @@ def test_train_detach_kill_find_stop_resume(cluster: SimpleNamespace, write_toml
     assert stopped.returncode == 0 and stopped.stdout == f"{job}: stopped\n", stopped
     followed = run(cluster, "jobs", "logs", job, "--follow")
     assert followed.returncode == 130 and f"ptuning: {job} was stopped" in followed.stderr
-    assert "stopped; continue with: ptuning train experiment.toml --resume" in followed.stderr, "in order, not killed"
+    said = "stopped; continue with: ptuning train experiment.toml train.checkpoint_every=10 "
+    assert said in followed.stderr, "in order, not killed"
 
     # The rows travel again and have the same names: this is the same run.
     done = run(cluster, "submit", "train", experiment, "train.checkpoint_every=10", "--resume", "--register=toy", "--json")
