@@ -87,7 +87,8 @@ def submit(
         cluster = Cluster(address)
         for note in shipment.notes:
             _say(note)
-        _say(f"sending {sum(shipment.contents.values()) / 1e6:.1f} MB: {', '.join(shipment.contents)}")
+        package = "" if installed else ", and this package"
+        _say(f"sending {', '.join(shipment.contents)} ({sum(shipment.contents.values()) / 1e3:.0f} kB){package}")
         submitted = cluster.submit(job)
         _say(f"job {submitted}")
         if wait:
