@@ -162,13 +162,17 @@ def stop(
 
         cluster = Cluster(address)
         stopped = cluster.stop(job)
-        while wait and not (details := cluster.info(job)).status.is_terminal():
+        details = cluster.info(job)
+        while wait and not details.status.is_terminal():
             time.sleep(0.5)
-        status = cluster.info(job).status.value.lower() if not wait else details.status.value.lower()
+            details = cluster.info(job)
+        status = details.status.value.lower()
     if as_json:
         typer.echo(json.dumps({"job": job, "stopped": stopped, "status": status}))
+    elif not stopped:
+        typer.echo(f"{job}: was over already ({status})")
     else:
-        typer.echo(f"{job}: {status}" if stopped else f"{job}: was over already ({status})")
+        typer.echo(f"{job}: what it served has ended" if status == "succeeded" else f"{job}: {status}")
 
 
 def _follow(cluster: Cluster, job: str, as_json: bool) -> None:

@@ -98,8 +98,8 @@ class Cluster:
     """
 
     def __init__(self, address: str) -> None:
-        for module in ("dashboard_sdk", "job.sdk"):  # they set their own level, when imported
-            logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+        for module in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+            logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)  # they set their own levels when imported
         self.address = _checked(address)
         with self._explained(), _without(DASHBOARD):
             self._client = _Client(self.address)

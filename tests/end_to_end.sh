@@ -106,8 +106,14 @@ answer=$(ptuning ask sentiment "This movie was terrible." --url "http://127.0.0.
 say "it says: $answer"
 
 say "what is where"
-runs=$(PGPASSWORD=$password "$postgres/psql" -h 127.0.0.1 -p "$database_port" -U mlflow postgres -Atc \
-  "select status || ' ' || count(*) from runs group by status")
+runs=$(PYTHONPATH=${PTUNING_PSYCOPG:-} PGPASSWORD=$password "$python" - "$database_port" <<'PYTHON'
+import psycopg2, sys
+with psycopg2.connect(host="127.0.0.1", port=sys.argv[1], user="mlflow", dbname="postgres") as database:
+    cursor = database.cursor()
+    cursor.execute("select status || ' ' || count(*) from runs group by status")
+    print(*(row[0] for row in cursor))
+PYTHON
+)
 [ "$runs" = "FINISHED 1" ]
 "$python" - <<'PYTHON'
 import boto3

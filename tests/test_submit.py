@@ -468,7 +468,7 @@ def test_what_is_served_lives_on_until_it_is_stopped(cluster: SimpleNamespace, w
     answer = run(cluster, "ask", "toy", "the old hammer", "--url", f"http://127.0.0.1:{port}/v1")
     assert answer.stdout.strip() in ("fruit", "tool"), answer.stderr
     stopped = run(cluster, "jobs", "stop", job["job"])
-    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.returncode == 0 and stopped.stdout == f"{job['job']}: what it served has ended\n", stopped
     asked = run(cluster, "ask", "toy", "the old hammer", "--url", f"http://127.0.0.1:{port}/v1")
     assert asked.returncode != 0 and asked.stdout == ""
 
