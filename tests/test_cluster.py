@@ -560,3 +560,9 @@ def test_every_toml_of_the_repository_loads():
     assert len(here) > 5
     for path in here:
         tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def test_postgresql_is_reached_with_the_driver_that_the_image_has():
+    # A bare postgresql:// means psycopg 3 since SQLAlchemy 2.1; the extra `server` brings psycopg2.
+    assert any(each.startswith("psycopg2") for each in PROJECT["optional-dependencies"]["server"])
+    assert not [path for path, text in TEXTS.items() if "postgresql://" in text]
