@@ -117,7 +117,7 @@ def find_base(config: ModelConfig) -> Base:
         raise BaseError(f"model.path: {config.path} has no .safetensors file, and nothing else is opened; convert it")
     try:
         described = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
-        _check_decoder(config.path, described)
+        check_decoder(config.path, described)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
@@ -156,7 +156,7 @@ def _folder(config: ModelConfig) -> Path:
         ) from None
 
 
-def _check_decoder(path: str, config: PretrainedConfig) -> None:
+def check_decoder(path: str, config: PretrainedConfig) -> None:
     names = config.architectures or []
     decoder = any("CausalLM" in name or "LMHeadModel" in name for name in names) or not names
     if config.is_encoder_decoder or not decoder or type(config) not in AutoModelForCausalLM._model_mapping:
