@@ -77,7 +77,7 @@ class Base:
         if wanted != "auto":
             return cast(torch.dtype, getattr(torch, wanted))
         stored = {tensor.dtype for tensor in stored_tensors(self.folder)}
-        return torch.bfloat16 if stored <= {"BF16", "F16"} and _computes_in_bfloat16() else torch.float32
+        return torch.bfloat16 if stored <= {"BF16", "F16"} and computes_in_bfloat16() else torch.float32
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         """The weights, on the CPU (or partitioned, inside `zero.partitioned`).
@@ -164,7 +164,7 @@ def check_decoder(path: str, config: PretrainedConfig) -> None:
         raise BaseError(f"model.path: {path} is a {kind}, not a decoder-only language model; choose a causal LM")
 
 
-def _computes_in_bfloat16() -> bool:
+def computes_in_bfloat16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -80,7 +80,7 @@ class Blueprint:
         with _Recorder(self.model) as recorder, _FusedAttention(), torch.set_grad_enabled(backward):
             nll = self.model(vectors, plan)
             if backward:
-                nll.sum().backward()
+                torch.autograd.backward(nll.sum())  # Tensor.backward would switch the attention mode off
         return recorder.timeline()
 
 

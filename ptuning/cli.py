@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ptuning import cli_serve, cli_submit
+from ptuning import cli_cluster, cli_serve, cli_submit
 from ptuning.cli_options import ExperimentArgument, Json, Overrides, check_register, fail, finish
 from ptuning.cli_prompts import prompts
 from ptuning.config import Experiment, UserError, read_experiment
@@ -104,6 +104,8 @@ app.command()(cli_serve.ask)
 app.command()(cli_serve.compare)
 app.command()(cli_submit.submit)
 app.add_typer(cli_submit.jobs)
+app.command()(cli_cluster.plan)
+app.command()(cli_cluster.doctor)
 
 
 @app.command()

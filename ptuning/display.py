@@ -33,7 +33,9 @@ class Display:
         self._console.print(line, style="yellow" if line.startswith("warning") else None, markup=False, soft_wrap=True)
 
     def __call__(self, event: Event) -> None:
-        if event.kind == "loaded":
+        if event.kind == "loading":
+            self.say(f"loading the base: {event.values['share']:.0%}")
+        elif event.kind == "loaded":
             self._loaded(event)
         elif event.kind == "start":
             self._begin(event)

@@ -36,13 +36,12 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from ptuning.config import UserError
 from ptuning.model import PromptedModel, plan_labels
 from ptuning.paged_attention import ATTENTION
+from ptuning.plan import PAGE, STEP_TOKENS
 from ptuning.sampling import Choice, Sampler, Sampling, Token
 from ptuning.virtual_tokens import VirtualTokens
 
 log = logging.getLogger(__name__)
 
-PAGE = 16
-"""Tokens of a page of the cache. Whole pages are shared; transformers' default of 256 would share no soft prompt."""
 LABEL_TOKENS = 4096
 """Tokens in one pass over labels, about: what generation waits for at most."""
 
@@ -102,7 +101,7 @@ class EngineConfig:
     """Requests in one batch."""
     waiting: int = 256
     """Requests, or rows to be labelled, that may wait beyond."""
-    batch_tokens: int = 1024
+    batch_tokens: int = STEP_TOKENS
     """Tokens in one step; longer prefills are spread over several."""
     cache_bytes: int = 1 << 29
     """Memory for keys and values."""

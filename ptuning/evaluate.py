@@ -19,12 +19,8 @@ from torch import Tensor
 from ptuning import metrics
 from ptuning.data import Encoder, Split
 from ptuning.model import PromptedModel, plan_labels, plan_targets
+from ptuning.plan import LOGITS, TOKENS
 from ptuning.workers import Workers
-
-TOKENS = 8192
-"""Tokens in one pass, about: a bound on activations."""
-LOGITS = 1 << 26
-"""Logits in one pass, at most: 256 MiB in fp32."""
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,12 @@ def registered(experiment: Experiment, summary: dict[str, Any], name: str | None
 
 
 def start_ray(experiment: Experiment) -> bool:
-    """Connect to the cluster, or start one of this machine only; True if it was started here."""
+    """Connect to the experiment's cluster, or start one of this machine only; True if it was started here."""
+    return join_ray(experiment.compute.address or os.environ.get("RAY_ADDRESS"))
+
+
+def join_ray(address: str | None) -> bool:
+    """Connect to a cluster; without an address start one of this machine only. True if this process was in none before."""
     if ray.is_initialized():
         return False
     # uv's hook would start every worker through `uv run` and upload the working directory.
@@ -111,7 +116,6 @@ def start_ray(experiment: Experiment) -> bool:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    address = experiment.compute.address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         ray.init(address=address, **quiet)

@@ -22,6 +22,9 @@ class Recorder:
     def __call__(self, event: Event) -> None:
         getattr(self, f"_{event.kind}")(event)
 
+    def _loading(self, event: Event) -> None:
+        """For the screen only."""
+
     def _loaded(self, event: Event) -> None:
         self._summary["workers"] = event.details["workers"]
         shares = event.details["shares"]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import resource
+import os
 import time
+from dataclasses import replace
 
 import psutil
 import torch
 
+from ptuning.blueprint import Blueprint
 from ptuning.config import Experiment, UserError
+from ptuning.plan import MOST_SLOTS, Machine, Settings, Training, heaviest_rows
 from ptuning.space import LENGTH, trial_tables
 from ptuning.train import Assignment, Pack, step
 
-MOST = 32
 GAIN = 1.1
 """Twice the slots must train at least this much more per second."""
 
@@ -24,35 +26,36 @@ def count_slots(pack: Pack, experiment: Experiment) -> int:
         UserError: so many slots do not fit into memory.
     """
     search = experiment.search
+    wanted = search.slots if isinstance(search.slots, int) else MOST_SLOTS
+    most = min(wanted, search.trials)
+    fitting = _fitting(pack, experiment, most)
     if isinstance(search.slots, int):
-        most = min(search.slots, search.trials)
-        _check_memory(pack, experiment, most)
+        if fitting < most:
+            raise UserError(f"search.slots: {most} do not fit into memory, {fitting} would; lower it or set data.max_tokens")
         return most
     best, rate, size = 1, 0.0, 1
-    while size <= min(MOST, search.trials):
-        before = _peak()
+    while size <= max(1, fitting):
         seconds = _seconds(pack, experiment, size)
         if size / seconds < GAIN * rate:
             break
-        best, rate = size, size / seconds
-        # This doubling added so many bytes; the next one adds twice as many.
-        if size > 1 and 2 * _most(pack, _peak() - before) > _room(pack):
-            break
-        size *= 2
+        best, rate, size = size, size / seconds, 2 * size
     return best
 
 
-def _check_memory(pack: Pack, experiment: Experiment, slots: int) -> None:
-    """From what the second soft prompt takes in a step, whether so many fit."""
-    if slots <= 2:
-        return
-    _seconds(pack, experiment, 1)
-    before = _peak()
-    _seconds(pack, experiment, 2)
-    each, room = _most(pack, _peak() - before), _room(pack)
-    if each * (slots - 2) > room:
-        fitting = 2 + room // each
-        raise UserError(f"search.slots: {slots} do not fit into memory, {fitting} would; lower it or set data.max_tokens")
+def _fitting(pack: Pack, experiment: Experiment, limit: int) -> int:
+    """Slots that fit beside the base, by the arithmetic of `ptuning plan`, with the longest soft prompts of the search."""
+    split = pack.load_task(experiment).train
+    batch, size = experiment.train.batch_size, pack.workers.size
+    tokens, targets = (heaviest_rows(lengths.tolist(), batch) for lengths in (split.lengths, split.target_lengths))
+    settings = replace(Settings.read(experiment, tokens, targets), length=max(experiment.search.length))
+    # The model that is there may be sharded, its blueprint is whole.
+    blueprint = Blueprint(
+        pack.base.config, next(pack.model.parameters()).dtype, checkpoint_gradients=experiment.train.gradient_checkpointing
+    )
+    room = min(pack.workers.gather(_room(size)))
+    machine = Machine(size, room, int(os.environ.get("LOCAL_WORLD_SIZE", size)), 1.0, 1.0, torch.cuda.is_available())
+    training = Training(blueprint.shape, settings, machine, blueprint.training, blueprint.evaluation)
+    return int(pack.workers.from_first(training.most_slots_in(room, limit)))
 
 
 def _seconds(pack: Pack, experiment: Experiment, size: int) -> float:
@@ -71,23 +74,8 @@ def _seconds(pack: Pack, experiment: Experiment, size: int) -> float:
     return float(pack.workers.from_first(seconds))
 
 
-def _most(pack: Pack, value: int) -> int:
-    return int(max(pack.workers.gather(value)))
-
-
-def _room(pack: Pack) -> int:
-    """Bytes that each worker may still take; those of one machine share its memory."""
-    return int(min(pack.workers.gather(_available()))) // (1 if torch.cuda.is_available() else pack.workers.size)
-
-
-def _peak() -> int:
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _available() -> int:
-    """Bytes that this worker may still take."""
+def _room(workers: int) -> int:
+    """Bytes that this worker may still take; those of one machine share its memory."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", workers))

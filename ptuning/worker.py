@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +20,9 @@ from ptuning.prepare import load_task
 from ptuning.slots import count_slots
 from ptuning.train import Assignment, Detachment, Event, Order, Pack, Source, Task, train
 from ptuning.workers import Workers
+
+LOADING_S = 5.0
+"""Seconds between signs of life while a base is loaded."""
 
 
 def work(config: dict[str, Any]) -> None:
@@ -40,7 +44,13 @@ def work(config: dict[str, Any]) -> None:
     try:
         base = find_base(experiment.model)
         dtype = base.dtype(experiment.model.dtype)
-        model = zero.load(base, experiment.zero, dtype, checkpoint_gradients=experiment.train.gradient_checkpointing)
+        model = zero.load(
+            base,
+            experiment.zero,
+            dtype,
+            checkpoint_gradients=experiment.train.gradient_checkpointing,
+            progress=_Progress(lambda share: report(Event("loading", experiment.name, 0, {"share": share}))),
+        )
         loaded = {
             "shares": workers.gather(asdict(zero.sharding(model.base))),
             "dtype": str(dtype).removeprefix("torch."),
@@ -63,6 +73,19 @@ def work(config: dict[str, Any]) -> None:
         report(Event("failed", experiment.name, 0, details={"message": str(error)}))
     finally:
         post.flush()
+
+
+class _Progress:
+    """Passes a share on, now and then."""
+
+    def __init__(self, tell: Callable[[float], None]) -> None:
+        self._tell = tell
+        self._told = time.monotonic()
+
+    def __call__(self, share: float) -> None:
+        if time.monotonic() - self._told > LOADING_S:
+            self._told = time.monotonic()
+            self._tell(share)
 
 
 def orders_from(line: Line, pack: Pack) -> Source:

@@ -11,25 +11,29 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptuning.base import STORED_DTYPES, Base, BaseError, stored_tensors, stored_values
 from ptuning.config import ZeroConfig
 from ptuning.model import PromptedModel
+from ptuning.plan import live_numbers, node_copies_fit, prefetch_numbers
+from ptuning.workers import Workers
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # detection by DeepSpeed may find mps on a Mac, which ZeRO cannot use
 
 import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when it is imported)
 import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.zero.linear import zero3_linear_wrap  # noqa: E402
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config  # noqa: E402
 
 SAMPLES = 8
@@ -48,19 +52,22 @@ def derive_config(zero: ZeroConfig, base: Base, dtype: torch.dtype, micro_batch:
     """DeepSpeed's configuration for a frozen base; `micro_batch` is only there because DeepSpeed insists on one."""
     parameters = sum(_numbers(tensor.shape) for tensor in stored_tensors(base.folder))
     layers = max(1, int(getattr(base.config.get_text_config(), "num_hidden_layers", 1)))
-    live = zero.live_parameters or _live_budget(dtype)
+    workers, local = _workers()
+    free, whole = _free(local), parameters * dtype.itemsize
+    copies = zero.stage == 3 and node_copies_fit(whole, workers, local, free)
+    share = 0 if zero.offload else whole // workers + (whole // local if copies else 0)
+    live = zero.live_parameters or live_numbers(free, share, dtype.itemsize)
     partition: dict[str, Any] = {
         "stage": zero.stage,
         # The default of 5e8 numbers would be allocated for gradients that do not exist here.
         "reduce_bucket_size": 1_000_000,
         "stage3_param_persistence_threshold": zero.persistent_below,
-        "stage3_prefetch_bucket_size": min(live, 2 * parameters // layers),
+        "stage3_prefetch_bucket_size": prefetch_numbers(parameters, layers, live),
         "stage3_max_live_parameters": live,
         "stage3_max_reuse_distance": live,
         "overlap_comm": torch.cuda.is_available(),
     }
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if zero.stage == 3 and local > 1 and dist.is_initialized() and dist.get_world_size() > local:
+    if copies:
         # Several nodes: a second copy per node of weights that never change keeps all later gathers inside the node
         # (ZeRO++, arXiv 2306.10209, section 3.2).
         partition["zero_hpz_partition_size"] = local
@@ -74,19 +81,31 @@ def derive_config(zero: ZeroConfig, base: Base, dtype: torch.dtype, micro_batch:
     }
 
 
-def _live_budget(dtype: torch.dtype) -> int:
-    """Numbers of the base that may be gathered at once: a third of the free memory, shared by the host's workers."""
-    if torch.cuda.is_available():
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(10_000_000, free // 3 // dtype.itemsize)
+def _workers() -> tuple[int, int]:
+    """Workers in all, and those of this node."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return (dist.get_world_size() if dist.is_initialized() else 1), local
 
 
-def load(base: Base, zero: ZeroConfig, dtype: torch.dtype, *, checkpoint_gradients: bool = False) -> PromptedModel:
+def _free(local: int) -> int:
+    """Bytes that this worker may take before the base is there; the least of all workers, whose passes must be the same."""
+    gpu = torch.cuda.is_available()
+    free = int(torch.cuda.mem_get_info()[0]) if gpu else int(psutil.virtual_memory().available) // local
+    return int(min(Workers.current().gather(free)))
+
+
+def load(
+    base: Base,
+    zero: ZeroConfig,
+    dtype: torch.dtype,
+    *,
+    checkpoint_gradients: bool = False,
+    progress: Callable[[float], None] = lambda share: None,
+) -> PromptedModel:
     """The base on this rank, ready to run: partitioned while it is loaded (stage 3), or whole (stage 0).
 
-    Needs an initialised process group for stage 3. Collective: every rank calls it.
+    Needs an initialised process group for stage 3. Collective: every rank calls it. The first rank alone reads the files,
+    tensor by tensor, and sends them to the others; `progress` hears the share of the numbers that has arrived.
 
     Raises:
         BaseError: what was loaded is not what the files hold.
@@ -100,10 +119,12 @@ def load(base: Base, zero: ZeroConfig, dtype: torch.dtype, *, checkpoint_gradien
         config = derive_config(zero, base, dtype)
         _skip_compiled_collectives()
         deepspeed.init_distributed(verbose=False)
-        loaded = _load_partitioned(lambda: base.load(dtype), config)
+        with _telling(progress, sum(_numbers(tensor.shape) for tensor in stored_tensors(base.folder))):
+            loaded = _load_partitioned(lambda: base.load(dtype), config)
         model = PromptedModel(loaded)
         _check_weights(model.base, base)
         deepspeed.initialize(model=model, config=config)  # installs the hooks that gather and release
+        torch.nn.functional.linear = _linear  # type: ignore[assignment]  # in the place of DeepSpeed's
     if checkpoint_gradients:
         model.checkpoint_gradients()
     return model
@@ -117,6 +138,51 @@ def _load_partitioned(load_base: Callable[[], PreTrainedModel], config: dict[str
     finally:
         del keep_alive
         unset_hf_deepspeed_config()
+
+
+@contextmanager
+def _telling(progress: Callable[[float], None], numbers: int) -> Iterator[None]:
+    """transformers gathers a module's tensors to fill them in (integrations/deepspeed.py): the only sign of how far it is."""
+    original, arrived = deepspeed.zero.GatheredParameters, 0
+
+    class Counting(original):  # type: ignore[misc, valid-type]
+        def __exit__(self, *error: Any) -> None:
+            nonlocal arrived
+            super().__exit__(*error)
+            arrived += sum(parameter.ds_numel for parameter in self.params) if self.enabled else 0
+            progress(min(1.0, arrived / numbers))
+
+    deepspeed.zero.GatheredParameters = Counting
+    try:
+        yield
+    finally:
+        deepspeed.zero.GatheredParameters = original
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A linear map whose weights are frozen and partitioned between passes.
+
+    torch's own would hold on to the gathered weights until its backward pass. DeepSpeed's (runtime/zero/linear.py) holds the
+    parameter instead, which is empty in between, but also the input, which only a weight's gradient would need: a third of
+    all that a Llama layer keeps. This one holds the parameter alone.
+    """
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        context.save_for_backward(weight)
+        result = values.matmul(weight.t())
+        return result if bias is None else result.add_(bias)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        [weight] = context.saved_tensors
+        return gradients[0].matmul(weight), None, None
+
+
+def _linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return zero3_linear_wrap(values, weight, bias)
+    return _FrozenLinear.apply(values, weight, bias)
 
 
 def _skip_compiled_collectives() -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
 import shutil
 import socket
-import tempfile
 import threading
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,9 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ptuning import zero
 from ptuning.base import BUILTIN, find_base
-from ptuning.blueprint import Blueprint, read_config
-from ptuning.config import Experiment, ModelConfig, ZeroConfig, parse_experiment
-from ptuning.plan import Workload
+from ptuning.config import parse_experiment
 from ptuning.prepare import load_task
 from ptuning.train import Assignment, Pack, step
 from ptuning.workers import Workers
