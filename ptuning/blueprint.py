@@ -9,20 +9,23 @@ that kernels take for themselves while they run.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from ptuning import segments
 from ptuning.base import BaseError, check_decoder
+from ptuning.gathering import Moment, Timeline
 from ptuning.model import PromptedModel, plan_targets
-from ptuning.plan import Moment, Shape, Timeline, Workload
+from ptuning.plan import Shape, Workload
 
 
 def read_config(path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -77,10 +80,10 @@ class Blueprint:
         lengths = [work.length] * work.slots
         plan = plan_targets(lengths, [rows] * work.slots)
         vectors = [torch.zeros(work.length, self.shape.width, device="meta", requires_grad=backward) for _ in lengths]
-        with _Recorder(self.model) as recorder, _FusedAttention(), torch.set_grad_enabled(backward):
+        with _Recorder(self.model) as recorder, _fused_attention(), torch.set_grad_enabled(backward):
             nll = self.model(vectors, plan)
             if backward:
-                torch.autograd.backward(nll.sum())  # Tensor.backward would switch the attention mode off
+                nll.sum().backward()
         return recorder.timeline()
 
 
@@ -106,23 +109,32 @@ def _shape(model: PromptedModel, dtype: torch.dtype) -> Shape:
     )
 
 
-class _FusedAttention(TorchFunctionMode):
+@contextmanager
+def _fused_attention() -> Iterator[None]:
     """On the meta device SDPA is the mathematical one, which keeps every score. Real devices take a fused kernel, which keeps
     queries, keys, values, the result and a mask as numbers: so does the CPU's, whose shapes stand for all of them here."""
+    original = functional.scaled_dot_product_attention
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is not scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        query, key, value = args[:3]
+    def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        if query.device.type != "meta":
+            return original(query, key, value, attn_mask, **options)
         if query.shape[1] != key.shape[1]:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        mask = kwargs.get("attn_mask")
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype)
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(query, key, value, 0.0, bool(kwargs.get("is_causal")), attn_mask=mask, scale=kwargs.get("scale"))[0]
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+        causal, scale = bool(options.get("is_causal")), options.get("scale")
+        return flash(query, key, value, 0.0, causal, attn_mask=attn_mask, scale=scale)[0]
+
+    places: tuple[Any, ...] = (functional, segments)
+    for place in places:
+        place.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        for place in places:
+            place.scaled_dot_product_attention = original
 
 
 class _Recorder(TorchDispatchMode):

@@ -175,7 +175,7 @@ def _tracker(experiment: Experiment) -> Finding:
         with asking(uri):
             connect(uri).search_experiments(max_results=1)
     except UserError as error:
-        return Finding("wrong", "mlflow", *_split(str(error), "start the server, or correct tracking.uri"))
+        return Finding("wrong", "mlflow", str(error), "start the server, or correct tracking.uri")
     return Finding("ok", "mlflow", f"{uri} answers")
 
 

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from ptuning.base import STORED_DTYPES, Base, BaseError, stored_tensors, stored_values
 from ptuning.config import ZeroConfig
+from ptuning.gathering import live_numbers, node_copies_fit, prefetch_numbers
 from ptuning.model import PromptedModel
-from ptuning.plan import live_numbers, node_copies_fit, prefetch_numbers
 from ptuning.workers import Workers
 
 if not torch.cuda.is_available():

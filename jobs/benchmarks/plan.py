@@ -8,10 +8,10 @@ import os
 import shutil
 import socket
 import threading
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed
 import torch.multiprocessing
@@ -102,30 +102,37 @@ def measure(rank: int, workers: int, port: int, job: dict[str, Any], folder: str
     torch.distributed.init_process_group("gloo", rank=rank, world_size=workers)
     experiment = parse_experiment(job["experiment"])
     base = find_base(experiment.model)
-    task = load_task(experiment, base) if "data" in job else None
+    task = load_task(experiment, base)
     warm = torch.ones(64, 64, requires_grad=True)
     (warm @ warm).sum().backward()  # kernels, autograd's thread
     torch.distributed.all_reduce(torch.ones(1))
     gc.collect()
     peak = Peak()
     with peak:
-        model = zero.load(base, experiment.zero, getattr(torch, job["dtype"]))
-    found: dict[str, Any] = {"load": peak.found(), "sharding": asdict(zero.sharding(model.base))}
-    if task:
+        model = zero.load(base, experiment.zero, base.dtype(experiment.model.dtype))
+    held = zero.sharding(model.base)
+    found: dict[str, Any] = {"load": peak.found(), "held": held.held, "whole": held.whole}
+    if job["slots"]:
         pack = Pack(model, base, Workers.current(), lambda experiment: task, job["slots"])
         for number in range(job["slots"]):
             pack.attach(Assignment(experiment.model_copy(update={"name": f"t{number}"}), f"{folder}/{number}"))
         with peak:
             for _ in range(4):
                 step(pack, lambda event: None)
-        found["train"] = peak.found()
-        found["tokens"], found["targets"] = int(task.train.lengths.max()), int(task.train.target_lengths.max())
+        found |= {"train": peak.found(), "tokens": int(task.train.lengths.max())}
+        found["targets"] = int(task.train.target_lengths.max())
     Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def run_ranks(workers: int, job: dict[str, Any], folder: str) -> list[dict[str, Any]]:
+def run_ranks(workers: int, job: dict[str, Any], folder: str, returning: bool) -> list[dict[str, Any]]:
+    """What the ranks of a group measured. `returning`: freed memory goes back to the system at once, so that what is resident is
+    what is allocated; else the C library keeps it in its heap, with holes."""
+    if returning:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read by the C library when a process starts
+    else:
+        os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -133,3 +140,100 @@ def run_ranks(workers: int, job: dict[str, Any], folder: str) -> list[dict[str, 
         measure, (workers, port, job, folder), nprocs=workers
     )
     return [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(workers)]
+
+
+def write_job(base: Path, folder: str, dtype: str, work: dict[str, int], live: int | None) -> dict[str, Any]:
+    """An experiment whose rows all have the same number of tokens."""
+    rows = Path(folder, "rows.jsonl")
+    rows.write_text((json.dumps({"text": " the" * (work["tokens"] - 4), "label": "good"}) + "\n") * 200)
+    experiment = {
+        "name": "plan",
+        "model": {"path": str(base), "dtype": dtype},
+        "prompt": {"length": work["length"]},
+        "data": {"train": str(rows), "input": "{text}:", "target": " {label}"},
+        "train": {"batch_size": work["rows"], "steps": 100},
+        "zero": {"live_parameters": live} if live else {},
+        "compute": {"storage": folder},
+    }
+    return {"experiment": experiment, "slots": work["slots"]}
+
+
+def planned(job: dict[str, Any], workers: int, found: dict[str, Any]) -> TrainingPlan:
+    """The plan of such a job: the baseline of a measurement has the libraries already, so nothing is reserved."""
+    experiment = parse_experiment(job["experiment"])
+    base = find_base(experiment.model)
+    blueprint = Blueprint(read_config(base.folder), base.dtype(experiment.model.dtype))
+    machine = Machine(workers, psutil.virtual_memory().available // workers, workers, 1e9, 1e11, gpus=False)
+    settings = Settings.read(experiment, found["tokens"], found["targets"])
+    return Training(blueprint.shape, settings, machine, blueprint.training, blueprint.evaluation).plan(job["slots"])
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Peak memory per rank of training steps (its anonymous memory over that after the imports) against `ptuning plan`: random
+    bases, 1 and 2 workers, gathered as little as possible and as much as there is."""
+    results = []
+    for name in [name for name in SHAPES if arguments.shape in name]:
+        with tempfile.TemporaryDirectory() as folder:
+            base = make_base(Path(folder, "base"), getattr(torch, arguments.dtype), **SHAPES[name])
+            for workers in arguments.workers:
+                for live in (10_000_000, None) if workers > 1 else (None,):
+                    job = write_job(base, folder, arguments.dtype, WORK[name], live)
+                    ranks = run_ranks(workers, job, folder, returning=True)
+                    kept = run_ranks(workers, job, folder, returning=False) if arguments.heap else ranks
+                    plan = planned(job, workers, ranks[0])
+                    expected = plan.share + plan.step + plan.soft_prompts
+                    row = {
+                        "shape": name,
+                        "workers": workers,
+                        "live": live,
+                        "plan": expected,
+                        "measured": [rank["train"]["anonymous"] for rank in ranks],
+                        "heap": [rank["train"]["anonymous"] for rank in kept],
+                        "plan_with_holes": expected + plan.holes,
+                    }
+                    results.append(row)
+                    print(
+                        f"{name}, {workers} workers, {'tight' if live else 'roomy'}: plan {expected / MIB:.0f} MiB, measured "
+                        + ", ".join(f"{each / MIB:.0f} ({expected / each - 1:+.0%})" for each in row["measured"])
+                        + f"; with holes at most {row['plan_with_holes'] / MIB:.0f}, measured "
+                        + ", ".join(f"{each / MIB:.0f}" for each in row["heap"]),
+                        flush=True,
+                    )
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(results, indent=1))
+
+
+def load(arguments: argparse.Namespace) -> None:
+    """Peak memory of both ranks while a random base of 400 MB is loaded under ZeRO-3: anonymous memory, and resident memory with
+    the pages of the file that are mapped."""
+    shape = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16, vocab_size=24_000)
+    results: dict[str, Any] = {}
+    for dtype in ("bfloat16", "float32"):
+        with tempfile.TemporaryDirectory() as folder:
+            layers = 12 if dtype == "bfloat16" else 4
+            base = make_base(Path(folder, "base"), getattr(torch, dtype), **shape | {"num_hidden_layers": layers})
+            job = write_job(base, folder, dtype, {"slots": 0, "length": 8, "rows": 4, "tokens": 16}, None)
+            for way in ("returned", "kept"):
+                ranks = run_ranks(2, job, folder, returning=way == "returned")
+                results[f"{dtype}, freed memory {way}"] = ranks
+                for rank, found in enumerate(ranks):
+                    numbers = {name: f"{value / MIB:.0f}" for name, value in found["load"].items()}
+                    print(
+                        f"{dtype}, {way}, rank {rank}: whole {found['whole'] / MIB:.0f} MiB, share {found['held'] / MIB:.0f}, {numbers}"
+                    )
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(results, indent=1))
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The commands `plan` and `load`."""
+    command = commands.add_parser("plan", help=plan.__doc__)
+    command.add_argument("--shape", default="", help="only shapes with this in their name")
+    command.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    command.add_argument("--heap", action="store_true", help="also as it is by default, with the holes of the C library's heap")
+    command.set_defaults(run=plan)
+    other = commands.add_parser("load", help=load.__doc__)
+    other.set_defaults(run=load)
+    for each in (command, other):
+        each.add_argument("--out", help="file for the raw numbers (JSON)")
