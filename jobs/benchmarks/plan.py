@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
 import shutil
 import socket
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ptuning import zero
 from ptuning.base import BUILTIN, find_base
+from ptuning.blueprint import Blueprint, read_config
 from ptuning.config import parse_experiment
+from ptuning.plan import Machine, Settings, Training, TrainingPlan
 from ptuning.prepare import load_task
 from ptuning.train import Assignment, Pack, step
 from ptuning.workers import Workers
@@ -127,8 +131,8 @@ def measure(rank: int, workers: int, port: int, job: dict[str, Any], folder: str
 
 
 def run_ranks(workers: int, job: dict[str, Any], folder: str, returning: bool) -> list[dict[str, Any]]:
-    """What the ranks of a group measured. `returning`: freed memory goes back to the system at once, so that what is resident is
-    what is allocated; else the C library keeps it in its heap, with holes."""
+    """What the ranks of a group measured. `returning`: freed memory goes back to the system at once, so that what is resident
+    is what is allocated; else the C library keeps it in its heap, with holes."""
     if returning:
         os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read by the C library when a process starts
     else:
@@ -204,13 +208,13 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 def load(arguments: argparse.Namespace) -> None:
-    """Peak memory of both ranks while a random base of 400 MB is loaded under ZeRO-3: anonymous memory, and resident memory with
-    the pages of the file that are mapped."""
-    shape = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16, vocab_size=24_000)
+    """Peak memory of both ranks while a random base of 400 MB is loaded under ZeRO-3: anonymous memory, and resident memory
+    with the pages of the file that are mapped."""
+    shape = dict(hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=16, vocab_size=24_000)
     results: dict[str, Any] = {}
     for dtype in ("bfloat16", "float32"):
         with tempfile.TemporaryDirectory() as folder:
-            layers = 12 if dtype == "bfloat16" else 4
+            layers = 12 if dtype == "bfloat16" else 4  # 203 and 100 million numbers
             base = make_base(Path(folder, "base"), getattr(torch, dtype), **shape | {"num_hidden_layers": layers})
             job = write_job(base, folder, dtype, {"slots": 0, "length": 8, "rows": 4, "tokens": 16}, None)
             for way in ("returned", "kept"):
@@ -218,9 +222,8 @@ def load(arguments: argparse.Namespace) -> None:
                 results[f"{dtype}, freed memory {way}"] = ranks
                 for rank, found in enumerate(ranks):
                     numbers = {name: f"{value / MIB:.0f}" for name, value in found["load"].items()}
-                    print(
-                        f"{dtype}, {way}, rank {rank}: whole {found['whole'] / MIB:.0f} MiB, share {found['held'] / MIB:.0f}, {numbers}"
-                    )
+                    sizes = f"whole {found['whole'] / MIB:.0f} MiB, share {found['held'] / MIB:.0f}"
+                    print(f"{dtype}, {way}, rank {rank}: {sizes}, {numbers}", flush=True)
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(results, indent=1))
 
