@@ -8,6 +8,7 @@ that kernels take for themselves while they run.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +81,14 @@ class Blueprint:
         lengths = [work.length] * work.slots
         plan = plan_targets(lengths, [rows] * work.slots)
         vectors = [torch.zeros(work.length, self.shape.width, device="meta", requires_grad=backward) for _ in lengths]
-        with _Recorder(self.model) as recorder, _fused_attention(), torch.set_grad_enabled(backward):
+        with (
+            warnings.catch_warnings(),
+            _Recorder(self.model) as recorder,
+            _fused_attention(),
+            torch.set_grad_enabled(backward),
+        ):
+            # transformers lets embeddings ask for gradients when it recomputes, and torch finds their hooks odd.
+            warnings.filterwarnings("ignore", "Full backward hook", UserWarning)
             nll = self.model(vectors, plan)
             if backward:
                 nll.sum().backward()

@@ -180,8 +180,8 @@ class TrainingPlan:
     soft_prompts: int
     """Soft prompts, the best of each, gradients and two moments of the optimiser, all in fp32."""
     holes: int
-    """On a CPU: what the C library's heap may keep between tensors, at most about as much as the activations (measured: 0.4
-    to 1.0 of them). GPU memory is handed out by torch, whose own holes are part of `reserved`."""
+    """On a CPU: what the C library's heap may keep between tensors, at most (`HOLES`). GPU memory is handed out by torch, whose
+    own holes are part of `reserved`."""
     received: int
     """Bytes that all-gathers bring to a rank per step, its own share included."""
     seconds: float
@@ -205,6 +205,8 @@ class TrainingPlan:
         return self.needed - self.reserved - self.share
 
 
+HOLES = 1.25
+"""Of what a step takes, what glibc's heap keeps in holes at most (measured: 0.5 to 1.1; BENCHMARKS.md)."""
 STATES = 8
 """Tensors like a soft prompt in fp32: itself, the best so far, two moments; in a step its gradient, that of all slots in one
 tensor, its part of it, and a clipped copy."""
@@ -273,7 +275,7 @@ class Training:
             found.peak,
             self._evaluated(slots, spread),
             slots * settings.length * shape.width * 4 * STATES,
-            0 if machine.gpus else timeline.peak,
+            0 if machine.gpus else int(HOLES * found.peak),
             received,
             times[bound] if machine.gpus else sum(times.values()),
             flops,

@@ -1,0 +1,209 @@
+"""Plans are arithmetic on what the real pass does: held against laws, known totals, the real pass and measured memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import REPOSITORY, tiny_base, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from ptuning.blueprint import Blueprint, read_config
+from ptuning.cli import app
+from ptuning.gathering import Sharing, gather, live_numbers, node_copies_fit, share_numbers
+from ptuning.model import PromptedModel, plan_targets
+from ptuning.plan import Machine, Settings, Training, Workload
+
+SHAPES = REPOSITORY / "tests" / "data" / "shapes"
+GB = 10**9
+
+
+@lru_cache
+def blueprint(recompute: bool = False) -> Blueprint:
+    return Blueprint(tiny_config("llama"), torch.float32, checkpoint_gradients=recompute)
+
+
+def training(ranks: int = 2, memory: int = GB, gpus: bool = True, **changes: int) -> Training:
+    wanted = replace(Settings(length=5, tokens=12, targets=3, batch=8, persistent=50, live=20_000), **changes)
+    machine = Machine(ranks, memory, ranks, GB, 1e12, gpus)
+    return Training(blueprint().shape, wanted, machine, blueprint().training, blueprint().evaluation)
+
+
+PLANS = lru_cache(training)
+"""Plans of two ranks, traced once."""
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("name", "billions"), [("8b", 8.03), ("70b", 70.55), ("405b", 405.85)])
+def test_parameters_of_public_shapes_are_the_known_totals(name: str, billions: float) -> None:
+    shape = Blueprint(read_config(SHAPES / f"llama-{name}.json"), torch.bfloat16).shape
+    assert shape.numbers / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied_gqa", "gpt2", "gpt_neo", "qwen3", "gemma2"])
+def test_a_blueprint_counts_what_the_real_pass_keeps(architecture: str) -> None:
+    """Bytes that autograd keeps between forward and backward, on the meta device and on the CPU."""
+    base = tiny_base(architecture, attention=None)
+    model = PromptedModel(base)
+    known = {tensor.untyped_storage()._cdata for tensor in [*base.parameters(), *base.buffers()]}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    rows = [([5] * 9, [6, 7, 2])] * 4
+    vectors = [torch.zeros(5, 32, requires_grad=True) for _ in range(2)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        nll = model(vectors, plan_targets([5, 5], [rows, rows]))
+    found = Blueprint(tiny_config(architecture), torch.float32).training(Workload(2, 5, 4, 12, 3))
+    backward = next(moment for moment in found.moments if not moment.forward)
+    assert nll.requires_grad
+    # Beside what is kept there is what the operation at hand works on: a few tensors of this small pass.
+    assert 0.97 * sum(kept.values()) <= backward.peak <= 1.35 * sum(kept.values())
+
+
+@pytest.mark.fast
+@given(slots=st.integers(1, 32))
+@settings(max_examples=10)
+def test_a_pack_gathers_once_for_all_its_slots(slots: int) -> None:
+    assert PLANS().plan(slots).received == PLANS().plan(1).received > 0
+
+
+@pytest.mark.fast
+@given(ranks=st.integers(2, 64))
+def test_a_share_is_a_part_of_the_base(ranks: int) -> None:
+    sizes = [parameter.numel() for parameter in blueprint().model.parameters()]
+    share = share_numbers(sizes, Sharing(ranks, 0, 0, persistent=0))
+    assert sum(sizes) <= share * ranks <= sum(sizes) + ranks * len(sizes)
+
+
+@pytest.mark.fast
+@given(length=st.integers(1, 20), tokens=st.integers(4, 30), rows=st.integers(1, 8), slots=st.integers(1, 4))
+@settings(max_examples=4)
+def test_more_of_anything_takes_no_less_memory(length: int, tokens: int, rows: int, slots: int) -> None:
+    work = Workload(slots, length, rows, tokens, 3)
+    peak = blueprint().training(work).peak
+    for field in ("slots", "length", "rows", "tokens"):
+        assert blueprint().training(replace(work, **{field: getattr(work, field) + 1})).peak >= peak
+
+
+@pytest.mark.fast
+def test_every_slot_adds_the_same() -> None:
+    one, two, five = (blueprint().training(Workload(slots, 5, 4, 12, 3)) for slots in (1, 2, 5))
+    assert one.with_slots(two, 5).peak == pytest.approx(five.peak, rel=0.01)
+
+
+@pytest.mark.fast
+def test_recomputing_keeps_less() -> None:
+    work = Workload(4, 8, 8, 40, 2)
+    assert blueprint(recompute=True).training(work).peak < 0.8 * blueprint().training(work).peak
+
+
+@pytest.mark.fast
+def test_limits_on_gathering_hold() -> None:
+    timeline = blueprint().training(Workload(1, 5, 4, 12, 3))
+    whole = sum(timeline.sizes) * 4
+    tight = gather(timeline, Sharing(2, live=1, prefetch=0, persistent=0), 4)
+    roomy = gather(timeline, Sharing(2, live=10**9, prefetch=0, persistent=0), 4)
+    assert roomy.received == whole  # kept from the forward pass to the backward pass
+    # The head's backward pass follows its forward pass at once; the embedding has none.
+    assert tight.received == 2 * whole - 2 * timeline.sizes[0] * 4 or tight.received < 2 * whole
+    assert tight.gathered < roomy.gathered <= whole
+    assert gather(timeline, Sharing(1, 10**9, 0, 0), 4).received == 0
+
+
+@pytest.mark.fast
+def test_what_is_left_decides_how_much_is_gathered() -> None:
+    assert live_numbers(80 * GB, 50 * GB, 2) == 5 * GB
+    assert live_numbers(80 * GB, 79 * GB, 2) == 166_666_666
+    # 8 B: a copy for each node of 8 GPUs is 2 GB on each; 405 B: 101 GB, where 80 are.
+    assert node_copies_fit(16 * GB, 16, 8, 80 * GB)
+    assert not node_copies_fit(811 * GB, 64, 8, 80 * GB)
+    assert not node_copies_fit(16 * GB, 8, 8, 80 * GB)  # one node: there is nothing to be saved
+
+
+@pytest.mark.fast
+def test_slots_that_fit_fit() -> None:
+    plans = training(memory=training().plan(3).needed)
+    assert plans.most_slots(32) == 3 and plans.plan(4).needed > plans.machine.memory
+    assert training(memory=1).most_slots(32) == 0
+
+
+@pytest.mark.slow
+def test_planned_memory_is_measured_memory(tmp_path: Path) -> None:
+    """One shape and one worker; `python jobs/benchmark.py plan` measures them all."""
+    out = tmp_path / "plan.json"
+    command = [sys.executable, "jobs/benchmark.py", "plan", "--shape", "20 M", "--workers", "1", "--out", str(out)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=200)
+    [row] = json.loads(out.read_text())
+    assert row["plan"] == pytest.approx(row["measured"][0], rel=0.15)
+
+
+def invoke(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr.strip()
+
+
+@pytest.mark.fast
+def test_the_command_plans_without_weights(toy_task: SimpleNamespace, write_toml: Callable[..., Path], tmp_path: Path) -> None:
+    tiny_config("llama").save_pretrained(tmp_path / "bare")
+    toy_task.experiment["model"]["path"] = str(tmp_path / "bare")
+    experiment = str(write_toml(toy_task.experiment))
+    code, out, _ = invoke("plan", experiment, "--gpus", "2", "--tokens", "20", "--gpu-memory", "4", "--json")
+    found = json.loads(out.splitlines()[-1])
+    assert code == 0 and found["slots"] == 32 and found["training"]["received"] == found["packed"]["received"]
+    code, out, _ = invoke("plan", experiment, "--gpus", "2", "--tokens", "20", "--gpu-memory", "4")
+    assert code == 0 and "slots that fit: 32" in out and "requests at once" in out
+    code, _, error = invoke("plan", experiment, "--gpus", "2")
+    assert code == 2 and error.endswith("a config alone has no tokenizer to count with; give --tokens")
+
+
+@pytest.mark.fast
+def test_rows_are_counted_where_there_is_a_tokenizer(toy_task: SimpleNamespace, write_toml: Callable[..., Path]) -> None:
+    _, out, _ = invoke("plan", str(write_toml(toy_task.experiment)), "--json")
+    assert 8 <= json.loads(out.splitlines()[-1])["settings"]["tokens"] <= 40
+
+
+@pytest.mark.fast
+def test_what_does_not_fit_says_what_would(toy_task: SimpleNamespace, write_toml: Callable[..., Path], tmp_path: Path) -> None:
+    shape = tmp_path / "config.json"
+    small = {"num_hidden_layers": 8, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16}
+    small |= {"vocab_size": 16_000, "bos_token_id": 0, "eos_token_id": 0}
+    shape.write_text(json.dumps(json.loads((SHAPES / "llama-8b.json").read_text()) | small))
+    common = [str(write_toml(toy_task.experiment)), "--config", str(shape), "--tokens", "512", "--gpus", "1", "--gpu-memory"]
+    code, out, _ = invoke("plan", *common, "3.2")
+    assert code == 0 and "does not fit: training: fits with train.micro_batch_size=1" in out  # it can be served
+    code, out, _ = invoke("plan", *common, "2.2")
+    assert code == 1 and "GPUs of 2.2 GB each would do, with train.gradient_checkpointing=true" in out
+    assert "does not fit: serving: a replica needs 3.0 GB on one GPU; take a larger one" in out
+
+
+@pytest.mark.fast
+def test_unknown_shapes_are_refused(toy_task: SimpleNamespace, write_toml: Callable[..., Path], tmp_path: Path) -> None:
+    experiment = str(write_toml(toy_task.experiment))
+    strange = tmp_path / "config.json"
+    strange.write_text('{"model_type": "no-such-model"}')
+    code, _, error = invoke("plan", experiment, "--config", str(strange), "--tokens", "9")
+    assert code == 2 and f"{strange}: is no config that transformers knows" in error and "\n" not in error
+    code, _, error = invoke("plan", experiment, "--config", str(tmp_path / "nowhere"), "--tokens", "9")
+    assert code == 2 and "there is no config.json; give the file or a folder that holds it" in error
+    code, _, error = invoke("plan", experiment, "--gpus", "64", "--tokens", "9")
+    assert code == 2 and "8 rows cannot be shared by 64 workers; plan with train.batch_size=64, or fewer workers" in error
+    code, _, error = invoke("plan", experiment, "--tokens", "500")
+    assert code == 2 and "exceed the 128 positions of the base; at most 124" in error
