@@ -66,14 +66,20 @@ class Blueprint:
         if checkpoint_gradients:
             self.model.checkpoint_gradients()
         self.shape = _shape(self.model, dtype)
+        self._known: dict[tuple[Workload, bool], Timeline] = {}
 
     def training(self, work: Workload) -> Timeline:
         """Forward and backward of a training pass."""
-        return self._run(work, backward=True)
+        return self._timeline(work, backward=True)
 
     def evaluation(self, work: Workload) -> Timeline:
         """A pass without gradients."""
-        return self._run(work, backward=False)
+        return self._timeline(work, backward=False)
+
+    def _timeline(self, work: Workload, backward: bool) -> Timeline:
+        if (work, backward) not in self._known:
+            self._known[work, backward] = self._run(work, backward)
+        return self._known[work, backward]
 
     def _run(self, work: Workload, backward: bool) -> Timeline:
         text = work.tokens - work.targets

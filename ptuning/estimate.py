@@ -141,7 +141,7 @@ def estimate(
         serving,
         [],
     )
-    advice = [] if found.fits else [_more_for_training(described, dtype, settings, machine)]
+    advice = [] if found.fits else [_more_for_training(blueprint, dtype, settings, machine)]
     advice += [] if found.serves else [_more_for_serving(found)]
     return replace(found, advice=advice)
 
@@ -180,17 +180,17 @@ def _training(blueprint: Blueprint, settings: Settings, machine: Machine) -> Tra
     return Training(blueprint.shape, settings, machine, blueprint.training, blueprint.evaluation)
 
 
-def _more_for_training(config: PretrainedConfig, dtype: torch.dtype, settings: Settings, machine: Machine) -> str:
+def _more_for_training(blueprint: Blueprint, dtype: torch.dtype, settings: Settings, machine: Machine) -> str:
     """What would have to change for one soft prompt to fit."""
     small = replace(settings, micro_batch=1)
-    plain, recomputing = (Blueprint(config, dtype, checkpoint_gradients=each) for each in (False, True))
+    recomputing = Blueprint(blueprint.model.base.config, dtype, checkpoint_gradients=True)
     ways = [
-        ("train.micro_batch_size=1", plain, small),
+        ("train.micro_batch_size=1", blueprint, small),
         ("train.gradient_checkpointing=true", recomputing, settings),
         ("train.gradient_checkpointing=true train.micro_batch_size=1", recomputing, small),
     ]
-    for words, blueprint, changed in ways:
-        if _training(blueprint, changed, machine).most_slots(1):
+    for words, way, changed in ways:
+        if _training(way, changed, machine).most_slots(1):
             return f"training: fits with {words}"
     kind, ranks = "GPUs" if machine.gpus else "workers", 2 * machine.ranks
     while ranks <= MOST_RANKS:

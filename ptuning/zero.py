@@ -173,7 +173,7 @@ def _freed_at_once() -> Iterator[None]:
     Afterwards the heap is as it would be anyway: pages of its own for every activation would cost a step half its time more.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
+    if mallopt is None or "MALLOC_MMAP_THRESHOLD_" in os.environ:  # whoever sets it knows what they want
         yield
         return
     mallopt(M_MMAP_THRESHOLD, 1 << 20)
