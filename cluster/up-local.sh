@@ -102,11 +102,16 @@ down() {
   for pid in $(ours); do kill "$pid" 2>/dev/null || true; done
   for ((tries = 0; tries < 25; tries++)); do [ -n "$(ours)" ] || break; sleep 0.2; done
   for pid in $(cat "$state"/*.pid 2>/dev/null); do # what a node did not take along belongs to its session
-    for left in $(ps -o pid=,args= -s "$pid" 2>/dev/null | awk -v state="$state" 'index($0, state) { print $1 }'); do
+    # A worker names itself ray::WHAT and no longer shows its folder.
+    for left in $(ps -o pid=,args= -s "$pid" 2>/dev/null | awk -v state="$state" 'index($0, state) || / ray::/ { print $1 }'); do
       kill -KILL "$left" 2>/dev/null || true
     done
   done
-  case $state in /|"$HOME") ;; *) [ ! -f "$state/token" ] || rm -rf "$state" ;; esac
+  case $state in /|"$HOME") return ;; esac
+  [ -f "$state/token" ] || return 0
+  # A driver is in a session of its own, and writes until it has missed its node.
+  for ((tries = 0; tries < 50; tries++)); do rm -rf "$state" 2>/dev/null && return; sleep 0.2; done
+  rm -rf "$state"
 }
 
 case ${1:-} in

@@ -189,8 +189,8 @@ def test_what_does_not_fit_says_what_would(toy_task: SimpleNamespace, write_toml
     common = [str(write_toml(toy_task.experiment)), "--config", str(shape), "--tokens", "512", "--gpus", "1", "--gpu-memory"]
     code, out, _ = invoke("plan", *common, "3.2")
     assert code == 0 and "does not fit: training: fits with train.micro_batch_size=1" in out  # it can be served
-    code, out, _ = invoke("plan", *common, "2.4")
-    assert code == 1 and "GPUs of 2.4 GB each would do, with train.gradient_checkpointing=true" in out
+    code, out, _ = invoke("plan", *common, "2.8")
+    assert code == 1 and "GPUs of 2.8 GB each would do, with train.gradient_checkpointing=true" in out
     assert "does not fit: serving: a replica needs 3.0 GB on one GPU; take a larger one" in out
 
 

@@ -18,14 +18,18 @@ import torch.multiprocessing
 
 from ptuning import soft_prompt
 from ptuning.base import find_base
+from ptuning.blueprint import Blueprint
 from ptuning.config import ModelConfig, ZeroConfig, parse_experiment
 from ptuning.evaluate import evaluate, greedy
+from ptuning.gathering import Sharing, gather, prefetch_numbers
 from ptuning.model import PromptedModel, plan_targets
+from ptuning.plan import Workload
 from ptuning.prepare import load_task
 from ptuning.train import Assignment, Event, Pack, train
 from ptuning.workers import Workers
 
 LENGTHS = (5, 3)
+LIVE = 1000
 
 
 def rows(seed: int) -> list[tuple[list[int], list[int]]]:
@@ -48,6 +52,37 @@ def gradients(model: PromptedModel, width: int, workers: Workers) -> torch.Tenso
     counts = [sum(len(target) for _, target in batch) for batch in batches]
     torch.stack([part.sum() / count for part, count in zip(parts, counts, strict=True)]).sum().backward()
     return workers.sum(torch.cat([vector.grad.flatten() for vector in vectors]))
+
+
+def kept_bytes(model: PromptedModel, width: int, batch: list[tuple[list[int], list[int]]]) -> int:
+    """Bytes that a pass keeps for its backward pass, the base's own tensors aside."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in {parameter.data.untyped_storage().data_ptr() for parameter in model.parameters()}:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        nll = model(prompts(width), plan_targets(LENGTHS, [batch, batch]))
+    nll.sum().backward()
+    return sum(kept.values())
+
+
+def count_gathered() -> list[int]:
+    """Bytes that all-gathers bring to this process from now on, in a list of one."""
+    counted = [0]
+    for name in ("all_gather_into_tensor", "all_gather"):
+        collective = getattr(torch.distributed, name)
+
+        def call(output: Any, *arguments: Any, collective: Any = collective, **options: Any) -> Any:
+            tensors = output if isinstance(output, list) else [output]
+            counted[0] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            return collective(output, *arguments, **options)
+
+        setattr(torch.distributed, name, call)
+    return counted
 
 
 def run(workers: Workers, model: PromptedModel, base: Any, tables: dict[str, Any], folder: str) -> list[Event]:
@@ -74,9 +109,16 @@ def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:
 
     workers = Workers.current()
     base = find_base(ModelConfig(path=tables["model"]["path"]))
-    model = zero.load(base, ZeroConfig(persistent_below=50, live_parameters=1000), torch.float32)
+    counted, shares = count_gathered(), []
+    model = zero.load(base, ZeroConfig(persistent_below=50, live_parameters=LIVE), torch.float32, progress=shares.append)
     found: dict[str, Any] = {"sharding": vars(zero.sharding(model.base)), "hash": zero.weights_hash(model.base)}
+    found["progress"], found["gathered"] = shares, []
     tensors = {"gradients": gradients(model, base.width, workers)}
+    for _ in range(3):  # DeepSpeed gathers one by one until it has seen the pass twice
+        counted[0] = 0
+        gradients(model, base.width, workers)
+        found["gathered"].append(counted[0])
+    found["kept"] = kept_bytes(model, base.width, rows(2))
     pack = Pack(model, base, workers, lambda experiment: load_task(experiment, base))
     tensors["embedding"] = pack.embed(list(range(20)))
     found["events"] = [vars(event) for event in run(workers, model, base, tables, f"{folder}/two")]
@@ -149,6 +191,28 @@ def test_each_rank_holds_its_share_of_the_base(pair: Any) -> None:
         assert rank["half"]["sharding"]["whole"] == rank["sharding"]["whole"] // 2
     assert sum(rank["sharding"]["held"] for rank in ranks) >= ranks[0]["sharding"]["whole"]
     assert ranks[0]["hash"] != ranks[1]["hash"]
+
+
+def test_the_plan_gathers_what_deepspeed_gathers(pair: Any, alone: Any) -> None:
+    blueprint = Blueprint(alone[0].config, torch.float32)
+    timeline = blueprint.training(Workload(2, 5, 4, 8, 2))
+    layers = blueprint.shape.layers
+    sharing = Sharing(2, LIVE, prefetch_numbers(blueprint.shape.numbers, layers, LIVE), persistent=50)
+    for rank in pair[2]:
+        assert rank["gathered"][-1] == gather(timeline, sharing, 4).received
+        assert rank["gathered"][-1] == rank["gathered"][-2]
+
+
+def test_nothing_is_kept_for_weights_that_never_change(pair: Any, alone: Any) -> None:
+    base, model = alone
+    for rank in pair[2]:
+        assert rank["kept"] == kept_bytes(model, base.width, rows(2))
+
+
+def test_loading_tells_how_far_it_is(pair: Any) -> None:
+    for rank in pair[2]:
+        shares = rank["progress"]
+        assert shares == sorted(shares) and 0 < shares[0] < 0.5 and shares[-1] == pytest.approx(1, abs=0.01)
 
 
 def test_after_training_layers_are_released_again(pair: Any) -> None:

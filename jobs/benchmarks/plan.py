@@ -190,6 +190,7 @@ def plan(arguments: argparse.Namespace) -> None:
                         "shape": name,
                         "workers": workers,
                         "live": live,
+                        "tokens": ranks[0]["tokens"],
                         "plan": expected,
                         "measured": [rank["train"]["anonymous"] for rank in ranks],
                         "heap": [rank["train"]["anonymous"] for rank in kept],
