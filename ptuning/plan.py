@@ -205,8 +205,8 @@ class TrainingPlan:
         return self.needed - self.reserved - self.share
 
 
-HOLES = 1.25
-"""Of what a step takes, what glibc's heap keeps in holes at most (measured: 0.5 to 1.1; BENCHMARKS.md)."""
+HOLES = 1.5
+"""Of what a step takes, what glibc's heap keeps in holes at most (measured: 0.5 to 1.4; BENCHMARKS.md)."""
 STATES = 8
 """Tensors like a soft prompt in fp32: itself, the best so far, two moments; in a step its gradient, that of all slots in one
 tensor, its part of it, and a clipped copy."""

@@ -176,7 +176,7 @@ def plan(arguments: argparse.Namespace) -> None:
     """Peak memory per rank of training steps (its anonymous memory over that after the imports) against `ptuning plan`: random
     bases, 1 and 2 workers, gathered as little as possible and as much as there is."""
     results = []
-    for name in [name for name in SHAPES if arguments.shape in name]:
+    for name in [name for name in SHAPES if name.startswith(arguments.shape)]:
         with tempfile.TemporaryDirectory() as folder:
             base = make_base(Path(folder, "base"), getattr(torch, arguments.dtype), **SHAPES[name])
             for workers in arguments.workers:
@@ -232,7 +232,7 @@ def load(arguments: argparse.Namespace) -> None:
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The commands `plan` and `load`."""
     command = commands.add_parser("plan", help=plan.__doc__)
-    command.add_argument("--shape", default="", help="only shapes with this in their name")
+    command.add_argument("--shape", default="", help="only shapes whose name begins so")
     command.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     command.add_argument("--heap", action="store_true", help="also as it is by default, with the holes of the C library's heap")
