@@ -29,10 +29,10 @@ from ptuning.http_api import build_app
 from ptuning.launch import start_ray
 from ptuning.prepare import absolute
 from ptuning.service import Service
+from ptuning.submit import APPLICATION, PACKAGES
 
 log = logging.getLogger(__name__)
 
-APPLICATION = "ptuning"
 LOOK = 2.0
 """Seconds between looks at a replica's state, for the people who watch the command."""
 
@@ -182,22 +182,21 @@ def _url(experiment: Experiment) -> str:
 class _Keeper:
     """Does nothing, and lives as long as the application.
 
-    The files of a job are kept on the cluster while an actor that may outlive the job uses them (Ray 2.60 counts these only).
-    Between the end of the only replica and the start of the next one there would be none.
+    Ray 2.60 keeps the files of a job while the job, or an actor that may outlive it, uses them. Between the end of the only
+    replica and the start of the next one there would be none: the files go, and only nodes that have them unpacked can go on.
     """
 
 
 def _keep_package() -> Callable[[], None]:
     """Keep the files of this job for replicas to come; what is returned lets go of those of earlier deployments."""
-    space = f"{APPLICATION}-packages"
-    before = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == space]
+    before = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == PACKAGES]
     name = uuid.uuid4().hex
-    ray.remote(num_cpus=0)(_Keeper).options(name=name, namespace=space, lifetime="detached", max_restarts=-1).remote()
+    ray.remote(num_cpus=0)(_Keeper).options(name=name, namespace=PACKAGES, lifetime="detached", max_restarts=-1).remote()
 
     def let_go() -> None:
         for each in before:
             with suppress(ValueError):  # it has ended meanwhile
-                ray.kill(ray.get_actor(each, namespace=space))
+                ray.kill(ray.get_actor(**each))
 
     return let_go
 

@@ -36,6 +36,18 @@ from ptuning.shipment import Kind, Shipment
 KIND = "ptuning"
 """Key of a job's metadata: what it runs. `experiment` is the name of its experiment."""
 APPLICATION = "ptuning"
+"""What `ptuning serve` calls its application; one per cluster."""
+PACKAGES = "ptuning-packages"
+"""Namespace of the actors that keep a served package on the cluster."""
+END = f"""
+import ray
+from ray import serve
+serve.delete({APPLICATION!r})
+for actor in ray.util.list_named_actors(all_namespaces=True):
+    if actor["namespace"] == {PACKAGES!r}:
+        ray.kill(ray.get_actor(**actor))
+"""
+"""The program that ends the application, and what keeps its package."""
 PACKAGE = Path(__file__).parent
 DASHBOARD = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """They would beat the address that Ray's client is given (2.60, dashboard/utils.py)."""
@@ -184,7 +196,7 @@ class Cluster:
             return stopped
         with self._explained(job):
             # Needs Ray only, so it works whatever package the application was made with.
-            command = shlex.join(["python", "-c", f"from ray import serve; serve.delete({APPLICATION!r})"])
+            command = shlex.join(["python", "-c", END])
             ending = self._client.submit_job(entrypoint=command, metadata={KIND: "stop", "experiment": APPLICATION})
         if self.follow(ending, Log(lambda line: None)).status != JobStatus.SUCCEEDED:
             raise ClusterError(f"the application was not ended; see ptuning jobs logs {ending}")
