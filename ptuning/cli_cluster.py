@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ptuning import cli_submit
 from ptuning.cli_options import ExperimentArgument, Json, Overrides, fail
 from ptuning.config import UserError, read_experiment
 
@@ -68,19 +69,27 @@ def doctor(
     experiment: Annotated[str | None, typer.Argument(metavar="[EXPERIMENT]", help="Experiment file (TOML).")] = None,
     overrides: Overrides = None,
     address: Annotated[
-        str | None, typer.Option("--address", help="Ray cluster to look at, as host:6379, or auto: the one that runs here.")
+        str | None,
+        typer.Option(
+            "--address", help="Ray cluster: its dashboard, http://HEAD:8265, or HEAD:6379 from within, or auto: the one here."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """What this machine or cluster can run, and what is wrong: every line is ok, a warning or the fix.
 
-    Example: ptuning doctor jobs/sentiment.toml --address auto
+    Example: ptuning doctor jobs/sentiment.toml --address http://head:8265
     """
     try:
         settings = read_experiment(experiment, overrides or []) if experiment else None
-        from ptuning.doctor import examine
+        from ptuning.checkup import Finding
 
-        findings = examine(settings, address)
+        if address and address.startswith(("http://", "https://")):
+            findings = [Finding(**found) for found in cli_submit.examine(experiment, overrides or [], address)]
+        else:
+            from ptuning.doctor import examine
+
+            findings = examine(settings, address)
     except UserError as error:
         fail(str(error), 2)
     wrong = [finding for finding in findings if finding.state == "wrong"]

@@ -201,6 +201,26 @@ def _follow(cluster: Cluster, job: str, as_json: bool) -> None:
         typer.echo(json.dumps(result) if as_json else ", ".join(f"{key} {value}" for key, value in result.items()))
 
 
+def examine(experiment: str | None, overrides: list[str], address: str) -> list[dict[str, Any]]:
+    """What `ptuning doctor` finds as a job on the cluster behind a dashboard."""
+    with _told():
+        from ptuning.shipment import collect
+        from ptuning.submit import Cluster, Job, Log, failure
+
+        shipment = collect("doctor", experiment, overrides, shared=[], env=[], here=os.environ)
+        cluster = Cluster(address)
+        submitted = cluster.submit(Job("doctor", "doctor", (), shipment, installed=False))
+        _say(f"job {submitted}")
+        said: list[str] = []
+        log = Log(said.append)
+        details = cluster.follow(submitted, log)
+        result = log.result()
+    if result is None or "findings" not in result:
+        fail(f"{submitted} {failure(details)}: {next(filter(None, reversed(said)), 'its log is empty')}", 1)
+    found: list[dict[str, Any]] = result["findings"]
+    return found
+
+
 def _asked_to_stop() -> bool:
     """Ctrl-C may mean either. Without a terminal nobody can say, and a job must not end by accident."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):

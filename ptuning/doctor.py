@@ -50,9 +50,6 @@ def _connect(address: str) -> bool:
     Raises:
         UserError: nobody answers, or not to us.
     """
-    if address.startswith(("http://", "https://")):
-        # A job server takes jobs: the doctor has to run as one, and look at "auto" from there.
-        raise UserError(f"--address: {address} is a job server; give the cluster's own address, as head:6379")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():  # ray.init would try for minutes
         try:

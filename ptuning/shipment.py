@@ -20,7 +20,7 @@ from ptuning.shipped import FOLDER, SCHEME
 from ptuning.spool import redact
 from ptuning.tracking import default_uri
 
-Kind = Literal["train", "search", "serve"]
+Kind = Literal["train", "search", "serve", "doctor"]
 
 LIMIT = 100_000_000
 """Bytes that travel with a job at most. Ray keeps them in the head's memory and on every node's disk."""
@@ -51,8 +51,8 @@ SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(^|_)(API)?KEYS?($|_)",
 class Shipment:
     """What one job gets."""
 
-    experiment: Path
-    """The experiment file as it was written."""
+    experiment: Path | None
+    """The experiment file as it was written; a doctor may come without."""
     overrides: list[str]
     """`key=value` for the job: the user's, then what replaces paths of this machine."""
     env: dict[str, str]
@@ -64,12 +64,13 @@ class Shipment:
     @property
     def contents(self) -> dict[str, int]:
         """Path in the job's working directory -> bytes."""
-        listed = {self.experiment.name: self.experiment.stat().st_size}
+        listed = {self.experiment.name: self.experiment.stat().st_size} if self.experiment else {}
         return listed | {target: source.stat().st_size for target, source in self._shipped()}
 
     def pack(self, folder: Path) -> None:
         """Copy everything to where it is uploaded from."""
-        shutil.copyfile(self.experiment, folder / self.experiment.name)
+        if self.experiment:
+            shutil.copyfile(self.experiment, folder / self.experiment.name)
         for target, source in self._shipped():
             (folder / target).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / target)
@@ -81,7 +82,13 @@ class Shipment:
 
 
 def collect(
-    kind: Kind, file: str, overrides: Sequence[str], *, shared: Sequence[str], env: Sequence[str], here: Mapping[str, str]
+    kind: Kind,
+    file: str | None,
+    overrides: Sequence[str],
+    *,
+    shared: Sequence[str],
+    env: Sequence[str],
+    here: Mapping[str, str],
 ) -> Shipment:
     """Find out what a job needs of this machine.
 
@@ -93,9 +100,11 @@ def collect(
     Raises:
         UserError: the experiment is wrong, or names something that the cluster cannot have: too large, secret, or nowhere.
     """
-    experiment = read_experiment(file, overrides)
     folders = [Path(folder).expanduser().resolve() for folder in shared]
-    shipment = Shipment(Path(file), list(overrides), _environment(folders, env, here))
+    shipment = Shipment(Path(file) if file else None, list(overrides), _environment(folders, env, here))
+    if file is None:
+        return shipment
+    experiment = read_experiment(file, overrides)
     packer = _Packer(shipment, folders)
     _inputs(experiment, kind, packer)
     packer.storage(experiment.compute.storage)

@@ -77,10 +77,10 @@ class Job:
 
     @property
     def entrypoint(self) -> str:
-        detach = ["--detach"] if self.kind == "serve" else []
+        experiment = [self.shipment.experiment.name] if self.shipment.experiment else []
+        own = {"serve": ["--detach"], "doctor": ["--address", "auto"]}.get(self.kind, [])
         return shlex.join(
-            ["python", "-m", "ptuning", self.kind, self.shipment.experiment.name, *self.shipment.overrides]
-            + [*detach, *self.flags, "--json"]
+            ["python", "-m", "ptuning", self.kind, *experiment, *self.shipment.overrides, *own, *self.flags, "--json"]
         )
 
     @property
@@ -123,7 +123,7 @@ class Cluster:
             UserError: a job of this run is not over. Two would write into the same folder.
         """
         for other in self.jobs():
-            same = (other.metadata or {}) == job.metadata and job.kind != "serve"
+            same = (other.metadata or {}) == job.metadata and job.kind in ("train", "search")
             if same and not other.status.is_terminal():
                 raise UserError(
                     f"{job.name}: job {other.submission_id} of this name is {other.status.value.lower()}; follow it with "

@@ -28,8 +28,8 @@ FLOORS = {
     "answers": 6, "display": 6, "export": 6, "portrait": 6, "prepare": 6, "record": 6, "slots": 6,
     "checkup": 7, "compare": 7, "estimate": 7, "replies": 7, "service": 7, "worker": 7,
     "cli_options": 8, "http_api": 8, "launch": 8,
-    "desk": 9, "doctor": 9, "serve": 9, "cli_prompts": 9,
-    "cli_cluster": 10, "cli_serve": 10, "cli_submit": 10, "search": 10,
+    "desk": 9, "doctor": 9, "serve": 9, "cli_prompts": 9, "cli_submit": 9,
+    "cli_cluster": 10, "cli_serve": 10, "search": 10,
     "cli": 11,
     "__main__": 12,
 }  # fmt: skip

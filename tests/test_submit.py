@@ -474,6 +474,36 @@ def test_what_is_served_lives_on_until_it_is_stopped(cluster: SimpleNamespace, w
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_search_is_a_job_too(cluster: SimpleNamespace, write_toml: Write) -> None:
+    space = ["search.trials=3", "search.slots=2", "search.length=[2,4]"]
+    done = run(cluster, "submit", "search", write(cluster, write_toml, name="found"), *space, "train.steps=10", "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["trials"] == {"finished": 3} and "test_accuracy" in summary["metrics"] and "Traceback" not in done.stderr
+    assert (cluster.shared / "found" / "soft_prompt" / "card.json").exists()
+
+
+@pytest.mark.slow
+def test_the_doctor_goes_to_the_cluster(cluster: SimpleNamespace, write_toml: Write) -> None:
+    """As a job: nobody needs the cluster's own port. It sees whether nodes share the storage, and the base that came along."""
+    address = cluster.client["RAY_API_SERVER_ADDRESS"]
+    done = run(cluster, "doctor", write(cluster, write_toml), "--address", address, "--json")
+    assert done.returncode == 0, done.stderr
+    findings = json.loads(done.stdout)["findings"]
+    by_what: dict[str, list[dict[str, str]]] = {}
+    for finding in findings:
+        by_what.setdefault(finding["what"], []).append(finding)
+    assert [len(by_what[what]) for what in ("base", "clock", "storage", "mlflow")] == [2, 2, 2, 2]
+    assert by_what["shared storage"][0]["state"] == by_what["ray auth"][0]["state"] == "ok"
+    assert "2 nodes" in by_what["ray"][0]["text"]
+    bare = run(cluster, "doctor", "--address", address)
+    assert bare.returncode == 0 and "2 nodes" in bare.stdout, bare.stderr
+    nobody = run(cluster, "doctor", "--address", f"http://127.0.0.1:{free_port()}")
+    assert nobody.returncode == 1 and "nobody answers" in nobody.stderr
+
+
+@pytest.mark.slow
 def test_a_failing_job_gives_its_exit_code(cluster: SimpleNamespace, write_toml: Write) -> None:
     experiment = write(cluster, write_toml, name="failing", data={"labels": ["fruit", "spanner"]})
     started = run(cluster, "submit", "train", experiment, "--no-wait")
