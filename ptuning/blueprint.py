@@ -113,6 +113,7 @@ def _shape(model: PromptedModel, dtype: torch.dtype) -> Shape:
         numbers=sum(parameter.numel() for parameter in base.parameters()),
         embedding=embedding.numel(),
         head=0 if head is embedding else head.numel(),
+        last=model.last_layer.numbers,
         width=config.hidden_size,
         layers=config.num_hidden_layers,
         vocabulary=config.vocab_size,

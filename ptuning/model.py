@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from ptuning.last_layer import LastLayer
 from ptuning.segments import ATTENTION, Group, Segments
 
 log = logging.getLogger(__name__)
@@ -57,10 +58,12 @@ class _Packer:
         self.per_slot: list[int] = []
 
     def plan(self) -> Plan:
+        at = torch.tensor(self.at, dtype=torch.long)
+        self.segments.read = at.unique()
         return Plan(
             self.segments,
             torch.tensor(self.tokens, dtype=torch.long),
-            torch.tensor(self.at, dtype=torch.long),
+            at,
             torch.tensor(self.targets, dtype=torch.long),
             self.per_slot,
         )
@@ -134,6 +137,7 @@ class PromptedModel(nn.Module):
             raise ValueError(f"{type(base).__name__} cannot compute logits at chosen places (no logits_to_keep)")
         self.base = base.requires_grad_(False).eval()
         _remove_dropout(base)
+        self.last_layer = LastLayer(base, base.config.get_text_config().num_hidden_layers)
         self.shared_prefix = self._take_segment_attention()
         """True if soft prompts are computed once per pass and shared by their rows, False for plain concatenation."""
 

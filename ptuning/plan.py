@@ -42,6 +42,8 @@ class Shape:
     """Of these, in the input embedding."""
     head: int
     """Of these, in the output head; 0 where it is tied to the embedding."""
+    last: int
+    """In the last layer, those that only tokens that predict go through (`LastLayer`)."""
     width: int
     layers: int
     vocabulary: int
@@ -56,8 +58,8 @@ class Shape:
 
     @property
     def inner(self) -> int:
-        """Parameters that every token goes through: all but embedding and head."""
-        return self.numbers - self.embedding - self.head
+        """Parameters that every token goes through."""
+        return self.numbers - self.embedding - self.head - self.last
 
     @property
     def bytes(self) -> int:
@@ -217,7 +219,8 @@ def step_flops(shape: Shape, work: Workload) -> int:
     in its backward pass: 7 products instead of the forward's 2."""
     looked = work.slots * (work.length**2 + work.rows * (work.tokens - 1) * (work.length + work.tokens - 1))
     attention = 7 * 2 * shape.layers * shape.attention_width * looked
-    return 4 * shape.inner * work.positions + attention + 4 * shape.vocabulary * shape.width * work.predictions
+    read = 4 * (shape.last + shape.vocabulary * shape.width) * work.predictions
+    return 4 * shape.inner * work.positions + attention + read
 
 
 def sharing(shape: Shape, settings: Settings, machine: Machine) -> Sharing:

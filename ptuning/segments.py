@@ -128,6 +128,8 @@ class Segments:
     def __init__(self) -> None:
         self.groups: list[Group] = []
         self.tokens = 0
+        self.read: Tensor | None = None
+        """Places `[U]` in the packed row whose outputs are read, each once; None: all of them may be."""
 
     def add(self, lengths: list[int], parent: Group | None = None, parent_rows: list[int] | None = None) -> Group:
         """Append R segments of the given lengths; `parent_rows` names the parent's row for each (None: row 0)."""
