@@ -1,6 +1,7 @@
 # make test   the whole suite, in a virtual environment made for it
 # make fast   what needs no Ray and no process groups, in 90 s
 # make lint   ruff, formatting, types
+# make demo   everything once: train, search, register, serve, ask; some minutes
 # make train  the first job: a soft prompt for sentiment on the built-in base
 # make clean  remove everything that these made, except the results in runs/
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: test fast lint train clean
+.PHONY: test fast lint demo train clean
 
 test: .venv/installed
 	$(BIN)/python -m pytest
@@ -20,6 +21,9 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+demo: .venv/installed
+	$(BIN)/python jobs/demo.py
 
 train: .venv/installed
 	$(BIN)/ptuning train jobs/sentiment.toml name=sentiment-$$(date +%s)

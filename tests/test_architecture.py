@@ -47,7 +47,7 @@ OWNERS = {
 """The only doors to each framework."""
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc", "core"}
-LONG_JOBS = {"pretrain_builtin"}
+LONG_JOBS = {"demo", "pretrain_builtin"}
 
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 SOURCES = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "jobs").glob("*.py")]
