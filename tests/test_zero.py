@@ -76,10 +76,11 @@ def count_gathered() -> list[int]:
     for name in ("all_gather_into_tensor", "all_gather"):
         collective = getattr(torch.distributed, name)
 
-        def call(output: Any, *arguments: Any, collective: Any = collective, **options: Any) -> Any:
+        def call(*arguments: Any, collective: Any = collective, **options: Any) -> Any:
+            output = arguments[0] if arguments else options["output_tensor"]
             tensors = output if isinstance(output, list) else [output]
             counted[0] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            return collective(output, *arguments, **options)
+            return collective(*arguments, **options)
 
         setattr(torch.distributed, name, call)
     return counted
