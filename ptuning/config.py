@@ -329,6 +329,9 @@ class ComputeConfig(Table):
     """Ray cluster to connect to. Default: RAY_ADDRESS, else a cluster of this machine only, for the time of the command."""
     max_failures: Count = 3
     """Worker failures after which the run gives up; each restart continues from the newest checkpoint."""
+    hang_s: PositiveNumber | None = None
+    """Seconds without progress after which workers count as hung and start again. Default: 20 times the longest step, at
+    least 60."""
 
     @field_validator("workers")
     @classmethod

@@ -25,7 +25,9 @@ ENDED: dict[str, Status] = {"finished": "FINISHED", "stopped": "FINISHED", "fail
 class Desk:
     """Follows the hub in a thread."""
 
-    def __init__(self, experiment: Experiment, hub: Any, ledger: Ledger, tracker: Tracker, show: Show) -> None:
+    def __init__(
+        self, experiment: Experiment, hub: Any, ledger: Ledger, tracker: Tracker, show: Show, say: Callable[[str], None]
+    ) -> None:
         self.summary: dict[str, Any] = {}
         """What the parent run reached: the winner's test."""
         self._experiment = experiment
@@ -33,6 +35,7 @@ class Desk:
         self._ledger = ledger
         self._tracker = tracker
         self._show = show
+        self._say = say
         self._parent = Recorder(tracker, self.summary)
         self._children: dict[str, tuple[Tracker, Recorder]] = {}
         self._closing = ThreadPoolExecutor(1)
@@ -49,6 +52,11 @@ class Desk:
             time.sleep(0.05)
         if self.trouble:
             raise self.trouble
+
+    @property
+    def hang(self) -> str | None:
+        """Which worker hung last, if none has trained since."""
+        return self._parent.hang
 
     def stop(self, deadline_s: float) -> int:
         """Take what is left, end the children's runs; returns how many records could not be sent."""
@@ -75,7 +83,10 @@ class Desk:
     def _take(self, fields: dict[str, Any]) -> None:
         if fields["run"] == self._experiment.name:
             if fields["kind"] != "attached":
-                self._parent(Event(**fields))
+                event = Event(**fields)
+                self._parent(event)
+                if event.kind == "stuck" and "message" in event.details:
+                    self._say(f"warning: {event.details['message']}")
             return
         run = fields["run"].partition("-")[0]  # a trial's later stays have a suffix
         if fields["kind"] == "attached":

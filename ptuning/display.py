@@ -37,6 +37,9 @@ class Display:
             self.say(f"loading the base: {event.values['share']:.0%}")
         elif event.kind == "loaded":
             self._loaded(event)
+        elif event.kind == "stuck":
+            if "message" in event.details:
+                self.say(f"warning: {event.details['message']}")
         elif event.kind == "start":
             self._begin(event)
         elif event.kind == "step":

@@ -13,7 +13,8 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -24,7 +25,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from ptuning import storage, tracking
+from ptuning import lease, storage, tracking
 from ptuning.base import Base, find_base
 from ptuning.config import Experiment, UserError
 from ptuning.mailbox import Mailbox
@@ -61,6 +62,7 @@ def run_training(
     finished = check_name(experiment, folder, resume)
     if finished:
         return finished | registered(experiment, finished, register)
+    lease.check(folder, say)
     base = find_base(experiment.model)
     storage.check_writable(experiment.compute.storage)
     bring_parent(written, experiment, base)
@@ -70,19 +72,38 @@ def run_training(
     started_here = start_ray(experiment)
     try:
         scaling = scale(experiment)
-        write_run(folder, experiment, "running")
-        say(f"starting {experiment.compute.most_workers} workers")
-        tracker = start_tracker(experiment, folder, task, base)
-        summary = _fit(experiment, folder, scaling, tracker, show)
+        with holding(folder, say):
+            finished = check_name(experiment, folder, resume)  # another driver may have ended it just now
+            if finished:
+                return finished | registered(experiment, finished, register)
+            write_run(folder, experiment, "running")
+            say(f"starting {experiment.compute.most_workers} workers")
+            tracker = start_tracker(experiment, folder, task, base)
+            summary = _fit(experiment, folder, scaling, tracker, show)
+            if "message" in summary:
+                write_run(folder, experiment, "failed")
+                raise RunFailed(summary["message"])
+            summary["seconds"] = round(time.monotonic() - began, 1)
+            write_run(folder, experiment, "finished", summary)
     finally:
         if started_here:
             ray.shutdown()
-    if "message" in summary:
-        write_run(folder, experiment, "failed")
-        raise RunFailed(summary["message"])
-    summary["seconds"] = round(time.monotonic() - began, 1)
-    write_run(folder, experiment, "finished", summary)
     return summary | registered(experiment, summary, register)
+
+
+@contextmanager
+def holding(folder: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lease of a run.
+
+    Raises:
+        UserError: another driver has it.
+        RunFailed: another driver took it meanwhile.
+    """
+    try:
+        with lease.held(folder, say):
+            yield
+    except lease.LeaseLost as error:
+        raise RunFailed(str(error)) from None
 
 
 def registered(experiment: Experiment, summary: dict[str, Any], name: str | None) -> dict[str, str]:
@@ -115,6 +136,8 @@ def join_ray(address: str | None) -> bool:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     # How often the controller looks at its workers; the default of 2 s is waited for at the end of every run.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # After so many seconds a process that does not answer at all is taken for dead; the default is 600.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "120")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -228,7 +251,7 @@ def _fit(
         status = "FINISHED" if "message" not in follower.summary else "FAILED"
     except TrainingFailedError as error:
         follower.stop()
-        follower.summary["message"] = explain(error, folder)
+        follower.summary["message"] = explain(error, folder, follower.hang)
     except (KeyboardInterrupt, SystemExit):  # Train ends a run upon SIGINT with SystemExit(0) (2.60, data_parallel_trainer.py)
         follower.stop()
         status = "KILLED"
@@ -242,12 +265,13 @@ def _fit(
     return follower.summary
 
 
-def explain(error: TrainingFailedError, folder: str) -> str:
-    """One sentence; the tracebacks of all workers go to a file in the run's folder."""
+def explain(error: TrainingFailedError, folder: str, hang: str | None = None) -> str:
+    """One sentence; the tracebacks of all workers go to a file in the run's folder. `hang`: what the watchdogs said last."""
     storage.write_file(folder, "error.log", str(error).encode())
     failures = getattr(error, "worker_failures", None) or {}
     last = str(next(iter(failures.values()), error)).strip().splitlines()
-    return f"a worker failed: {last[-1] if last else 'no message'}; see {storage.join(folder, 'error.log')}"
+    said = hang.partition(";")[0] if hang else last[-1] if last else "no message"
+    return f"a worker failed: {said}; see {storage.join(folder, 'error.log')}"
 
 
 class _Follower:
@@ -261,6 +285,10 @@ class _Follower:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="ptuning-events", daemon=True)
         self._thread.start()
+
+    @property
+    def hang(self) -> str | None:
+        return self._record.hang
 
     def stop(self) -> None:
         """Take what is left, then end."""

@@ -7,6 +7,7 @@ from typing import Any
 from ptuning import figures, storage
 from ptuning.tracking import Tracker
 from ptuning.train import Event
+from ptuning.watchdog import verdict
 
 LOSS_CURVE, METRIC_CURVE, CONFUSION = "plots/loss.png", "plots/validation.png", "plots/confusion.png"
 
@@ -18,6 +19,10 @@ class Recorder:
         self._tracker = tracker
         self._summary = summary
         self._history: dict[str, list[tuple[int, float]]] = {}
+        self._places: dict[int, list[str]] = {}
+        self._reports: dict[int, dict[int, Any]] = {}
+        self.hang: str | None = None
+        """Which worker hung last, if the workers have not come back since."""
 
     def __call__(self, event: Event) -> None:
         getattr(self, f"_{event.kind}")(event)
@@ -26,6 +31,7 @@ class Recorder:
         """For the screen only."""
 
     def _loaded(self, event: Event) -> None:
+        self.hang = None
         self._summary["workers"] = event.details["workers"]
         shares = event.details["shares"]
         self._tracker.params(
@@ -37,6 +43,18 @@ class Recorder:
         )
         held = {f"system/base_share_rank{rank}": share["held"] / share["whole"] for rank, share in enumerate(shares)}
         self._tracker.metrics(held, 0, event.time_ms)
+
+        group = event.details["group"]
+        self._places[group], self._reports[group] = event.details["places"], {}
+
+    def _stuck(self, event: Event) -> None:
+        """The watchdogs of all workers speak at about the same time; one that says its last word ends them all."""
+        group, told = event.details["group"], self._reports.setdefault(event.details["group"], {})
+        told[event.details["rank"]] = event.details
+        if event.details["last"] and not any(each.get("judged") for each in told.values()):
+            self.hang = verdict(self._places.get(group, []), told)
+            event.details.update(judged=True, message=self.hang)
+            self._tracker.tags({"hang": self.hang})
 
     def _start(self, event: Event) -> None:
         if event.step:

@@ -25,13 +25,13 @@ from ray import tune
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.tune.callback import Callback
 
-from ptuning import figures, leaderboard, space, storage
+from ptuning import figures, leaderboard, lease, space, storage
 from ptuning.base import Base, find_base
 from ptuning.chooser import Chooser, make_scheduler
 from ptuning.config import Experiment, ExperimentError
 from ptuning.desk import Desk, Show
 from ptuning.hub import Hub
-from ptuning.launch import RunFailed, explain, make_trainer, registered, scale, start_ray, start_tracker
+from ptuning.launch import RunFailed, explain, holding, make_trainer, registered, scale, start_ray, start_tracker
 from ptuning.ledger import Entry, Ledger
 from ptuning.prepare import absolute, check_name, describe, load_task, write_run
 from ptuning.publish import bring_parent, pin_parent
@@ -67,6 +67,7 @@ def run_search(
     finished = check_name(experiment, folder, resume, search=True)
     if finished:
         return finished | registered(experiment, finished, register)
+    lease.check(folder, say)
     base = find_base(experiment.model)
     storage.check_writable(experiment.compute.storage)
     bring_parent(written, experiment, base)
@@ -76,19 +77,22 @@ def run_search(
     started_here = start_ray(experiment)
     try:
         scaling = scale(experiment, experiment.search.groups, SPARE)
-        write_run(folder, experiment, "running", kind="search")
-        tracker = start_tracker(experiment, folder, task, base)
-        tracker.params({"search": experiment.search.model_dump(mode="json")})
-        search = _Search(trained, folder, tracker, show, say)
-        summary = search.run(scaling)
+        with holding(folder, say):
+            finished = check_name(experiment, folder, resume, search=True)  # another driver may have ended it just now
+            if finished:
+                return finished | registered(experiment, finished, register)
+            write_run(folder, experiment, "running", kind="search")
+            tracker = start_tracker(experiment, folder, task, base)
+            tracker.params({"search": experiment.search.model_dump(mode="json")})
+            summary = _Search(trained, folder, tracker, show, say).run(scaling)
+            if "message" in summary:
+                write_run(folder, experiment, "failed", kind="search")
+                raise RunFailed(summary["message"])
+            summary["seconds"] = round(time.monotonic() - began, 1)
+            write_run(folder, experiment, "finished", summary, kind="search")
     finally:
         if started_here:
             ray.shutdown()
-    if "message" in summary:
-        write_run(folder, experiment, "failed", kind="search")
-        raise RunFailed(summary["message"])
-    summary["seconds"] = round(time.monotonic() - began, 1)
-    write_run(folder, experiment, "finished", summary, kind="search")
     return summary | registered(experiment, summary, register)
 
 
@@ -140,7 +144,7 @@ class _Search:
         self.say = say
         self.ledger = Ledger(folder)
         self.hub = Hub.remote()  # type: ignore[attr-defined]  # added by ray.remote
-        self.desk = Desk(experiment, self.hub, self.ledger, tracker, show)
+        self.desk = Desk(experiment, self.hub, self.ledger, tracker, show, say)
         self.broken: str | None = None
         self.threads: list[threading.Thread] = []
         self._runs: dict[str, str] = {}
@@ -186,7 +190,7 @@ class _Search:
             if "message" in self.desk.summary:
                 self.broken = self.desk.summary["message"]
         except TrainingFailedError as error:
-            self.broken = explain(error, self.folder)
+            self.broken = explain(error, self.folder, self.desk.hang)
         finally:
             if self.broken:
                 ray.get(self.hub.close.remote(self.broken))

@@ -175,6 +175,13 @@ def write_file(storage: str, name: str, content: bytes) -> None:
     temporary.rename(Path(path) / name)
 
 
+def delete_file(storage: str, name: str) -> None:
+    """Remove one file of a folder, if it is there."""
+    system, path = resolve(storage)
+    if exists(storage, name):
+        system.delete_file(f"{path}/{name}")
+
+
 def list_folders(storage: str) -> list[str]:
     """Names of the complete folders below `storage`, sorted; empty if it does not exist."""
     system, path = resolve(storage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from ptuning.mailbox import Post
 from ptuning.prepare import load_task
 from ptuning.slots import count_slots
 from ptuning.train import Assignment, Detachment, Event, Order, Pack, Source, Task, train
+from ptuning.watchdog import Watchdog
 from ptuning.workers import Workers
 
 LOADING_S = 5.0
@@ -36,8 +38,11 @@ def work(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"] or max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     line = Line(config["hub"], config["group"]) if "hub" in config else None
     post = line or Post(config["mailbox"])
+    watchdog = _watchdog(experiment, config, workers.rank)
 
     def report(event: Event) -> None:
+        if event.kind not in ("loading", "loaded"):  # afterwards progress is expected
+            watchdog.beat()
         if workers.first:
             post.send(asdict(event), now=event.kind != "step")
 
@@ -56,15 +61,18 @@ def work(config: dict[str, Any]) -> None:
             "dtype": str(dtype).removeprefix("torch."),
             "shared_prefix": model.shared_prefix,
             "workers": workers.size,
+            "places": workers.gather(f"pid {os.getpid()} on {socket.gethostname()}"),
+            "group": config.get("group", 0),
         }
         report(Event("loaded", experiment.name, 0, details=loaded))
-        pack = Pack(model, base, workers, _Tasks(base))
+        model.base.register_forward_pre_hook(lambda *_: watchdog.beat())
+        pack = Pack(model, base, workers, _Tasks(base, watchdog.rest))
         if line:
             pack.places = count_slots(pack, experiment)
             if workers.first:
                 line.join(pack.places)
                 pack.ringing = line.ringing
-            source = orders_from(line, pack)
+            source = orders_from(line, pack, watchdog.beat)
         else:
             assignments: list[list[Order]] = [[Assignment(experiment, config["folder"])]]
             source = lambda free: assignments.pop() if assignments else None  # noqa: E731
@@ -72,7 +80,19 @@ def work(config: dict[str, Any]) -> None:
     except UserError as error:  # the same on every worker: no restart would help
         report(Event("failed", experiment.name, 0, details={"message": str(error)}))
     finally:
+        watchdog.end()
         post.flush()
+
+
+def _watchdog(experiment: Experiment, config: dict[str, Any], rank: int) -> Watchdog:
+    """This worker's watchdog; its words go the way of all events, past the training thread."""
+    post = Post(config["hub"] if "hub" in config else config["mailbox"])
+    known = {"rank": rank, "group": config.get("group", 0)}
+
+    def tell(words: dict[str, Any]) -> None:
+        post.send(asdict(Event("stuck", experiment.name, 0, details=known | words)), now=True)
+
+    return Watchdog(tell, experiment.compute.hang_s)
 
 
 class _Progress:
@@ -88,10 +108,11 @@ class _Progress:
             self._tell(share)
 
 
-def orders_from(line: Line, pack: Pack) -> Source:
+def orders_from(line: Line, pack: Pack, beat: Callable[[], None]) -> Source:
     """The hub's orders, on all workers. The search is over when the hub says so: who still trains then leaves."""
 
     def source(free: int) -> Sequence[Order] | None:
+        beat()
         orders = pack.workers.from_first(line.orders(wait=not pack.slots) if pack.workers.first else None)
         if orders is None:
             pack.slots.clear()
@@ -111,11 +132,13 @@ def _order(fields: dict[str, Any]) -> Order:
 class _Tasks:
     """Tokenised rows, once for all trials that read the same."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, rest: Callable[[], None]) -> None:
         self._base = base
+        self._rest = rest
         self._known: dict[str, Task] = {}
 
     def __call__(self, experiment: Experiment) -> Task:
+        self._rest()  # tokenising takes what it takes, and the other workers wait for the slowest
         room = None if experiment.data.max_tokens else experiment.prompt.length  # decides how many tokens a row may have
         key = json.dumps([room, experiment.data.model_dump(mode="json", exclude={"test"})])
         if experiment.data.test or key not in self._known:

@@ -19,9 +19,10 @@ PACKAGE = REPOSITORY / "ptuning"
 FLOORS = {
     "config": 0, "mailbox": 0, "openai_api": 0, "shipped": 0,
     "access": 1, "batches": 1, "gathering": 1, "gauges": 1, "guard": 1, "hub": 1, "last_layer": 1, "metrics": 1,
-    "segments": 1, "sources": 1, "space": 1, "spool": 1, "storage": 1, "virtual_tokens": 1, "workers": 1,
+    "segments": 1, "sources": 1, "space": 1, "spool": 1, "storage": 1, "virtual_tokens": 1, "watchdog": 1,
+    "workers": 1,
     "checkpoint": 2, "data": 2, "figures": 2, "ledger": 2, "model": 2, "paged_attention": 2, "plan": 2, "sampling": 2,
-    "soft_prompt": 2, "tracking": 2, "trial": 2,
+    "lease": 2, "soft_prompt": 2, "tracking": 2, "trial": 2,
     "base": 3, "chooser": 3, "engine": 3, "evaluate": 3, "leaderboard": 3, "registry": 3, "shipment": 3,
     "blueprint": 4, "champion": 4, "publish": 4, "submit": 4, "zero": 4,
     "adopt": 5, "catalogue": 5, "gate": 5, "meaning": 5, "train": 5,

@@ -1,0 +1,108 @@
+"""Workers that hang. Ray Train looks at processes, not at threads: a worker that sleeps, waits for a disk that is gone, or
+waits for such a worker in a collective would be waited for until torch gives up after half an hour.
+
+Every worker has a watchdog: a thread that expects a sign of life from the training thread at every pass of the base. At half
+of the limit it tells the driver where its thread stands, at the limit it ends the process: then Ray Train starts all workers
+again, from the newest checkpoint. A process that is stopped cannot tell; then the others do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import Any
+
+LEAST, TIMES = 60.0, 20.0
+"""The limit: so many seconds, or so many times the longest time between two signs of life, whichever is longer."""
+FIRST, SIGNS = 600.0, 10
+"""Seconds that the first signs of life may take each: nothing is known yet."""
+GRACE = 2.0
+"""Seconds in which the last words reach the driver."""
+HUNG = 75
+"""Exit code of a worker that its watchdog has ended."""
+WAITING = ("/torch/distributed/", "/deepspeed/comm/")
+"""Where a thread stands that waits for other workers."""
+
+Report = dict[str, Any]
+
+
+class Watchdog:
+    """Watches the thread that makes it, from the first sign of life on."""
+
+    def __init__(self, tell: Callable[[Report], None], limit_s: float | None = None) -> None:
+        """`tell` takes what the watchdog has to say, in its own thread. `limit_s`: instead of the measured limit."""
+        self._tell = tell
+        self._limit = limit_s
+        self._watched = threading.get_ident()
+        self._signs = 0
+        self._resting = True
+        self._longest = 0.0
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, name="ptuning-watchdog", daemon=True).start()
+
+    def beat(self) -> None:
+        """A sign of life."""
+        self._signs += 1
+        self._resting = False
+
+    def rest(self) -> None:
+        """Nothing is expected until the next sign of life: something begins that may take any time."""
+        self._resting = True
+
+    def end(self) -> None:
+        self._ended.set()
+
+    @property
+    def limit(self) -> float:
+        """Seconds without a sign of life that are too many."""
+        if self._limit is not None:
+            return self._limit
+        measured = max(LEAST, TIMES * self._longest)
+        return measured if self._signs >= SIGNS else max(FIRST, measured)
+
+    def _watch(self) -> None:
+        # Counted by the watchdog's own sleeps: a process that was stopped as a whole, such as with a suspended machine, is
+        # not blamed for it.
+        silence, seen, told = 0.0, 0, False
+        while True:
+            tick = min(1.0, self.limit / 10)
+            began = time.monotonic()
+            if self._ended.wait(tick):
+                return
+            slept = min(time.monotonic() - began, 2 * tick)
+            if self._resting or self._signs != seen:
+                self._longest = max(self._longest, 0.0 if self._resting else silence + slept)
+                silence, seen, told = 0.0, self._signs, False
+                continue
+            silence += slept
+            if silence >= self.limit / 2 and not told:
+                told = True
+                self._tell(self._report(silence, last=False))
+            if silence >= self.limit:
+                self._tell(self._report(silence, last=True))
+                time.sleep(GRACE)
+                os._exit(HUNG)
+
+    def _report(self, silence: float, last: bool) -> Report:
+        stack = traceback.extract_stack(sys._current_frames().get(self._watched))
+        waits = any(part in frame.filename for frame in stack for part in WAITING)
+        where = f"{stack[-1].name} ({PurePath(stack[-1].filename).name}:{stack[-1].lineno})" if stack else "its end"
+        return {"seconds": round(silence, 1), "where": where, "waits": waits, "last": last}
+
+
+def verdict(places: list[str], reports: dict[int, Report]) -> str:
+    """One sentence: which worker is to blame. `places`: what to call each worker, by rank; `reports`: their last words."""
+    seconds = max(report["seconds"] for report in reports.values())
+    silent = [f"worker {rank} ({place}) gives no sign of life" for rank, place in enumerate(places) if rank not in reports]
+    stuck = [
+        f"worker {rank} ({places[rank] if rank < len(places) else 'unknown'}) is stuck in {report['where']}"
+        for rank, report in sorted(reports.items())
+        if not report["waits"]
+    ]
+    found = silent + stuck or [f"all {len(places)} workers wait for each other"]
+    return f"no progress for {seconds:.0f} s: {', '.join(found)}; all start again from the newest checkpoint"
