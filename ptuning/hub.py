@@ -151,6 +151,10 @@ class Board:
             return [{"kind": "failed", "run": "", "step": 0, "values": {}, "details": {"message": self.broken}}]
         return found
 
+    def busy(self) -> bool:
+        """Whether any trial trains or waits for a slot."""
+        return bool(self._training or self._waiting)
+
     def has_results(self, trial: str) -> bool:
         return self.broken is not None or trial not in self._results or bool(self._results[trial])
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
+import signal
 import threading
 import time
 import uuid
@@ -245,6 +247,7 @@ def _fit(
     trainer = make_trainer(experiment, attempt, scaling, {"folder": folder, "mailbox": mailbox})
     follower = _Follower(mailbox, tracker, show)
     status: tracking.Status = "FAILED"
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
         follower.stop()
@@ -257,6 +260,10 @@ def _fit(
         status = "KILLED"
         raise KeyboardInterrupt from None
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)  # Train's own handler stays otherwise, and keeps its controller alive
+        follower.stop()
+        ray.kill(mailbox)
         tracker.finish(status)
         unsent = tracker.close(deadline_s=30)
         follower.summary |= {"name": experiment.name, "run_id": tracker.run_id, "unsent": unsent}
@@ -269,8 +276,13 @@ def explain(error: TrainingFailedError, folder: str, hang: str | None = None) ->
     """One sentence; the tracebacks of all workers go to a file in the run's folder. `hang`: what the watchdogs said last."""
     storage.write_file(folder, "error.log", str(error).encode())
     failures = getattr(error, "worker_failures", None) or {}
-    last = str(next(iter(failures.values()), error)).strip().splitlines()
-    said = hang.partition(";")[0] if hang else last[-1] if last else "no message"
+    text = str(next(iter(failures.values()), error)).strip()
+    silent = re.search(r"health check.*?hostname='(.*?)'.*?pid=(\d+).*?world_rank=(\d+)", text, re.DOTALL)
+    said = (text.splitlines() or ["no message"])[-1]
+    if hang:
+        said = hang.partition(";")[0]
+    elif silent:
+        said = "worker {2} (pid {1} on {0}) gives no sign of life".format(*silent.groups())
     return f"a worker failed: {said}; see {storage.join(folder, 'error.log')}"
 
 

@@ -42,6 +42,8 @@ from ptuning.train import Task
 SPARE = 0.25
 """Share of a worker's CPUs that stays free for the trials, which do nothing but wait."""
 TRIAL_CPU = 0.01
+HUNG = 60.0
+"""Seconds without any trial in training or waiting after which those that Tune still waits for count as hung."""
 SAVING = 60.0
 """Seconds to wait for the soft prompts of stopped trials."""
 AHEAD = 2
@@ -133,6 +135,31 @@ class _Free(Callback):
         return {}  # Tune pickles what it is given; nobody reads it
 
 
+class _Hung(tune.Stopper):
+    """Ends Tune's part when nobody trains any more and yet a trial's own process does not end: Tune would wait for ever."""
+
+    def __init__(self, busy: Callable[[], bool]) -> None:
+        self._busy = busy
+        self._asked_at = self._busy_at = 0.0
+        self._begun = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        now = time.monotonic()
+        if now - self._asked_at > 1:
+            self._asked_at = now
+            busy = self._busy()
+            if busy or not self._begun:
+                self._busy_at = now
+            self._begun = self._begun or busy
+        return self._begun and now - self._busy_at > HUNG
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
 class _Search:
     """One life of a search, from the ledger to the winner."""
 
@@ -172,6 +199,7 @@ class _Search:
             self._report()  # while the workers end, which takes Ray Train some seconds
             for thread in self.threads:
                 thread.join(60)
+            ray.kill(self.hub)
             self.tracker.finish(status)
             unsent += self.tracker.close(deadline_s=30)
             if storage.is_local(self.folder):
@@ -212,6 +240,7 @@ class _Search:
             "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a box even at verbose=0
             "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's own CSV, JSON and TensorBoard files
             "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search, it does not wait for the trials
+            "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # a process that does not end in order
             "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the ledger is what a search is resumed from
             "TUNE_MAX_PENDING_TRIALS_PG": str(at_once + AHEAD),
         }
@@ -226,6 +255,7 @@ class _Search:
 
             run_trial(values, hub, tables, checkpoints)
 
+        hung = _Hung(lambda: ray.get(hub.call.remote("busy")))
         chooser = Chooser(self.experiment, self.tables, self.folder, self.ledger, self._announce)
         threading.Thread(target=self._watch, args=(chooser,), daemon=True).start()
         with warnings.catch_warnings():
@@ -244,9 +274,13 @@ class _Search:
                     name="tune",
                     storage_path=storage.join(self.folder, "ray"),
                     callbacks=[_Free(self._release)],
+                    stop=hung,
                     verbose=0,
                 ),
             ).fit()
+        if hung.stop_all():
+            for entry in self.ledger.trials():
+                self.ledger.change(entry.run, lambda entry: _end(entry, "its process gave no sign of life"))
         # What Tune has stopped still saves its soft prompt; what failed has told the desk.
         # Not for ever: workers that were just then started again have forgotten who was to leave.
         self.desk.wait(lambda: all(self._settled(entry) for entry in self.ledger.trials()), self._alive, SAVING)

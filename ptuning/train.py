@@ -100,8 +100,8 @@ class Slot:
         self.since_best = 0
         self.parent: str | None = None
         self.unsaved: list[Event] = []
-        """Events since the last checkpoint, and evaluations of the last instants before it, which may not have reached the
-        driver's disk: a resumed run repeats them. No evaluation is lost, however little time lies between checkpoints."""
+        """Events since the last checkpoint, and those of the last instants before it, which may not have reached the driver's
+        disk: a resumed run repeats them. No point is lost, however little time lies between checkpoints."""
 
     @property
     def name(self) -> str:
@@ -376,7 +376,7 @@ def save_checkpoint(pack: Pack, slot: Slot) -> None:
     if pack.workers.first:
         checkpoint.save(checkpoints(slot.folder), slot.step, *slot.state())
     recent = time.time() * 1000 - ON_THE_WAY_MS
-    slot.unsaved = [event for event in slot.unsaved if event.kind == "evaluation" and event.time_ms > recent]
+    slot.unsaved = [event for event in slot.unsaved if event.time_ms > recent]
 
 
 def finish(pack: Pack, slot: Slot, report: Report) -> None:

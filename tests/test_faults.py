@@ -1,0 +1,227 @@
+"""What breaks, on a real Ray cluster with real signals at exact instants: workers, drivers, nodes, disks, MLflow.
+
+Every test also proves that the machine is clean afterwards. The same promises in other rooms' tests: laws 4 and 5
+(`test_train`), damaged checkpoints (`test_storage`), MLflow down, silent and back (`test_tracking`), killed drivers and workers
+of a search (`test_search`), bad rows (`test_data`).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from conftest import REPOSITORY
+
+from ptuning import soft_prompt, storage
+from ptuning.config import parse_experiment
+from ptuning.launch import RunFailed, run_training
+from ptuning.train import Event
+
+pytestmark = pytest.mark.slow
+
+INSTANTS = Path(tempfile.mkdtemp(prefix="ptuning-instants-"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PTUNING_INSTANTS", str(INSTANTS))
+        patched.setenv("PYTHONPATH", str(REPOSITORY / "tests" / "instants"), prepend=os.pathsep)
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def clean_machine(cluster: None) -> Iterator[None]:
+    """After every fault: no process, no listening port, no shared memory and no placement group is left, all CPUs are free."""
+    before = traces()
+    yield
+    deadline = time.monotonic() + 30
+    gc.collect()  # an actor lives as long as somebody holds it: here, a test that failed
+    began = time.monotonic()
+    while left := {kind: found - before[kind] for kind, found in traces().items() if found - before[kind]}:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+    print(f"clean after {time.monotonic() - began:.1f} s")
+
+
+def traces() -> dict[str, set[str]]:
+    """What a run may leave behind. Ray's own: an actor of Ray Train that stays with the cluster, and idle workers, which wait
+    for the next task."""
+    processes, ports = set(), {str(each.laddr.port) for each in psutil.Process().net_connections() if each.status == "LISTEN"}
+    for process in psutil.Process().children(recursive=True):
+        try:
+            title = " ".join(process.cmdline()).strip()
+        except psutil.Error:
+            continue
+        if title and not re.match(r"ray::(IDLE|_Autoscaling)|.*multiprocessing.resource_tracker", title):
+            processes.add(f"{process.pid} {title[:100]}")
+    groups = {key for key, each in ray.util.placement_group_table().items() if each["state"] != "REMOVED"}
+    free, whole = ray.available_resources(), ray.cluster_resources()
+    taken = {kind for kind in ("CPU", "GPU") if free.get(kind, 0) < whole.get(kind, 0)}
+    shared = {path.name for path in Path("/dev/shm").iterdir()}
+    return {"processes": processes, "ports": ports, "placement groups": groups, "taken": taken, "/dev/shm": shared}
+
+
+def plan(*instants: tuple[str, int, int, str]) -> None:
+    """Let workers do something at (when, step, rank); forgets what was planned before."""
+    for path in INSTANTS.iterdir():
+        path.unlink()
+    keys = ("when", "step", "rank", "do")
+    (INSTANTS / "plan.json").write_text(json.dumps([dict(zip(keys, instant, strict=True)) for instant in instants]))
+
+
+def happened(number: int) -> dict[str, Any]:
+    return json.loads((INSTANTS / f"{number}.json").read_text())
+
+
+@pytest.fixture
+def tables(toy_task: SimpleNamespace) -> dict[str, Any]:
+    plan()
+    toy_task.experiment["compute"]["workers"] = 2
+    for split in ("validation", "test"):
+        del toy_task.experiment["data"][split]
+    toy_task.experiment["train"] |= {"steps": 60, "learning_rate": 0.3, "checkpoint_every": 5}
+    return toy_task.experiment
+
+
+def start(tables: dict[str, Any], events: list[Event], *, resume: bool = False, **changes: Any) -> Any:
+    return run_training(parse_experiment(tables | changes), resume=resume, show=events.append, say=print)
+
+
+def recoveries(events: list[Event], many: int) -> list[tuple[int, float]]:
+    """For every planned fault: steps that were repeated, and seconds until training went on."""
+    begins = [index for index, event in enumerate(events) if event.kind == "start"][1:]
+    found = []
+    for number, begin in zip(range(many), begins, strict=True):
+        reached = max(event.step for event in events[:begin] if event.kind == "step")
+        following = next(event for event in events[begin:] if event.kind == "step")
+        assert following.step == events[begin].step + 1
+        found.append((reached - events[begin].step, (following.time_ms - happened(number)["time_ms"]) / 1000))
+    print("steps repeated, seconds to recover:", found)
+    return found
+
+
+def difference(one: Any, two: Any) -> float:
+    first, second = (soft_prompt.load(each["soft_prompt"]).vectors for each in (one, two))
+    return float((first - second).norm() / first.norm())
+
+
+@pytest.mark.timeout(300)
+def test_killed_and_hung_workers_cost_at_most_one_checkpoint_interval(tables: dict[str, Any]) -> None:
+    tables["compute"]["hang_s"] = 4.0
+    undisturbed = start(tables, [], name="undisturbed")
+    plan(("barrier", 13, 1, "kill"), ("half-written", 30, 0, "kill"), ("forward", 43, 1, "sleep"))
+    events: list[Event] = []
+    disturbed = start(tables, events, name="disturbed")
+    assert all(repeated <= 5 and seconds < 40 for repeated, seconds in recoveries(events, 3))
+    assert difference(undisturbed, disturbed) < 1e-6
+    [message] = hangs(events)
+    assert f"worker 1 (pid {happened(2)['pid']} on {socket.gethostname()}) is stuck in reached (sitecustomize.py:" in message
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_more_instants(tables: dict[str, Any]) -> None:
+    tables["compute"] |= {"hang_s": 4.0, "max_failures": 4}
+    undisturbed = start(tables, [], name="undisturbed")
+    plan(("backward", 13, 1, "kill"), ("renamed", 20, 0, "kill"), ("barrier", 38, 0, "stop"), ("forward", 52, 0, "raise"))
+    events: list[Event] = []
+    disturbed = start(tables, events, name="disturbed")
+    assert all(repeated <= 5 and seconds < 40 for repeated, seconds in recoveries(events, 4))
+    assert difference(undisturbed, disturbed) < 1e-6
+    [message] = hangs(events)
+    assert f"worker 0 (pid {happened(2)['pid']} on {socket.gethostname()}) gives no sign of life" in message
+
+
+def hangs(events: list[Event]) -> list[str]:
+    return [event.details["message"] for event in events if event.kind == "stuck" and "message" in event.details]
+
+
+@pytest.mark.timeout(200)
+def test_a_run_that_gives_up_says_why_and_goes_on_later(tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker that is stopped as a whole: there is nobody else to notice but Ray Train."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "5")
+    tables["compute"] |= {"workers": 1, "max_failures": 0}
+    plan(("forward", 13, 0, "stop"))
+    began = time.monotonic()
+    with pytest.raises(RunFailed, match=r"a worker failed: worker 0 \(pid \d+ on .*\) gives no sign") as failed:
+        start(tables, [])
+    print(failed.value, time.monotonic() - began)
+    assert not psutil.pid_exists(happened(0)["pid"])
+    events: list[Event] = []
+    start(tables, events, resume=True)
+    assert [event.step for event in events if event.kind == "start"] == [10]
+
+
+@pytest.mark.timeout(300)
+def test_one_driver_per_run_and_a_killed_one_costs_at_most_one_interval(
+    tables: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Ray Train's own snapshot is damaged after every kill: nothing depends on it."""
+    tables["compute"]["workers"] = 1
+    tables["train"] |= {"steps": 1500}
+    folder = tmp_path / "runs" / "toy"
+    command = [sys.executable, "-m", "ptuning", "train", str(write_toml(tables))]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    draw, options = random.Random(0), list[str]()
+    for life in range(2):
+        driver = subprocess.Popen([*command, *options], env=environment, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda life=life: reached_step(folder) >= 200 * (life + 1), driver)
+        if not life:
+            second = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
+            assert second.returncode == 2 and driver.poll() is None
+            assert f"another driver works on it (host {socket.gethostname()}, pid {driver.pid}, since " in second.stderr
+        time.sleep(draw.uniform(0, 1))
+        driver.kill()
+        driver.communicate()
+        saved = int(storage.list_folders(str(folder / "checkpoints"))[-1].removeprefix("step-"))
+        assert not list(folder.rglob("checkpoint_manager_snapshot.json")), "Ray Train has nothing that could be damaged"
+        options = ["--resume", "--json"]
+    began = time.monotonic()
+    last = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
+    print(f"the third driver took {time.monotonic() - began:.1f} s")
+    assert last.returncode == 0, last.stderr
+    [begun] = re.findall(r"resumed at step (\d+)", last.stderr)
+    assert int(begun) >= saved
+    summary = json.loads(last.stdout.splitlines()[-1])
+    undisturbed = start(tables, [], name="undisturbed")
+    assert difference(undisturbed, summary) == 0
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    curve = [point.step for point in client.get_metric_history(summary["run_id"], "train/loss")]
+    assert sorted(set(curve)) == list(range(1, 1501))
+    runs = client.search_runs([client.get_experiment_by_name("ptuning").experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["toy", "undisturbed"]
+
+
+def reached_step(folder: Path) -> int:
+    """The last step that has reached the driver's disk."""
+    spool = folder / "tracking" / "events.jsonl"
+    lines = spool.read_text().splitlines() if spool.exists() else []
+    return max((json.loads(line).get("step", 0) for line in lines if line.endswith("}")), default=0)
+
+
+def wait_for(done: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
