@@ -7,6 +7,7 @@ damaged snapshot file of Ray's cannot block a run, and the number of workers may
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -99,13 +100,21 @@ def holding(folder: str, say: Callable[[str], None]) -> Iterator[None]:
 
     Raises:
         UserError: another driver has it.
-        RunFailed: another driver took it meanwhile.
+        RunFailed: another driver took it meanwhile, or the driver's disk is full.
     """
     try:
         with lease.held(folder, say):
             yield
     except lease.LeaseLost as error:
         raise RunFailed(str(error)) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunFailed(_full(folder)) from None
+
+
+def _full(folder: str) -> str:
+    return f"{folder}: the disk is full; make room, then continue with --resume"
 
 
 def registered(experiment: Experiment, summary: dict[str, Any], name: str | None) -> dict[str, str]:
@@ -245,7 +254,7 @@ def _fit(
     mailbox = Mailbox.remote()  # type: ignore[attr-defined]  # added by ray.remote
     attempt = storage.join(folder, "ray")
     trainer = make_trainer(experiment, attempt, scaling, {"folder": folder, "mailbox": mailbox})
-    follower = _Follower(mailbox, tracker, show)
+    follower = _Follower(mailbox, folder, tracker, show)
     status: tracking.Status = "FAILED"
     interrupt = signal.getsignal(signal.SIGINT)
     try:
@@ -264,7 +273,8 @@ def _fit(
             signal.signal(signal.SIGINT, interrupt)  # Train's own handler stays otherwise, and keeps its controller alive
         follower.stop()
         ray.kill(mailbox)
-        tracker.finish(status)
+        with suppress(OSError):  # said already: the disk is full
+            tracker.finish(status)
         unsent = tracker.close(deadline_s=30)
         follower.summary |= {"name": experiment.name, "run_id": tracker.run_id, "unsent": unsent}
         if storage.is_local(attempt):
@@ -274,6 +284,8 @@ def _fit(
 
 def explain(error: TrainingFailedError, folder: str, hang: str | None = None) -> str:
     """One sentence; the tracebacks of all workers go to a file in the run's folder. `hang`: what the watchdogs said last."""
+    if os.strerror(errno.ENOSPC) in str(error):
+        return _full(folder)
     storage.write_file(folder, "error.log", str(error).encode())
     failures = getattr(error, "worker_failures", None) or {}
     text = str(next(iter(failures.values()), error)).strip()
@@ -289,8 +301,9 @@ def explain(error: TrainingFailedError, folder: str, hang: str | None = None) ->
 class _Follower:
     """Takes events from the mailbox to the screen and the tracker, in a thread of the driver."""
 
-    def __init__(self, mailbox: Any, tracker: tracking.Tracker, show: Show) -> None:
+    def __init__(self, mailbox: Any, folder: str, tracker: tracking.Tracker, show: Show) -> None:
         self.summary: dict[str, Any] = {}
+        self._folder = folder
         self._mailbox = mailbox
         self._record = Recorder(tracker, self.summary)
         self._show = show
@@ -309,9 +322,17 @@ class _Follower:
 
     def _follow(self) -> None:
         last = False
+        waiting: list[Event] = []
         while not last:
             last = self._stopped.wait(0.2)
-            for fields in ray.get(self._mailbox.take.remote()):
-                event = Event(**fields)
-                self._record(event)
+            events = [Event(**fields) for fields in ray.get(self._mailbox.take.remote())]
+            waiting += events
+            # A full disk: what could not be recorded is kept until there is room. The workers do not wait for it.
+            with suppress(OSError):
+                while waiting:
+                    self._record(waiting[0])
+                    waiting.pop(0)
+            for event in events:
                 self._show(event)
+        if waiting:
+            self.summary.setdefault("message", _full(self._folder))

@@ -17,6 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -195,12 +196,15 @@ class _Search:
             raise
         finally:
             ray.get(self.hub.close.remote())
-            unsent = self.desk.stop(30)
-            self._report()  # while the workers end, which takes Ray Train some seconds
+            unsent = 0
+            with suppress(OSError):  # said already: the disk is full
+                unsent = self.desk.stop(30)
+                self._report()  # while the workers end, which takes Ray Train some seconds
             for thread in self.threads:
                 thread.join(60)
             ray.kill(self.hub)
-            self.tracker.finish(status)
+            with suppress(OSError):
+                self.tracker.finish(status)
             unsent += self.tracker.close(deadline_s=30)
             if storage.is_local(self.folder):
                 shutil.rmtree(storage.join(self.folder, "ray"), ignore_errors=True)

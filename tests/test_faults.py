@@ -7,15 +7,18 @@ of a search (`test_search`), bad rows (`test_data`).
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +30,11 @@ import pytest
 import ray
 from conftest import REPOSITORY
 
-from ptuning import soft_prompt, storage
+from ptuning import search, soft_prompt, storage
 from ptuning.config import parse_experiment
 from ptuning.launch import RunFailed, run_training
+from ptuning.ledger import Entry
+from ptuning.search import run_search
 from ptuning.train import Event
 
 pytestmark = pytest.mark.slow
@@ -42,7 +47,7 @@ def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PTUNING_INSTANTS", str(INSTANTS))
         patched.setenv("PYTHONPATH", str(REPOSITORY / "tests" / "instants"), prepend=os.pathsep)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init(num_cpus=2, log_to_driver=False)  # with the dashboard: Ray Train's own cleaner asks it
         yield
         ray.shutdown()
 
@@ -210,6 +215,106 @@ def test_one_driver_per_run_and_a_killed_one_costs_at_most_one_interval(
     assert sorted(set(curve)) == list(range(1, 1501))
     runs = client.search_runs([client.get_experiment_by_name("ptuning").experiment_id])
     assert sorted(run.info.run_name for run in runs) == ["toy", "undisturbed"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a full file system, made with a tmpfs by root")
+@pytest.mark.timeout(200)
+def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
+    tables: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount: {mounted.stderr.decode().strip()}")
+    try:
+        tables["compute"] |= {"workers": 1, "storage": str(disk), "max_failures": 1}
+        tables["train"] |= {"steps": 1500}
+        command = [sys.executable, "-m", "ptuning", "train", str(write_toml(tables))]
+        environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: reached_step(disk / "toy") >= 200, driver)
+        began = time.monotonic()
+        with contextlib.suppress(OSError), (disk / "filler").open("wb") as filler:
+            while True:
+                filler.write(bytes(4096))
+                filler.flush()
+        said = driver.communicate(timeout=120)[1]
+        print(f"ended after {time.monotonic() - began:.1f} s:", said)
+        assert driver.returncode == 1 and "Traceback" not in said
+        assert "the disk is full" in said.splitlines()[-1]
+        saved = storage.list_folders(str(disk / "toy" / "checkpoints"))
+        (disk / "filler").unlink()
+        again = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
+        assert again.returncode == 0, again.stderr
+        [begun] = re.findall(r"resumed at step (\d+)", again.stderr)
+        assert f"step-{int(begun):09d}" == saved[-1]
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.timeout(300)
+def test_a_lost_node_costs_an_elastic_run_no_more_than_a_worker(
+    tables: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        lost = nodes.add_node(num_cpus=1)
+        tables["compute"] |= {"workers": [1, 2], "cpus_per_worker": 1.0}
+        tables["train"] |= {"steps": 1500}
+        command = [sys.executable, "-m", "ptuning", "train", str(write_toml(tables)), "--json"]
+        environment = os.environ | {"RAY_ADDRESS": nodes.address}
+        driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: reached_step(tmp_path / "runs" / "toy") >= 200, driver)
+        saved = int(storage.list_folders(str(tmp_path / "runs" / "toy" / "checkpoints"))[-1].removeprefix("step-"))
+        nodes.remove_node(lost, allow_graceful=False)
+        began = time.monotonic()
+        said = driver.communicate(timeout=200)
+        print(f"the rest took {time.monotonic() - began:.1f} s:", said[1])
+        assert driver.returncode == 0
+        summary = json.loads(said[0].splitlines()[-1])
+        assert summary["steps"] == 1500 and summary["workers"] == 1
+        assert "base loaded by 2 workers" in said[1] and "base loaded by 1 worker " in said[1]
+        [begun] = re.findall(r"resumed at step (\d+)", said[1])
+        assert int(begun) >= saved
+    finally:
+        nodes.shutdown()
+
+
+@pytest.mark.timeout(300)
+def test_a_search_counts_trials_whose_process_dies_or_hangs_once(
+    tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "HUNG", 5.0)
+    for split in ("train", "validation"):
+        tables["data"][split] = tables["data"]["train"]
+    tables["train"] |= {"steps": 400, "evaluate_every": 100}
+    tables["compute"]["workers"] = 1
+    tables["search"] = {"trials": 4, "slots": 2, "scheduler": "fifo", "finalists": 1, "seeds": 1, "length": [4]}
+    done: list[str] = []
+
+    def strike() -> None:
+        """The first trial's process that reports is stopped, the second one's killed."""
+        while len(done) < 2:
+            time.sleep(0.1)
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    title = process.cmdline()[0]
+                    if title.startswith("ray::") and "trial" in title and str(process.pid) not in done and len(done) < 2:
+                        time.sleep(2)
+                        process.send_signal(signal.SIGKILL if done else signal.SIGSTOP)
+                        done.append(str(process.pid))
+
+    threading.Thread(target=strike, daemon=True).start()
+    shown: list[list[Entry]] = []
+    summary = run_search(parse_experiment(tables), resume=False, show=shown.append, say=print)
+    print(summary["trials"], [(entry.run, entry.status, entry.message) for entry in shown[-1]])
+    assert len(done) == 2
+    trials = [entry for entry in shown[-1] if not entry.finalist]
+    assert len(trials) == 4 and sum(summary["trials"].values()) == 4
+    assert not [pid for pid in done if psutil.pid_exists(int(pid))]
 
 
 def reached_step(folder: Path) -> int:
