@@ -27,6 +27,7 @@ import ray.train
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ptuning import lease, storage, tracking
 from ptuning.base import Base, find_base
@@ -251,7 +252,7 @@ def _fit(
     experiment: Experiment, folder: str, scaling: ray.train.ScalingConfig, tracker: tracking.Tracker, show: Show
 ) -> dict[str, Any]:
     """Run Ray Train in this thread (so that Ctrl-C stops it in order) and follow its events in another."""
-    mailbox = Mailbox.remote()  # type: ignore[attr-defined]  # added by ray.remote
+    mailbox = beside_driver(Mailbox).remote()
     attempt = storage.join(folder, "ray")
     trainer = make_trainer(experiment, attempt, scaling, {"folder": folder, "mailbox": mailbox})
     follower = _Follower(mailbox, folder, tracker, show)
@@ -280,6 +281,12 @@ def _fit(
         if storage.is_local(attempt):
             shutil.rmtree(attempt, ignore_errors=True)
     return follower.summary
+
+
+def beside_driver(actor: Any) -> Any:
+    """An actor class whose instances live on the driver's node: to lose another node must not cost more than its workers."""
+    here = ray.get_runtime_context().get_node_id()
+    return actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
 
 
 def explain(error: TrainingFailedError, folder: str, hang: str | None = None) -> str:

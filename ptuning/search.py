@@ -32,7 +32,7 @@ from ptuning.chooser import Chooser, make_scheduler
 from ptuning.config import Experiment, ExperimentError
 from ptuning.desk import Desk, Show
 from ptuning.hub import Hub
-from ptuning.launch import RunFailed, explain, holding, make_trainer, registered, scale, start_ray, start_tracker
+from ptuning.launch import RunFailed, beside_driver, explain, holding, make_trainer, registered, scale, start_ray, start_tracker
 from ptuning.ledger import Entry, Ledger
 from ptuning.prepare import absolute, check_name, describe, load_task, write_run
 from ptuning.publish import bring_parent, pin_parent
@@ -171,7 +171,7 @@ class _Search:
         self.tracker = tracker
         self.say = say
         self.ledger = Ledger(folder)
-        self.hub = Hub.remote()  # type: ignore[attr-defined]  # added by ray.remote
+        self.hub = beside_driver(Hub).remote()
         self.desk = Desk(experiment, self.hub, self.ledger, tracker, show, say)
         self.broken: str | None = None
         self.threads: list[threading.Thread] = []

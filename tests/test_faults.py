@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import random
@@ -159,6 +160,7 @@ def hangs(events: list[Event]) -> list[str]:
     return [event.details["message"] for event in events if event.kind == "stuck" and "message" in event.details]
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(200)
 def test_a_run_that_gives_up_says_why_and_goes_on_later(tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """One worker that is stopped as a whole: there is nobody else to notice but Ray Train."""
@@ -228,7 +230,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
     if mounted.returncode:
         pytest.skip(f"cannot mount: {mounted.stderr.decode().strip()}")
     try:
-        tables["compute"] |= {"workers": 1, "storage": str(disk), "max_failures": 1}
+        tables["compute"] |= {"workers": 1, "storage": str(disk), "max_failures": 0}
         tables["train"] |= {"steps": 1500}
         command = [sys.executable, "-m", "ptuning", "train", str(write_toml(tables))]
         environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
@@ -253,13 +255,15 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a socket of Ray's Cluster
 def test_a_lost_node_costs_an_elastic_run_no_more_than_a_worker(
     tables: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
 ) -> None:
     from ray.cluster_utils import Cluster
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         lost = nodes.add_node(num_cpus=1)
         tables["compute"] |= {"workers": [1, 2], "cpus_per_worker": 1.0}
@@ -270,10 +274,12 @@ def test_a_lost_node_costs_an_elastic_run_no_more_than_a_worker(
         wait_for(lambda: reached_step(tmp_path / "runs" / "toy") >= 200, driver)
         saved = int(storage.list_folders(str(tmp_path / "runs" / "toy" / "checkpoints"))[-1].removeprefix("step-"))
         nodes.remove_node(lost, allow_graceful=False)
-        began = time.monotonic()
         said = driver.communicate(timeout=200)
-        print(f"the rest took {time.monotonic() - began:.1f} s:", said[1])
-        assert driver.returncode == 0
+        lines = (tmp_path / "runs" / "toy" / "tracking" / "events.jsonl").read_text().splitlines()
+        times = sorted({each["time"] for line in lines if (each := json.loads(line))["kind"] == "metrics"})
+        pause = max((later - time) / 1000 for time, later in itertools.pairwise(times))
+        print(f"longest pause {pause:.1f} s")
+        assert driver.returncode == 0, said[1]
         summary = json.loads(said[0].splitlines()[-1])
         assert summary["steps"] == 1500 and summary["workers"] == 1
         assert "base loaded by 2 workers" in said[1] and "base loaded by 1 worker " in said[1]
@@ -281,6 +287,8 @@ def test_a_lost_node_costs_an_elastic_run_no_more_than_a_worker(
         assert int(begun) >= saved
     finally:
         nodes.shutdown()
+        del nodes
+        gc.collect()
 
 
 @pytest.mark.timeout(300)
@@ -290,31 +298,32 @@ def test_a_search_counts_trials_whose_process_dies_or_hangs_once(
     monkeypatch.setattr(search, "HUNG", 5.0)
     for split in ("train", "validation"):
         tables["data"][split] = tables["data"]["train"]
-    tables["train"] |= {"steps": 400, "evaluate_every": 100}
+    tables["train"] |= {"steps": 1000, "evaluate_every": 250}
     tables["compute"]["workers"] = 1
     tables["search"] = {"trials": 4, "slots": 2, "scheduler": "fifo", "finalists": 1, "seeds": 1, "length": [4]}
-    done: list[str] = []
+    done: list[int] = []
+    titles: set[str] = set()
 
     def strike() -> None:
-        """The first trial's process that reports is stopped, the second one's killed."""
+        """The first trial's process that works is stopped, the second one's killed."""
         while len(done) < 2:
-            time.sleep(0.1)
+            time.sleep(0.05)
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    title = process.cmdline()[0]
-                    if title.startswith("ray::") and "trial" in title and str(process.pid) not in done and len(done) < 2:
-                        time.sleep(2)
+                    title = " ".join(process.cmdline())
+                    titles.add(title[:60])
+                    if re.match("ray::(ImplicitFunc|trial)", title) and process.pid not in done and len(done) < 2:
                         process.send_signal(signal.SIGKILL if done else signal.SIGSTOP)
-                        done.append(str(process.pid))
+                        done.append(process.pid)
 
     threading.Thread(target=strike, daemon=True).start()
     shown: list[list[Entry]] = []
     summary = run_search(parse_experiment(tables), resume=False, show=shown.append, say=print)
     print(summary["trials"], [(entry.run, entry.status, entry.message) for entry in shown[-1]])
-    assert len(done) == 2
+    assert len(done) == 2, titles
     trials = [entry for entry in shown[-1] if not entry.finalist]
     assert len(trials) == 4 and sum(summary["trials"].values()) == 4
-    assert not [pid for pid in done if psutil.pid_exists(int(pid))]
+    assert not [pid for pid in done if psutil.pid_exists(pid)]
 
 
 def reached_step(folder: Path) -> int:

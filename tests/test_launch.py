@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import ray
 import torch
-from conftest import worker_killed
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -92,22 +91,6 @@ def test_train_gives_a_soft_prompt_and_an_mlflow_run_that_holds_everything(table
     tables["train"]["learning_rate"] = 0.1
     with pytest.raises(UserError, match="cannot be resumed with another train.learning_rate; undo the change"):
         start(tables, [], resume=True)
-
-
-def test_a_killed_worker_costs_at_most_one_checkpoint_interval(tables: dict[str, Any], tmp_path: Path) -> None:
-    tables["data"]["validation"] = None
-    tables["train"] |= {"steps": 60}
-    undisturbed = start(tables | {"name": "undisturbed"}, [])
-
-    events: list[Event] = []
-    with worker_killed(lambda: any(event.kind == "step" and event.step >= 12 for event in events)):
-        summary = start(tables | {"name": "disturbed"}, events)
-    starts = [event.step for event in events if event.kind == "start"]
-    assert len(starts) == 2 and starts[1] >= 5
-    last_before = max(event.step for event in events[: events.index([e for e in events if e.kind == "start"][1])])
-    assert last_before - starts[1] <= 5
-    one, two = (soft_prompt.load(each["soft_prompt"]).vectors for each in (undisturbed, summary))
-    assert float((one - two).norm() / one.norm()) < 1e-6
 
 
 def test_a_cluster_that_is_gone_is_not_waited_for(tables: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,8 @@ import pytest
 import torch
 from pyarrow import fs
 
-from ptuning import checkpoint, soft_prompt, storage
-from ptuning.config import parse_experiment
+from ptuning import checkpoint, lease, soft_prompt, storage
+from ptuning.config import UserError, parse_experiment
 from ptuning.launch import run_training
 from ptuning.storage import StorageError
 
@@ -77,6 +78,29 @@ def test_checkpoints_live_in_an_object_store(bucket: str) -> None:
     storage.write_file(f"{bucket}/run/checkpoints/step-000000030", "state.json", b"{}")
     saved = checkpoint.newest(f"{bucket}/run/checkpoints")
     assert saved is not None and saved[1]["step"] == 20
+
+
+def test_of_two_drivers_at_once_one_wins(bucket: str) -> None:
+    """In threads: who of them has it is decided in the bucket."""
+    results: list[str] = []
+    done = threading.Event()
+
+    def drive() -> None:
+        try:
+            with lease.held(f"{bucket}/leased", print):
+                results.append("held")
+                done.wait(10)
+        except UserError as error:
+            results.append(str(error))
+            done.set()
+
+    threads = [threading.Thread(target=drive) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(result[:4] for result in results) == ["held", "s3:/"]
+    assert not storage.exists(f"{bucket}/leased", lease.FILE)
 
 
 def test_a_bucket_that_is_not_there_is_a_sentence(bucket: str) -> None:

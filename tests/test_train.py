@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -291,6 +293,45 @@ def test_a_slot_that_diverges_stops_alone(run: Any, toy_task: SimpleNamespace) -
     )
     assert not storage.exists(str(done.folder / "bad"), "soft_prompt")
     alone = run("alone")(good).result("good").vectors
+    assert float((alone - done.result("good").vectors).norm() / alone.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("cause", ["rows", "learning rate", "start"])
+def test_whatever_makes_a_slot_diverge_it_stops_alone(
+    run: Any, toy_task: SimpleNamespace, base: Base, model: PromptedModel, cause: str
+) -> None:
+    """Rows with a token whose embedding is broken, a learning rate beyond all measure, a start out of range."""
+    changes: dict[str, Any] = {"name": "bad"}
+    if cause == "rows":
+        rows = [json.loads(line) for line in toy_task.train.read_text().splitlines()]
+        rows[40]["text"] += " \u00fe"
+        poisoned = toy_task.folder / "poisoned.jsonl"
+        poisoned.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        changes["data__train"] = str(poisoned)
+    elif cause == "learning rate":
+        changes |= {"train__learning_rate": 1e30, "train__clip": 0.0, "train__warmup": 0.0}
+    else:
+        source = torch.zeros(4, base.width)
+        source[0, 0] = 3e38  # finite in the file, not in the first layer
+        card = soft_prompt.Card(name="x", base="x", length=4, width=base.width, content_hash=soft_prompt.content_hash(source))
+        soft_prompt.SoftPrompt(source, card).save(str(toy_task.folder / "poison"))
+        changes |= {"prompt__init": "soft-prompt", "prompt__init_from": str(toy_task.folder / "poison")}
+    good = experiment(toy_task, name="good")
+    alone = run("alone")(good).result("good").vectors
+    broken = base.tokenizer("\u00fe", add_special_tokens=False)["input_ids"][-1]
+
+    def poison(module: Any, inputs: Any, rows: torch.Tensor) -> torch.Tensor:
+        return rows.masked_fill((inputs[0] == broken)[..., None], math.inf)
+
+    embeddings = model.base.get_input_embeddings()
+    with embeddings.register_forward_hook(poison) if cause == "rows" else contextlib.nullcontext():
+        done = run("together", places=2)(experiment(toy_task, **changes), good)
+    if cause == "learning rate":  # the base's norms swallow it: useless, but finite
+        assert all(math.isfinite(event.values["loss"]) for event in done.of("step")) and not done.of("failed")
+    else:
+        [failed] = done.of("failed")
+        assert failed.run == "bad" and "lower train.learning_rate, or look at these rows" in failed.details["message"]
+        assert not storage.exists(str(done.folder / "bad"), "soft_prompt")
     assert float((alone - done.result("good").vectors).norm() / alone.norm()) < 1e-5
 
 

@@ -1,0 +1,72 @@
+"""The watchdog alone, in processes of its own: when it barks, whom it blames, and what it forgives."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ptuning.watchdog import FIRST, HUNG, LEAST, SIGNS, TIMES, Watchdog, verdict
+
+pytestmark = pytest.mark.fast
+
+SCRIPT = """
+import time
+from ptuning.watchdog import Watchdog
+dog = Watchdog(lambda words: print(words, flush=True), limit_s=1.0)
+dog.beat()
+print("begins", flush=True)
+"""
+
+
+def watched(body: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", SCRIPT + body], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_thread_that_sleeps_is_ended_and_told_where() -> None:
+    process = watched("time.sleep(60)")
+    said = process.communicate(timeout=20)[0].splitlines()
+    assert process.returncode == HUNG
+    assert len(said) == 3 and "'last': False" in said[1] and "'last': True" in said[2] and "'waits': False" in said[2]
+
+
+def test_signs_of_life_rests_and_stopped_processes_are_forgiven() -> None:
+    process = watched(
+        "for _ in range(10): time.sleep(0.3); dog.beat()\n"
+        "dog.rest(); time.sleep(2); dog.beat()\n"
+        "for _ in range(30): time.sleep(0.1); dog.beat()\n"
+        "dog.end(); time.sleep(2)\n"
+    )
+    time.sleep(6)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=30)[0] == "begins\n" and process.returncode == 0
+
+
+def test_the_limit_follows_the_longest_step() -> None:
+    dog = Watchdog(lambda words: None)
+    try:
+        assert dog.limit == FIRST
+        for _ in range(SIGNS):
+            dog.beat()
+        assert dog.limit == LEAST
+        dog._longest = 30.0
+        assert dog.limit == 30 * TIMES
+    finally:
+        dog.end()
+
+
+def test_the_verdict_names_the_worker_that_the_others_wait_for() -> None:
+    waits = {"seconds": 60.2, "where": "all_reduce (distributed_c10d.py:1)", "waits": True}
+    stuck = {"seconds": 61.0, "where": "read (ssl.py:2)", "waits": False}
+    places = ["pid 1 on a", "pid 2 on b"]
+    rest = "; all start again from the newest checkpoint"
+    assert verdict(places, {0: waits}) == f"no progress for 60 s: worker 1 (pid 2 on b) gives no sign of life{rest}"
+    assert verdict(places, {0: stuck, 1: waits}) == (
+        f"no progress for 61 s: worker 0 (pid 1 on a) is stuck in read (ssl.py:2){rest}"
+    )
+    assert verdict(places, {0: waits, 1: waits}) == f"no progress for 60 s: all 2 workers wait for each other{rest}"
