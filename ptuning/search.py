@@ -315,7 +315,7 @@ class _Search:
         left = ray.get(self.hub.call.remote("release", trial, error is None))
         if left == "slot" and error is None:
             self._leaving.add(self._runs[trial])
-        if left:
+        if left or error:  # it may have died before it asked for a slot
             self.ledger.change(self._runs[trial], lambda entry: _end(entry, error))
 
     def _settled(self, entry: Entry) -> bool:
