@@ -27,8 +27,9 @@ def command(*arguments: str) -> list[str]:
 
 def show_leaderboard() -> None:
     with (RUNS / "search" / "report" / "leaderboard.csv").open(encoding="utf-8", newline="") as file:
-        for row in list(csv.reader(file))[:6]:
-            print("  " + "  ".join(f"{cell[:12]:12}" for cell in row[:8]).rstrip())
+        names, *rows = csv.reader(file)
+    for row in [[name.rpartition(".")[2] for name in names], *rows[:5]]:
+        print("  " + "  ".join(f"{cell[:13]:13}" for cell in row[:8]).rstrip())
 
 
 def ask() -> None:
@@ -55,7 +56,7 @@ def main() -> None:
     began = time.monotonic()
     shutil.rmtree(RUNS, ignore_errors=True)
     subprocess.run(command("train", EXPERIMENT, PLACE, "train.steps=100", "--register", "sentiment"), check=True)
-    budget = ("search.trials=8", "train.steps=60", "search.finalists=1", "search.seeds=1")
+    budget = ("search.trials=8", "search.slots=8", "train.steps=60", "search.finalists=1", "search.seeds=1")
     subprocess.run(command("search", EXPERIMENT, PLACE, "name=search", *budget, "--register", "sentiment"), check=True)
     show_leaderboard()
     subprocess.run(command("prompts", "list", "--storage", str(RUNS)), check=True)

@@ -79,7 +79,7 @@ def landscape(points: Sequence[tuple[int, float, float, str]], metric: str, titl
     axes.grid(color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
     if points:
-        axes.legend(title="init", fontsize=11, frameon=True, loc="upper left", bbox_to_anchor=(1.22, 1))
+        figure.legend(title="init", fontsize=11, loc="outside lower center", ncols=5)
         figure.colorbar(dots, shrink=0.8).set_label(f"validation {metric}", fontsize=12)
     return _png(figure)
 

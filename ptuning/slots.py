@@ -66,12 +66,14 @@ def _seconds(pack: Pack, experiment: Experiment, size: int) -> float:
         measured = trial_tables(tables, f"measure-{number}", {LENGTH: longest, "prompt.init": "vocabulary"})
         pack.attach(Assignment(Experiment.model_validate(measured), "/nonexistent/ptuning"))
     step(pack, lambda event: None)
-    began = time.perf_counter()
-    step(pack, lambda event: None)
-    seconds = time.perf_counter() - began
+    seconds = []
+    for _ in range(3):  # the best of them: what else the machine does only adds to it
+        began = time.perf_counter()
+        step(pack, lambda event: None)
+        seconds.append(time.perf_counter() - began)
     pack.slots.clear()
     pack.called = True
-    return float(pack.workers.from_first(seconds))
+    return float(pack.workers.from_first(min(seconds)))
 
 
 def _room(workers: int) -> int:
