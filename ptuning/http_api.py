@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Send
 
 from ptuning.access import Scope, scope_of
 from ptuning.answers import (
@@ -127,6 +128,8 @@ def build_app(service: Service) -> FastAPI:
     app.get("/livez", responses={503: {"description": "must be replaced"}})(api.livez)
     app.get("/readyz", responses={503: {"description": "not yet"}})(api.readyz)
 
+    app.add_middleware(_Counted, service=service)
+
     async def refuse(request: Request, error: Exception) -> Response:
         return as_refusal(error).response()
 
@@ -148,6 +151,21 @@ def build_app(service: Service) -> FastAPI:
 
 def _errors() -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)}
+
+
+class _Counted:
+    """Counts the requests that are open, to the last byte of their answers."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        self._service.open += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._service.open -= 1
 
 
 class Api:
@@ -366,7 +384,7 @@ class Api:
 
     async def readyz(self) -> Response:
         """Ready: the base is loaded, one real generation is done, and the engine runs."""
-        ready = self._service.ready and self._service.alive
+        ready = self._service.ready and self._service.alive and not self._service.draining
         known = {"ready": ready, "soft_prompts": self._engine.residents, "refused": len(self._service.catalogue.refused)}
         return JSONResponse(known, 200 if ready else 503)
 
@@ -381,6 +399,8 @@ class Api:
     ) -> Response:
         began, model = time.monotonic(), "none"
         try:
+            if self._service.draining:
+                raise Refusal(503, "this server is stopping; ask again in a moment", "server_error", retry_after="1")
             self._admit(request, "inference")
             body = await self._body(request, shape)
             served = self._service.catalogue.find(body.model)  # type: ignore[attr-defined]  # every shape has it

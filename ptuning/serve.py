@@ -2,15 +2,17 @@
 
 Serve's defaults are not those of production (2.60): a queue without end, no time limit, and clients that may switch off
 what limits there are by a header. So the limits that matter are kept inside the replica (`http_api`, `engine`), and what
-is set here lets requests reach it.
+is set here lets requests reach it. What strangers can do to the proxy in front is bounded in `edge`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -25,6 +27,7 @@ from ray.serve.schema import LoggingConfig
 
 from ptuning.access import Scope, check_address, is_loopback, read_keys
 from ptuning.config import Experiment, UserError, read_experiment
+from ptuning.edge import VARIABLES
 from ptuning.http_api import build_app
 from ptuning.launch import start_ray
 from ptuning.prepare import absolute
@@ -33,6 +36,8 @@ from ptuning.submit import APPLICATION, PACKAGES
 
 log = logging.getLogger(__name__)
 
+PROXY_S = 5.0
+"""Seconds beyond `serve.drain_s` for Serve's controller to reach all replicas."""
 LOOK = 2.0
 """Seconds between looks at a replica's state, for the people who watch the command."""
 
@@ -53,6 +58,14 @@ class Replica:
         if not self._service.alive:
             raise RuntimeError("the engine has stopped")
 
+    async def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Called by Serve with the deployment's user_config. It comes once, when the application is to stop: from then on
+        nothing new is answered (503), and this returns when everything that has begun is."""
+        self._service.draining = bool(config["draining"])
+        until = time.monotonic() + self._service.limits.drain_s
+        while self._service.draining and self._service.open and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+
     def state(self) -> dict[str, Any]:
         """What is served, and what was refused and why."""
         catalogue = self._service.catalogue
@@ -65,8 +78,8 @@ class Replica:
             service.close()
 
 
-def application(experiment: Experiment, keys: Mapping[str, Scope]) -> serve.Application:
-    """The application of an experiment with absolute paths."""
+def application(experiment: Experiment, keys: Mapping[str, Scope], draining: bool = False) -> serve.Application:
+    """The application of an experiment with absolute paths. `draining`: as it is to be before it stops."""
     limits = experiment.serve
     places = limits.running + limits.waiting
     scaled: dict[str, Any] = {"num_replicas": limits.replicas}
@@ -90,6 +103,7 @@ def application(experiment: Experiment, keys: Mapping[str, Scope]) -> serve.Appl
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=2,
         logging_config=LoggingConfig(enable_access_log=False),
+        user_config={"draining": True} if draining else None,
         **scaled,
     )(Replica)
     return deployment.bind(experiment.model_dump(mode="json"), dict(keys))
@@ -115,6 +129,8 @@ def run_server(experiment: Experiment, *, insecure: bool, say: Callable[[str], N
         UserError: the keys or the base are wrong, the address is open without keys, or the cluster lacks resources.
     """
     experiment, keys = _prepared(experiment, insecure)
+    for name, value in VARIABLES.items():
+        os.environ.setdefault(name, value)  # for the processes of a cluster that is started here
     started_here = start_ray(experiment)
     try:
         handle = _run(experiment, keys)
@@ -122,10 +138,11 @@ def run_server(experiment: Experiment, *, insecure: bool, say: Callable[[str], N
             say("without API keys: whoever reaches this address may ask")
         say(f"serving at {_url(experiment)}, stop with Ctrl-C")
         _follow(handle, say)
-    finally:
         say("stopping")
+        _drain(experiment, keys)
+    finally:
         with suppress(Exception):  # it never started, or the cluster has gone: what matters is said already
-            serve.delete(APPLICATION)  # drains
+            serve.delete(APPLICATION)
         if started_here:
             ray.shutdown()
 
@@ -177,6 +194,22 @@ def _run(experiment: Experiment, keys: Mapping[str, Scope]) -> Any:
 
 def _url(experiment: Experiment) -> str:
     return f"http://{experiment.serve.host}:{experiment.serve.port}/v1"
+
+
+def _drain(experiment: Experiment, keys: Mapping[str, Scope]) -> None:
+    """Have every replica refuse what is new with a 503 and answer what has begun.
+
+    Deleting the application would do the latter, too, but Serve's proxies answer 404 from that moment on (2.60), which clients
+    take for an error of theirs and do not repeat.
+    """
+
+    def tell() -> None:
+        with suppress(Exception):  # the cluster has gone, or its controller has: then there is nobody to wait for
+            serve.run(application(experiment, keys, draining=True), name=APPLICATION, route_prefix="/")
+
+    telling = threading.Thread(target=tell, name="ptuning-drain", daemon=True)
+    telling.start()
+    telling.join(experiment.serve.drain_s + PROXY_S)
 
 
 class _Keeper:

@@ -65,6 +65,10 @@ class Service:
             }
         )
         self.ready = False
+        self.draining = False
+        """Nothing new is answered any more."""
+        self.open = 0
+        """HTTP requests that have begun and whose answer is not out yet."""
         self._stopped = threading.Event()
         self._look(first=True)
         *_, end = self.engine.generate(Request([self.base.tokenizer.eos_token_id], None, 1, ignore_end=True))

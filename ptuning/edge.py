@@ -1,0 +1,116 @@
+"""What Ray Serve's proxy does not do by itself: it bounds what a stranger can make it hold before any key has been looked at.
+
+Ray 2.60 reads requests with uvicorn and httptools, which keep a request's head in memory however long it grows and wait for its
+end for ever; it lets clients switch limits off by headers; and a header that is not UTF-8 makes it answer 500. Ray calls
+`guards` when a proxy starts if `VARIABLES` stand in the environment of the cluster's processes: `ptuning serve` sets them for
+a cluster that it starts, the image has them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import uvicorn.config
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+VARIABLES = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ptuning.edge:guards",
+    # A proxy that has died is missed after three looks: with the default of 10 s nobody is answered for half a minute.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+}
+"""Environment variables of Ray (2.60, serve/_private/constants.py)."""
+HEAD_BYTES = 64 * 1024
+"""Most bytes of a request's head, or of anything behind it that is not body, give or take one read of the socket."""
+HEAD_S = 20.0
+"""Seconds in which the head of a request must have come, from the first byte or the beginning of the connection."""
+CONTROLS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve_multiplexed_model_id"})
+"""Headers by which a client would steer Ray Serve."""
+
+
+def guards() -> list[Middleware]:
+    """Called by Ray in a proxy's process, before it listens."""
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{Bounded.__name__}"  # Ray gives uvicorn no choice of protocol
+    return [Middleware(Screen)]
+
+
+class Bounded(HttpToolsProtocol):
+    """HTTP/1.1 whose heads are bounded in bytes and in time."""
+
+    _silent = 0
+    _moved = False
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._arrived()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._moved = False
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        between = self.cycle is None or self.cycle.response_complete
+        self._silent = 0 if self._moved else self._silent + len(data)
+        if self._silent > HEAD_BYTES:
+            if between:
+                self.send_400_response("The head of the request is too large.")
+            else:
+                self.transport.abort()  # behind a body: an answer may be on its way
+        elif between and self._late is None and self.timeout_keep_alive_task is None:
+            self._wait()
+
+    def on_headers_complete(self) -> None:
+        self._moved = True
+        self._arrived()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._moved = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._moved = True
+        super().on_message_complete()
+
+    def _wait(self) -> None:
+        self._late = self.loop.call_later(HEAD_S, self.transport.abort)
+
+    def _arrived(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+
+class Screen:
+    """Takes Ray's own controls out of requests, and refuses headers that Ray cannot read and connections that are not HTTP."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] == "http":
+            headers: list[tuple[bytes, bytes]] = scope["headers"]
+            if not all(name.isascii() and value.isascii() for name, value in headers):
+                await _refuse(send, "the headers must be plain ASCII; change them")
+                return
+            scope = {**scope, "headers": [header for header in headers if header[0] not in CONTROLS]}
+        await self._app(scope, receive, send)
+
+
+async def _refuse(send: Send, message: str) -> None:
+    error: dict[str, Any] = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    content = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content)), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
