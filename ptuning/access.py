@@ -44,7 +44,7 @@ def read_keys(file: str | None) -> dict[str, Scope]:
         scope = scope.strip() or "inference"
         if scope not in get_args(Scope):
             raise AccessError(
-                f"serve.keys: {place}, key {number}: {scope!r} is no scope; write inference or admin behind the key"
+                f"serve.keys: {place}, key {number}: what follows the key is no scope; write inference or admin there"
             )
         if len(key) < SHORTEST:
             raise AccessError(f"serve.keys: {place}, key {number}: is shorter than {SHORTEST} characters; use a longer one")

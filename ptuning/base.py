@@ -113,15 +113,21 @@ def find_base(config: ModelConfig) -> Base:
     folder = _folder(config)
     if not (folder / "config.json").is_file():
         raise BaseError(f"model.path: {config.path} has no config.json; give a Hugging Face id or a folder with a model")
+    _check_code(config, folder)
     if not any(folder.glob("*.safetensors")):
         raise BaseError(f"model.path: {config.path} has no .safetensors file, and nothing else is opened; convert it")
     try:
         described = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
         check_decoder(config.path, described)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
+        if "custom code" in str(error):
+            raise BaseError(
+                f"model.path: {config.path} brings its own code, which is not run; choose a base that transformers knows, or "
+                "set model.trust_remote_code = true if you trust it"
+            ) from None
         reason = str(error).splitlines()[0]
         raise BaseError(f"model.path: {config.path} cannot be used ({reason}); choose another base") from None
     base = Base(config.path, config.revision, folder, described, tokenizer, config.trust_remote_code)
@@ -133,6 +139,39 @@ def find_base(config: ModelConfig) -> Base:
             "use the tokenizer that belongs to the model"
         )
     return base
+
+
+def _check_code(config: ModelConfig, folder: Path) -> None:
+    """Refuse a folder that asks for code from elsewhere, unless the experiment says that it may.
+
+    `auto_map` alone is no reason: where transformers knows the type it uses its own class, and otherwise it refuses. But the
+    name of an attention may be that of a repository of the Hub, from which code is fetched and run, trusted or not, if the
+    package `kernels` is installed (5.23, modeling_utils.py).
+    """
+    if config.trust_remote_code:
+        return
+    described = _read_json(config, folder)
+    for place in (described, *(each for each in described.values() if isinstance(each, dict))):  # a text_config inside, say
+        for key, value in place.items():
+            if key.strip("_").startswith(("attn_implementation", "experts_implementation")) and _is_foreign(value):
+                raise BaseError(
+                    f"model.path: {config.path} has {key} = {str(value)[:80]!r} in its config.json, which is code from "
+                    "elsewhere; remove it, or set model.trust_remote_code = true if you trust it"
+                )
+
+
+def _is_foreign(value: Any) -> bool:
+    return any(map(_is_foreign, value.values())) if isinstance(value, dict) else "/" in str(value)
+
+
+def _read_json(config: ModelConfig, folder: Path) -> dict[str, Any]:
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        described = None
+    if not isinstance(described, dict):
+        raise BaseError(f"model.path: {config.path} has a config.json that is no JSON object; take another copy")
+    return described
 
 
 def _folder(config: ModelConfig) -> Path:

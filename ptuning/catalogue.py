@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -26,13 +27,15 @@ from ptuning.engine import End, Engine, Handle, Request
 from ptuning.publish import retrieve
 from ptuning.registry import CHAMPION, Registry, Version
 from ptuning.soft_prompt import Card, SoftPrompt, SoftPromptError
-from ptuning.tracking import TrackingError
+from ptuning.spool import redact
+from ptuning.tracking import OFFLINE, TrackingError
 
 log = logging.getLogger(__name__)
 
 SNAPSHOT = "served.json"
 AGAIN = 60.0
 """Seconds until a refused version is tried again: its run may have been repaired."""
+_HASH = re.compile(r"[0-9a-f]{64}")
 RAW = Template(input="{text}", target="{text}", truncate="error")
 
 
@@ -129,6 +132,10 @@ class Catalogue:
             TrackingError: MLflow does not answer; everything stays as it is.
         """
         with self._lock:
+            if not self._registry.is_there and (self._loaded or storage.exists(self._folder, SNAPSHOT)):
+                raise TrackingError(
+                    f"{redact(self._registry.uri)} has gone; put it back", OFFLINE
+                )  # not the same as an empty one
             versions = [version for version in self._registry.versions() if not self._only or version.name in self._only]
             self.looked = time.time()
             champions: dict[str, _Entry] = {}
@@ -145,8 +152,13 @@ class Catalogue:
         with self._lock:
             if not storage.exists(self._folder, SNAPSHOT):
                 return False
-            snapshot: dict[str, Any] = json.loads(storage.read_file(self._folder, SNAPSHOT))
-            entries = [_Entry(**entry) for entry in snapshot["versions"]]
+            try:
+                snapshot: dict[str, Any] = json.loads(storage.read_file(self._folder, SNAPSHOT))
+                entries = [_Entry(**entry) for entry in snapshot["versions"]]
+                snapshot["champions"].items()
+            except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                log.error("%s/%s is damaged, nothing of it is served: %s", self._folder, SNAPSHOT, error)
+                return False
             wanted = [entry for entry in entries if not self._only or entry.name in self._only]
             by_id = {str(entry): entry for entry in wanted}
             champions = {name: by_id[version] for name, version in snapshot["champions"].items() if version in by_id}
@@ -209,7 +221,10 @@ class Catalogue:
             "champions": {name: str(entry) for name, entry in self._champions.items()},
             "versions": [{key: getattr(entry, key) for key in keys} for entry in self._loaded],
         }
-        storage.write_file(self._folder, SNAPSHOT, json.dumps(snapshot, indent=1).encode())
+        try:
+            storage.write_file(self._folder, SNAPSHOT, json.dumps(snapshot, indent=1).encode())
+        except OSError as error:  # a full disk is no reason not to serve
+            log.error("%s could not be written, a start without the registry would serve an older set: %s", SNAPSHOT, error)
 
     def _load(self, entry: _Entry, version: Version | None) -> Served:
         """A version, from disk or from its run, checked in every way and tried once.
@@ -218,6 +233,9 @@ class Catalogue:
             UserError: why it cannot be served.
             TrackingError: MLflow does not answer.
         """
+        # The hashes are tags that anybody with access to MLflow writes, and they name a folder.
+        if not _HASH.fullmatch(entry.content_hash) or not _HASH.fullmatch(entry.card_hash):
+            raise SoftPromptError(f"{entry}: its tags hold no SHA-256 of vectors and card; publish it again")
         loaded = self._bytes(entry, version)
         base, card = self._base, loaded.card
         soft_prompt.check_base(loaded, str(entry), base.width, base.name, base.fingerprint.model_dump())
@@ -240,14 +258,20 @@ class Catalogue:
         folder = storage.join(self._folder, f"{entry.content_hash}-{entry.card_hash[:16]}")
         if storage.exists(folder, storage.MANIFEST):
             try:
-                return soft_prompt.load(folder)
+                kept = soft_prompt.load(folder)
+                if kept.card.content_hash == entry.content_hash:
+                    return kept
+                raise SoftPromptError(f"{folder} holds other vectors")
             except UserError as error:
                 log.warning("%s: %s; it is fetched again", entry, error)
                 storage.delete_folder(folder)
         if version is None:
             raise SoftPromptError(f"{entry}: is not in {self._folder}; start the registry")
         loaded, files = retrieve(self._registry, version)
-        storage.write_folder(folder, files)
+        try:
+            storage.write_folder(folder, files)
+        except OSError as error:
+            log.error("%s could not be kept on disk, a start without the registry would not serve it: %s", entry, error)
         return loaded
 
     def _try(self, entry: _Entry, handle: Handle) -> None:

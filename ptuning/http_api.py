@@ -154,13 +154,16 @@ def _errors() -> dict[int | str, dict[str, Any]]:
 
 
 class _Counted:
-    """Counts the requests that are open, to the last byte of their answers."""
+    """Counts the requests that are open, to the last byte of their answers. What is refused by who stops does not count."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if self._service.draining or scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
         self._service.open += 1
         try:
             await self._app(scope, receive, send)

@@ -129,13 +129,14 @@ class Registry:
             return tracking.connect(self.uri)
 
     @property
-    def _is_there(self) -> bool:
+    def is_there(self) -> bool:
+        """False: the database's file does not exist (yet, or any more)."""
         path = tracking.database(self.uri)
         return path is None or path.exists()  # looking must not create a database
 
     def versions(self, name: str | None = None) -> list[Version]:
         """All versions, or those of one name; by name, the newest first. As many calls for one as for a thousand."""
-        if not self._is_there:
+        if not self.is_there:
             return []
         names = f"name = '{check_name(name)}'" if name else None
         ours = " and ".join(filter(None, (names, f"tags.`{FORMAT}` = '1'")))
@@ -153,12 +154,13 @@ class Registry:
                 dict(entry.tags),
             )
             for entry in self.pages("search_model_versions", ours, PAGE)
+            if NAME.fullmatch(entry.name)  # by others MLflow may be given any name: line breaks, look-alikes
         ]
         return sorted(found, key=lambda version: (version.name, -version.version))
 
     def with_content(self, content_hash: str) -> list[Version]:
         """The versions that hold these vectors."""
-        if not self._is_there or not re.fullmatch(r"[0-9a-f]{64}", content_hash):
+        if not self.is_there or not re.fullmatch(r"[0-9a-f]{64}", content_hash):
             return []
         entries = self.pages("search_model_versions", f"tags.`ptuning.content_hash` = '{content_hash}'", PAGE)
         wanted = {(entry.name, int(entry.version)) for entry in entries}
@@ -246,7 +248,7 @@ class Registry:
         with asking(self.uri):
             for entry in self.client.list_artifacts(version.run_id, ARTIFACT):
                 name = PurePosixPath(entry.path).name
-                if name not in FILES or entry.is_dir:
+                if name not in FILES or entry.is_dir or entry.path != f"{ARTIFACT}/{name}":
                     continue
                 if (entry.file_size or 0) > FILES[name]:
                     raise RegistryError(f"{version}: {name} has {entry.file_size} bytes, too many for a soft prompt; delete it")

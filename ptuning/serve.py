@@ -7,7 +7,6 @@ is set here lets requests reach it. What strangers can do to the proxy in front 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import signal
@@ -36,8 +35,9 @@ from ptuning.submit import APPLICATION, PACKAGES
 
 log = logging.getLogger(__name__)
 
-PROXY_S = 5.0
-"""Seconds beyond `serve.drain_s` for Serve's controller to reach all replicas."""
+DEPLOYMENT = "replica"
+FLUSH = 0.3
+"""Seconds for the proxies to pass on the last bytes."""
 LOOK = 2.0
 """Seconds between looks at a replica's state, for the people who watch the command."""
 
@@ -47,8 +47,8 @@ class Replica:
     """One copy of the base with all soft prompts."""
 
     def __init__(self, experiment: dict[str, Any], keys: dict[str, Scope]) -> None:
-        replica = serve.get_replica_context().replica_id.unique_id
-        self._service = Service(Experiment.model_validate(experiment), keys, replica)
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._service = Service(Experiment.model_validate(experiment), keys, self._id)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(self._service)
@@ -58,13 +58,10 @@ class Replica:
         if not self._service.alive:
             raise RuntimeError("the engine has stopped")
 
-    async def reconfigure(self, config: Mapping[str, Any]) -> None:
-        """Called by Serve with the deployment's user_config. It comes once, when the application is to stop: from then on
-        nothing new is answered (503), and this returns when everything that has begun is."""
-        self._service.draining = bool(config["draining"])
-        until = time.monotonic() + self._service.limits.drain_s
-        while self._service.draining and self._service.open and time.monotonic() < until:
-            await asyncio.sleep(0.05)
+    async def drain(self) -> tuple[str, int]:
+        """From now on nothing new is answered (503). Tells which replica this is and how many requests it still answers."""
+        self._service.draining = True
+        return self._id, self._service.open
 
     def state(self) -> dict[str, Any]:
         """What is served, and what was refused and why."""
@@ -78,8 +75,8 @@ class Replica:
             service.close()
 
 
-def application(experiment: Experiment, keys: Mapping[str, Scope], draining: bool = False) -> serve.Application:
-    """The application of an experiment with absolute paths. `draining`: as it is to be before it stops."""
+def application(experiment: Experiment, keys: Mapping[str, Scope]) -> serve.Application:
+    """The application of an experiment with absolute paths."""
     limits = experiment.serve
     places = limits.running + limits.waiting
     scaled: dict[str, Any] = {"num_replicas": limits.replicas}
@@ -93,7 +90,7 @@ def application(experiment: Experiment, keys: Mapping[str, Scope], draining: boo
             }
         }
     deployment: Any = serve.deployment(  # typed as if it took a class only
-        name="replica",
+        name=DEPLOYMENT,
         ray_actor_options={"num_cpus": limits.cpus_per_replica, "num_gpus": limits.gpus_per_replica},
         # The replica itself says 429 when its places are taken; this is for what does not even reach it.
         max_ongoing_requests=2 * places,
@@ -103,7 +100,6 @@ def application(experiment: Experiment, keys: Mapping[str, Scope], draining: boo
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=2,
         logging_config=LoggingConfig(enable_access_log=False),
-        user_config={"draining": True} if draining else None,
         **scaled,
     )(Replica)
     return deployment.bind(experiment.model_dump(mode="json"), dict(keys))
@@ -139,12 +135,13 @@ def run_server(experiment: Experiment, *, insecure: bool, say: Callable[[str], N
         say(f"serving at {_url(experiment)}, stop with Ctrl-C")
         _follow(handle, say)
         say("stopping")
-        _drain(experiment, keys)
+        _drain(handle, experiment.serve.drain_s)
     finally:
-        with suppress(Exception):  # it never started, or the cluster has gone: what matters is said already
-            serve.delete(APPLICATION)
         if started_here:
             ray.shutdown()
+        else:
+            with suppress(Exception):  # it never started, or the cluster has gone: what matters is said already
+                serve.delete(APPLICATION)
 
 
 def deploy(experiment: Experiment, *, insecure: bool, say: Callable[[str], None]) -> dict[str, Any]:
@@ -196,20 +193,27 @@ def _url(experiment: Experiment) -> str:
     return f"http://{experiment.serve.host}:{experiment.serve.port}/v1"
 
 
-def _drain(experiment: Experiment, keys: Mapping[str, Scope]) -> None:
+def _drain(handle: Any, most_s: float) -> None:
     """Have every replica refuse what is new with a 503 and answer what has begun.
 
     Deleting the application would do the latter, too, but Serve's proxies answer 404 from that moment on (2.60), which clients
-    take for an error of theirs and do not repeat.
+    take for an error of theirs and do not repeat. The handle asks the replica with the least to do; so whoever is asked last
+    has nothing to do, and all are asked.
     """
-
-    def tell() -> None:
-        with suppress(Exception):  # the cluster has gone, or its controller has: then there is nobody to wait for
-            serve.run(application(experiment, keys, draining=True), name=APPLICATION, route_prefix="/")
-
-    telling = threading.Thread(target=tell, name="ptuning-drain", daemon=True)
-    telling.start()
-    telling.join(experiment.serve.drain_s + PROXY_S)
+    left: dict[str, int] = {}
+    until = time.monotonic() + most_s
+    while time.monotonic() < until:
+        try:
+            replica, left_there = handle.drain.remote().result(timeout_s=5)
+            states: Any = serve.status().applications[APPLICATION].deployments[DEPLOYMENT].replica_states
+        except Exception as error:  # a replica that is replaced, or a controller that starts again
+            log.debug("a replica was not reached: %s", error)
+        else:
+            left[replica] = left_there
+            if len(left) >= states.get("RUNNING", 0) and not any(left.values()):
+                break
+        time.sleep(0.05)
+    time.sleep(FLUSH)
 
 
 class _Keeper:
