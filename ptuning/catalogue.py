@@ -15,7 +15,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +23,10 @@ from ptuning import soft_prompt, storage
 from ptuning.base import Base
 from ptuning.config import Template, UserError
 from ptuning.data import Encoder
-from ptuning.engine import End, Engine, Handle, Request
+from ptuning.engine import End, Engine, EngineBusy, EngineStopped, Handle, Request
 from ptuning.publish import retrieve
 from ptuning.registry import CHAMPION, Registry, Version
+from ptuning.sampling import Token
 from ptuning.soft_prompt import Card, SoftPrompt, SoftPromptError
 from ptuning.spool import redact
 from ptuning.tracking import OFFLINE, TrackingError
@@ -104,6 +105,8 @@ class Catalogue:
         self._champions: dict[str, _Entry] = {}
         self.refused: Mapping[str, str] = {}
         """Versions that failed a check, with the reason."""
+        self.patience = 20.0
+        """Seconds that a new version waits for a place among the requests before the next look tries again."""
         self.looked = 0.0
         """When the registry was last read, in Unix seconds."""
 
@@ -189,7 +192,11 @@ class Catalogue:
                 refused.pop(str(entry), None)
             except TrackingError:
                 raise
-            except UserError as error:
+            except (EngineBusy, EngineStopped):
+                raise
+            except Exception as error:  # whatever is wrong with it, the others are served
+                if not isinstance(error, UserError):
+                    log.exception("%s could not be loaded", entry)
                 self._retry[entry] = time.monotonic() + AGAIN
                 refused[str(entry)] = str(error)
                 stays = self._champions.get(entry.name)
@@ -248,7 +255,7 @@ class Catalogue:
         handle = self._engine.add(loaded.vectors, card.content_hash)
         try:
             self._try(entry, handle)
-        except UserError:
+        except BaseException:
             self._engine.remove(handle)
             raise
         raw = Encoder(RAW, base.tokenizer, room)
@@ -277,6 +284,18 @@ class Catalogue:
     def _try(self, entry: _Entry, handle: Handle) -> None:
         """Two real tokens. They also bring the soft prompt's keys and values into the cache: one would not, since
         transformers 5.23 keeps nothing of a request that ends with its prefill (PagedAttentionCache.mark_complete_blocks)."""
-        for event in self._engine.generate(Request([0], handle, 2, ignore_end=True)):
+        for event in self._trial(Request([0], handle, 2, ignore_end=True)):
             if isinstance(event, End) and event.reason == "failed":
                 raise SoftPromptError(f"{entry}: {event.message}; train it again with a lower learning rate")
+
+    def _trial(self, request: Request) -> Iterator[Token | End]:
+        """A request that stands in the queue like any other, and under load comes back until there is a place."""
+        until = time.monotonic() + self.patience
+        while True:
+            try:
+                yield from self._engine.generate(request)
+                return
+            except EngineBusy:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.02)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
@@ -365,7 +366,7 @@ class Api:
             length=served.length or None,
             labels=list(served.labels) or None,
             template=card.template.input if card and card.template else None,
-            metrics=card.metrics if card else None,
+            metrics={key: value for key, value in card.metrics.items() if math.isfinite(value)} if card else None,
         )
 
     async def reload(self, request: Request) -> Response:

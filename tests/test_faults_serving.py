@@ -1,0 +1,520 @@
+"""What a running server survives: real signals to real processes while a crowd asks. The promises G6 to G9, with numbers.
+
+One server with two replicas for all of it; each test leaves it whole for the next one, and the last one ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import tiny_base
+from serving_load import Told, crowd, middle, tell
+from test_http_api import ADMIN, KEY, fill_storage, settings
+from test_serve import Command
+from test_tracking import free_port, server
+from transformers import PreTrainedTokenizerFast
+
+from ptuning.access import read_keys
+from ptuning.champion import Ledger
+from ptuning.config import parse_experiment
+from ptuning.service import Service
+
+pytestmark = [
+    pytest.mark.slow,
+    # MLflow 3.17 uses SQLAlchemy's noload, deprecated in 2.1 (store/tracking/sqlalchemy_store.py).
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+SOAK_S = float(os.environ.get("PTUNING_SOAK_S", "1800"))
+OVERLOAD_S = float(os.environ.get("PTUNING_OVERLOAD_S", "60"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A base that never ends an answer by itself, with room for long ones: what is in flight stays in flight."""
+    folder = tmp_path_factory.mktemp("endless") / "endless"
+    model = tiny_base("llama", vocab_size=len(tiny_tokenizer), max_position_embeddings=2048)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[tiny_tokenizer.eos_token_id] = 0
+    model.save_pretrained(folder)
+    tokenizer = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer, **tiny_tokenizer.special_tokens_map)
+    tokenizer.model_max_length = 2048
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def serving(folder: Path, base: Path) -> Iterator[SimpleNamespace]:
+    """`ptuning serve` with two replicas, keys, and a registry that changes while it runs."""
+    shared = set(os.listdir("/dev/shm"))
+    registry = fill_storage(folder / "runs", base)
+    (folder / "keys").write_text(f"{KEY}\n{ADMIN} admin\n", encoding="utf-8")
+    tables = settings(
+        folder / "runs", base, refresh_s=0.3, running=8, waiting=24, cache_mb=16, replicas=2, cpus_per_replica=0.5,
+        keys=str(folder / "keys"),
+    )  # fmt: skip
+    lines = [f"name = {json.dumps(tables['name'])}"]
+    for table in ("model", "data", "serve", "compute"):
+        lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in tables[table].items())]
+    (folder / "toy.toml").write_text("\n".join(lines), encoding="utf-8")
+    command = Command(folder / "toy.toml", free_port(), folder)
+    try:
+        command.wait("serving at")
+        yield SimpleNamespace(command=command, port=command.port, registry=registry, shared=shared, folder=folder)
+    finally:
+        if command.process.poll() is None:
+            command.stop()
+        print(command.said)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[SimpleNamespace]:
+    with serving(tmp_path_factory.mktemp("faults"), base) as world:
+        yield world
+
+
+def body(tokens: int, **more: Any) -> dict[str, Any]:
+    return {"model": "raw", "prompt": "Text: the old", "max_tokens": tokens, "temperature": 0, **more}
+
+
+def ask(world: SimpleNamespace, tokens: int = 4, **more: Any) -> Told:
+    headers = more.pop("headers", {})
+    return asyncio.run(tell(world.port, body(tokens, **more), KEY, **headers))
+
+
+def processes(world: SimpleNamespace, kind: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process(world.command.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(kind in part for part in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def metrics(world: SimpleNamespace) -> str:
+    asked = urllib.request.Request(f"http://127.0.0.1:{world.port}/metrics", headers={"authorization": f"Bearer {ADMIN}"})
+    with urllib.request.urlopen(asked, timeout=20) as response:
+        return str(response.read().decode())
+
+
+def until(condition: Callable[[], bool], seconds: float, what: str) -> float:
+    """How long it took, in seconds."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() < began + seconds, what
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def both_answer(world: SimpleNamespace, seconds: float = 60) -> float:
+    """Wait until two replicas answer; Serve's router asks either."""
+    seen: set[str] = set()
+
+    def look() -> bool:
+        with contextlib.suppress(OSError):
+            seen.update(re.findall(r'ptuning_busy\{replica="(\w+)"\}', metrics(world)))
+        return len(seen) >= 2
+
+    return until(look, seconds, "two replicas do not answer")
+
+
+def idle(world: SimpleNamespace, looks: int = 12) -> bool:
+    """No replica has anything to do; one look sees one of them."""
+    return all(re.search(r"ptuning_busy\{.*\} 0\.0", metrics(world)) for _ in range(looks))
+
+
+# The proxy.
+
+
+def test_a_head_without_end_is_cut_off_before_it_is_held(world):
+    (proxy,) = processes(world, "ProxyActor")
+    before = proxy.memory_info().rss
+    for endless in (b"x-y: " + b"z" * 2**16 + b"\r\n", b"z" * 2**16):
+        with socket.create_connection(("127.0.0.1", world.port), timeout=20) as flood:
+            flood.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx: ")
+            with pytest.raises(OSError):
+                for _ in range(1600):  # 100 MB
+                    flood.sendall(endless)
+    assert proxy.memory_info().rss - before < 30 * 2**20
+    assert ask(world).status == 200
+
+
+def test_headers_are_not_obeyed_by_ray_and_never_a_500(world):
+    assert ask(world, 200, headers={"x-request-timeout-seconds": "0.01"}).status == 200
+    for name in ("x-request-id", "x-session-id", "traceparent", "content-type", "x"):
+        told = ask(world, headers={name: "\u00e9"})
+        assert told.status == 400 and told.answer["error"]["message"].startswith("the headers must be plain ASCII")
+    with socket.create_connection(("127.0.0.1", world.port), timeout=20) as upgrade:
+        upgrade.sendall(
+            b"GET /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+            b"sec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+        )
+        assert upgrade.recv(100).startswith(b"HTTP/1.1 403")
+
+
+def test_two_lengths_are_no_way_to_smuggle_a_request(world):
+    second = b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n"
+    for lengths in (b"content-length: 5\r\ntransfer-encoding: chunked", b"content-length: 5\r\ncontent-length: 6",
+                    b"content-length: -5", b"content-length: 5, 5", b"transfer-encoding: chunked, identity"):  # fmt: skip
+        with socket.create_connection(("127.0.0.1", world.port), timeout=20) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + lengths + b"\r\n\r\n0\r\n\r\n" + second)
+            answer = b""
+            with contextlib.suppress(OSError):
+                while part := client.recv(65536):
+                    answer += part
+            assert answer.startswith(b"HTTP/1.1 400") and answer.count(b"HTTP/1.1") == 1, (lengths, answer)
+
+
+def test_who_leaves_frees_the_place_whatever_the_headers_say(world):
+    """The answer would take seconds; Ray would let it run on."""
+    for _ in range(4):
+        with socket.create_connection(("127.0.0.1", world.port), timeout=20) as client:
+            content = json.dumps(body(1000, stream=True)).encode()
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                b"x-request-disconnect-disabled: ?1\r\nauthorization: Bearer %s\r\ncontent-length: %d\r\n\r\n%s"
+                % (KEY.encode(), len(content), content)
+            )
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+    assert until(lambda: idle(world), 10, "who has left still has a place") < 3
+
+
+# Processes that end.
+
+
+def test_a_killed_replica_loses_only_what_it_was_answering(world):
+    """G7."""
+    both_answer(world)
+    with crowd(world.port, KEY, lambda number: body(8), clients=10) as load:
+        time.sleep(1)
+        processes(world, "ServeReplica")[0].kill()
+        killed, under_way = time.monotonic(), load.open
+        time.sleep(3)
+    lost = load.bad()
+    next_good = load.good(since=killed)[0].ended - killed
+    print(f"killed replica: {len(lost)} of {under_way} under way lost, next answer after {next_good:.2f} s")
+    assert {each.status for each in lost} <= {500} and len(lost) <= under_way
+    assert all(each.began <= killed + 0.1 and each.ended < killed + 1 for each in lost)
+    assert next_good < 1
+    print(f"two replicas again after {both_answer(world) + 3:.1f} s")
+
+
+def test_without_the_controller_everybody_is_answered(world):
+    """The data plane goes on, and what dies is still replaced once the controller is back."""
+    with crowd(world.port, KEY, lambda number: body(8), clients=6) as load:
+        time.sleep(0.5)
+        (controller,) = processes(world, "ServeController")
+        controller.kill()
+        killed = time.monotonic()
+        until(lambda: controller.pid not in {each.pid for each in processes(world, "ServeController")}, 10, "not killed")
+        back = until(lambda: bool(processes(world, "ServeController")), 30, "no new controller")
+        time.sleep(1)
+    after = load.good(since=killed)
+    print(f"killed controller: back after {back:.1f} s, {len(after)} answers meanwhile, {len(load.bad())} failed")
+    assert not load.bad() and len(after) > 20
+    both_answer(world)
+
+
+def test_a_killed_proxy_is_back_in_seconds(world):
+    (proxy,) = processes(world, "ProxyActor")
+    proxy.kill()
+    killed = time.monotonic()
+    until(lambda: ask(world).status == 200, 20, "no proxy answers")
+    back = time.monotonic() - killed
+    print(f"killed proxy: answers again after {back:.1f} s")
+    assert back < 12
+    both_answer(world)
+
+
+# Too much.
+
+
+def overload(world: SimpleNamespace, seconds: float) -> None:
+    """G9: three times what can be answered, from clients that do not wait for each other."""
+    question = body(150)
+    with crowd(world.port, KEY, lambda number: question, clients=16) as load:
+        time.sleep(1)
+        began = time.monotonic()
+        time.sleep(5)
+        peak = len(load.good(began)) / (time.monotonic() - began)
+    usual = middle([ask(world, 150).seconds for _ in range(5)])
+    watched = processes(world, "ServeReplica") + processes(world, "ProxyActor")
+    before = sum(process.memory_info().rss for process in watched)
+    with crowd(world.port, KEY, lambda number: question, rate=3 * peak) as load:
+        time.sleep(2)  # until all places are taken
+        began = time.monotonic()
+        time.sleep(seconds)
+        ended = time.monotonic()
+        grown = (sum(process.memory_info().rss for process in watched) - before) / 2**20
+    good = len(load.good(began, ended)) / (ended - began)
+    refused = [each for each in load.told if each.status == 429]
+    slowest = max(each.seconds for each in load.good())
+    until(lambda: idle(world, 4), 20, "it does not recover")
+    recovered = middle([ask(world, 150).seconds for _ in range(5)])
+    print(
+        f"overload for {seconds:.0f} s at {3 * peak:.0f}/s: {good:.1f}/s answered of {peak:.1f}/s at best, "
+        f"{len(refused)} refused "
+        f"(median {middle([each.seconds for each in refused]) * 1000:.0f} ms, "
+        f"99 % {middle([each.seconds for each in refused], 0.99) * 1000:.0f} ms), slowest answer {slowest:.1f} s, "
+        f"memory +{grown:.0f} MiB, one request {usual:.2f} s before and {recovered:.2f} s after"
+    )
+    assert set(load.statuses()) == {200, 429} and all(each.headers["retry-after"] == "1" for each in refused)
+    assert good > 0.9 * peak
+    assert middle([each.seconds for each in refused], 0.99) < 1
+    assert grown < 150 and recovered < 2 * usual + 0.2
+
+
+def test_three_times_too_much_is_refused_quickly_and_costs_the_others_nothing(world):
+    overload(world, 6)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(OVERLOAD_S + 240)
+def test_three_times_too_much_for_a_minute(world):
+    overload(world, OVERLOAD_S)
+
+
+# The end.
+
+
+def test_stopping_under_load_fails_nobody(world):
+    """G6, and nothing is left. The last test with this server: it ends it."""
+    both_answer(world)
+    session = next(
+        Path(part.partition("=")[2]).parent
+        for part in processes(world, "gcs_server")[0].cmdline()
+        if part.startswith("--log_dir=")
+    )
+    started = psutil.Process(world.command.process.pid).children(recursive=True)
+    long: list[Told] = []
+    asking = [threading.Thread(target=lambda: long.append(ask(world, 300, stream=True))) for _ in range(4)]
+    with crowd(world.port, KEY, lambda number: body(8), clients=6) as load:
+        for thread in asking:
+            thread.start()
+        time.sleep(1)
+        assert not long, "these must be under way when the signal comes"
+        world.command.process.send_signal(signal.SIGTERM)
+        signalled = time.monotonic()
+        world.command.process.wait(40)
+        took = time.monotonic() - signalled
+    for thread in asking:
+        thread.join()
+    said = load.statuses(signalled)
+    print(f"SIGTERM: ended after {took:.1f} s, the crowd heard {dict(said)}, long answers {[each.status for each in long]}")
+    assert world.command.process.returncode == 0 and took < 30 + 10
+    assert [each.status for each in long] == [200] * 4 and all(each.content.count(b"[DONE]") == 1 for each in long)
+    # The last ones come to a door that nobody keeps any more.
+    assert load.statuses()[200] > 20 and set(said) <= {200, 503, "ConnectionRefusedError", "ConnectionResetError", "closed"}
+    refused = [each for each in load.told if each.status == 503]
+    assert refused and all(each.headers["retry-after"] == "1" for each in refused)
+    assert all(each.began > max(answer.ended for answer in long) for each in load.bad() if each.status != 503)
+
+    _, alive = psutil.wait_procs(started, 15)
+    assert not alive, "processes are left"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", world.port))
+    until(lambda: set(os.listdir("/dev/shm")) <= world.shared, 10, f"left in /dev/shm: {os.listdir('/dev/shm')}")
+    keys = [key.encode() for key in (KEY, ADMIN)]
+    logs = [world.folder / "serve.log", *(path for path in session.rglob("*") if path.is_file())]
+    assert len(logs) > 10 and not [path for path in logs if any(key in path.read_bytes() for key in keys)], "a key in a log"
+
+
+# The registry.
+
+
+def test_a_registry_that_comes_and_goes(tmp_path, base):
+    """Absent at start, there, killed, back: what is served stays, and a promotion arrives when it can."""
+    port = free_port()
+    fill_storage(tmp_path / "runs", base)
+    # The server takes over the database that was filled here, artifacts where they are.
+    home = tmp_path / "server"
+    home.mkdir()
+    shutil.copy(tmp_path / "runs" / "mlflow.db", home / "server.db")
+    tables = settings(tmp_path / "elsewhere", base, refresh_s=0.2, cache_mb=16)
+    tables |= {"tracking": {"uri": f"http://127.0.0.1:{port}"}}
+    began = time.monotonic()
+    service = Service(parse_experiment(tables), read_keys(None), "one")
+    try:
+        print(f"started without a registry in {time.monotonic() - began:.1f} s")
+        assert service.ready and set(service.catalogue.names) == {"endless"}
+        with server(home, port):
+            back = until(lambda: "fruits" in service.catalogue.names, 40, "it does not find what is published")
+            print(f"the registry came: served after {back:.1f} s")
+        first = dict(service.catalogue.names)
+        time.sleep(1)
+        assert service.alive and dict(service.catalogue.names) == first, "what is served stays"
+        with server(home, port) as uri:
+            from ptuning.registry import Registry
+
+            ledger = Ledger(Registry(uri), "fruits")
+            ledger.promote(2, ledger.state())
+            until(lambda: service.catalogue.find("fruits").id == "fruits:2", 40, "a promotion does not arrive")
+    finally:
+        service.close()
+
+
+def test_a_database_that_vanishes_takes_nothing_along(tmp_path, base, caplog):
+    """A file system that is not mounted any more looks like a registry without any entry."""
+    fill_storage(tmp_path / "runs", base)
+    tables = parse_experiment(settings(tmp_path / "runs", base, cache_mb=16))
+    service = Service(tables, {}, "one")
+    database = tmp_path / "runs" / "mlflow.db"
+    try:
+        assert service.catalogue.find("fruits").id == "fruits:1"
+        database.rename(tmp_path / "away")
+        service._look()
+        assert service.catalogue.find("fruits").id == "fruits:1" and "has gone; put it back" in caplog.text
+    finally:
+        service.close()
+    again = Service(tables, {}, "two")
+    try:
+        assert again.catalogue.find("fruits").id == "fruits:1" and not database.exists()
+        (tmp_path / "away").rename(database)
+        again._look()
+        assert again.catalogue.find("fruits").id == "fruits:1"
+    finally:
+        again.close()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"versions": [{"x": 1}], "champions": {}}', b'{"versions": 3}', b"\xff"]
+)
+def test_a_damaged_memory_of_the_last_set_is_said_and_not_fatal(tmp_path, base, caplog, content):
+    (folder := tmp_path / "runs").mkdir()
+    tables = settings(folder, base, cache_mb=16) | {"tracking": {"uri": "http://127.0.0.1:9"}}  # nothing listens there
+    known = Service(parse_experiment(tables), {}, "one")
+    known.close()
+    path = Path(known.catalogue._folder) / "served.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    service = Service(parse_experiment(tables), {}, "two")
+    try:
+        assert service.ready and set(service.catalogue.names) == {"endless"}
+        assert "served.json is damaged, nothing of it is served" in caplog.text
+    finally:
+        service.close()
+
+
+def test_a_disk_that_takes_nothing_is_no_reason_not_to_serve(tmp_path, base, caplog):
+    fill_storage(tmp_path / "runs", base)
+    (tmp_path / "runs" / "served").write_text("a file where the folder would be")
+    service = Service(parse_experiment(settings(tmp_path / "runs", base, cache_mb=16)), {}, "one")
+    try:
+        assert service.catalogue.find("fruits").id == "fruits:1" and "could not be" in caplog.text
+    finally:
+        service.close()
+
+
+# Hours.
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(SOAK_S + 300)
+def test_soak(tmp_path, base):  # noqa: C901, one story
+    """Mixed load, promotions and killed replicas at seeded moments: every answer is its version's own, and nothing grows."""
+    draw, report = random.Random(0), []
+    with serving(tmp_path, base) as world:
+        texts = [f"Text: the {word}" for word in ("old hammer", "plum", "saw and drill", "man has one more")]
+        versions = ["fruits:1", "fruits:2", "raw:1"]
+
+        def question(model: str, number: int) -> dict[str, Any]:
+            return {
+                "model": model,
+                "prompt": texts[number % len(texts)],
+                "max_tokens": 12,
+                "temperature": 0,
+                "constrain": False,
+            }
+
+        alone: dict[tuple[str, str], str] = {}
+        for model in versions:
+            for number in range(len(texts)):
+                told = asyncio.run(tell(world.port, question(model, number), KEY))
+                alone[told.answer["model"], texts[number]] = told.answer["choices"][0]["text"]
+        asked: dict[int, int] = {}
+
+        def mixed(client: int) -> dict[str, Any]:
+            asked[client] = asked.get(client, client) + 1
+            number = asked[client]
+            if client == 0:  # an over-long text, a stream, a bad request, by turns
+                return [body(4, prompt="x " * 5000), body(40, stream=True), body(4, model="nobody")][number % 3]
+            return question(("fruits", "raw", "fruits:1")[number % 3], client)
+
+        ledger, wrong, failed, kills, swaps, answers = Ledger(world.registry, "fruits"), [], [], 0, 0, 0
+        ends = time.monotonic() + SOAK_S
+        while time.monotonic() < ends:
+            with crowd(world.port, KEY, mixed, clients=6) as load:
+                ledger.promote(swaps % 2 + 1, ledger.state())
+                swaps += 1
+                time.sleep(min(draw.uniform(2, 6), max(0.1, ends - time.monotonic())))
+                kill = draw.random() < 0.15 and ends - time.monotonic() > 40
+                if kill:
+                    draw.choice(processes(world, "ServeReplica")).kill()
+                    kills += 1
+                    time.sleep(1)
+            expected = {200, 400, 404} | ({500} if kill else set())
+            failed += [each for each in load.told if each.status not in expected]
+            lost = [each for each in load.told if each.status == 500]
+            assert len(lost) <= 6 * kill, "more than was under way"
+            wrong += [each for each in load.good() if not own(each, alone, texts)]
+            answers += len(load.good())
+            if kill:
+                both_answer(world)
+            gc.collect()
+            report.append(measure(world))
+        print(
+            f"soak of {SOAK_S:.0f} s: {answers} answers, {swaps} promotions, {kills} kills, {len(failed)} failed, "
+            f"{len(wrong)} wrong"
+        )
+        first, last = report[len(report) // 3], report[-1]
+        for name in last:
+            print(f"  {name}: {report[0][name]} at first, {first[name]} after a third, {last[name]} at last")
+        assert not wrong and not failed, (wrong[:3], failed[:3])
+        # Replicas are replaced, so theirs is bounded as a whole; proxy and controller live through all of it.
+        for process in ("ProxyActor", "ServeController", "raylet", "gcs_server", "driver"):
+            assert last[f"{process} fds"] <= first[f"{process} fds"] + 20
+            assert last[f"{process} MiB"] <= first[f"{process} MiB"] + max(30, 0.02 * SOAK_S)
+        assert last["ServeReplica fds"] <= first["ServeReplica fds"] + 40
+        assert last["ServeReplica MiB"] <= first["ServeReplica MiB"] + 150
+        left = world.command.stop()
+        assert not left and set(os.listdir("/dev/shm")) <= world.shared
+
+
+def own(told: Told, alone: dict[tuple[str, str], str], texts: list[str]) -> bool:
+    """Whether an answer is one that its version gives to one of these texts alone."""
+    if b"data: " in told.content[:10] or told.headers.get("content-type", "").startswith("text/event-stream"):
+        return b"[DONE]" in told.content
+    answer = told.answer
+    return answer["choices"][0]["text"] in {alone[answer["model"], text] for text in texts}
+
+
+def measure(world: SimpleNamespace) -> dict[str, int]:
+    found: dict[str, int] = {}
+    kinds = {kind: processes(world, kind) for kind in ("ServeReplica", "ProxyActor", "ServeController", "raylet", "gcs_server")}
+    for kind, members in (kinds | {"driver": [psutil.Process(world.command.process.pid)]}).items():
+        found[f"{kind} fds"] = found[f"{kind} MiB"] = 0
+        for member in members:
+            with contextlib.suppress(psutil.Error):
+                found[f"{kind} fds"] += member.num_fds()
+                found[f"{kind} MiB"] += member.memory_info().rss >> 20
+    return found
