@@ -269,7 +269,7 @@ class Engine:
         with self._lock:
             if not self.alive:
                 raise EngineStopped("the engine has stopped; restart it")
-            if len(self._running) >= self.config.running + self.config.waiting:
+            if self.full:
                 raise EngineBusy(f"{len(self._running)} requests are running or waiting; ask again later")
             self._hold(request.handle)
             self._running[request_id] = running
@@ -364,6 +364,11 @@ class Engine:
     def busy(self) -> int:
         """Requests that run or wait, and rows that wait for labels."""
         return len(self._running) + self._waiting_rows
+
+    @property
+    def full(self) -> bool:
+        """All places for generation are taken."""
+        return len(self._running) >= self.config.running + self.config.waiting
 
     def close(self) -> None:
         """Stop at once. Whatever runs is told that it failed."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
@@ -366,7 +365,7 @@ class Api:
             length=served.length or None,
             labels=list(served.labels) or None,
             template=card.template.input if card and card.template else None,
-            metrics={key: value for key, value in card.metrics.items() if math.isfinite(value)} if card else None,
+            metrics=card.metrics if card else None,
         )
 
     async def reload(self, request: Request) -> Response:
@@ -406,6 +405,8 @@ class Api:
             if self._service.draining:
                 raise Refusal(503, "this server is stopping; ask again in a moment", "server_error", retry_after="1")
             self._admit(request, "inference")
+            if route != "classify" and self._engine.full:  # before anything is read: what is refused must cost next to nothing
+                raise EngineBusy("all places are taken; ask again later")
             body = await self._body(request, shape)
             served = self._service.catalogue.find(body.model)  # type: ignore[attr-defined]  # every shape has it
             model = served.id

@@ -167,17 +167,6 @@ def test_a_version_that_breaks_in_a_new_way_is_refused_alone(world, tmp_path, mo
     assert "nobody thought of this" in vectors.refused[broken] and vectors.find(whole).content_hash
 
 
-def test_metrics_of_a_card_that_are_no_numbers(world, tmp_path):
-    publish_soft_prompt(
-        world.registry, world.base, tmp_path / "f", "endless", 71, metrics={"a": float("inf"), "b": float("nan"), "c": 0.5}
-    )
-    world.service.catalogue.sync()
-    asked = urllib.request.Request(f"{world.url}/models", headers={"authorization": f"Bearer {KEY}"})
-    with urllib.request.urlopen(asked) as response:
-        models = {model["id"]: model for model in json.load(response)["data"]}
-    assert models["endless"]["metrics"] == {"c": 0.5} and "fruits" in models
-
-
 def test_a_new_version_waits_for_a_place_and_leaves_nothing(world, tmp_path):
     """Tried while every place is taken: neither refused nor half resident, and served as soon as there is room."""
     engine, catalogue = world.service.engine, world.service.catalogue
