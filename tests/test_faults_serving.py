@@ -146,6 +146,17 @@ def idle(world: SimpleNamespace, looks: int = 12) -> bool:
 # The proxy.
 
 
+def test_nothing_listens_but_on_loopback(world):
+    """Ray's own ports neither: whoever has the token runs code there."""
+    listening = {
+        connection.laddr.ip
+        for process in [psutil.Process(world.command.process.pid), *processes(world, "")]
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening and listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
 def test_a_head_without_end_is_cut_off_before_it_is_held(world):
     (proxy,) = processes(world, "ProxyActor")
     before = proxy.memory_info().rss
@@ -199,22 +210,41 @@ def test_who_leaves_frees_the_place_whatever_the_headers_say(world):
     assert until(lambda: idle(world), 10, "who has left still has a place") < 3
 
 
+def test_who_does_not_read_holds_nobody_up(world):
+    """Sixteen streams, more than sockets hold, that nobody reads: their places are free when they are generated."""
+    with contextlib.ExitStack() as unread:
+        for _ in range(16):
+            client = unread.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", world.port))
+            content = json.dumps(body(400, stream=True, logprobs=20)).encode()
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                b"authorization: Bearer %s\r\ncontent-length: %d\r\n\r\n%s" % (KEY.encode(), len(content), content)
+            )
+        time.sleep(0.5)
+        told = [ask(world) for _ in range(5)]
+        assert [each.status for each in told] == [200] * 5 and max(each.seconds for each in told) < 5
+        until(lambda: idle(world), 20, "unread answers keep their places")
+
+
 # Processes that end.
 
 
-def test_a_killed_replica_loses_only_what_it_was_answering(world):
-    """G7."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_a_killed_replica_loses_only_what_it_was_answering(world, number):
+    """G7. A SIGTERM to the process of a replica is no way to drain it: that is Serve's to do, or the command's."""
     both_answer(world)
-    with crowd(world.port, KEY, lambda number: body(8), clients=10) as load:
+    with crowd(world.port, KEY, lambda client: body(60), clients=10) as load:
         time.sleep(1)
-        processes(world, "ServeReplica")[0].kill()
+        processes(world, "ServeReplica")[0].send_signal(number)
         killed, under_way = time.monotonic(), load.open
         time.sleep(3)
     lost = load.bad()
     next_good = load.good(since=killed)[0].ended - killed
-    print(f"killed replica: {len(lost)} of {under_way} under way lost, next answer after {next_good:.2f} s")
+    print(f"{number.name} to a replica: {len(lost)} of {under_way} under way lost, next answer after {next_good:.2f} s")
     assert {each.status for each in lost} <= {500} and len(lost) <= under_way
-    assert all(each.began <= killed + 0.1 and each.ended < killed + 1 for each in lost)
+    assert all(each.began < killed + 1 and each.ended < killed + 2 for each in lost)
     assert next_good < 1
     print(f"two replicas again after {both_answer(world) + 3:.1f} s")
 
