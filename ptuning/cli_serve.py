@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ptuning.access import check_address, keep_ray_on_loopback, read_keys
+from ptuning.access import check_address, check_token, keep_ray_on_loopback, read_keys
 from ptuning.cli_options import BaseOption, ExperimentArgument, Json, Overrides, Storage, Tracking, fail
 from ptuning.config import UserError, read_experiment
 
@@ -31,6 +31,7 @@ def serve(
     try:
         settings = read_experiment(experiment, overrides or [])
         check_address(settings.serve.host, read_keys(settings.serve.keys), insecure)  # before seconds of imports
+        check_token(insecure)
         keep_ray_on_loopback(settings.compute.address)
         from ptuning.serve import deploy, run_server
 

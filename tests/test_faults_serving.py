@@ -10,6 +10,7 @@ import contextlib
 import gc
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -23,12 +24,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import psutil
 import pytest
 import torch
 from conftest import tiny_base
+from ray.serve.generated.serve_pb2 import ASGIRequest
+from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 from serving_load import Told, crowd, middle, tell
 from test_http_api import ADMIN, KEY, fill_storage, settings
+from test_security import Canary
 from test_serve import Command
 from test_tracking import free_port, server
 from transformers import PreTrainedTokenizerFast
@@ -146,15 +151,25 @@ def idle(world: SimpleNamespace, looks: int = 12) -> bool:
 # The proxy.
 
 
+def listening(process: psutil.Process) -> set[tuple[str, int]]:
+    return {tuple(each.laddr) for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+
+
 def test_nothing_listens_but_on_loopback(world):
-    """Ray's own ports neither: whoever has the token runs code there."""
-    listening = {
-        connection.laddr.ip
-        for process in [psutil.Process(world.command.process.pid), *processes(world, "")]
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert listening and listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    """Ray's own ports neither: whoever has the token runs code there. But for the port of a replica, on which Serve (2.60) always
+    listens everywhere, and unpickles what it is sent: it asks for the token first."""
+    replicas = processes(world, "ServeReplica")
+    others = {each for each in processes(world, "") if each not in replicas} | {psutil.Process(world.command.process.pid)}
+    found = {ip for process in others for ip, _ in listening(process)}
+    assert found and found <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, found
+
+    opened = world.folder / "opened"
+    (port,) = {port for ip, port in listening(replicas[0]) if ip == "::"}
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        request = ASGIRequest(pickled_request_metadata=pickle.dumps(Canary(opened)))
+        with pytest.raises(grpc.RpcError) as refused:
+            ASGIServiceStub(channel).HandleRequest(request, timeout=10)
+    assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED and not opened.exists()
 
 
 def test_a_head_without_end_is_cut_off_before_it_is_held(world):

@@ -283,6 +283,15 @@ def test_loopback_unless_told_otherwise():
             access.check_address(host, {}, insecure=False)
 
 
+def test_without_rays_token_nothing_is_served(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(AccessError, match="whoever reaches this machine can run code in a replica; set it to token"):
+        access.check_token(insecure=False)
+    access.check_token(insecure=True)
+    monkeypatch.delenv("RAY_AUTH_MODE")  # Ray then switches it on by itself where it is started
+    access.check_token(insecure=False)
+
+
 def test_a_parcel_takes_no_link_out_of_its_folder(tmp_path, tiny_base_folder):
     """A folder of somebody else's may hold links; only names of its own patterns travel, never a hidden file or a folder."""
     from ptuning.shipment import collect
