@@ -68,15 +68,15 @@ def check_address(host: str, keys: dict[str, Scope], insecure: bool) -> None:
 
 
 def check_token(insecure: bool) -> None:
-    """Refuse to start Serve's replicas without Ray's token: each listens on every interface and unpickles what it is sent (2.60).
+    """Refuse to start Serve's replicas without Ray's token: each listens everywhere and unpickles what it is sent (2.60).
 
     Raises:
         AccessError: the token is switched off.
     """
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" and not insecure:
         raise AccessError(
-            "RAY_AUTH_MODE: without Ray's token whoever reaches this machine can run code in a replica; set it to token, or add "
-            "--insecure"
+            "RAY_AUTH_MODE: without Ray's token whoever reaches this machine can run code in a replica; set it to token, or "
+            "add --insecure"
         )
 
 
