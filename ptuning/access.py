@@ -68,7 +68,7 @@ def check_address(host: str, keys: dict[str, Scope], insecure: bool) -> None:
 
 
 def check_token(insecure: bool) -> None:
-    """Refuse to start Serve's replicas without Ray's token: each listens everywhere and unpickles what it is sent (2.60).
+    """Refuse to serve without Ray's token: a replica listens on every interface and unpickles what it is sent (Ray 2.60).
 
     Raises:
         AccessError: the token is switched off.

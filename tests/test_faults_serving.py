@@ -157,7 +157,7 @@ def listening(process: psutil.Process) -> set[tuple[str, int]]:
 
 def test_nothing_listens_but_on_loopback(world):
     """Ray's own ports neither: whoever has the token runs code there. But for the port of a replica, on which Serve (2.60)
-    always listens everywhere, and unpickles what it is sent: it asks for the token first."""
+    listens everywhere, and unpickles what it is sent: it asks for the token first."""
     replicas = processes(world, "ServeReplica")
     others = {each for each in processes(world, "") if each not in replicas} | {psutil.Process(world.command.process.pid)}
     found = {ip for process in others for ip, _ in listening(process)}
