@@ -355,7 +355,7 @@ def test_stopping_under_load_fails_nobody(world):
     )
     started = psutil.Process(world.command.process.pid).children(recursive=True)
     long: list[Told] = []
-    asking = [threading.Thread(target=lambda: long.append(ask(world, 300, stream=True))) for _ in range(4)]
+    asking = [threading.Thread(target=lambda: long.append(ask(world, 900, stream=True))) for _ in range(4)]
     with crowd(world.port, KEY, lambda number: body(8), clients=6) as load:
         for thread in asking:
             thread.start()
