@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ptuning import cli_cluster, cli_serve, cli_submit
+from ptuning.access import keep_ray_on_loopback
 from ptuning.cli_options import ExperimentArgument, Json, Overrides, check_register, fail, finish
 from ptuning.cli_prompts import prompts
 from ptuning.config import Experiment, UserError, read_experiment
@@ -48,6 +49,7 @@ def train(
     """
     settings = _read(experiment, overrides)
     check_register(register)
+    keep_ray_on_loopback(settings.compute.address)
     from ptuning.display import Display
     from ptuning.launch import RunFailed, run_training
 
@@ -81,6 +83,7 @@ def search(
     """
     settings = _read(experiment, overrides)
     check_register(register)
+    keep_ray_on_loopback(settings.compute.address)
     from ptuning.display import SearchDisplay
     from ptuning.launch import RunFailed
     from ptuning.search import run_search
