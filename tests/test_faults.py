@@ -219,6 +219,7 @@ def test_one_driver_per_run_and_a_killed_one_costs_at_most_one_interval(
     assert sorted(run.info.run_name for run in runs) == ["toy", "undisturbed"]
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a full file system, made with a tmpfs by root")
 @pytest.mark.timeout(200)
 def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
