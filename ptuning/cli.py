@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from typing import Annotated
 
@@ -128,6 +129,8 @@ def config(
 
 def main() -> None:
     """Entry point of the `ptuning` command."""
+    # Ray's nodes would put this onto our stdout (2.60); a search of eight trials has eight processes on two cores, and may.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
     app()
 
 

@@ -24,7 +24,6 @@ from urllib.parse import quote
 
 import ray
 import ray.train
-from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -157,9 +156,6 @@ def join_ray(address: str | None) -> bool:
         ray.init(address=address, **quiet)
     else:  # not what the last `ray start` here has noted, which may be long gone: Ray would wait for it
         ray.init(address="local", include_dashboard=False, **quiet)
-    # Nodes would print notices on our stdout, as that many processes are starting (2.60, _private/worker.py,
-    # listen_error_messages). What fails raises here anyway, and Ray's own logs have them all.
-    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
     return True
 
 
