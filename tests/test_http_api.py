@@ -139,20 +139,26 @@ class Running:
         self._thread.join()
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Iterator[SimpleNamespace]:
-    storage = tmp_path_factory.mktemp("serving") / "runs"
-    registry = fill_storage(storage, tiny_base_folder)
+@contextlib.contextmanager
+def serving(storage: Path, base: Path) -> Iterator[SimpleNamespace]:
+    """Serve what `fill_storage` registers, without Ray."""
+    registry = fill_storage(storage, base)
     keys = storage / "keys"
     keys.write_text(f"# keys\n{KEY}\n{ADMIN} admin\n", encoding="utf-8")
-    service = Service(parse_experiment(settings(storage, tiny_base_folder)), read_keys(str(keys)), "test")
+    service = Service(parse_experiment(settings(storage, base)), read_keys(str(keys)), "test")
     running = Running(build_app(service))
     yield SimpleNamespace(
-        storage=storage, registry=registry, service=service, base=tiny_base_folder, url=running.url, app=build_app(service)
+        storage=storage, registry=registry, service=service, base=base, url=running.url, app=build_app(service)
     )
     running.stop()
     assert service.alive and not service.engine.busy, "something is left in the engine"
     service.close()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Iterator[SimpleNamespace]:
+    with serving(tmp_path_factory.mktemp("serving") / "runs", tiny_base_folder) as served:
+        yield served
 
 
 @pytest.fixture

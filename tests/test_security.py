@@ -20,16 +20,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY, tiny_base
-from test_http_api import ADMIN, GOOD, KEY, Running, fill_storage, publish_soft_prompt, raw, settings
+from test_http_api import ADMIN, GOOD, KEY, publish_soft_prompt, raw, serving, settings
 
 from ptuning import access
 from ptuning.access import AccessError, read_keys, scope_of
 from ptuning.base import find_base
 from ptuning.config import ModelConfig, ServeConfig, UserError, parse_experiment
 from ptuning.engine import EngineBusy, Request
-from ptuning.http_api import build_app
 from ptuning.registry import FORMAT
-from ptuning.service import Service
 
 pytestmark = [
     # MLflow 3.17 uses SQLAlchemy's noload, deprecated in 2.1 (store/tracking/sqlalchemy_store.py).
@@ -50,15 +48,8 @@ class Canary:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Iterator[SimpleNamespace]:
-    storage = tmp_path_factory.mktemp("security") / "runs"
-    registry = fill_storage(storage, tiny_base_folder)
-    keys = storage / "keys"
-    keys.write_text(f"{KEY}\n{ADMIN} admin\n", encoding="utf-8")
-    service = Service(parse_experiment(settings(storage, tiny_base_folder)), read_keys(str(keys)), "test")
-    running = Running(build_app(service))
-    yield SimpleNamespace(storage=storage, registry=registry, service=service, base=tiny_base_folder, url=running.url)
-    running.stop()
-    service.close()
+    with serving(tmp_path_factory.mktemp("security") / "runs", tiny_base_folder) as served:
+        yield served
 
 
 def refused(world: SimpleNamespace, version: str) -> str:
