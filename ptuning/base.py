@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator
@@ -63,6 +64,11 @@ class Base:
     @property
     def vocabulary(self) -> int:
         return int(self.config.get_text_config().vocab_size)
+
+    @cached_property
+    def numbers(self) -> int:
+        """Parameters in the files, tied ones once."""
+        return sum(math.prod(tensor.shape) for tensor in stored_tensors(self.folder))
 
     @cached_property
     def fingerprint(self) -> Fingerprint:

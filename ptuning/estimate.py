@@ -21,7 +21,6 @@ from ptuning.plan import (
     Shape,
     Training,
     TrainingPlan,
-    heaviest_rows,
     plan_serving,
     sharing,
 )
@@ -166,9 +165,8 @@ def _read(
     if tokens is not None:
         return base.config, base.dtype(experiment.model.dtype), _settings(experiment, tokens)
     split = load_task(experiment, base).train
-    batch = experiment.train.batch_size
-    longest, targets = (heaviest_rows(lengths.tolist(), batch) for lengths in (split.lengths, split.target_lengths))
-    return base.config, base.dtype(experiment.model.dtype), Settings.read(experiment, longest, targets)
+    settings = Settings.of_rows(experiment, split.lengths.tolist(), split.target_lengths.tolist())
+    return base.config, base.dtype(experiment.model.dtype), settings
 
 
 def _settings(experiment: Experiment, tokens: int) -> Settings:

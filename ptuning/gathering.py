@@ -69,6 +69,11 @@ class Gathering:
     """Most gathered tensors and activations at once."""
 
 
+def share_bytes(whole: int, workers: int, per_node: int = 0) -> int:
+    """Bytes of a base that stay on a rank, about: its part, and with `per_node` its part of the node's copy."""
+    return whole // workers + (whole // per_node if per_node else 0)
+
+
 def live_numbers(free: int, share: int, itemsize: int) -> int:
     """Numbers of the base that may be gathered at once: a third of what is left when the rank's own share is there.
 

@@ -41,17 +41,19 @@ class LastLayer:
 
     def _enter(self, attention: nn.Module, arguments: Any, options: dict[str, Any]) -> None:
         segments: Any = options.get("segments")
-        self._read = segments.read if segments else None
-        self._tokens = segments.tokens if segments else 0
+        self._read = None
+        if segments and segments.read is not None:
+            hidden = arguments[0] if arguments else options["hidden_states"]
+            self._read, self._tokens = segments.read.to(hidden.device), segments.tokens
 
     def _select(self, module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor] | None:
-        return None if self._read is None else (arguments[0].index_select(1, self._read.to(arguments[0].device)),)
+        return None if self._read is None else (arguments[0].index_select(1, self._read),)
 
     def _spread(self, module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor | None:
         if self._read is None:
             return None
         whole = output.new_zeros(output.shape[0], self._tokens, *output.shape[2:])
-        return whole.index_copy(1, self._read.to(output.device), output)
+        return whole.index_copy(1, self._read, output)
 
 
 def _tokenwise(layer: nn.Module) -> list[nn.Module]:

@@ -17,6 +17,7 @@ from ptuning.gathering import (
     live_numbers,
     node_copies_fit,
     prefetch_numbers,
+    share_bytes,
     share_numbers,
 )
 
@@ -149,6 +150,12 @@ class Settings:
             zero.offload,
         )
 
+    @staticmethod
+    def of_rows(experiment: Experiment, lengths: Sequence[int], targets: Sequence[int]) -> Settings:
+        """Those of an experiment whose rows have these lengths and target lengths, for its heaviest batch."""
+        batch = experiment.train.batch_size
+        return Settings.read(experiment, heaviest_rows(lengths, batch), heaviest_rows(targets, batch))
+
     def rows(self, ranks: int) -> int:
         """Rows of one pass on a rank."""
         share = -(-self.batch // ranks)
@@ -228,7 +235,7 @@ def sharing(shape: Shape, settings: Settings, machine: Machine) -> Sharing:
     free = machine.memory - machine.reserved
     whole = shape.numbers * shape.itemsize
     copy = node_copies_fit(whole, machine.ranks, machine.per_node, free)
-    share = whole // machine.ranks + (whole // machine.per_node if copy else 0)
+    share = share_bytes(whole, machine.ranks, machine.per_node if copy else 0)
     live = settings.live or live_numbers(free, share, shape.itemsize)
     return Sharing(
         machine.ranks,

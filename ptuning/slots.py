@@ -11,7 +11,7 @@ import torch
 
 from ptuning.blueprint import Blueprint
 from ptuning.config import Experiment, UserError
-from ptuning.plan import MOST_SLOTS, Machine, Settings, Training, heaviest_rows
+from ptuning.plan import MOST_SLOTS, Machine, Settings, Training
 from ptuning.space import LENGTH, trial_tables
 from ptuning.train import Assignment, Pack, step
 
@@ -45,9 +45,9 @@ def count_slots(pack: Pack, experiment: Experiment) -> int:
 def _fitting(pack: Pack, experiment: Experiment, limit: int) -> int:
     """Slots that fit beside the base, by the arithmetic of `ptuning plan`, with the longest soft prompts of the search."""
     split = pack.load_task(experiment).train
-    batch, size = experiment.train.batch_size, pack.workers.size
-    tokens, targets = (heaviest_rows(lengths.tolist(), batch) for lengths in (split.lengths, split.target_lengths))
-    settings = replace(Settings.read(experiment, tokens, targets), length=max(experiment.search.length))
+    size = pack.workers.size
+    settings = Settings.of_rows(experiment, split.lengths.tolist(), split.target_lengths.tolist())
+    settings = replace(settings, length=max(experiment.search.length))
     # The model that is there may be sharded, its blueprint is whole.
     blueprint = Blueprint(
         pack.base.config, next(pack.model.parameters()).dtype, checkpoint_gradients=experiment.train.gradient_checkpointing

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from ptuning.base import STORED_DTYPES, Base, BaseError, stored_tensors, stored_values
 from ptuning.config import ZeroConfig
-from ptuning.gathering import live_numbers, node_copies_fit, prefetch_numbers
+from ptuning.gathering import live_numbers, node_copies_fit, prefetch_numbers, share_bytes
 from ptuning.model import PromptedModel
 from ptuning.workers import Workers
 
@@ -54,12 +54,12 @@ class Sharding:
 
 def derive_config(zero: ZeroConfig, base: Base, dtype: torch.dtype, micro_batch: int = 1) -> dict[str, Any]:
     """DeepSpeed's configuration for a frozen base; `micro_batch` is only there because DeepSpeed insists on one."""
-    parameters = sum(_numbers(tensor.shape) for tensor in stored_tensors(base.folder))
+    parameters = base.numbers
     layers = max(1, int(getattr(base.config.get_text_config(), "num_hidden_layers", 1)))
     workers, local = _workers()
     free, whole = _free(local), parameters * dtype.itemsize
     copies = zero.stage == 3 and node_copies_fit(whole, workers, local, free)
-    share = 0 if zero.offload else whole // workers + (whole // local if copies else 0)
+    share = 0 if zero.offload else share_bytes(whole, workers, local if copies else 0)
     live = zero.live_parameters or live_numbers(free, share, dtype.itemsize)
     partition: dict[str, Any] = {
         "stage": zero.stage,
@@ -123,8 +123,7 @@ def load(
         config = derive_config(zero, base, dtype)
         _skip_compiled_collectives()
         deepspeed.init_distributed(verbose=False)
-        numbers = sum(_numbers(tensor.shape) for tensor in stored_tensors(base.folder))
-        with _telling(progress, numbers), _freed_at_once():
+        with _telling(progress, base.numbers), _freed_at_once():
             loaded = _load_partitioned(lambda: base.load(dtype), config)
         model = PromptedModel(loaded)
         _check_weights(model.base, base)
