@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from ptuning import half_attention
 
 ATTENTION = "ptuning_segments"
 """Name of the attention below. Called without a segment tree it is transformers' own SDPA."""
@@ -207,7 +208,7 @@ def _attend(
             mask = torch.ones(group.longest, group.longest, dtype=torch.bool, device=k.device).tril()[None, None]
         mask = mask.repeat(1, 1, shared, 1)
     if softcap is None:
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+        out = half_attention.attention(q, k, v, mask, scale)
     else:
         out = softcapped_attention(q, k, v, mask, scale, softcap)
     if shared > 1:
