@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import logging
 import os
 import shlex
+import sys
 from typing import Annotated
 
 import typer
@@ -131,7 +134,26 @@ def main() -> None:
     """Entry point of the `ptuning` command."""
     # Ray's nodes would put this onto our stdout (2.60); a search of eight trials has eight processes on two cores, and may.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
-    app()
+    code: list[int] = []
+    atexit.register(_leave, code)  # first, so that it is called last
+    try:
+        app()
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            code.append(end.code)
+        raise
+
+
+def _leave(code: list[int]) -> None:
+    """End the process without taking apart what torch, transformers and MLflow have imported: that takes Python 2 s.
+
+    Threads have been waited for, and everybody else's farewell (`atexit`) has been said.
+    """
+    if code:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code[0])
 
 
 def _again(command: str, experiment: str, overrides: list[str] | None) -> str:

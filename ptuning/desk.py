@@ -108,7 +108,8 @@ class Desk:
             tracker.tags(
                 {"ptuning.trial": run, "ptuning.trial_key": entry.key, "ptuning.finalist": str(entry.finalist).lower()}
             )
-            self._children[run] = tracker, Recorder(tracker, {})
+            # A picture takes a quarter of a second of the core that the trials train on; MLflow draws a trial's curves itself.
+            self._children[run] = tracker, Recorder(tracker, {}, pictures=entry.finalist)
         return self._children[run][1]
 
     def _close(self, run: str) -> None:

@@ -205,7 +205,7 @@ class Hub:
             self._board.closed, self._board.broken = True, broken
             self._news.notify_all()
 
-    async def _wait(self, ready: Callable[[], bool], seconds: float = 1.0) -> None:
+    async def _wait(self, ready: Callable[[], bool], seconds: float = 10.0) -> None:
         async with self._news:
             try:
                 await asyncio.wait_for(self._news.wait_for(ready), seconds)

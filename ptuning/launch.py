@@ -154,7 +154,10 @@ def join_ray(address: str | None) -> bool:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         ray.init(address=address, **quiet)
-    else:  # not what the last `ray start` here has noted, which may be long gone: Ray would wait for it
+    else:
+        # An actor that asks whether a cloud will take the machine away: a second of every start.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # Not what the last `ray start` here has noted, which may be long gone: Ray would wait for it.
         ray.init(address="local", include_dashboard=False, **quiet)
     return True
 

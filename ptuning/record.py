@@ -15,7 +15,9 @@ LOSS_CURVE, METRIC_CURVE, CONFUSION = "plots/loss.png", "plots/validation.png", 
 class Recorder:
     """Logs every event of one run and fills `summary` with what the run reached."""
 
-    def __init__(self, tracker: Tracker, summary: dict[str, Any]) -> None:
+    def __init__(self, tracker: Tracker, summary: dict[str, Any], pictures: bool = True) -> None:
+        """`pictures`: curves and confusion matrix as PNG beside MLflow's own."""
+        self._pictures = pictures
         self._tracker = tracker
         self._summary = summary
         self._history: dict[str, list[tuple[int, float]]] = {}
@@ -96,7 +98,8 @@ class Recorder:
             columns = ("text", "target", "prediction")
             rows = [[row[column] for column in columns] for row in details["predictions"]]
             self._tracker.table("predictions.json", columns, rows)
-        self._plot(event)
+        if self._pictures:
+            self._plot(event)
         for name, content in storage.read_folder(folder).items():
             self._tracker.artifact_bytes(f"soft_prompt/{name}", content)
 

@@ -35,13 +35,17 @@ from ptuning.spool import Record, Sent, Spool, locked, redact, write_file
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 PAUSE, LONGEST_PAUSE = 0.5, 30.0
-"""Seconds: so long are records gathered before they are shipped; after a failure it doubles up to the longest."""
+"""Seconds: so long are records gathered before they are shipped, for each run that this process tracks: MLflow's part of a core
+does not grow with them. After a failure it doubles up to the longest."""
 BATCH_METRICS, BATCH_TEXTS, BATCH_BYTES = 1000, 100, 500_000
 """MLflow 3.17 takes 1000 metrics, 100 params and 100 tags in one call of at most 1 MB (mlflow/utils/validation.py)."""
 PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH, DIGEST_LENGTH = 6000, 8000, 250, 36
 RUN_KEY, PARENT_KEY = "ptuning.run_key", "ptuning.parent_key"
 
 log = logging.getLogger(__name__)
+
+_open: set[str] = set()
+"""Keys of the runs that this process tracks."""
 
 # MLflow reads these when it is imported or called. Set here and not in the thread that imports it, because setenv
 # beside the threads of Ray's C++ core is not safe. What the user has set stays, except for pickle.
@@ -144,6 +148,7 @@ class Tracker:
         self._sent = self._spool.sent(uri).offset
         self._hurry = self._stop = False
         self._record({"kind": "start"})
+        _open.add(self.run_key)
         self._thread = threading.Thread(target=self._ship, name=f"tracking {run_name}", daemon=True)
         self._thread.start()
 
@@ -237,6 +242,7 @@ class Tracker:
     def close(self, deadline_s: float) -> int:
         """`flush`, then stop. Records that still wait stay on disk for `ship_leftovers`."""
         unsent = self.flush(deadline_s)
+        _open.discard(self.run_key)
         with self._changed:
             self._stop = self._shipment.stop = True
             self._changed.notify_all()
@@ -271,7 +277,7 @@ class Tracker:
             with self._changed:
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._stop or self._sent < self._end)
-                if self._changed.wait_for(lambda: self._stop or self._hurry, pause):
+                if self._changed.wait_for(lambda: self._stop or self._hurry, max(pause, PAUSE * len(_open))):
                     pause, self._hurry = PAUSE, False
                 if self._stop:
                     return

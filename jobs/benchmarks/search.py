@@ -97,7 +97,7 @@ class Memory:
         self._thread.join()
 
     def _sample(self) -> None:
-        while not self._stopped.wait(1.0):
+        while not self._stopped.wait(4.0):  # reading the pages of a dozen processes takes a third of a second
             total = 0
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error):
