@@ -4,6 +4,9 @@ waits for such a worker in a collective would be waited for until torch gives up
 Every worker has a watchdog: a thread that expects a sign of life from the training thread at every pass of the base. At half
 of the limit it tells the driver where its thread stands, at the limit it ends the process: then Ray Train starts all workers
 again, from the newest checkpoint. A process that is stopped cannot tell; then the others do.
+
+Loading a base and tokenising rows may take any time, but not without work: there the watchdog looks at the processor time and
+at the bytes that the process reads and writes.
 """
 
 from __future__ import annotations
@@ -17,10 +20,16 @@ from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
 
+import psutil
+
 LEAST, TIMES = 60.0, 20.0
 """The limit: so many seconds, or so many times the longest time between two signs of life, whichever is longer."""
 FIRST, SIGNS = 600.0, 10
 """Seconds that the first signs of life may take each: nothing is known yet."""
+IDLE, PATIENCE = 600.0, 10.0
+"""The limit for a worker that may take its time and does nothing: so many seconds, or so many times a limit that was set."""
+WORK, BYTES = 0.02, 1 << 16
+"""What counts as work: this share of a core, or so many bytes read or written in a second. Ray's own threads do less."""
 GRACE = 2.0
 """Seconds in which the last words reach the driver."""
 HUNG = 75
@@ -51,7 +60,7 @@ class Watchdog:
         self._resting = False
 
     def rest(self) -> None:
-        """Nothing is expected until the next sign of life: something begins that may take any time."""
+        """Until the next sign of life nothing but work is expected: something begins that may take any time."""
         self._resting = True
 
     def end(self) -> None:
@@ -68,23 +77,29 @@ class Watchdog:
     def _watch(self) -> None:
         # Counted by the watchdog's own sleeps: a process that was stopped as a whole, such as with a suspended machine, is
         # not blamed for it.
-        silence, seen, told = 0.0, 0, False
+        silence, seen, told, resting, worked = 0.0, 0, False, True, _worked()
         while True:
-            tick = min(1.0, self.limit / 10)
+            limit = self.limit if not resting else IDLE if self._limit is None else PATIENCE * self._limit
+            tick = min(1.0, limit / 10)
             began = time.monotonic()
             if self._ended.wait(tick):
                 return
             slept = min(time.monotonic() - began, 2 * tick)
-            if self._resting or self._signs != seen:
-                self._longest = max(self._longest, 0.0 if self._resting else silence + slept)
+            before, worked = worked, _worked()
+            rested, resting = resting, self._resting
+            if self._signs != seen or rested != resting or (resting and _works(before, worked, slept)):
+                self._longest = max(self._longest, 0.0 if rested or resting else silence + slept)
                 silence, seen, told = 0.0, self._signs, False
                 continue
             silence += slept
-            if silence >= self.limit / 2 and not told:
+            if silence >= limit / 2 and not told:
                 told = True
                 self._tell(self._report(silence, last=False))
-            if silence >= self.limit:
-                self._tell(self._report(silence, last=True))
+            if silence >= limit:
+                report = self._report(silence, last=True)
+                if resting and report["waits"]:  # for another worker, who may take its time; if not, it is ended
+                    continue
+                self._tell(report)
                 time.sleep(GRACE)
                 os._exit(HUNG)
 
@@ -93,6 +108,17 @@ class Watchdog:
         waits = any(part in frame.filename for frame in stack for part in WAITING)
         where = f"{stack[-1].name} ({PurePath(stack[-1].filename).name}:{stack[-1].lineno})" if stack else "its end"
         return {"seconds": round(silence, 1), "where": where, "waits": waits, "last": last}
+
+
+def _worked() -> tuple[float, int]:
+    """Processor seconds of this process so far, and bytes that it has read and written."""
+    counters = getattr(psutil.Process(), "io_counters", None)  # not on macOS
+    moved = counters() if counters else None
+    return time.process_time(), moved.read_chars + moved.write_chars if moved else 0
+
+
+def _works(before: tuple[float, int], after: tuple[float, int], seconds: float) -> bool:
+    return after[0] - before[0] >= WORK * seconds or after[1] - before[1] >= BYTES * seconds
 
 
 def verdict(places: list[str], reports: dict[int, Report]) -> str:

@@ -220,41 +220,72 @@ def test_one_driver_per_run_and_a_killed_one_costs_at_most_one_interval(
     assert sorted(run.info.run_name for run in runs) == ["toy", "undisturbed"]
 
 
-@pytest.mark.soak
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs a full file system, made with a tmpfs by root")
-@pytest.mark.timeout(200)
-def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
-    tables: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
-) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True)
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk that a test may fill."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"cannot mount: {mounted.stderr.decode().strip()}")
-    try:
-        tables["compute"] |= {"workers": 1, "storage": str(disk), "max_failures": 0}
-        tables["train"] |= {"steps": 1500}
-        command = [sys.executable, "-m", "ptuning", "train", str(write_toml(tables))]
-        environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-        driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        wait_for(lambda: reached_step(disk / "toy") >= 200, driver)
-        began = time.monotonic()
-        with contextlib.suppress(OSError), (disk / "filler").open("wb") as filler:
-            while True:
-                filler.write(bytes(4096))
-                filler.flush()
-        said = driver.communicate(timeout=120)[1]
-        print(f"ended after {time.monotonic() - began:.1f} s:", said)
-        assert driver.returncode == 1 and "Traceback" not in said
-        assert "the disk is full" in said.splitlines()[-1]
-        saved = storage.list_folders(str(disk / "toy" / "checkpoints"))
-        (disk / "filler").unlink()
-        again = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
-        assert again.returncode == 0, again.stderr
-        [begun] = re.findall(r"resumed at step (\d+)", again.stderr)
-        assert f"step-{int(begun):09d}" == saved[-1]
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill_while_running(command: list[str], disk: Path, ready: Callable[[], bool]) -> subprocess.CompletedProcess[str]:
+    """Start a command, fill the disk once it is `ready`, see it end in a sentence, make room, and resume it."""
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    wait_for(ready, driver)
+    began = time.monotonic()
+    with contextlib.suppress(OSError), (disk / "filler").open("wb") as filler:
+        while True:
+            filler.write(bytes(4096))
+            filler.flush()
+    said = driver.communicate(timeout=120)[1]
+    print(f"ended after {time.monotonic() - began:.1f} s:", said)
+    assert driver.returncode == 1 and "Traceback" not in said
+    assert "the disk is full" in said.splitlines()[-1]
+    (disk / "filler").unlink()
+    again = subprocess.run([*command, "--resume", "--json"], env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    return again
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(200)
+def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
+    tables: dict[str, Any], write_toml: Callable[..., Path], disk: Path
+) -> None:
+    tables["compute"] |= {"workers": 1, "storage": str(disk), "max_failures": 0}
+    tables["train"] |= {"steps": 1500}
+    command = [sys.executable, "-m", "ptuning", "train", str(write_toml(tables))]
+    again = fill_while_running(command, disk, lambda: reached_step(disk / "toy") >= 200)
+    [begun] = re.findall(r"resumed at step (\d+)", again.stderr)
+    assert int(begun) >= 200 - 5
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_a_full_disk_ends_a_search_and_resume_counts_every_trial_once(
+    tables: dict[str, Any], write_toml: Callable[..., Path], disk: Path
+) -> None:
+    for split in ("train", "validation"):
+        tables["data"][split] = tables["data"]["train"]
+    tables["compute"] |= {"workers": 1, "storage": str(disk), "max_failures": 0}
+    tables["train"] |= {"steps": 1000, "evaluate_every": 250}
+    tables["search"] = {"trials": 4, "slots": 2, "scheduler": "fifo", "finalists": 1, "seeds": 1, "length": [4]}
+    command = [sys.executable, "-m", "ptuning", "search", str(write_toml(tables))]
+    ledger = disk / "toy" / "ledger.json"
+
+    def two_have_finished() -> bool:
+        trials = json.loads(ledger.read_text())["trials"] if ledger.exists() else []
+        return sum(trial["status"] == "finished" for trial in trials) >= 2
+
+    summary = json.loads(fill_while_running(command, disk, two_have_finished).stdout.splitlines()[-1])
+    assert summary["trials"] == {"finished": 4}
+    trials = [trial for trial in json.loads(ledger.read_text())["trials"] if not trial["finalist"]]
+    assert len(trials) == 4 and {trial["step"] for trial in trials} == {1000}
 
 
 @pytest.mark.soak

@@ -294,16 +294,17 @@ def test_a_killed_proxy_is_back_in_seconds(world):
 # Too much.
 
 
-def overload(world: SimpleNamespace, seconds: float, share: float) -> None:
+def overload(world: SimpleNamespace, seconds: float, tokens: int, share: float) -> None:
     """G9: three times what can be answered, from clients that do not wait for each other. At least `share` of what is answered
-    at best is answered then: where two replicas, the proxy and the clients share two cores, refusing takes from answering."""
-    question = body(600)
+    at best is answered then: where two replicas, the proxy and the clients share two cores, refusing takes from answering, the
+    more the less an answer (of so many `tokens`, of a toy) costs."""
+    question = body(tokens)
     with crowd(world.port, KEY, lambda number: question, clients=16) as load:
         time.sleep(2)
         began = time.monotonic()
         time.sleep(max(6, seconds / 3))
         peak = len(load.good(began)) / (time.monotonic() - began)
-    usual = middle([ask(world, 600).seconds for _ in range(5)])
+    usual = middle([ask(world, tokens).seconds for _ in range(5)])
     watched = processes(world, "ServeReplica") + processes(world, "ProxyActor")
     before = sum(process.memory_info().rss for process in watched)
     with crowd(world.port, KEY, lambda number: question, rate=3 * peak) as load:
@@ -316,10 +317,10 @@ def overload(world: SimpleNamespace, seconds: float, share: float) -> None:
     refused = [each for each in load.told if each.status == 429]
     slowest = max(each.seconds for each in load.good())
     until(lambda: idle(world, 4), 20, "it does not recover")
-    recovered = middle([ask(world, 600).seconds for _ in range(5)])
+    recovered = middle([ask(world, tokens).seconds for _ in range(5)])
     print(
-        f"overload for {seconds:.0f} s at {3 * peak:.0f}/s: {good:.1f}/s answered of {peak:.1f}/s at best, "
-        f"{len(refused)} refused "
+        f"overload for {seconds:.0f} s at {3 * peak:.0f}/s, {tokens} tokens each: {good:.1f}/s answered "
+        f"of {peak:.1f}/s at best, {len(refused)} refused "
         f"(median {middle([each.seconds for each in refused]) * 1000:.0f} ms, "
         f"99 % {middle([each.seconds for each in refused], 0.99) * 1000:.0f} ms), slowest answer {slowest:.1f} s, "
         f"memory +{grown:.0f} MiB, one request {usual:.2f} s before and {recovered:.2f} s after"
@@ -331,7 +332,7 @@ def overload(world: SimpleNamespace, seconds: float, share: float) -> None:
 
 
 def test_three_times_too_much_is_refused_quickly_and_costs_the_others_nothing(world):
-    overload(world, 6, share=0.5)
+    overload(world, 6, tokens=600, share=0.5)
 
 
 @pytest.mark.soak
@@ -339,7 +340,7 @@ def test_three_times_too_much_is_refused_quickly_and_costs_the_others_nothing(wo
 def test_three_times_too_much_for_a_minute(tmp_path, base):
     """With one replica, so that one core of two is left to the proxy and the clients."""
     with serving(tmp_path, base, replicas=1) as world:
-        overload(world, OVERLOAD_S, share=0.9)
+        overload(world, OVERLOAD_S, tokens=1800, share=0.9)
 
 
 # The end.
