@@ -9,7 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from openai import OpenAI
 
@@ -19,10 +22,28 @@ PLACE = f"compute.storage={RUNS}"
 SENTENCES = ("I love this product!", "This movie was terrible.")
 
 
-def command(*arguments: str) -> list[str]:
-    """A `ptuning` command, shown as one would type it."""
+@contextmanager
+def started(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A `ptuning` command, shown as one would type it. Whatever happens here, it is asked to end, once, and waited for."""
     print(f"\n$ ptuning {' '.join(arguments)}", flush=True)
-    return [sys.executable, "-m", "ptuning", *arguments]
+    # In a group of its own: Ctrl-C comes here only, and is passed on. Twice would cut short how the command ends.
+    process = subprocess.Popen([sys.executable, "-m", "ptuning", *arguments], text=True, process_group=0, **options)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        try:
+            process.wait(90)
+        except (KeyboardInterrupt, subprocess.TimeoutExpired):
+            process.kill()
+            raise
+
+
+def run(*arguments: str) -> None:
+    with started(*arguments) as process:
+        if process.wait():
+            sys.exit(process.returncode)  # the command has said why
 
 
 def show_leaderboard() -> None:
@@ -36,8 +57,7 @@ def ask() -> None:
     """Serve the registered soft prompts, and ask them through the stock client."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    serving = command("serve", EXPERIMENT, PLACE, f"serve.port={port}")
-    with subprocess.Popen(serving, stderr=subprocess.PIPE, text=True) as server:
+    with started("serve", EXPERIMENT, PLACE, f"serve.port={port}", stderr=subprocess.PIPE) as server:
         assert server.stderr is not None
         for line in server.stderr:
             print(f"  {line.rstrip()}", flush=True)
@@ -49,17 +69,16 @@ def ask() -> None:
         for sentence in SENTENCES:
             answer = client.chat.completions.create(model="sentiment", messages=[{"role": "user", "content": sentence}])
             print(f"  {sentence}  ->  {answer.choices[0].message.content}", flush=True)
-        server.send_signal(signal.SIGINT)
 
 
 def main() -> None:
     began = time.monotonic()
     shutil.rmtree(RUNS, ignore_errors=True)
-    subprocess.run(command("train", EXPERIMENT, PLACE, "train.steps=100", "--register", "sentiment"), check=True)
+    run("train", EXPERIMENT, PLACE, "train.steps=100", "--register", "sentiment")
     budget = ("search.trials=8", "search.slots=8", "train.steps=60", "search.finalists=1", "search.seeds=1")
-    subprocess.run(command("search", EXPERIMENT, PLACE, "name=search", *budget, "--register", "sentiment"), check=True)
+    run("search", EXPERIMENT, PLACE, "name=search", *budget, "--register", "sentiment")
     show_leaderboard()
-    subprocess.run(command("prompts", "list", "--storage", str(RUNS)), check=True)
+    run("prompts", "list", "--storage", str(RUNS))
     ask()
     print(
         f"\nDone in {time.monotonic() - began:.0f} s; all of it is in {RUNS}.\n"
@@ -71,9 +90,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except subprocess.CalledProcessError as error:  # the command has said why
-        sys.exit(error.returncode)

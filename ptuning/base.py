@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from ptuning.config import ModelConfig, Table, UserError
+from ptuning.config import ModelConfig, Table, UserError, suggest
 from ptuning.data import tokenizer_fingerprint
 from ptuning.shipped import locate
 
@@ -187,7 +187,8 @@ def _folder(config: ModelConfig) -> Path:
     if folder.is_dir():
         return folder.absolute()
     if config.path.count("/") != 1 or config.path.startswith((".", "/", "~")):
-        raise BaseError(f"model.path: {config.path} is no folder here and no Hugging Face id; correct the path")
+        fix = suggest(config.path, {"builtin": '"builtin"'}, "correct the path")
+        raise BaseError(f"model.path: {config.path} is no folder here and no Hugging Face id; {fix}")
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     if config.trust_remote_code:
         patterns.append("*.py")

@@ -21,7 +21,7 @@ from typing import Any
 
 from ptuning import soft_prompt, storage
 from ptuning.base import Base
-from ptuning.config import Template, UserError
+from ptuning.config import Template, UserError, suggest
 from ptuning.data import Encoder
 from ptuning.engine import End, Engine, EngineBusy, EngineStopped, Handle, Request
 from ptuning.publish import retrieve
@@ -125,7 +125,10 @@ class Catalogue:
         if served is None:
             known = sorted(name for name in self._names if ":" not in name)
             listed = ", ".join(known[:20]) + (f", ... ({len(known)} in all)" if len(known) > 20 else "")
-            raise UnknownModel(f"there is no such model; the known names are {listed}, and their versions as name:3")
+            hint = suggest(model, self._names, "")
+            raise UnknownModel(
+                f"there is no such model; the known names are {listed}, and their versions as name:3{hint and f'; {hint}'}"
+            )
         return served
 
     def sync(self) -> bool:

@@ -220,7 +220,7 @@ class Ledger:
         except TrackingError as error:
             if error.code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            raise RegistryError(f"{self.name}: no soft prompt of this name; see ptuning prompts list") from None
+            raise self.registry.unknown(self.name) from None
 
     def _read(self, born: str) -> State:
         state = State(self.name)

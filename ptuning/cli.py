@@ -81,9 +81,11 @@ def search(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Search over soft prompts: many train side by side over one frozen base; the winner is tested and registered.
+    """Search over soft prompts that train side by side on one base.
 
-    Example: ptuning search jobs/sentiment.toml search.trials=16 search.length=[5,20]
+    The winner is tested and registered.
+
+    Example: ptuning search jobs/sentiment.toml search.trials=16 'search.length=[5,20]'
     """
     settings = _read(experiment, overrides)
     check_register(register)
@@ -117,17 +119,24 @@ app.command()(cli_cluster.doctor)
 
 @app.command()
 def config(
-    experiment: Annotated[str | None, typer.Argument(metavar="[EXPERIMENT]", help="Experiment file (TOML).")] = None,
+    experiment: Annotated[str | None, typer.Argument(metavar="EXPERIMENT", help="Experiment file (TOML).")] = None,
     overrides: Overrides = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of experiment files.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it on one line, as other commands do.")] = False,
 ) -> None:
-    """Print the resolved experiment as JSON: every setting, with its default where the file has none."""
+    """Print the resolved experiment as JSON.
+
+    Every setting is there, with its default where the file has none.
+
+    Example: ptuning config jobs/sentiment.toml train.steps=100
+    """
+    indent = None if as_json else 1
     if schema:
-        typer.echo(json.dumps(Experiment.model_json_schema(), indent=1))
+        typer.echo(json.dumps(Experiment.model_json_schema(), indent=indent))
         return
     if experiment is None:
         fail("EXPERIMENT is missing; give the path of an experiment file, or --schema", 2)
-    typer.echo(_read(experiment, overrides).model_dump_json(indent=1))
+    typer.echo(_read(experiment, overrides).model_dump_json(indent=indent))
 
 
 def main() -> None:

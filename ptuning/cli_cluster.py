@@ -43,7 +43,9 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What training and serving would take: memory of a worker, slots that fit, bytes and time of a step. Reads no weights.
+    """What training and serving would take, without the weights.
+
+    Memory of a worker, soft prompts that fit side by side, bytes and least time of a step.
 
     Example: ptuning plan jobs/sentiment.toml --config llama-70b.json --tokens 256 --gpus 8
     """
@@ -66,7 +68,7 @@ def plan(
 
 
 def doctor(
-    experiment: Annotated[str | None, typer.Argument(metavar="[EXPERIMENT]", help="Experiment file (TOML).")] = None,
+    experiment: Annotated[str | None, typer.Argument(metavar="EXPERIMENT", help="Experiment file (TOML).")] = None,
     overrides: Overrides = None,
     address: Annotated[
         str | None,
@@ -76,7 +78,9 @@ def doctor(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What this machine or cluster can run, and what is wrong: every line is ok, a warning or the fix.
+    """What this machine or cluster can run, and what is wrong.
+
+    Every line is ok, a warning or the fix.
 
     Example: ptuning doctor jobs/sentiment.toml --address http://head:8265
     """

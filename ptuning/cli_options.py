@@ -11,9 +11,7 @@ import typer
 from ptuning.config import UserError
 
 ExperimentArgument = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Experiment file (TOML).")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.learning_rate=0.1")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.learning_rate=0.1")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Storage = Annotated[str, typer.Option("--storage", metavar="FOLDER", help="Storage folder whose tracking store to use.")]
 Tracking = Annotated[str | None, typer.Option("--tracking", metavar="URI", help="MLflow server or database to use instead.")]

@@ -30,7 +30,10 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A soft prompt: name, 
 
 @prompts.command("list")
 def list_(storage: Storage = "runs", tracking: Tracking = None, as_json: Json = False) -> None:
-    """List every version of every soft prompt."""
+    """List every version of every soft prompt.
+
+    Example: ptuning prompts list --storage runs
+    """
     with _sentences():
         found = _registry(storage, tracking).versions()
         rows = [_row(version) for version in found]
@@ -43,7 +46,10 @@ def list_(storage: Storage = "runs", tracking: Tracking = None, as_json: Json = 
 def show(
     name: Name, storage: Storage = "runs", tracking: Tracking = None, base: BaseOption = None, as_json: Json = False
 ) -> None:
-    """Show a soft prompt: its card, where it came from, and the words nearest to its vectors."""
+    """Show a soft prompt: card, lineage, nearest words.
+
+    Example: ptuning prompts show sentiment:1
+    """
     with _sentences():
         from ptuning.portrait import portrait, portrait_lines
 
@@ -63,7 +69,10 @@ def import_(
     tracking: Tracking = None,
     as_json: Json = False,
 ) -> None:
-    """Publish a soft prompt made elsewhere, such as a prompt-tuning adapter of PEFT."""
+    """Publish a soft prompt made elsewhere, as with PEFT.
+
+    Example: ptuning prompts import adapter --name mine --base builtin --input "{text} Mood:" --target " {label}"
+    """
     with _sentences():
         from ptuning.adopt import adopt, locate
         from ptuning.registry import check_name
@@ -90,7 +99,10 @@ def export(
     tracking: Tracking = None,
     as_json: Json = False,
 ) -> None:
-    """Write a soft prompt to a folder, for PEFT or, merged into its base, for any server."""
+    """Write a soft prompt to a folder, for PEFT or any server.
+
+    Example: ptuning prompts export sentiment:1 plain --format merged
+    """
     with _sentences():
         from ptuning.publish import fetch
 
@@ -109,7 +121,7 @@ def export(
 @prompts.command()
 def promote(
     name: Name,
-    number: Annotated[int | None, typer.Argument(metavar="[VERSION]", help="The version, if NAME does not say it.")] = None,
+    number: Annotated[int | None, typer.Argument(metavar="VERSION", help="The version, if NAME does not say it.")] = None,
     margin: Annotated[float, typer.Option("--margin", min=0, help="How much worse than the champion it may be.")] = 0.01,
     force: Annotated[bool, typer.Option("--force", help="Promote it though it does not pass; a tag says so.")] = False,
     base: BaseOption = None,
@@ -117,7 +129,12 @@ def promote(
     tracking: Tracking = None,
     as_json: Json = False,
 ) -> None:
-    """Make a version champion, the one that is served, if it passes the gate."""
+    """Make a version champion, if it passes the gate.
+
+    The champion is what is served under the name.
+
+    Example: ptuning prompts promote sentiment 2
+    """
     with _sentences():
         from ptuning import gate
 
@@ -137,7 +154,10 @@ def rollback(
     tracking: Tracking = None,
     as_json: Json = False,
 ) -> None:
-    """Make the previous champion champion again."""
+    """Make the previous champion champion again.
+
+    Example: ptuning prompts rollback sentiment
+    """
     with _sentences():
         from ptuning.champion import Ledger
 
@@ -153,7 +173,12 @@ def delete(
     tracking: Tracking = None,
     as_json: Json = False,
 ) -> None:
-    """Delete a version that is not champion. Its run stays in MLflow."""
+    """Delete a version that is not champion.
+
+    Its run stays in MLflow.
+
+    Example: ptuning prompts delete sentiment:1 --yes
+    """
     with _sentences():
         from ptuning import champion
 
@@ -168,7 +193,12 @@ def delete(
 
 @prompts.command()
 def similar(name: Name, storage: Storage = "runs", tracking: Tracking = None, as_json: Json = False) -> None:
-    """Rank the other soft prompts of the same base by similarity: candidates for prompt.init_from."""
+    """Rank the other soft prompts of the same base by similarity.
+
+    They are candidates for prompt.init_from.
+
+    Example: ptuning prompts similar sentiment
+    """
     with _sentences():
         from ptuning import meaning
         from ptuning.registry import parse_reference

@@ -24,7 +24,7 @@ def serve(
     detach: Annotated[bool, typer.Option("--detach", help="Have the cluster go on serving, and return.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Serve all registered soft prompts of a base behind an OpenAI-compatible API.
+    """Serve the registered soft prompts of a base, as OpenAI's API.
 
     Example: ptuning serve jobs/sentiment.toml serve.port=9000
     """
@@ -77,7 +77,9 @@ def compare(
     base: BaseOption = None,
     as_json: Json = False,
 ) -> None:
-    """Ask the base, the hand-written text (if there was one) and every version the same thing. No server is needed.
+    """Ask the base, the hand-written text and every version.
+
+    All are asked the same thing, side by side. No server is needed.
 
     Example: ptuning compare sentiment --text "This movie was terrible."
     """

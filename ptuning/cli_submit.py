@@ -61,9 +61,10 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run train, search or serve as a job on a Ray cluster, and follow it.
+    """Run train, search or serve as a job on a Ray cluster.
 
-    The exit code is the job's. What is served lives on when its job has ended; `ptuning jobs stop` ends it.
+    Its log is followed, and the exit code is the job's. What is served lives on when its job has ended; `ptuning jobs stop`
+    ends it.
 
     Example: ptuning submit train jobs/sentiment.toml compute.storage=s3://bucket/runs --address http://head:8265
     """
@@ -99,7 +100,10 @@ def submit(
 
 @jobs.command("list")
 def list_jobs(address: Address, as_json: Json = False) -> None:
-    """The cluster's jobs, the newest first."""
+    """The cluster's jobs, the newest first.
+
+    Example: ptuning jobs list --address http://head:8265
+    """
     with _told():
         from ptuning.submit import KIND, Cluster, exit_code
 
@@ -137,7 +141,10 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", help="Follow it to the end; the exit code is then the job's.")] = False,
     as_json: Json = False,
 ) -> None:
-    """What a job has said so far."""
+    """What a job has said so far.
+
+    Example: ptuning jobs logs sentiment-20260102-030405-ab12 --follow --address http://head:8265
+    """
     with _told():
         from ptuning.submit import Cluster
 
@@ -156,7 +163,12 @@ def stop(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it has ended.")] = True,
     as_json: Json = False,
 ) -> None:
-    """End a job in order: its run can be resumed. For a job that serves, end what it serves."""
+    """End a job in order: its run can be resumed.
+
+    For a job that serves, end what it serves.
+
+    Example: ptuning jobs stop sentiment-20260102-030405-ab12 --address http://head:8265
+    """
     with _told():
         from ptuning.submit import Cluster
 

@@ -10,7 +10,7 @@ import difflib
 import re
 import string
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +37,17 @@ class UserError(ValueError):
 
 class ExperimentError(UserError):
     """The experiment file or an override is wrong."""
+
+
+def suggest(word: str, known: Iterable[str] | Mapping[str, str], otherwise: str, alike: float = 0.6) -> str:
+    """How a sentence about an unknown name ends: "did you mean X?" if one that is known is close to it, else `otherwise`.
+
+    A mapping says what is shown for each known name. `alike`: 1 for the same word, 0 for one that has nothing in common.
+    """
+    shown = known if isinstance(known, Mapping) else {name: name for name in known}
+    lower = {name.lower(): text for name, text in shown.items()}
+    close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=alike)
+    return f"did you mean {lower[close[0]]}?" if close else otherwise
 
 
 class Table(BaseModel):
@@ -233,9 +244,8 @@ class SearchConfig(Table):
             known = SEARCHABLE.get(table, {})
             if name not in known:
                 names = sorted(f"{table}.{name}" for table, fields in SEARCHABLE.items() for name in fields)
-                close = difflib.get_close_matches(key, names, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(names)}"
-                raise ValueError(f"{key!r} is no number to search; {hint}")
+                fix = suggest(key, names, f"use one of {', '.join(names)}")
+                raise ValueError(f"{key!r} is no number to search; {fix}")
             if len(values) < 2 or (len(values) == 2 and values[0] >= values[1]):
                 raise ValueError(
                     f'"{key}" = {list(values)} is no range; write [low, high] with low < high, or three or more values'
@@ -423,7 +433,9 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ExperimentError(f"{path}: no such file; give the path of an experiment file (.toml)") from None
+        there = {file.name: str(file) for folder in (Path("jobs"), path.parent) for file in sorted(folder.glob("*.toml"))}
+        fix = suggest(path.name, there, "give the path of an experiment file (.toml)", alike=0.75)
+        raise ExperimentError(f"{path}: no such file; {fix}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ExperimentError(f"{path}: cannot be read ({error}); give a TOML file") from None
     except tomllib.TOMLDecodeError as error:
@@ -462,7 +474,7 @@ def _apply(tables: dict[str, Any], override: str) -> None:
 
 def _sentence(error: ValidationError) -> str:
     """The first problem of a validation, as `table.key: what is wrong; what to do`."""
-    problem = error.errors()[0]
+    problem, *others = error.errors()
     where: list[str] = []
     for part in problem["loc"]:  # behind the keys come indices of lists and names of union branches
         if part not in _known_keys(where):
@@ -471,9 +483,9 @@ def _sentence(error: ValidationError) -> str:
     path = ".".join(where)
     if problem["type"] == "extra_forbidden":
         key, known = str(problem["loc"][-1]), _known_keys(where)
-        close = difflib.get_close_matches(key.lower(), known, n=1)
-        hint = f"did you mean {'.'.join([*where, *close])}?" if close else f"known here: {', '.join(sorted(known))}"
-        return f"{'.'.join([*where, key])}: unknown key; {hint}"
+        full = {name: ".".join([*where, name]) for name in known}
+        fix = suggest(key, full, f"known here: {', '.join(sorted(known))}")
+        return f"{'.'.join([*where, key])}: unknown key; {fix}"
     if problem["type"] == "missing" and isinstance(problem["loc"][-1], str):
         return f"{path}: is missing; set it"
     if problem["type"] == "model_type":
@@ -482,7 +494,13 @@ def _sentence(error: ValidationError) -> str:
     if problem["type"] == "value_error":
         # Checks of a whole table name the key themselves, as "key: ...".
         return f"{path}{'.' if path and re.match(r'[a-z_.]+: ', message) else ': ' if path else ''}{message}"
-    return f"{path}: {message[0].lower()}{message[1:]} (got {problem['input']!r}); change the value"
+    # "auto" beside numbers is a branch of its own, with an error of its own.
+    words = [each for each in others if each["loc"][:-1] == problem["loc"][:-1] and each["type"] == "literal_error"]
+    message += "".join(f" or {each['ctx']['expected']}" for each in words)
+    expected = [each["ctx"]["expected"] for each in (problem, *words) if each["type"] == "literal_error"]
+    choices = re.findall(r"'(.+?)'", " ".join(expected))
+    fix = suggest(str(problem["input"]), {each: f'"{each}"' for each in choices}, "change the value")
+    return f"{path}: {message[0].lower()}{message[1:]} (got {problem['input']!r}); {fix}"
 
 
 def _known_keys(tables: Sequence[str]) -> list[str]:

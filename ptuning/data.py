@@ -7,7 +7,6 @@ result as a memory-mapped Arrow file, found again by what decides it: the texts,
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections import Counter
@@ -23,7 +22,7 @@ from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from ptuning.config import Template, template_fields
+from ptuning.config import Template, suggest, template_fields
 from ptuning.sources import FORMAT, DataError, cache_folder, fingerprint, quiet, read_source, texts_of
 
 _COLUMNS = Features(
@@ -127,8 +126,7 @@ class Encoder:
         if value not in labels:
             listed = ", ".join(f"'{label}'" for label in labels[:20])
             listed += f", ... ({len(labels)} in all)" if len(labels) > 20 else ""
-            close = difflib.get_close_matches(value, labels, n=1)
-            fix = f"did you mean '{close[0]}'?" if close else "correct the row or data.labels"
+            fix = suggest(value, {label: f"'{label}'" for label in labels}, "correct the row or data.labels")
             raise DataError(f"'{value}' is not one of the labels {listed}; {fix}")
         return labels.index(value)
 

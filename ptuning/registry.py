@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ptuning import tracking
-from ptuning.config import NAME, UserError
+from ptuning.config import NAME, UserError, suggest
 from ptuning.spool import redact
 from ptuning.tracking import TrackingError, asking
 
@@ -191,7 +191,7 @@ class Registry:
         wanted = parse_reference(reference) if isinstance(reference, str) else reference
         versions = self.versions(wanted.name)
         if not versions:
-            raise RegistryError(f"{wanted.name}: no soft prompt of this name in {redact(self.uri)}; see ptuning prompts list")
+            raise self.unknown(wanted.name)
         if wanted.version:
             fitting = [version for version in versions if version.version == wanted.version]
         else:
@@ -204,6 +204,11 @@ class Registry:
                 f"{wanted}: is not there; {wanted.name} has the versions {_numbers(versions)} and {known}, choose one of these"
             )
         return fitting[0]
+
+    def unknown(self, name: str) -> RegistryError:
+        """What to say of a name that nobody has published."""
+        fix = suggest(name, {version.name for version in self.versions()}, "see ptuning prompts list")
+        return RegistryError(f"{name}: no soft prompt of this name in {redact(self.uri)}; {fix}")
 
     def create(self, name: str, run_id: str, tags: Mapping[str, str]) -> Version:
         """A new version whose source is the artifact folder of a run."""

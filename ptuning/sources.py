@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features
 from datasets.exceptions import DatasetsError
 
-from ptuning.config import NAME, UserError
+from ptuning.config import NAME, UserError, suggest
 from ptuning.shipped import locate
 
 FORMAT = 1
@@ -140,7 +140,9 @@ def _local_path(source: str) -> Path:
     if path.is_dir():
         raise DataError(f"{source}: is a folder; give one file per split")
     if not path.exists():
-        raise DataError(f"{source}: no such file in {Path.cwd()}; correct the path")
+        there = {file.name: str(file) for file in sorted(path.parent.glob("*")) if file.suffix.lower() in _READERS}
+        fix = suggest(path.name, there, "correct the path", alike=0.85)  # x-train.csv is no good guess for x-test.csv
+        raise DataError(f"{source}: no such file in {Path.cwd()}; {fix}")
     return path
 
 

@@ -30,7 +30,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from ptuning.config import UserError
+from ptuning.config import UserError, suggest
 from ptuning.shipment import Kind, Shipment
 
 KIND = "ptuning"
@@ -223,7 +223,9 @@ class Cluster:
             ) from None
         except RuntimeError as error:
             if job and "404" in str(error):
-                raise UserError(f"{job}: there is no such job on {self.address}; see ptuning jobs list") from None
+                known = [each.submission_id for each in self.jobs() if each.submission_id]
+                fix = suggest(job, known, "see ptuning jobs list")
+                raise UserError(f"{job}: there is no such job on {self.address}; {fix}") from None
             raise ClusterError(f"{self.address}: {str(error).strip().splitlines()[-1]}") from None
 
 

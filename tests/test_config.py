@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ WRONG = [
     (
         {"prompt__init": "lables"},
         "prompt.init: input should be 'random', 'vocabulary', 'text', 'labels' or 'soft-prompt' (got 'lables'); "
-        "change the value",
+        'did you mean "labels"?',
     ),
     ({"zero__stage": 2}, "zero.stage: input should be 0 or 3 (got 2); change the value"),
     ({"serve__port": 99999}, "serve.port: input should be less than or equal to 65535 (got 99999); change the value"),
@@ -145,7 +146,11 @@ WRONG = [
     ({"compute__workers": [3, 1]}, "compute.workers: [3, 1] is no range; write [min, max]"),
     ({"search__length": []}, "search.length: is empty; list at least one value"),
     ({"search__length": [5, 0]}, "search.length: input should be greater than 0 (got 0); change the value"),
-    ({"search__slots": "many"}, "search.slots: input should be a valid integer (got 'many'); change the value"),
+    (
+        {"search__slots": "atuo"},
+        """search.slots: input should be a valid integer or 'auto' (got 'atuo'); did you mean "auto"?""",
+    ),
+    ({"search__slots": "many"}, "search.slots: input should be a valid integer or 'auto' (got 'many'); change the value"),
     (
         {"search__learning_rate": [1, 0.1]},
         "search.learning_rate: [1.0, 0.1] is no range; write [low, high] with 0 < low <= high",
@@ -280,6 +285,11 @@ def test_files_that_cannot_be_read(tmp_path):
     missing = tmp_path / "missing.toml"
     expected = f"{missing}: no such file; give the path of an experiment file (.toml)"
     assert sentence(lambda: read_experiment(missing)) == expected
+    (tmp_path / "sentiment.toml").write_text("", encoding="utf-8")
+    for typed in ("sentimant.toml", "sentiment"):
+        wrong = tmp_path / typed
+        message = sentence(partial(read_experiment, wrong))
+        assert message == f"{wrong}: no such file; did you mean {tmp_path}/sentiment.toml?"
     message = sentence(lambda: read_experiment(tmp_path))
     assert message.startswith(f"{tmp_path}: cannot be read (") and message.endswith("); give a TOML file")
     latin = tmp_path / "latin.toml"

@@ -378,6 +378,9 @@ def test_sentences_about_the_source(load: Callable[..., Split]) -> None:
     pq.write_table(pa.Table.from_pylist([], pa.schema([("text", pa.string()), ("label", pa.string())])), "none.parquet")
     kinds = "give a .jsonl, .csv or .parquet file, or hub:org/name:split"
     assert sentence(load, "no.jsonl") == f"no.jsonl: no such file in {folder}; correct the path"
+    jsonl("pets-train.jsonl", ROWS)
+    assert sentence(load, "pets-trian.jsonl").endswith("; did you mean pets-train.jsonl?")
+    assert sentence(load, "pets-test.jsonl").endswith("; correct the path"), "another split is no good guess"
     assert sentence(load, "t.txt") == f"t.txt: unknown kind of data; {kinds}"
     assert sentence(load, "t.jsonl.gz") == f"t.jsonl.gz: unknown kind of data; {kinds}"
     assert sentence(load, "folder.csv") == "folder.csv: is a folder; give one file per split"

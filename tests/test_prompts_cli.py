@@ -172,6 +172,15 @@ def test_what_is_wrong_is_a_sentence(shelf: SimpleNamespace) -> None:
     where = shelf.where
     assert refusal("show", "../x", *where) == "ptuning: '../x' names no soft prompt; write name, name:3 or name@champion\n"
     assert "nobody: no soft prompt of this name in sqlite" in refusal("show", "nobody", *where)
+    for command in ("show", "export", "similar", "promote", "rollback", "delete"):
+        arguments = {
+            "show": ["tyo"],
+            "similar": ["tyo"],
+            "rollback": ["tyo"],
+            "export": ["tyo", "x"],
+            "delete": ["tyo:1", "--yes"],
+        }
+        assert refusal(command, *arguments.get(command, ["tyo", "1"]), *where).endswith("; did you mean toy?\n"), command
     assert "is no name; use letters" in refusal("import", str(shelf.folder), "--name", "a/b", *where)
     assert "adapter_config.json is missing" in refusal("import", str(shelf.folder), "--name", "a", *where)
     assert "a template needs both" in refusal("import", str(shelf.folder), "--name", "a", "--input", "{text}", *where)

@@ -512,5 +512,6 @@ def test_a_failing_job_gives_its_exit_code(cluster: SimpleNamespace, write_toml:
     done = run(cluster, "jobs", "logs", job, "--follow")
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     assert "'tool'" in done.stderr and done.stderr.endswith(f"ptuning: {job} failed with exit code 2\n")
+    assert run(cluster, "jobs", "logs", job[:-1]).stderr.endswith(f"; did you mean {job}?\n")
     nothing = run(cluster, "jobs", "stop", "nobody")
     assert nothing.returncode == 2 and "nobody: there is no such job on" in nothing.stderr

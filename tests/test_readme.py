@@ -1,0 +1,234 @@
+"""Every command that the README and its sisters show works: understood by its program, and run as a newcomer would."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shlex
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import typer
+from conftest import REPOSITORY
+from test_cluster import check_command, shell
+from typer.testing import CliRunner, Result
+
+from ptuning.cli import app
+from ptuning.config import parse_experiment
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:mlflow.*", "ignore:.*type hint")
+
+PAGES = ("README.md", "CONTRIBUTING.md", "cluster/README.md")
+LANGUAGES = {"sh", "console", "csv", "python", "text", "toml"}
+
+ELSEWHERE = {
+    "make demo": "test_demo.py::test_a_demo_that_is_interrupted_leaves_nothing",
+    "make test": "test_readme.py::test_the_first_hour",
+    "ptuning train jobs/sentiment.toml name=longer": "test_cli.py::test_the_whole_command_with_two_workers",
+    "ptuning search jobs/sentiment.toml name=warm": "test_search.py::test_a_search_under_asha_",
+    "ptuning search jobs/sentiment.toml name=bred": "test_search.py::test_pbt_",
+    "ptuning search tickets.toml": "test_readme.py::test_the_first_hour",
+    "ptuning serve": "test_serve.py::test_the_stock_client_through_the_proxy",
+    "ptuning ask": "test_serve.py::test_ask",
+    "ptuning submit train": "test_submit.py::test_train_detach_kill_find_stop_resume",
+    "ptuning submit serve": "test_submit.py::test_what_is_served_lives_on_until_it_is_stopped",
+    "ptuning jobs": "test_submit.py::test_train_detach_kill_find_stop_resume",
+    "ptuning doctor": "test_doctor.py::test_this_machine_is_fine",
+    "cluster/up-local.sh": "test_submit.py::cluster",
+    "eval": "test_submit.py::cluster",
+}
+"""Commands, by how they begin, that need what the first hour here has not: more time, a server, a cluster. And the test that
+runs them, or their like. All others of the README are run by `test_the_first_hour`."""
+
+SMALL = {
+    "train": ("train.steps=2", "train.evaluate_every=2", "compute.workers=1"),
+    "search": ("train.steps=2", "train.evaluate_every=2", "compute.workers=1", "search.trials=2", "search.slots=2",
+               "search.finalists=1", "search.seeds=1"),
+}  # fmt: skip
+"""What is appended so that an hour takes half a minute."""
+
+
+@dataclass(frozen=True)
+class Fence:
+    page: str
+    language: str
+    text: str
+
+
+def fences(page: str) -> list[Fence]:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Fence(page, language, body) for language, body in found]
+
+
+def commands(page: str) -> list[list[str]]:
+    """The commands of a page in order, as words."""
+    lines = [line for fence in fences(page) if fence.language == "sh" for line in fence.text.splitlines()]
+    return [words for line in lines for words in shell(re.sub(r"(^|\s)#.*", "", line)) if words]
+
+
+def only(language: str, containing: str) -> str:
+    (found,) = [fence.text for fence in fences("README.md") if fence.language == language and containing in fence.text]
+    return found
+
+
+def elsewhere(words: list[str]) -> str | None:
+    line = " ".join(words)
+    return next((test for start, test in ELSEWHERE.items() if f"{line} ".startswith(f"{start} ")), None)
+
+
+ALL = [pytest.param(page, words, id=" ".join(words)[:80]) for page in PAGES for words in commands(page)]
+FIRST_HOUR = [words for words in commands("README.md") if not elsewhere(words)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a newcomer stands: the repository's files, and the own data of the README."""
+    for name in ("jobs", "tests"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    head, *rows = csv.reader(io.StringIO(only("csv", "subject")))
+    for split in ("train", "validation", "test"):
+        with (tmp_path / f"tickets-{split}.csv").open("w", encoding="utf-8", newline="") as file:
+            more = [[f"{subject} {split} {number}", body, team] for number in range(8) for subject, body, team in rows]
+            csv.writer(file).writerows([head, *more])
+    (tmp_path / "tickets.toml").write_text(only("toml", "tickets"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("page", PAGES)
+def test_every_fence_says_what_it_holds(page: str) -> None:
+    typed = r"(?:\$ .*|(?:ptuning|make|python|docker|kubectl|ray|sbatch|mlflow|serve|cluster/\S+) .*)"
+    for fence in fences(page):
+        assert fence.language in LANGUAGES, fence
+        if fence.language == "text":
+            assert not [line for line in fence.text.splitlines() if re.fullmatch(typed, line)], fence
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("page", "words"), ALL)
+def test_every_command_is_understood(page: str, words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *arguments = words
+    if "--shared" in words:  # behind the line that takes the address from the local cluster
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    if program in ("ptuning", "ray", "mlflow"):
+        check_command([word for word in words if word != "&"], folder)
+    elif program == "make":
+        makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+        assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments)
+    elif program.startswith("cluster/"):
+        assert " ".join(words) in (REPOSITORY / program).read_text(encoding="utf-8"), "its own usage does not know it"
+    elif program == "sbatch":
+        assert (REPOSITORY / arguments[0]).is_file()
+        check_command(["ptuning", *arguments[1:]], folder)
+    elif program in ("docker", "kubectl"):
+        named = [word for word in arguments if word.startswith("cluster/")]
+        assert all((REPOSITORY / name).exists() for name in named)
+    else:
+        assert program == "eval", f"{page}: nobody checks {words}"
+
+
+@pytest.mark.fast
+def test_the_tests_that_run_the_others_are_there() -> None:
+    for start, test in ELSEWHERE.items():
+        file, _, name = test.partition("::")
+        assert f"def {name}" in (REPOSITORY / "tests" / file).read_text(encoding="utf-8"), test
+        shown = [words for words in commands("README.md") if f"{' '.join(words)} ".startswith(f"{start} ")]
+        assert shown, f"the README does not show {start} any more"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("page", [*PAGES, "SECURITY.md", "BENCHMARKS.md"])
+def test_commands_in_running_text_exist(page: str) -> None:
+    text = re.sub(r"^```.*?^```$", "", (REPOSITORY / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    spans = [span for span in re.findall(r"`([^`\n]+)`", text) if span.startswith(("ptuning ", "make "))]
+    for span in spans:
+        program, *words = shlex.split(span)
+        if program == "make":
+            assert re.search(rf"^{words[0]}:", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), span
+            continue
+        command: Any = typer.main.get_command(app)
+        while hasattr(command, "commands") and words:
+            command = command.commands[words.pop(0)]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, span
+
+
+def leaves(command: Any, *path: str) -> Iterator[tuple[str, Any]]:
+    """All commands, with what is typed for them."""
+    if not hasattr(command, "commands"):
+        yield " ".join(path), command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from leaves(inner, *path, name)
+
+
+LEAVES = dict(leaves(typer.main.get_command(app)))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", LEAVES)
+def test_every_command_has_an_example_and_speaks_json(name: str, folder: Path) -> None:
+    assert "--json" in {option for parameter in LEAVES[name].params for option in parameter.opts}
+    (example,) = re.findall(r"^Example: (ptuning .*)$", LEAVES[name].help, re.MULTILINE)
+    assert example.startswith(f"ptuning {name} ")
+    check_command(shlex.split(example), folder)
+    first = LEAVES[name].help.split(".")[0]
+    assert len(first) < 64, "it is cut in the list of commands"
+
+
+@pytest.mark.fast
+def test_the_search_table_is_one(folder: Path) -> None:
+    tables = tomllib.loads((folder / "jobs" / "sentiment.toml").read_text(encoding="utf-8"))
+    parse_experiment(tables | tomllib.loads(only("toml", "[search]")))
+    compile(only("python", "client"), "README.md", "exec")
+
+
+@pytest.mark.fast
+def test_the_refusal_reads_as_shown(folder: Path) -> None:
+    typed, *shown = only("console", "$ ").splitlines()
+    done = CliRunner().invoke(app, shlex.split(typed)[2:])
+    assert (done.exit_code, done.output.splitlines()) == (2, shown)
+
+
+@pytest.mark.fast
+def test_your_own_data_takes_twelve_lines() -> None:
+    assert len(only("toml", "tickets").splitlines()) == 12
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_first_hour(cluster: None, folder: Path, tiny_base_folder: Path) -> None:
+    """All that the README shows and one machine can do, in the README's order and in one folder."""
+
+    def type_in(words: list[str]) -> Result:
+        typed = [word.replace("Qwen/Qwen3-0.6B", str(tiny_base_folder)) for word in words[1:]]
+        return CliRunner().invoke(app, [*typed, *SMALL.get(words[1], ())])
+
+    assert {words[1] for words in FIRST_HOUR} >= {"train", "search", "config", "prompts", "compare", "plan"}
+    for words in FIRST_HOUR:
+        began = time.monotonic()
+        done = type_in(words)
+        print(f"{time.monotonic() - began:.1f} s  {shlex.join(words)}\n{done.stderr}{done.stdout[:300]}")
+        assert done.exit_code == 0, (words, done.stderr, done.exception)
+        assert "arning" not in done.stderr, (words, done.stderr)
+    for name in ("sentiment", "found", "tickets", "tickets-qwen"):
+        record = json.loads((folder / "runs" / name / "run.json").read_text(encoding="utf-8"))
+        assert record["status"] == "finished"
+        for file in ("adapter_config.json", "adapter_model.safetensors", "card.json", "manifest.json"):
+            assert (Path(record["summary"]["soft_prompt"]) / file).is_file()
