@@ -58,7 +58,8 @@ def _reached(summary: dict[str, Any]) -> str:
 
 def _won(summary: dict[str, Any]) -> str:
     """The last line of a search: the winner, and what any run says."""
-    values = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in summary["winner"]["values"].items())
+    chosen = {key.rpartition(".")[2]: value for key, value in summary["winner"]["values"].items()}
+    values = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in chosen.items())
     trials = ", ".join(f"{many} {state}" for state, many in summary["trials"].items())
     return f"winner {summary['winner']['trial']} ({values}) of {trials}; {_reached(summary)}"
 

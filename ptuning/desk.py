@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from ptuning.base import Base
 from ptuning.config import Experiment
 from ptuning.launch import open_tracker
 from ptuning.ledger import Entry, Ledger
@@ -26,7 +27,14 @@ class Desk:
     """Follows the hub in a thread."""
 
     def __init__(
-        self, experiment: Experiment, hub: Any, ledger: Ledger, tracker: Tracker, show: Show, say: Callable[[str], None]
+        self,
+        experiment: Experiment,
+        base: Base,
+        hub: Any,
+        ledger: Ledger,
+        tracker: Tracker,
+        show: Show,
+        say: Callable[[str], None],
     ) -> None:
         self.summary: dict[str, Any] = {}
         """What the parent run reached: the winner's test."""
@@ -36,7 +44,7 @@ class Desk:
         self._tracker = tracker
         self._show = show
         self._say = say
-        self._parent = Recorder(tracker, self.summary)
+        self._parent = Recorder(tracker, self.summary, base=base)
         self._children: dict[str, tuple[Tracker, Recorder]] = {}
         self._closing = ThreadPoolExecutor(1)
         self._unsent: list[Any] = []

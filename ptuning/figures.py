@@ -8,10 +8,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -19,18 +21,27 @@ from numpy.typing import NDArray
 DPI = 100
 SMOOTHED = 30
 """A line with more points than this is noise to the eye: it is drawn pale, with its moving average on top."""
+MOST_TOKENS = 32
+"""Virtual tokens in one picture of their nearest words."""
 COLOURS = ("#1f6fb4", "#d1602b", "#2f8f4e", "#8a4fb0", "#b0902f", "#4a4a4a")
 
 
-def curves(history: Mapping[str, Sequence[tuple[int, float]]], title: str, ylabel: str, xlabel: str = "step") -> bytes:
-    """Metrics over steps, one line each: (step, value) points. Long lines are smoothed, short ones show every point."""
+def curves(
+    history: Mapping[str, Sequence[tuple[int, float]]], title: str, ylabel: str, xlabel: str = "step", stairs: bool = False
+) -> bytes:
+    """Metrics over steps, one line each: (step, value) points. Long lines are smoothed, short ones show every point.
+
+    `stairs`: the values hold until the next point, as a best so far does, and are never smoothed.
+    """
     figure = Figure(figsize=(10, 5.6), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     axes = figure.add_subplot()
     for index, (name, points) in enumerate(history.items()):
         colour = COLOURS[index % len(COLOURS)]
         steps = np.array([step for step, _ in points])
         values = np.array([value if math.isfinite(value) else math.nan for _, value in points], dtype=float)
-        if len(points) > SMOOTHED:
+        if stairs:
+            axes.plot(steps, values, color=colour, linewidth=2, drawstyle="steps-post", label=name)
+        elif len(points) > SMOOTHED:
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
             axes.plot(steps, _moving_average(values), color=colour, linewidth=2, label=f"{name} (smoothed)")
         else:
@@ -57,6 +68,7 @@ def landscape(points: Sequence[tuple[int, float, float, str]], metric: str, titl
     values = [value for _, _, value, _ in points]
     for marker, init in zip("osD^v", sorted({init for *_, init in points}), strict=False):
         chosen = [point for point in points if point[3] == init]
+        axes.scatter([], [], c="#bbbbbb", s=170, marker=marker, edgecolors="#333333", linewidths=0.6, label=init)
         dots = axes.scatter(
             [rate for _, rate, _, _ in chosen],
             [lengths.index(length) for length, *_ in chosen],
@@ -68,7 +80,6 @@ def landscape(points: Sequence[tuple[int, float, float, str]], metric: str, titl
             marker=marker,
             edgecolors="#333333",
             linewidths=0.6,
-            label=init,
         )
     axes.set_xscale("log")
     axes.set_yticks(range(len(lengths)), [str(length) for length in lengths])
@@ -94,7 +105,7 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> bytes:
     if counts.shape != (len(labels), len(labels)):
         raise ValueError(f"a matrix of {counts.shape} does not fit {len(labels)} labels")
     many = len(labels)
-    names = [label if len(label) <= 24 else f"{label[:23]}…" for label in labels]
+    names = [_plain(label, 24) for label in labels]
     # A cell has room for its number up to some 20 labels; beyond, the picture grows until the names are readable.
     side = min(max(0.75 * many, 4.0), 7.5) if many <= 20 else 0.2 * many + 4
     size = 12 if many <= 10 else 9 if many <= 20 else 8
@@ -117,6 +128,46 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> bytes:
         text.set_in_layout(False)  # thousands of them; the layout does not depend on what lies inside the axes
     figure.colorbar(image, shrink=0.6, aspect=30).set_label("share of the true label", fontsize=12)
     return _png(figure)
+
+
+def neighbours(words: Sequence[Sequence[tuple[str, float]]], title: str) -> bytes:
+    """The words nearest to each virtual token with their cosines, the nearest first. Of many tokens, those nearest to words."""
+    nearest = sorted(range(len(words)), key=lambda place: -words[place][0][1])
+    places = sorted(nearest[:MOST_TOKENS])
+    cosines = np.array([[cosine for _, cosine in words[place]] for place in places])
+    many, columns = cosines.shape
+    figure = Figure(
+        figsize=(2.4 * columns + 2.2, 0.3 * many + 1.7), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    )
+    axes = figure.add_subplot()
+    image = axes.imshow(cosines, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for row, place in enumerate(places):
+        for column, (word, cosine) in enumerate(words[place]):
+            colour = "white" if cosine > 0.6 else "#1a1a1a"
+            cell = f"{_plain(repr(word), 20)}  {cosine:.2f}"
+            axes.text(column, row, cell, ha="center", va="center", color=colour, fontsize=11)
+    axes.set_xticks(range(columns), ["nearest", "second", "third", *(f"{each}th" for each in range(4, columns + 1))][:columns])
+    axes.set_yticks(range(many), [str(place) for place in places])
+    axes.tick_params(labelsize=11, length=0)
+    axes.set_ylabel("virtual token", fontsize=12)
+    shown = "virtual tokens" if many == len(words) else f"{many} of {len(words)} virtual tokens"
+    axes.set_title(f"{title}: the words nearest to its {shown}", fontsize=14)
+    figure.colorbar(image, shrink=min(1.0, 6 / many), aspect=20).set_label("cosine", fontsize=12)
+    return _png(figure)
+
+
+@cache
+def _drawable() -> frozenset[int]:
+    """Characters that the font has."""
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+
+
+def _plain(text: str, most: int) -> str:
+    """A text from outside as matplotlib can show it: no formulas, no character without a glyph, at most so many."""
+    half = (most - 1) // 2  # labels often differ at their ends only
+    text = text if len(text) <= most else f"{text[: most - 1 - half]}…{text[-half:]}"
+    known = "".join(each if ord(each) in _drawable() else each.encode("unicode_escape").decode() for each in text)
+    return known.replace("$", r"\$")
 
 
 def _moving_average(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -80,9 +80,9 @@ def run_training(
             if finished:
                 return finished | registered(experiment, finished, register)
             write_run(folder, experiment, "running")
-            say(f"starting {experiment.compute.most_workers} workers")
+            say(starting(experiment))
             tracker = start_tracker(experiment, folder, task, base)
-            summary = _fit(experiment, folder, scaling, tracker, show)
+            summary = _fit(experiment, base, folder, scaling, tracker, show)
             if "message" in summary:
                 write_run(folder, experiment, "failed")
                 raise RunFailed(summary["message"])
@@ -111,6 +111,12 @@ def holding(folder: str, say: Callable[[str], None]) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise RunFailed(_full(folder)) from None
+
+
+def starting(experiment: Experiment) -> str:
+    """What is said before some seconds of silence."""
+    many = experiment.compute.most_workers
+    return f"starting {many} worker{'s' if many > 1 else ''}"
 
 
 def _full(folder: str) -> str:
@@ -248,13 +254,13 @@ def make_trainer(
 
 
 def _fit(
-    experiment: Experiment, folder: str, scaling: ray.train.ScalingConfig, tracker: tracking.Tracker, show: Show
+    experiment: Experiment, base: Base, folder: str, scaling: ray.train.ScalingConfig, tracker: tracking.Tracker, show: Show
 ) -> dict[str, Any]:
     """Run Ray Train in this thread (so that Ctrl-C stops it in order) and follow its events in another."""
     mailbox = beside_driver(Mailbox).remote()
     attempt = storage.join(folder, "ray")
     trainer = make_trainer(experiment, attempt, scaling, {"folder": folder, "mailbox": mailbox})
-    follower = _Follower(mailbox, folder, tracker, show)
+    follower = _Follower(mailbox, folder, tracker, show, base)
     status: tracking.Status = "FAILED"
     interrupt = signal.getsignal(signal.SIGINT)
     try:
@@ -301,17 +307,23 @@ def explain(error: TrainingFailedError, folder: str, hang: str | None = None) ->
         said = hang.partition(";")[0]
     elif silent:
         said = "worker {2} (pid {1} on {0}) gives no sign of life".format(*silent.groups())
-    return f"a worker failed: {said}; see {storage.join(folder, 'error.log')}"
+    return f"a worker failed: {said}; see {storage.join(folder, 'error.log')}, and Ray's own logs in {_ray_logs()}"
+
+
+def _ray_logs() -> str:
+    """Where Ray, and what runs in its processes (DeepSpeed, torch, transformers), writes on each node."""
+    context = ray.get_runtime_context()
+    return str(Path(context.get_temp_dir(), context.get_session_name(), "logs"))
 
 
 class _Follower:
     """Takes events from the mailbox to the screen and the tracker, in a thread of the driver."""
 
-    def __init__(self, mailbox: Any, folder: str, tracker: tracking.Tracker, show: Show) -> None:
+    def __init__(self, mailbox: Any, folder: str, tracker: tracking.Tracker, show: Show, base: Base) -> None:
         self.summary: dict[str, Any] = {}
         self._folder = folder
         self._mailbox = mailbox
-        self._record = Recorder(tracker, self.summary)
+        self._record = Recorder(tracker, self.summary, base=base)
         self._show = show
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="ptuning-events", daemon=True)

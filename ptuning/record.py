@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
-from ptuning import figures, storage
+from ptuning import figures, soft_prompt, storage
+from ptuning.base import Base
+from ptuning.config import UserError
+from ptuning.meaning import nearest_words
 from ptuning.tracking import Tracker
 from ptuning.train import Event
 from ptuning.watchdog import verdict
 
-LOSS_CURVE, METRIC_CURVE, CONFUSION = "plots/loss.png", "plots/validation.png", "plots/confusion.png"
+LOSS_CURVE, METRIC_CURVE, CONFUSION, WORDS = (f"plots/{name}.png" for name in ("loss", "validation", "confusion", "words"))
 
 
 class Recorder:
     """Logs every event of one run and fills `summary` with what the run reached."""
 
-    def __init__(self, tracker: Tracker, summary: dict[str, Any], pictures: bool = True) -> None:
-        """`pictures`: curves and confusion matrix as PNG beside MLflow's own."""
+    def __init__(self, tracker: Tracker, summary: dict[str, Any], pictures: bool = True, base: Base | None = None) -> None:
+        """`pictures`: curves, confusion matrix and, of a `base`, the words nearest to the result, beside MLflow's own."""
         self._pictures = pictures
+        self._base = base
         self._tracker = tracker
         self._summary = summary
         self._history: dict[str, list[tuple[int, float]]] = {}
@@ -118,3 +123,7 @@ class Recorder:
         if confusion:
             labels = event.details["labels"]
             self._tracker.artifact_bytes(CONFUSION, figures.confusion(confusion, labels))
+        if self._base:
+            with suppress(UserError):  # an embedding that is not found in the base's files; `prompts show` says so
+                words = nearest_words(soft_prompt.load(event.details["soft_prompt"]).vectors, self._base)
+                self._tracker.artifact_bytes(WORDS, figures.neighbours(words, event.run))

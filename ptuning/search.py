@@ -32,7 +32,18 @@ from ptuning.chooser import Chooser, make_scheduler
 from ptuning.config import Experiment, ExperimentError
 from ptuning.desk import Desk, Show
 from ptuning.hub import Hub
-from ptuning.launch import RunFailed, beside_driver, explain, holding, make_trainer, registered, scale, start_ray, start_tracker
+from ptuning.launch import (
+    RunFailed,
+    beside_driver,
+    explain,
+    holding,
+    make_trainer,
+    registered,
+    scale,
+    start_ray,
+    start_tracker,
+    starting,
+)
 from ptuning.ledger import Entry, Ledger
 from ptuning.prepare import absolute, check_name, describe, load_task, write_run
 from ptuning.publish import bring_parent, pin_parent
@@ -85,9 +96,10 @@ def run_search(
             if finished:
                 return finished | registered(experiment, finished, register)
             write_run(folder, experiment, "running", kind="search")
+            say(starting(experiment))
             tracker = start_tracker(experiment, folder, task, base)
             tracker.params({"search": experiment.search.model_dump(mode="json")})
-            summary = _Search(trained, folder, tracker, show, say).run(scaling)
+            summary = _Search(trained, base, folder, tracker, show, say).run(scaling)
             if "message" in summary:
                 write_run(folder, experiment, "failed", kind="search")
                 raise RunFailed(summary["message"])
@@ -164,7 +176,9 @@ class _Hung(tune.Stopper):
 class _Search:
     """One life of a search, from the ledger to the winner."""
 
-    def __init__(self, experiment: Experiment, folder: str, tracker: Tracker, show: Show, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, experiment: Experiment, base: Base, folder: str, tracker: Tracker, show: Show, say: Callable[[str], None]
+    ) -> None:
         self.experiment = experiment
         self.tables = experiment.model_dump(mode="json")
         self.folder = folder
@@ -172,7 +186,7 @@ class _Search:
         self.say = say
         self.ledger = Ledger(folder)
         self.hub = beside_driver(Hub).remote()
-        self.desk = Desk(experiment, self.hub, self.ledger, tracker, show, say)
+        self.desk = Desk(experiment, base, self.hub, self.ledger, tracker, show, say)
         self.broken: str | None = None
         self.threads: list[threading.Thread] = []
         self._runs: dict[str, str] = {}
@@ -438,7 +452,7 @@ class _Search:
             best_so_far = {"best so far": [(int(row["trial_steps"]), row["best"]) for row in curve]}
             files["landscape.png"] = figures.landscape(points, experiment.metric, f"{experiment.name}: {len(points)} trials")
             files["budget.png"] = figures.curves(
-                best_so_far, experiment.name, f"best validation {experiment.metric}", "steps of all trials"
+                best_so_far, experiment.name, f"best validation {experiment.metric}", "steps of all trials", stairs=True
             )
         for name, content in files.items():
             storage.write_file(storage.join(self.folder, "report"), name, content)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ptuning.figures import confusion, curves
+from ptuning.figures import MOST_TOKENS, confusion, curves, landscape, neighbours
 
 pytestmark = pytest.mark.fast
 
@@ -63,6 +63,35 @@ def test_confusion_is_readable(count: int) -> None:
     assert picture.std() > 10
     assert 400 <= height <= 2400 and 400 <= width <= 2400
     assert min(height, width) / count > 20, "room for a label of 8 points"
+
+
+def test_labels_may_be_anything_that_people_write() -> None:
+    """Formulas that are none, characters that the font does not have: no error, no warning, and each label another picture."""
+    names = ("$x^$", "垃圾邮件", "垃圾信件", "a\nb", "\x00", "card_payment_fee_charged_twice", "card_payment_fee_charged_once")
+    pictures = {confusion([[1, 2], [3, 4]], ["ham", name]) for name in names}
+    assert len(pictures) == len(names)
+
+
+def test_the_best_so_far_goes_in_stairs_and_is_not_smoothed() -> None:
+    points = [(step, float(step > 50)) for step in range(100)]
+    blue = np.array([0x1F, 0x6F, 0xB4])
+    stairs, smooth = ((pixels(curves({"best": points}, "t", "v", stairs=each)) == blue).all(axis=-1) for each in (True, False))
+    assert stairs.any(axis=0).sum() == smooth.any(axis=0).sum(), "as wide"
+    assert (stairs.sum(axis=0) > 100).sum() in (1, 2), "one upright line"
+    assert (smooth.sum(axis=0) > 100).sum() == 0
+
+
+def test_a_landscape_of_one_trial_and_of_several_starts() -> None:
+    points = [(5, 0.001, 0.5, "random"), (20, 0.1, 0.9, "vocabulary"), (20, 0.01, 0.7, "labels")]
+    for many in (1, 3):
+        assert pixels(landscape(points[:many], "accuracy", "found")).std() > 10
+
+
+@pytest.mark.parametrize("count", [1, 20, 100])
+def test_the_nearest_words_are_shown_for_as_many_tokens_as_can_be_read(count: int) -> None:
+    words = [[(" the", 0.9 - place / 200), ("\n", 0.4), (" 好", 0.1)] for place in range(count)]
+    picture = pixels(neighbours(words, "sentiment"))
+    assert picture.std() > 10 and picture.shape[0] / min(count, MOST_TOKENS) > 25, "room for a line of text"
 
 
 def test_confusion_of_nothing_and_of_the_wrong_size() -> None:

@@ -80,6 +80,7 @@ def test_train_gives_a_soft_prompt_and_an_mlflow_run_that_holds_everything(table
         "plots/loss.png",
         "plots/confusion.png",
         "plots/validation.png",
+        "plots/words.png",
         "soft_prompt/card.json",
         "soft_prompt/adapter_config.json",
         "soft_prompt/adapter_model.safetensors",
