@@ -8,13 +8,14 @@ import logging
 import os
 import shlex
 import sys
+from contextlib import closing
 from typing import Annotated
 
 import typer
 
 from ptuning import cli_cluster, cli_serve, cli_submit
 from ptuning.access import keep_ray_on_loopback
-from ptuning.cli_options import ExperimentArgument, Json, Overrides, check_register, fail, finish
+from ptuning.cli_options import ExperimentArgument, Json, Overrides, busy, check_register, fail, finish
 from ptuning.cli_prompts import prompts
 from ptuning.config import Experiment, UserError, read_experiment
 
@@ -54,20 +55,19 @@ def train(
     settings = _read(experiment, overrides)
     check_register(register)
     keep_ray_on_loopback(settings.compute.address)
-    from ptuning.display import Display
-    from ptuning.launch import RunFailed, run_training
+    with busy("starting"):
+        from ptuning.display import Display
+        from ptuning.launch import RunFailed, run_training
 
-    display = Display()
     try:
-        summary = run_training(settings, resume=resume, show=display, say=display.say, register=register)
+        with closing(Display()) as display:
+            summary = run_training(settings, resume=resume, show=display, say=display.say, register=register)
     except RunFailed as error:
         fail(str(error), 1)
     except UserError as error:
         fail(str(error), 2)
     except KeyboardInterrupt:
         fail(f"stopped; continue with: {_again('train', experiment, overrides)}", 130)
-    finally:
-        display.close()
     finish(summary, as_json)
 
 
@@ -90,21 +90,20 @@ def search(
     settings = _read(experiment, overrides)
     check_register(register)
     keep_ray_on_loopback(settings.compute.address)
-    from ptuning.display import SearchDisplay
-    from ptuning.launch import RunFailed
-    from ptuning.search import run_search
+    with busy("starting"):
+        from ptuning.display import SearchDisplay
+        from ptuning.launch import RunFailed
+        from ptuning.search import run_search
 
-    display = SearchDisplay(settings)
     try:
-        summary = run_search(settings, resume=resume, show=display, say=display.say, register=register or settings.name)
+        with closing(SearchDisplay(settings)) as display:
+            summary = run_search(settings, resume=resume, show=display, say=display.say, register=register or settings.name)
     except RunFailed as error:
         fail(str(error), 1)
     except UserError as error:
         fail(str(error), 2)
     except KeyboardInterrupt:
         fail(f"stopped; continue with: {_again('search', experiment, overrides)}", 130)
-    finally:
-        display.close()
     finish(summary, as_json)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ptuning import cli_submit
-from ptuning.cli_options import ExperimentArgument, Json, Overrides, fail
+from ptuning.cli_options import ExperimentArgument, Json, Overrides, busy, fail
 from ptuning.config import UserError, read_experiment
 
 if TYPE_CHECKING:
@@ -51,12 +51,13 @@ def plan(
     """
     try:
         settings = read_experiment(experiment, overrides or [])
-        from ptuning.estimate import estimate
+        with busy("planning"):
+            from ptuning.estimate import estimate
 
-        found = estimate(
-            settings, gpus=gpus, memory_gb=gpu_memory, per_node=per_node, bandwidth_gb=bandwidth, tflops=tflops, config=config,
-            tokens=tokens,
-        )  # fmt: skip
+            found = estimate(
+                settings, gpus=gpus, memory_gb=gpu_memory, per_node=per_node, bandwidth_gb=bandwidth, tflops=tflops,
+                config=config, tokens=tokens,
+            )  # fmt: skip
     except UserError as error:
         fail(str(error), 2)
     if as_json:
@@ -86,14 +87,15 @@ def doctor(
     """
     try:
         settings = read_experiment(experiment, overrides or []) if experiment else None
-        from ptuning.checkup import Finding
+        with busy("looking"):
+            from ptuning.checkup import Finding
 
-        if address and address.startswith(("http://", "https://")):
-            findings = [Finding(**found) for found in cli_submit.examine(experiment, overrides or [], address)]
-        else:
-            from ptuning.doctor import examine
+            if address and address.startswith(("http://", "https://")):
+                findings = [Finding(**found) for found in cli_submit.examine(experiment, overrides or [], address)]
+            else:
+                from ptuning.doctor import examine
 
-            findings = examine(settings, address)
+                findings = examine(settings, address)
     except UserError as error:
         fail(str(error), 2)
     wrong = [finding for finding in findings if finding.state == "wrong"]

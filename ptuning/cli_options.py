@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -24,6 +26,21 @@ def fail(message: str, code: int) -> NoReturn:
     """One sentence on stderr, and the exit code: 1 for a run that failed, 2 for wrong input."""
     typer.echo(f"ptuning: {message}", err=True)
     raise typer.Exit(code)
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """On a terminal, a sign of life on stderr while something takes its time; elsewhere nothing.
+
+    Nothing may be printed on stdout meanwhile: rich would take it to stderr.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
 
 
 def check_register(name: str | None) -> None:

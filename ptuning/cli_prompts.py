@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ptuning.cli_options import BaseOption, Json, Storage, Tracking, fail
-from ptuning.config import Template, UserError
+from ptuning.cli_options import BaseOption, Json, Storage, Tracking, busy, fail
+from ptuning.config import MARGIN, Template, UserError
 
 if TYPE_CHECKING:
     from ptuning.registry import Registry, Version
@@ -35,8 +35,8 @@ def list_(storage: Storage = "runs", tracking: Tracking = None, as_json: Json = 
     Example: ptuning prompts list --storage runs
     """
     with _sentences():
-        found = _registry(storage, tracking).versions()
-        rows = [_row(version) for version in found]
+        with busy("reading the registry"):
+            rows = [_row(version) for version in _registry(storage, tracking).versions()]
         if not rows:
             typer.echo("no soft prompts yet; publish one with: ptuning train EXPERIMENT --register NAME", err=True)
         _say({"soft_prompts": rows}, _table(rows) if rows else "", as_json)
@@ -51,9 +51,10 @@ def show(
     Example: ptuning prompts show sentiment:1
     """
     with _sentences():
-        from ptuning.portrait import portrait, portrait_lines
+        with busy("reading the soft prompt and its base's words"):
+            from ptuning.portrait import portrait, portrait_lines
 
-        shown = portrait(_registry(storage, tracking), name, base)
+            shown = portrait(_registry(storage, tracking), name, base)
         _say(shown, "\n".join(portrait_lines(shown)), as_json)
 
 
@@ -82,7 +83,8 @@ def import_(
         template = _template(input_, target, labels) or _ask_template(locate(source))
         registry = _registry(storage, tracking)
         local = database(registry.uri)  # a server decides itself where artifacts lie
-        version = adopt(registry, source, name, base, template, default_artifact_root(local.parent) if local else None)
+        with busy("importing"):
+            version = adopt(registry, source, name, base, template, default_artifact_root(local.parent) if local else None)
         _say(_row(version), f"imported as {version}; make it champion with: ptuning prompts promote {version}", as_json)
 
 
@@ -104,17 +106,20 @@ def export(
     Example: ptuning prompts export sentiment:1 plain --format merged
     """
     with _sentences():
-        from ptuning.publish import fetch
+        with busy("exporting"):
+            from ptuning.publish import fetch
 
-        registry = _registry(storage, tracking)
-        version = registry.find(name)
+            registry = _registry(storage, tracking)
+            version = registry.find(name)
+            if format_ == "peft":
+                fetch(registry, version, folder)
+            else:
+                from ptuning.export import export_merged
+
+                merged = export_merged(registry, version, folder, base)
         if format_ == "peft":
-            fetch(registry, version, folder)
             _say({"name": str(version), "folder": folder}, f"{version} written to {folder}; PEFT loads it", as_json)
             return
-        from ptuning.export import export_merged
-
-        merged = export_merged(registry, version, folder, base)
         _say({"name": str(version), "folder": folder, **merged.facts()}, "\n".join(merged.lines(str(version), folder)), as_json)
 
 
@@ -122,7 +127,7 @@ def export(
 def promote(
     name: Name,
     number: Annotated[int | None, typer.Argument(metavar="VERSION", help="The version, if NAME does not say it.")] = None,
-    margin: Annotated[float, typer.Option("--margin", min=0, help="How much worse than the champion it may be.")] = 0.01,
+    margin: Annotated[float, typer.Option("--margin", min=0, help="How much worse than the champion it may be.")] = MARGIN,
     force: Annotated[bool, typer.Option("--force", help="Promote it though it does not pass; a tag says so.")] = False,
     base: BaseOption = None,
     storage: Storage = "runs",
@@ -136,9 +141,10 @@ def promote(
     Example: ptuning prompts promote sentiment 2
     """
     with _sentences():
-        from ptuning import gate
+        with busy("checking"):
+            from ptuning import gate
 
-        done = gate.promote(_registry(storage, tracking), _one(name, number), base=base, margin=margin, force=force)
+            done = gate.promote(_registry(storage, tracking), _one(name, number), base=base, margin=margin, force=force)
         facts = {"name": done.version.name, "champion": done.version.version}
         before = f", before it was {done.previous}" if done.previous else ""
         line = f"{done.version} is champion{before}" if done.moved else f"{done.version} is champion already"
@@ -159,9 +165,10 @@ def rollback(
     Example: ptuning prompts rollback sentiment
     """
     with _sentences():
-        from ptuning.champion import Ledger
+        with busy("rolling back"):
+            from ptuning.champion import Ledger
 
-        state = Ledger(_registry(storage, tracking), name).rollback()
+            state = Ledger(_registry(storage, tracking), name).rollback()
         _say({"name": name, "champion": state.champion}, f"{name}:{state.champion} is champion again", as_json)
 
 
@@ -200,10 +207,11 @@ def similar(name: Name, storage: Storage = "runs", tracking: Tracking = None, as
     Example: ptuning prompts similar sentiment
     """
     with _sentences():
-        from ptuning import meaning
-        from ptuning.registry import parse_reference
+        with busy("comparing"):
+            from ptuning import meaning
+            from ptuning.registry import parse_reference
 
-        found = meaning.similar(_registry(storage, tracking), parse_reference(name))
+            found = meaning.similar(_registry(storage, tracking), parse_reference(name))
         rows = [{"name": str(version), "cosine": round(cosine, 4)} for version, cosine in found]
         if not rows:
             typer.echo("no other soft prompt of this base", err=True)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ptuning.access import check_address, check_token, keep_ray_on_loopback, read_keys
-from ptuning.cli_options import BaseOption, ExperimentArgument, Json, Overrides, Storage, Tracking, fail
+from ptuning.cli_options import BaseOption, ExperimentArgument, Json, Overrides, Storage, Tracking, busy, fail
 from ptuning.config import UserError, read_experiment
 
 KEY = "PTUNING_API_KEY"
@@ -33,7 +33,8 @@ def serve(
         check_address(settings.serve.host, read_keys(settings.serve.keys), insecure)  # before seconds of imports
         check_token(insecure)
         keep_ray_on_loopback(settings.compute.address)
-        from ptuning.serve import deploy, run_server
+        with busy("starting"):
+            from ptuning.serve import deploy, run_server
 
         if detach:
             served = deploy(settings, insecure=insecure, say=_say)
@@ -60,7 +61,7 @@ def ask(
         headers["authorization"] = f"Bearer {os.environ[KEY]}"
     question = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(question, timeout=600) as response:
+        with busy("asking"), urllib.request.urlopen(question, timeout=600) as response:
             answer = json.load(response)
     except urllib.error.HTTPError as error:
         fail(_complaint(error), 2)
@@ -83,12 +84,13 @@ def compare(
 
     Example: ptuning compare sentiment --text "This movie was terrible."
     """
-    from ptuning.compare import compare as ask_all
-    from ptuning.registry import Registry
-    from ptuning.tracking import default_uri
-
     try:
-        opinions = ask_all(Registry(tracking or default_uri(storage)), name, text, base)
+        with busy("asking"):
+            from ptuning.compare import compare as ask_all
+            from ptuning.registry import Registry
+            from ptuning.tracking import default_uri
+
+            opinions = ask_all(Registry(tracking or default_uri(storage)), name, text, base)
     except UserError as error:
         fail(str(error), 2)
     if as_json:

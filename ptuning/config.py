@@ -30,6 +30,9 @@ Number = Annotated[float, Field(ge=0, strict=True)]
 CLASSIFICATION_METRICS: tuple[Metric, ...] = ("loss", "accuracy", "macro_f1")
 GENERATION_METRICS: tuple[Metric, ...] = ("loss", "exact_match", "token_f1", "rouge_l", "bleu")
 
+MARGIN = 0.01
+"""How much worse than the champion's a metric may be: of accuracies and the like as they are, of losses as a share."""
+
 
 class UserError(ValueError):
     """Bad input. The message is one sentence that names the place and the fix; the command line shows it as it is."""

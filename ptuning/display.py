@@ -6,7 +6,15 @@ import time
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -22,15 +30,18 @@ EVERY = 10.0
 class Display:
     """Shows the events of one training run."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
         self._progress: Progress | None = None
+        self._waiting = waiting(self._console) if self._console.is_terminal else None
         self._last_line = 0.0
         self._steps = 0
         self._evaluated = ""
 
     def say(self, line: str) -> None:
         self._console.print(line, style="yellow" if line.startswith("warning") else None, markup=False, soft_wrap=True)
+        if self._console.is_terminal and not (self._progress or self._waiting):
+            self._waiting = waiting(self._console)
 
     def __call__(self, event: Event) -> None:
         if event.kind == "loading":
@@ -50,9 +61,10 @@ class Display:
             self.close()
 
     def close(self) -> None:
-        if self._progress:
-            self._progress.stop()
-            self._progress = None
+        for each in (self._progress, self._waiting):
+            if each:
+                each.stop()
+        self._progress = self._waiting = None
 
     def _loaded(self, event: Event) -> None:
         shares = event.details["shares"]
@@ -66,6 +78,7 @@ class Display:
         if event.step:
             self.say(f"resumed at step {event.step} of {self._steps}")
         if self._console.is_terminal:
+            self.close()
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -94,13 +107,21 @@ class Display:
         self.say(f"step {event.step}/{self._steps}  validation: {numbers}{best}")
 
 
+def waiting(console: Console) -> Progress:
+    """A spinner and the seconds that have passed, until it is stopped: libraries are imported, workers start."""
+    shown = Progress(SpinnerColumn(), TimeElapsedColumn(), console=console, transient=True)
+    shown.add_task("", total=None)
+    shown.start()
+    return shown
+
+
 class SearchDisplay:
     """Shows a search: a live table on a terminal, a line per evaluation and end elsewhere."""
 
     def __init__(self, experiment: Experiment) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._experiment = experiment
-        self._live: Live | None = None
+        self._live: Live | Progress | None = waiting(self._console) if self._console.is_terminal else None
         self._told: dict[str, tuple[int, str]] = {}
 
     def say(self, line: str) -> None:
@@ -108,7 +129,10 @@ class SearchDisplay:
 
     def __call__(self, entries: list[Entry]) -> None:
         if self._console.is_terminal:
-            if self._live is None:
+            if not entries:
+                return
+            if not isinstance(self._live, Live):
+                self.close()
                 self._live = Live(console=self._console, refresh_per_second=4)
                 self._live.start()
             self._live.update(self._table(entries))

@@ -15,13 +15,10 @@ from transformers import PreTrainedModel
 from ptuning import soft_prompt
 from ptuning.base import Base, BaseError, find_base
 from ptuning.champion import Ledger, State
-from ptuning.config import ModelConfig, UserError, template_fields
+from ptuning.config import MARGIN, ModelConfig, UserError, template_fields
 from ptuning.publish import preferred_metrics, retrieve
 from ptuning.registry import FORCED, STATE, Reference, Registry, Version
 from ptuning.soft_prompt import Card, SoftPrompt
-
-MARGIN = 0.01
-"""How much worse than the champion's a metric may be: of accuracies and the like as they are, of losses as a share."""
 
 
 class GateError(UserError):

@@ -129,6 +129,7 @@ def run_server(experiment: Experiment, *, insecure: bool, say: Callable[[str], N
         os.environ.setdefault(name, value)  # for the processes of a cluster that is started here
     started_here = start_ray(experiment)
     try:
+        say("starting; a replica loads the base first")
         handle = _run(experiment, keys)
         if not keys:
             say("without API keys: whoever reaches this address may ask")

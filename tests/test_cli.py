@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import sys
 import time
@@ -153,6 +155,28 @@ def test_config_prints_the_resolved_experiment(toy_task: SimpleNamespace, write_
     assert resolved["train"]["steps"] == 7 and resolved["train"]["optimizer"] == "adamw"
     schema = json.loads(CliRunner().invoke(app, ["config", "--schema"]).stdout)
     assert schema["properties"]["name"]["type"] == "string" and "ZeroConfig" in schema["$defs"]
+
+
+@pytest.mark.fast
+def test_a_terminal_gets_signs_of_life_and_stdout_the_result_only(tmp_path: Path) -> None:
+    terminal, end = pty.openpty()
+    listing = [sys.executable, "-m", "ptuning", "prompts", "list", "--storage", str(tmp_path), "--json"]
+    done = subprocess.run(listing, stdout=subprocess.PIPE, stderr=end, check=True)
+    os.close(end)
+    assert done.stdout == b'{"soft_prompts": []}\n'
+    shown = os.read(terminal, 10_000)
+    os.close(terminal)
+    assert b"reading the registry" in shown and b"\x1b[" in shown
+    assert b"\x1b[" not in subprocess.run(listing, capture_output=True, check=True).stderr
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("typed", "completed"), [("ptuning tra", "train"), ("ptuning prompts pro", "promote")])
+def test_shells_complete_commands(typed: str, completed: str) -> None:
+    words = {"_PTUNING_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    command = "import sys; sys.argv[0] = 'ptuning'; from ptuning.cli import app; app()"
+    done = subprocess.run([sys.executable, "-c", command], env=os.environ | words, capture_output=True, text=True)
+    assert done.stdout.split() == [completed], done
 
 
 @pytest.mark.slow
