@@ -116,13 +116,9 @@ class Stats:
     steps: int = 0
     batched: int = 0
     """Requests in all steps together."""
-    computed_tokens: int = 0
-    generated_tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Tokens of prompts that were found in the cache."""
-    label_rows: int = 0
-    label_passes: int = 0
 
 
 @dataclass
@@ -402,10 +398,9 @@ class Engine:
         running = self._running.get(request_id)
         return running.choice if running else None
 
-    def _stepped(self, requests: int, tokens: int) -> None:
+    def _stepped(self, requests: int) -> None:
         self.stats.steps += 1
         self.stats.batched += requests
-        self.stats.computed_tokens += tokens
 
     def _tell(self, request_id: str, running: _Running, token: Token | None) -> None:
         if token is None:
@@ -417,7 +412,6 @@ class Engine:
             self.stats.prompt_tokens += length
             self.stats.cached_tokens += running.cached
         running.tokens += 1
-        self.stats.generated_tokens += 1
         _deliver(running, token)
 
     def _ended(self, output: GenerationOutput) -> None:
@@ -497,7 +491,6 @@ class Engine:
         ]
         with self._manager.pause():  # a step and a pass never run at once: both may change what the base keeps (rotary tables)
             nll = self._model(vectors, plan_labels([len(rows) for rows in vectors], rows, labels)).double().cpu()
-        self.stats.label_passes += 1
         lengths = [len(label) for label in labels]
         answers = {
             handle: iter(part.view(-1, sum(lengths)))
@@ -506,7 +499,6 @@ class Engine:
         found = []
         for job in jobs:
             mine = [next(answers[job.handle]) for _ in job.rows]
-            self.stats.label_rows += len(mine)
             found.append([[(-part).tolist() for part in row.split(lengths)] for row in mine])
         return found
 

@@ -23,7 +23,7 @@ class Entry:
     """One trial or one finalist."""
 
     run: str
-    """Short name: t000, t001, ... for trials, f0-0, ... for finalists."""
+    """Short name: t000, t001, ... for trials; t000.s1, ... for a finalist's further seeds."""
     key: str
     """Hash of its configuration, seed and budget."""
     values: dict[str, Any]

@@ -68,7 +68,7 @@ class Choice:
 class Sampler(ContinuousBatchingLogitsProcessorList):
     """Stands where transformers keeps its logits processors."""
 
-    def __init__(self, find: Callable[[str], Choice | None], stepped: Callable[[int, int], None]) -> None:
+    def __init__(self, find: Callable[[str], Choice | None], stepped: Callable[[int], None]) -> None:
         super().__init__(LogitsProcessorList())
         self.do_processing = True
         self._find = find
@@ -82,7 +82,7 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
             choice = self._find(request.state.request_id)
             if choice:
                 choice.computed += request.query_length
-        self._stepped(len(requests_in_batch), sum(request.query_length for request in requests_in_batch))
+        self._stepped(len(requests_in_batch))
         return arg_storage
 
     def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:

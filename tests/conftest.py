@@ -282,6 +282,16 @@ def _toml(tables: dict[str, Any]) -> str:
     return "\n".join([*plain, *nested]) + "\n"
 
 
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A cluster of this process, with two CPUs, that all tests of a module share."""
+    import ray  # a second, which tests without a cluster need not take
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
 @contextlib.contextmanager
 def worker_killed(when: Callable[[], bool]) -> Iterator[None]:
     """Kill one of Ray Train's workers, in the cluster that this process has started, as soon as `when` says so."""

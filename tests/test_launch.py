@@ -7,13 +7,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -23,12 +21,7 @@ from ptuning.config import Experiment, UserError, parse_experiment
 from ptuning.launch import RunFailed, run_training
 from ptuning.train import Event
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import typer
 from conftest import REPOSITORY
 from test_cluster import check_command, shell
@@ -158,7 +157,7 @@ def test_commands_in_running_text_exist(page: str) -> None:
             assert re.search(rf"^{words[0]}:", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), span
             continue
         command: Any = typer.main.get_command(app)
-        while hasattr(command, "commands") and words:
+        while hasattr(command, "commands") and words and not words[0].startswith("-"):
             command = command.commands[words.pop(0)]
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known, span
@@ -205,16 +204,9 @@ def test_your_own_data_takes_twelve_lines() -> None:
     assert len(only("toml", "tickets").splitlines()) == 12
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_first_hour(cluster: None, folder: Path) -> None:
+def test_the_first_hour(local_ray: None, folder: Path) -> None:
     """All that the README shows and one machine can do, in the README's order and in one folder."""
 
     def type_in(words: list[str]) -> Result:

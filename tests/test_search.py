@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,17 +24,10 @@ from ptuning.launch import RunFailed
 from ptuning.ledger import Entry
 from ptuning.search import run_search
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 KILLS = int(os.environ.get("PTUNING_KILLS", "3"))
 """How often the driver is killed. PTUNING_KILLS=5 kills a search of 16 trials five times (5 minutes on two cores)."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture
