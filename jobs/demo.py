@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from openai import OpenAI
-
 RUNS = Path("runs", "demo")
 EXPERIMENT = "jobs/sentiment.toml"
 PLACE = f"compute.storage={RUNS}"
@@ -65,6 +63,8 @@ def ask() -> None:
                 break
         else:
             sys.exit("demo: the server has ended")
+        from openai import OpenAI  # only now: it takes a second, and Ctrl-C is for the commands
+
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         for sentence in SENTENCES:
             answer = client.chat.completions.create(model="sentiment", messages=[{"role": "user", "content": sentence}])
