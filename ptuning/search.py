@@ -262,9 +262,8 @@ class _Search:
             "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the ledger is what a search is resumed from
             "TUNE_MAX_PENDING_TRIALS_PG": str(at_once + AHEAD),
         }
-        logging.getLogger("ray.tune").setLevel(
-            logging.CRITICAL
-        )  # a failed trial is told by the leaderboard, not by a traceback
+        # A failed trial is told by the leaderboard, not by a traceback.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         hub, tables, checkpoints = self.hub, self.tables, search.scheduler == "pbt"
 
         def trial(values: dict[str, Any]) -> None:
