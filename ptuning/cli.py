@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from contextlib import closing
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -67,7 +67,7 @@ def train(
     except UserError as error:
         fail(str(error), 2)
     except KeyboardInterrupt:
-        fail(f"stopped; continue with: {_again('train', experiment, overrides)}", 130)
+        _stopped("train", experiment, overrides, settings)
     finish(summary, as_json)
 
 
@@ -103,7 +103,7 @@ def search(
     except UserError as error:
         fail(str(error), 2)
     except KeyboardInterrupt:
-        fail(f"stopped; continue with: {_again('search', experiment, overrides)}", 130)
+        _stopped("search", experiment, overrides, settings)
     finish(summary, as_json)
 
 
@@ -164,8 +164,12 @@ def _leave(code: list[int]) -> None:
         os._exit(code[0])
 
 
-def _again(command: str, experiment: str, overrides: list[str] | None) -> str:
-    return shlex.join(["ptuning", command, experiment, *(overrides or []), "--resume"])
+def _stopped(command: str, experiment: str, overrides: list[str] | None, settings: Experiment) -> NoReturn:
+    """Say how to go on: what was stopped before it began has nothing to resume."""
+    from ptuning.prepare import has_begun
+
+    resume = ["--resume"] if has_begun(settings) else []
+    fail(f"stopped; continue with: {shlex.join(['ptuning', command, experiment, *(overrides or []), *resume])}", 130)
 
 
 def _read(path: str, overrides: list[str] | None) -> Experiment:

@@ -105,6 +105,11 @@ def check_name(experiment: Experiment, folder: str, resume: bool, search: bool =
     return record["summary"] if record["status"] == "finished" else None
 
 
+def has_begun(experiment: Experiment) -> bool:
+    """Whether there is a run of this name that could be resumed."""
+    return storage.exists(storage.join(absolute(experiment).compute.storage, experiment.name), RUN)
+
+
 def write_run(
     folder: str, experiment: Experiment, status: str, summary: dict[str, Any] | None = None, kind: str = "train"
 ) -> None:
