@@ -307,10 +307,10 @@ def explain(error: TrainingFailedError, folder: str, hang: str | None = None) ->
         said = hang.partition(";")[0]
     elif silent:
         said = "worker {2} (pid {1} on {0}) gives no sign of life".format(*silent.groups())
-    return f"a worker failed: {said}; see {storage.join(folder, 'error.log')}, and Ray's own logs in {_ray_logs()}"
+    return f"a worker failed: {said}; see {storage.join(folder, 'error.log')}, and Ray's own logs in {ray_logs()}"
 
 
-def _ray_logs() -> str:
+def ray_logs() -> str:
     """Where Ray, and what runs in its processes (DeepSpeed, torch, transformers), writes on each node."""
     context = ray.get_runtime_context()
     return str(Path(context.get_temp_dir(), context.get_session_name(), "logs"))

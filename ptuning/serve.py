@@ -28,7 +28,7 @@ from ptuning.access import Scope, check_address, is_loopback, read_keys
 from ptuning.config import Experiment, UserError, read_experiment
 from ptuning.edge import VARIABLES
 from ptuning.http_api import build_app
-from ptuning.launch import start_ray
+from ptuning.launch import ray_logs, start_ray
 from ptuning.prepare import absolute
 from ptuning.service import Service
 from ptuning.submit import APPLICATION, PACKAGES
@@ -187,7 +187,7 @@ def _run(experiment: Experiment, keys: Mapping[str, Scope]) -> Any:
     try:
         return serve.run(application(experiment, keys), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
-        raise UserError(f"the server did not start: {_reason(error)}") from None
+        raise UserError(f"the server did not start: {_reason(error)}; Ray's own logs are in {ray_logs()}") from None
 
 
 def _url(experiment: Experiment) -> str:
