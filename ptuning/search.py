@@ -308,7 +308,7 @@ class _Search:
             places = ray.get(self.hub.joined.remote(self.experiment.search.groups))
             if len(places) == self.experiment.search.groups:
                 total = sum(places.values())
-                self.say(f"{total} soft prompts train side by side")
+                self.say(f"{total} soft prompts train side by side" if total > 1 else "one soft prompt trains at a time")
                 return total
         return 0
 
