@@ -87,12 +87,12 @@ def doctor(
     """
     try:
         settings = read_experiment(experiment, overrides or []) if experiment else None
-        with busy("looking"):
+        if address and address.startswith(("http://", "https://")):
             from ptuning.checkup import Finding
 
-            if address and address.startswith(("http://", "https://")):
-                findings = [Finding(**found) for found in cli_submit.examine(experiment, overrides or [], address)]
-            else:
+            findings = [Finding(**found) for found in cli_submit.examine(experiment, overrides or [], address)]
+        else:
+            with busy("looking"):
                 from ptuning.doctor import examine
 
                 findings = examine(settings, address)

@@ -32,7 +32,7 @@ def fail(message: str, code: int) -> NoReturn:
 def busy(what: str) -> Iterator[None]:
     """On a terminal, a sign of life on stderr while something takes its time; elsewhere nothing.
 
-    Nothing may be printed on stdout meanwhile: rich would take it to stderr.
+    Nothing may be printed meanwhile: stdout would go to stderr, and lines on stderr stand beside the sign.
     """
     if not sys.stderr.isatty():
         yield
