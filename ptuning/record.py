@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ptuning import figures, storage
+from ptuning.orders import Event
 from ptuning.tracking import Tracker
-from ptuning.train import Event
 from ptuning.watchdog import verdict
 
 LOSS_CURVE, METRIC_CURVE, CONFUSION = "plots/loss.png", "plots/validation.png", "plots/confusion.png"

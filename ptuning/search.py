@@ -34,11 +34,11 @@ from ptuning.desk import Desk, Show
 from ptuning.hub import Hub
 from ptuning.launch import RunFailed, beside_driver, explain, holding, make_trainer, registered, scale, start_ray, start_tracker
 from ptuning.ledger import Entry, Ledger
+from ptuning.orders import Task
 from ptuning.prepare import absolute, check_name, describe, load_task, write_run
 from ptuning.publish import bring_parent, pin_parent
 from ptuning.space import LENGTH
 from ptuning.tracking import Status, Tracker
-from ptuning.train import Task
 
 SPARE = 0.25
 """Share of a worker's CPUs that stays free for the trials, which do nothing but wait."""

@@ -17,9 +17,10 @@ from ptuning.base import Base, find_base
 from ptuning.config import Experiment, UserError
 from ptuning.hub import Line
 from ptuning.mailbox import Post
+from ptuning.orders import Assignment, Detachment, Event, Order, Source, Task
 from ptuning.prepare import load_task
 from ptuning.slots import count_slots
-from ptuning.train import Assignment, Detachment, Event, Order, Pack, Source, Task, train
+from ptuning.train import Pack, train
 from ptuning.watchdog import Watchdog
 from ptuning.workers import Workers
 

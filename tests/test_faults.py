@@ -35,8 +35,8 @@ from ptuning import search, soft_prompt, storage
 from ptuning.config import parse_experiment
 from ptuning.launch import RunFailed, run_training
 from ptuning.ledger import Entry
+from ptuning.orders import Event
 from ptuning.search import run_search
-from ptuning.train import Event
 
 pytestmark = pytest.mark.slow
 
