@@ -157,6 +157,20 @@ def test_more_instants(tables: dict[str, Any]) -> None:
     assert f"worker 0 (pid {happened(2)['pid']} on {socket.gethostname()}) gives no sign of life" in message
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(200)
+def test_a_worker_that_hangs_while_loading_is_named_and_started_again(tables: dict[str, Any]) -> None:
+    """A disk that is gone, say: no progress is expected then, but work. The other worker waits and is not blamed."""
+    tables["compute"] |= {"hang_s": 2.0}
+    plan(("loading", 0, 1, "sleep"))
+    events: list[Event] = []
+    summary = start(tables, events)
+    [message] = hangs(events)
+    where = f"worker 1 (pid {happened(0)['pid']} on {socket.gethostname()})"
+    assert summary["steps"] == 60 and f"{where} is stuck in reached (sitecustomize.py:" in message
+    assert "worker 0" not in message
+
+
 def hangs(events: list[Event]) -> list[str]:
     return [event.details["message"] for event in events if event.kind == "stuck" and "message" in event.details]
 
