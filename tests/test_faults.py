@@ -347,6 +347,7 @@ def test_a_search_counts_trials_whose_process_dies_or_hangs_once(
         tables["data"][split] = tables["data"]["train"]
     tables["train"] |= {"steps": 1000, "evaluate_every": 250}
     tables["compute"]["workers"] = 1
+    tables["prompt"]["length"] = 8  # more than any trial has: nothing follows from it
     tables["search"] = {"trials": 4, "slots": 2, "scheduler": "fifo", "finalists": 1, "seeds": 1, "length": [4]}
     done: list[int] = []
     titles: set[str] = set()
