@@ -11,18 +11,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from ptuning.config import ModelConfig, Table, UserError, suggest
 from ptuning.data import tokenizer_fingerprint
 from ptuning.shipped import locate
+
+if TYPE_CHECKING:  # importing it imports scipy, torch's compiler and more: a driver needs none of them
+    from transformers import PreTrainedModel
 
 BUILTIN = Path(__file__).parent / "builtin" / "base"
 SAMPLE = 4096

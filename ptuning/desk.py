@@ -15,9 +15,9 @@ from ptuning.base import Base
 from ptuning.config import Experiment
 from ptuning.launch import open_tracker
 from ptuning.ledger import Entry, Ledger
+from ptuning.orders import Event
 from ptuning.record import Recorder
 from ptuning.tracking import Status, Tracker
-from ptuning.train import Event
 
 Show = Callable[[list[Entry]], None]
 ENDED: dict[str, Status] = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "running": "KILLED"}

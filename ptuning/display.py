@@ -20,8 +20,8 @@ from rich.table import Table
 
 from ptuning.config import Experiment
 from ptuning.ledger import Entry
+from ptuning.orders import Event
 from ptuning.space import INIT, LENGTH, RATE, best_result
-from ptuning.train import Event
 
 EVERY = 10.0
 """Seconds between plain lines where there is no terminal."""

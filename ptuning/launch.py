@@ -32,10 +32,10 @@ from ptuning import lease, storage, tracking
 from ptuning.base import Base, find_base
 from ptuning.config import Experiment, UserError
 from ptuning.mailbox import Mailbox
+from ptuning.orders import Event, Task
 from ptuning.prepare import absolute, check_name, describe, load_task, write_run
 from ptuning.publish import bring_parent, pin_parent, publish_run
 from ptuning.record import Recorder
-from ptuning.train import Event, Task
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 from ptuning import data, storage
 from ptuning.base import Base
 from ptuning.config import Experiment, ExperimentError, UserError
-from ptuning.train import Task
+from ptuning.orders import Task
 
 RUN = "run.json"
 """In a run's folder: its experiment, its status, and in the end its summary."""

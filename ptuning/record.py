@@ -5,12 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from ptuning import figures, soft_prompt, storage
+from ptuning import figures, storage
 from ptuning.base import Base
 from ptuning.config import UserError
-from ptuning.meaning import nearest_words
+from ptuning.orders import Event
 from ptuning.tracking import Tracker
-from ptuning.train import Event
 from ptuning.watchdog import verdict
 
 LOSS_CURVE, METRIC_CURVE, CONFUSION, WORDS = (f"plots/{name}.png" for name in ("loss", "validation", "confusion", "words"))
@@ -124,6 +123,10 @@ class Recorder:
             labels = event.details["labels"]
             self._tracker.artifact_bytes(CONFUSION, figures.confusion(confusion, labels))
         if self._base:
+            # The code of models takes seconds to import, and a command shall start at once.
+            from ptuning import soft_prompt
+            from ptuning.meaning import nearest_words
+
             with suppress(UserError):  # an embedding that is not found in the base's files; `prompts show` says so
                 words = nearest_words(soft_prompt.load(event.details["soft_prompt"]).vectors, self._base)
                 self._tracker.artifact_bytes(WORDS, figures.neighbours(words, event.run))

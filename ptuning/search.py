@@ -45,11 +45,11 @@ from ptuning.launch import (
     starting,
 )
 from ptuning.ledger import Entry, Ledger
+from ptuning.orders import Task
 from ptuning.prepare import absolute, check_name, describe, load_task, write_run
 from ptuning.publish import bring_parent, pin_parent
 from ptuning.space import LENGTH
 from ptuning.tracking import Status, Tracker
-from ptuning.train import Task
 
 SPARE = 0.25
 """Share of a worker's CPUs that stays free for the trials, which do nothing but wait."""
@@ -127,9 +127,9 @@ def prepare(experiment: Experiment, base: Base) -> tuple[Experiment, Task]:
     train = experiment.train
     if experiment.search.scheduler == "pbt":  # a trial may go on from another one's last evaluation
         train = train.model_copy(update={"checkpoint_every": train.evaluate_every})
-    trained = experiment.model_copy(update={"data": data, "train": train})
     prompt = experiment.prompt.model_copy(update={"length": longest})
-    return trained, load_task(trained.model_copy(update={"prompt": prompt}), base)
+    trained = experiment.model_copy(update={"data": data, "train": train, "prompt": prompt})
+    return trained, load_task(trained, base)
 
 
 class _Free(Callback):
@@ -277,7 +277,7 @@ class _Search:
         threading.Thread(target=self._watch, args=(chooser,), daemon=True).start()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Consider boosting PBT")  # with reuse_actors
-            tune.Tuner(
+            tuner = tune.Tuner(
                 tune.with_resources(trial, {"cpu": TRIAL_CPU}),
                 tune_config=tune.TuneConfig(
                     search_alg=chooser,
@@ -294,7 +294,15 @@ class _Search:
                     stop=hung,
                     verbose=0,
                 ),
-            ).fit()
+            )
+            try:
+                tuner.fit()
+            except Exception:
+                # On a full disk Tune reads back errors that it could not write (2.60, experiment/trial.py): what is wrong is
+                # known better here.
+                self.desk.wait(lambda: False, self._alive, 5)
+                if not self.broken:
+                    raise
         if hung.stop_all():
             for entry in self.ledger.trials():
                 self.ledger.change(entry.run, lambda entry: _end(entry, "its process gave no sign of life"))

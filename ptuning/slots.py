@@ -11,9 +11,10 @@ import torch
 
 from ptuning.blueprint import Blueprint
 from ptuning.config import Experiment, UserError
+from ptuning.orders import Assignment
 from ptuning.plan import MOST_SLOTS, Machine, Settings, Training
 from ptuning.space import LENGTH, trial_tables
-from ptuning.train import Assignment, Pack, step
+from ptuning.train import Pack, step
 
 GAIN = 1.1
 """Twice the slots must train at least this much more per second."""

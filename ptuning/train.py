@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
@@ -23,63 +23,14 @@ from ptuning import checkpoint, soft_prompt, storage
 from ptuning.base import Base
 from ptuning.batches import BatchOrder, share
 from ptuning.config import Experiment, Template, TrainConfig, UserError
-from ptuning.data import Encoder, Split
 from ptuning.evaluate import Evaluation, evaluate
 from ptuning.model import PromptedModel, Row, plan_targets
+from ptuning.orders import Assignment, Event, Order, Report, Source, Task
 from ptuning.soft_prompt import Card, SoftPrompt
 from ptuning.workers import Workers
 
 ON_THE_WAY_MS = 2000
 """Milliseconds in which an event reaches the driver's disk: hub or mailbox, ledger or spool, each a fraction of a second."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is learned: the encoder and the tokenised splits."""
-
-    encoder: Encoder
-    train: Split
-    validation: Split | None
-    test: Split | None
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Longest target of the training rows, end token included."""
-        return int(self.train.target_lengths.max())
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """One soft prompt to be trained, and the storage folder of its checkpoints and its result."""
-
-    experiment: Experiment
-    folder: str
-
-
-@dataclass(frozen=True)
-class Detachment:
-    """A run that leaves before its end: with its best soft prompt saved, or without a trace."""
-
-    run: str
-    keep: bool
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened to a run, as plain data."""
-
-    kind: Literal["loading", "loaded", "stuck", "start", "step", "evaluation", "finished", "failed"]
-    run: str
-    step: int
-    values: dict[str, float] = field(default_factory=dict)
-    time_ms: int = field(default_factory=lambda: int(time.time() * 1000))
-    details: dict[str, Any] = field(default_factory=dict)
-
-
-Order = Assignment | Detachment
-Source = Callable[[int], Sequence[Order] | None]
-"""Given the number of free slots, what changes now (the same on all workers); None: there will be no more."""
-Report = Callable[[Event], None]
 
 
 class Slot:

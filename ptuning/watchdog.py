@@ -12,6 +12,7 @@ at the bytes that the process reads and writes.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -107,7 +108,12 @@ class Watchdog:
         stack = traceback.extract_stack(sys._current_frames().get(self._watched))
         waits = any(part in frame.filename for frame in stack for part in WAITING)
         where = f"{stack[-1].name} ({PurePath(stack[-1].filename).name}:{stack[-1].lineno})" if stack else "its end"
-        return {"seconds": round(silence, 1), "where": where, "waits": waits, "last": last}
+        return {"seconds": round(silence, 1), "where": where, "place": here(), "waits": waits, "last": last}
+
+
+def here() -> str:
+    """What to call this process."""
+    return f"pid {os.getpid()} on {socket.gethostname()}"
 
 
 def _worked() -> tuple[float, int]:
@@ -126,7 +132,7 @@ def verdict(places: list[str], reports: dict[int, Report]) -> str:
     seconds = max(report["seconds"] for report in reports.values())
     silent = [f"worker {rank} ({place}) gives no sign of life" for rank, place in enumerate(places) if rank not in reports]
     stuck = [
-        f"worker {rank} ({places[rank] if rank < len(places) else 'unknown'}) is stuck in {report['where']}"
+        f"worker {rank} ({report['place']}) is stuck in {report['where']}"
         for rank, report in sorted(reports.items())
         if not report["waits"]
     ]

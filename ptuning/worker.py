@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,10 +16,11 @@ from ptuning.base import Base, find_base
 from ptuning.config import Experiment, UserError
 from ptuning.hub import Line
 from ptuning.mailbox import Post
+from ptuning.orders import Assignment, Detachment, Event, Order, Source, Task
 from ptuning.prepare import load_task
 from ptuning.slots import count_slots
-from ptuning.train import Assignment, Detachment, Event, Order, Pack, Source, Task, train
-from ptuning.watchdog import Watchdog
+from ptuning.train import Pack, train
+from ptuning.watchdog import Watchdog, here
 from ptuning.workers import Workers
 
 LOADING_S = 5.0
@@ -61,7 +61,7 @@ def work(config: dict[str, Any]) -> None:
             "dtype": str(dtype).removeprefix("torch."),
             "shared_prefix": model.shared_prefix,
             "workers": workers.size,
-            "places": workers.gather(f"pid {os.getpid()} on {socket.gethostname()}"),
+            "places": workers.gather(here()),
             "group": config.get("group", 0),
         }
         report(Event("loaded", experiment.name, 0, details=loaded))

@@ -22,7 +22,7 @@ FLOORS = {
     "segments": 1, "sources": 1, "space": 1, "spool": 1, "storage": 1, "virtual_tokens": 1, "watchdog": 1,
     "workers": 1,
     "checkpoint": 2, "data": 2, "figures": 2, "ledger": 2, "model": 2, "paged_attention": 2, "plan": 2, "sampling": 2,
-    "lease": 2, "soft_prompt": 2, "tracking": 2, "trial": 2,
+    "lease": 2, "orders": 3, "soft_prompt": 2, "tracking": 2, "trial": 2,
     "base": 3, "chooser": 3, "engine": 3, "evaluate": 3, "leaderboard": 3, "registry": 3, "shipment": 3,
     "blueprint": 4, "champion": 4, "publish": 4, "submit": 4, "zero": 4,
     "adopt": 5, "catalogue": 5, "gate": 5, "meaning": 5, "train": 5,
@@ -138,3 +138,11 @@ def test_parsing_comes_before_heavy_imports(room):
     code = f"import sys, ptuning.{room}; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.split() == []
+
+
+def test_drivers_import_no_code_of_models():
+    """It would import scipy and torch's compiler, too: 2 s of every command's start."""
+    script = (
+        "import sys, ptuning.search, ptuning.launch; print(sorted({'transformers.modeling_utils', 'scipy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -35,8 +35,8 @@ from ptuning import search, soft_prompt, storage
 from ptuning.config import parse_experiment
 from ptuning.launch import RunFailed, run_training
 from ptuning.ledger import Entry
+from ptuning.orders import Event
 from ptuning.search import run_search
-from ptuning.train import Event
 
 pytestmark = pytest.mark.slow
 
@@ -155,6 +155,20 @@ def test_more_instants(tables: dict[str, Any]) -> None:
     faults = ("backward", 13, 1, "kill"), ("renamed", 20, 0, "kill"), ("barrier", 38, 0, "stop"), ("forward", 52, 0, "raise")
     message = survive(tables, *faults)
     assert f"worker 0 (pid {happened(2)['pid']} on {socket.gethostname()}) gives no sign of life" in message
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(200)
+def test_a_worker_that_hangs_while_loading_is_named_and_started_again(tables: dict[str, Any]) -> None:
+    """A disk that is gone, say: no progress is expected then, but work. The other worker waits and is not blamed."""
+    tables["compute"] |= {"hang_s": 2.0}
+    plan(("loading", 0, 1, "sleep"))
+    events: list[Event] = []
+    summary = start(tables, events)
+    [message] = hangs(events)
+    where = f"worker 1 (pid {happened(0)['pid']} on {socket.gethostname()})"
+    assert summary["steps"] == 60 and f"{where} is stuck in reached (sitecustomize.py:" in message
+    assert "worker 0" not in message
 
 
 def hangs(events: list[Event]) -> list[str]:
@@ -333,6 +347,7 @@ def test_a_search_counts_trials_whose_process_dies_or_hangs_once(
         tables["data"][split] = tables["data"]["train"]
     tables["train"] |= {"steps": 1000, "evaluate_every": 250}
     tables["compute"]["workers"] = 1
+    tables["prompt"]["length"] = 8  # more than any trial has: nothing follows from it
     tables["search"] = {"trials": 4, "slots": 2, "scheduler": "fifo", "finalists": 1, "seeds": 1, "length": [4]}
     done: list[int] = []
     titles: set[str] = set()

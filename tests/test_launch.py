@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from ptuning import launch, soft_prompt, storage
 from ptuning.config import Experiment, UserError, parse_experiment
 from ptuning.launch import RunFailed, run_training
-from ptuning.train import Event
+from ptuning.orders import Event
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

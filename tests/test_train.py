@@ -22,8 +22,9 @@ from ptuning.base import Base, find_base
 from ptuning.config import Experiment, ModelConfig, TrainConfig, ZeroConfig, parse_experiment
 from ptuning.evaluate import label_scores
 from ptuning.model import PromptedModel, plan_targets
+from ptuning.orders import Assignment, Detachment, Event, Order
 from ptuning.prepare import load_task
-from ptuning.train import Assignment, Detachment, Event, Order, Pack, Slot, learning_rate, train
+from ptuning.train import Pack, Slot, learning_rate, train
 from ptuning.workers import Workers
 
 pytestmark = pytest.mark.fast

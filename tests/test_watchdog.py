@@ -94,7 +94,7 @@ def test_the_limit_follows_the_longest_step() -> None:
 
 def test_the_verdict_names_the_worker_that_the_others_wait_for() -> None:
     waits = {"seconds": 60.2, "where": "all_reduce (distributed_c10d.py:1)", "waits": True}
-    stuck = {"seconds": 61.0, "where": "read (ssl.py:2)", "waits": False}
+    stuck = {"seconds": 61.0, "where": "read (ssl.py:2)", "place": "pid 1 on a", "waits": False}
     places = ["pid 1 on a", "pid 2 on b"]
     rest = "; all start again from the newest checkpoint"
     assert verdict(places, {0: waits}) == f"no progress for 60 s: worker 1 (pid 2 on b) gives no sign of life{rest}"

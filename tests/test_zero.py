@@ -23,9 +23,10 @@ from ptuning.config import ModelConfig, ZeroConfig, parse_experiment
 from ptuning.evaluate import evaluate, greedy
 from ptuning.gathering import Sharing, gather, prefetch_numbers
 from ptuning.model import PromptedModel, plan_targets
+from ptuning.orders import Assignment, Event
 from ptuning.plan import Workload
 from ptuning.prepare import load_task
-from ptuning.train import Assignment, Event, Pack, train
+from ptuning.train import Pack, train
 from ptuning.workers import Workers
 
 LENGTHS = (5, 3)

@@ -20,8 +20,9 @@ import torch.multiprocessing
 from ptuning import zero
 from ptuning.base import find_base
 from ptuning.config import read_experiment
+from ptuning.orders import Assignment
 from ptuning.prepare import absolute, load_task
-from ptuning.train import Assignment, Pack
+from ptuning.train import Pack
 from ptuning.train import train as train_slots
 from ptuning.workers import Workers
 

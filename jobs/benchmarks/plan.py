@@ -23,9 +23,10 @@ from ptuning import zero
 from ptuning.base import BUILTIN, find_base
 from ptuning.blueprint import Blueprint, read_config
 from ptuning.config import parse_experiment
+from ptuning.orders import Assignment
 from ptuning.plan import Machine, Settings, Training, TrainingPlan
 from ptuning.prepare import load_task
-from ptuning.train import Assignment, Pack, step
+from ptuning.train import Pack, step
 from ptuning.workers import Workers
 
 MIB = 1 << 20

@@ -26,9 +26,10 @@ from ptuning.config import Experiment, read_experiment, template_fields
 from ptuning.data import Encoder, Split
 from ptuning.evaluate import greedy
 from ptuning.model import PromptedModel, plan_labels
+from ptuning.orders import Assignment, Event, Task
 from ptuning.prepare import absolute, load_task
 from ptuning.sources import read_source
-from ptuning.train import Assignment, Event, Pack, Task
+from ptuning.train import Pack
 from ptuning.train import train as train_slots
 from ptuning.workers import Workers
 

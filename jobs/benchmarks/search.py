@@ -24,8 +24,9 @@ import torch.multiprocessing
 from ptuning import figures, zero
 from ptuning.base import find_base
 from ptuning.config import read_experiment
+from ptuning.orders import Assignment
 from ptuning.prepare import absolute, load_task
-from ptuning.train import Assignment, Pack, step
+from ptuning.train import Pack, step
 from ptuning.workers import Workers
 
 

@@ -3,7 +3,8 @@
 `PTUNING_INSTANTS` names a folder with a `plan.json`: a list of {"when", "step", "rank", "do"}. A worker that reaches such an
 instant writes `<number>.json` (its pid and the time) beside the plan, does it, and never does it again.
 
-when: forward, backward (mid-way), barrier (the others wait in the all-reduce), half-written and renamed (its checkpoint)
+when: loading (step 0), forward, backward (mid-way), barrier (the others wait in the all-reduce), half-written and renamed (its
+checkpoint)
 do: kill, stop (as with Ctrl-Z), sleep, raise
 """
 
@@ -93,20 +94,32 @@ def prepare_writing(checkpoint: ModuleType, storage: ModuleType) -> None:
     checkpoint.save, storage._sync_folder, os.fsync = saving, renamed, syncing  # type: ignore[attr-defined]
 
 
+def prepare_loading(worker: ModuleType) -> None:
+    find_base = worker.find_base
+
+    def finding(*arguments: Any) -> Any:
+        reached("loading", 0)
+        return find_base(*arguments)
+
+    worker.find_base = finding  # type: ignore[attr-defined]
+
+
+PREPARE = {"ptuning.train": prepare, "ptuning.worker": prepare_loading}
+
+
 class Finder(importlib.abc.MetaPathFinder):
-    """Prepares `ptuning.train` when it is imported, wherever that happens; costs nothing before."""
+    """Prepares these modules when they are imported, wherever that happens; costs nothing before."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name != "ptuning.train":
+        if name not in PREPARE:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         assert spec is not None and spec.loader is not None
         execute = spec.loader.exec_module
 
         def execute_and_prepare(module: ModuleType) -> None:
             execute(module)
-            prepare(module)
+            PREPARE[name](module)
 
         spec.loader.exec_module = execute_and_prepare  # type: ignore[method-assign]
         return spec
