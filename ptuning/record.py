@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from ptuning import figures, storage
+from ptuning import figures, soft_prompt, storage
 from ptuning.base import Base
 from ptuning.config import UserError
 from ptuning.orders import Event
@@ -123,9 +123,7 @@ class Recorder:
             labels = event.details["labels"]
             self._tracker.artifact_bytes(CONFUSION, figures.confusion(confusion, labels))
         if self._base:
-            # The code of models takes seconds to import, and a command shall start at once.
-            from ptuning import soft_prompt
-            from ptuning.meaning import nearest_words
+            from ptuning.meaning import nearest_words  # the code of models: seconds that no command should begin with
 
             with suppress(UserError):  # an embedding that is not found in the base's files; `prompts show` says so
                 words = nearest_words(soft_prompt.load(event.details["soft_prompt"]).vectors, self._base)
