@@ -8,7 +8,7 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
+from benchmarks.measuring import typical
 from benchmarks.search import count_gathered
 from ptuning import train, zero
 from ptuning.base import find_base
@@ -44,16 +45,6 @@ class Steps:
     @property
     def bytes_per_step(self) -> int:
         return int(statistics.median(after - before for before, after in zip(self.gathered, self.gathered[1:], strict=False)))
-
-
-def typical(ends_ms: Sequence[int], skip: int = 3) -> float:
-    """Seconds of a step: the mean of the middle half of what lies between the ends of steps, the first ones left out.
-
-    A median would jump by whole milliseconds; a plain mean would count evaluations and checkpoints.
-    """
-    between = sorted(after - before for before, after in zip(ends_ms[skip:], ends_ms[skip + 1 :], strict=False))
-    quarter = len(between) // 4
-    return statistics.fmean(between[quarter : len(between) - quarter]) / 1000
 
 
 def spawn(worker: Callable[..., None], workers: int, *arguments: Any) -> None:

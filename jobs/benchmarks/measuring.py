@@ -34,6 +34,16 @@ def interval(ratios: Sequence[float], seed: int = 0) -> tuple[float, float]:
     return float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
 
 
+def typical(ends_ms: Sequence[int], skip: int = 3) -> float:
+    """Seconds of a step: the mean of the middle half of what lies between the ends of steps, the first ones left out.
+
+    A median would jump by whole milliseconds; a plain mean would count evaluations and checkpoints.
+    """
+    between = sorted(after - before for before, after in zip(ends_ms[skip:], ends_ms[skip + 1 :], strict=False))
+    quarter = len(between) // 4
+    return statistics.fmean(between[quarter : len(between) - quarter]) / 1000
+
+
 def gemm_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
     """FLOP/s of torch's product of two square matrices with the threads of this process: what a step is held against."""
     left, right = torch.randn(2, size, size).to(dtype)

@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.bare import Steps, train_bare, typical
-from benchmarks.measuring import heading, line, tell_machine, tell_part, write
+from benchmarks.bare import Steps, train_bare
+from benchmarks.measuring import heading, line, tell_machine, tell_part, typical, write
 from benchmarks.plan import SHAPES, make_base
 from ptuning import figures
 from ptuning.base import find_base
