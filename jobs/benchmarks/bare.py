@@ -8,6 +8,7 @@ import socket
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,17 +48,20 @@ class Steps:
         return int(statistics.median(after - before for before, after in zip(self.gathered, self.gathered[1:], strict=False)))
 
 
-def spawn(worker: Callable[..., None], workers: int, *arguments: Any) -> None:
+def spawn(worker: Callable[..., None], workers: int, *arguments: Any, niceness: int = 0) -> None:
     """Run `worker(*arguments)` in so many processes of one group, one thread each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(  # type: ignore[attr-defined]  # a re-export that torch does not declare
-        _join, (workers, port, worker, arguments), nprocs=workers
+        _join, (workers, port, niceness, worker, arguments), nprocs=workers
     )
 
 
-def _join(rank: int, workers: int, port: int, worker: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _join(rank: int, workers: int, port: int, niceness: int, worker: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    # torch 2.13 renamed collectives that deepspeed 0.19 calls by their old names
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    os.nice(niceness)
     local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "LOCAL_WORLD_SIZE": workers, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in local.items()}
     torch.set_num_threads(1)
@@ -66,10 +70,10 @@ def _join(rank: int, workers: int, port: int, worker: Callable[..., None], argum
     torch.distributed.destroy_process_group()
 
 
-def train_bare(experiment: Experiment, workers: int) -> Steps:
+def train_bare(experiment: Experiment, workers: int, niceness: int = 0) -> Steps:
     """Train one soft prompt from its first step to its last in plain processes."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_train, workers, absolute(experiment).model_dump_json(), folder)
+        spawn(_train, workers, absolute(experiment).model_dump_json(), folder, niceness=niceness)
         return Steps(**json.loads(Path(folder, "steps.json").read_text()))
 
 

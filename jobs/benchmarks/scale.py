@@ -26,8 +26,11 @@ from ptuning import figures
 from ptuning.base import find_base
 from ptuning.config import Experiment, read_experiment
 
-ROUND_TRIP_S = 0.25
+LOOK_S = 0.25
 """Seconds between looks at the command's processes."""
+NICENESS = 15
+"""Of Ray's workers, and so of the plain processes beside them: else what other work on the machine takes from nicer processes
+would count as Ray's."""
 
 
 def settings(arguments: argparse.Namespace, *overrides: str) -> list[str]:
@@ -82,7 +85,7 @@ class Watch:
         self._thread.join()
 
     def _look(self) -> None:
-        while not self._stopped.wait(ROUND_TRIP_S):
+        while not self._stopped.wait(LOOK_S):
             with suppress(psutil.Error):
                 for child in self._process.children(recursive=True):
                     with suppress(psutil.Error):
@@ -136,7 +139,7 @@ PHASES = {
 def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole command with Ray and MLflow against plain processes that run the same loop: seconds per step, the command's
     phases, and how long a checkpoint holds up training."""
-    number = arguments.workers[-1] if len(arguments.workers) == 1 else 2
+    number = arguments.workers[0] if len(arguments.workers) == 1 else 2
     overrides = settings(arguments, f"compute.workers={number}", f"train.steps={arguments.steps}")
     experiment = read_experiment(arguments.experiment, overrides)
     commands: list[dict[str, Any]] = []
@@ -149,7 +152,7 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
                     commands.append(time_command(arguments, overrides, folder))
             else:
                 began = time.perf_counter()
-                runs.append(train_bare(experiment, number))
+                runs.append(train_bare(experiment, number, NICENESS))
                 whole.append(time.perf_counter() - began)
     steps = {"command": [typical(one["ends_ms"]) for one in commands], "bare": [run.step_s for run in runs]}
     added = [mine / bare - 1 for mine, bare in zip(steps["command"], steps["bare"], strict=True)]

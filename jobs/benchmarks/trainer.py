@@ -94,7 +94,7 @@ def trainer(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds per step of an epoch (rows of 8 to 128 tokens, 16 a step, P = 20) with Hugging Face's Trainer."""
     heading("dtype", "side", "seconds per step", "times ours", "95 %")
     found = []
-    batches, rounds = (2, 2) if arguments.quick else (8, 4)
+    batches, rounds = (2, 2) if arguments.quick else (4, min(arguments.pairs, 3))
     for name in arguments.dtypes:
         sides = epochs(getattr(torch, name), 20, mixed_rows(batches))
         for run in sides.values():
