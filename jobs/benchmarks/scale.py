@@ -26,6 +26,8 @@ from ptuning import figures
 from ptuning.base import find_base
 from ptuning.config import Experiment, read_experiment
 
+WORKER = "RayTrainWorker"
+"""In the title of a worker's process."""
 LOOK_S = 0.25
 """Seconds between looks at the command's processes."""
 NICENESS = 15
@@ -70,46 +72,55 @@ def workers(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 class Watch:
-    """When the processes of a command that carry a word in their title were first seen, and when each was created."""
+    """When the workers of a command were first seen. Looks no longer than that: a look takes some milliseconds of a core."""
 
-    def __init__(self, process: psutil.Process, word: str) -> None:
+    def __init__(self, process: psutil.Process, workers: int) -> None:
         self.seen: dict[int, float] = {}
-        self.created: dict[int, float] = {}
-        self._process, self._word = process, word
-        self._stopped = threading.Event()
+        self._process, self._workers = process, workers
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        self._stopped.set()
-        self._thread.join()
-
     def _look(self) -> None:
-        while not self._stopped.wait(LOOK_S):
+        while len(self.seen) < self._workers and self._process.is_running():
+            time.sleep(LOOK_S)
             with suppress(psutil.Error):
                 for child in self._process.children(recursive=True):
                     with suppress(psutil.Error):
-                        if child.pid not in self.seen and self._word in " ".join(child.cmdline()):
-                            self.seen[child.pid], self.created[child.pid] = time.time(), child.create_time()
+                        if child.pid not in self.seen and WORKER in " ".join(child.cmdline()):
+                            self.seen[child.pid] = time.time()
+
+
+def cpu_seconds(driver: psutil.Process) -> dict[str, float]:
+    """Processor time so far of the command itself, its workers, and all other processes of Ray."""
+    found = {"driver": sum(driver.cpu_times()[:2]), "workers": 0.0, "ray": 0.0}
+    for child in driver.children(recursive=True):
+        with suppress(psutil.Error):
+            found["workers" if WORKER in " ".join(child.cmdline()) else "ray"] += sum(child.cpu_times()[:2])
+    return found
 
 
 def time_command(arguments: argparse.Namespace, overrides: Sequence[str], folder: str) -> dict[str, Any]:
     """Run `ptuning train`: the instants of its phases, in seconds from the start of its process, and the ends of its steps."""
-    name = read_experiment(arguments.experiment, overrides).name
+    experiment = read_experiment(arguments.experiment, overrides)
     command = [sys.executable, "-m", "ptuning", "train", arguments.experiment, *overrides, f"compute.storage={folder}"]
     began = time.time()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    watch = Watch(psutil.Process(process.pid), "RayTrainWorker")
+    tree = psutil.Process(process.pid)
+    watch = Watch(tree, experiment.compute.most_workers)
     said: list[tuple[str, float]] = []
+    used: list[dict[str, float]] = []
     assert process.stderr is not None
     for words in process.stderr:
         said.append((words.strip(), time.time()))
+        if words.startswith(("base loaded", f"step {experiment.train.steps}/{experiment.train.steps}  validation")):
+            used.append(cpu_seconds(tree))
     code = process.wait()
     exited = time.time()
-    watch.stop()
     if code:
         raise RuntimeError("\n".join(words for words, _ in said))
-    records = [json.loads(words) for words in Path(folder, name, "tracking", "events.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(words) for words in Path(folder, experiment.name, "tracking", "events.jsonl").read_text().splitlines()
+    ]
     ends = [record["time"] for record in records if record["kind"] == "metrics" and "train/loss" in record["values"]]
     instants = {
         "rows": next(at for words, at in said if words.startswith("train:")),
@@ -121,7 +132,8 @@ def time_command(arguments: argparse.Namespace, overrides: Sequence[str], folder
         "result": next(record["time"] / 1000 for record in records if record["kind"] == "finish"),
         "exit": exited,
     }
-    return {"instants": {phase: at - began for phase, at in instants.items()}, "ends_ms": ends}
+    cpu = {who: used[-1][who] - used[0][who] for who in used[0]}
+    return {"instants": {phase: at - began for phase, at in instants.items()}, "ends_ms": ends, "cpu_s": cpu}
 
 
 PHASES = {
@@ -162,6 +174,12 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
         mine, bare = 1000 * steps["command"][pair], 1000 * steps["bare"][pair]
         line(pair + 1, f"{mine:.1f}", f"{bare:.1f}", f"{share:+.1%}", f"{took:.1f}", f"{whole[pair]:.1f}")
     print(f"\nAdded to a step by Ray and MLflow: {statistics.median(added):+.1%} (median of {len(added)} pairs)\n", flush=True)
+    cpu = {who: statistics.median(one["cpu_s"][who] for one in commands) for who in commands[0]["cpu_s"]}
+    print(
+        "Processor time from the base loaded to the last step: "
+        + ", ".join(f"{who} {value:.1f} s" for who, value in cpu.items())
+    )
+    print(flush=True)
     phases = tell_phases([one["instants"] for one in commands])
     saving = statistics.median(seconds for run in runs for seconds in run.saving_s)
     every = experiment.train.checkpoint_every

@@ -195,7 +195,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     command.add_argument("--quick", action="store_true", help="a few shapes instead of the matrix: some two minutes in all")
     command.add_argument("--pairs", type=int, default=10, help="most pairs of a shape")
-    command.add_argument("--seconds", type=float, default=12.0, help="how long the pairs of a shape may take")
+    command.add_argument("--seconds", type=float, default=8.0, help="how long the pairs of a shape may take")
     command.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     command.add_argument("--texts", type=int, nargs="+", default=list(TEXTS), help="tokens of the matrix's rows")
     command.add_argument("--threads", type=int, default=2, help="on a machine that is not at rest 1 is steadier")
