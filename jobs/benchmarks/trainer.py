@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.ideas import BATCH, as_they_come, grouped, mixed_rows
 from benchmarks.measuring import heading, interval, line
@@ -55,7 +55,9 @@ def trainer_epoch(model: nn.Module, rows: list[Row], sampling: str) -> Epoch:
                 dataloader_pin_memory=False,
             )
             collate = lambda some: padded([one["row"] for one in some])  # noqa: E731
-            Trainer(model, settings, train_dataset=data, data_collator=collate, callbacks=[clock]).train()
+            runner = Trainer(model, settings, train_dataset=data, data_collator=collate, callbacks=[clock])
+            runner.remove_callback(PrinterCallback)  # its words would stand between the table's lines
+            runner.train()
         return clock.ended - clock.began
 
     return run
