@@ -1,156 +1,203 @@
-"""A step of ours against PEFT's: same base, data, dtype and threads, gradients compared before anything is timed."""
+"""A step of ours against PEFT's: time, share of the machine's matrix product, memory; then what each idea is worth."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import platform
+import os
 import statistics
-import time
-from collections.abc import Callable
-from importlib.metadata import version
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from peft import PromptTuningConfig, get_peft_model
-from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+import torch.multiprocessing
+from transformers import PreTrainedModel
 
-from ptuning.model import PromptedModel, plan_targets
+from benchmarks import ideas, trainer
+from benchmarks.measuring import gemm_rate, heading, in_turns, interval, line, tell_machine, tell_part, write
+from benchmarks.plan import MIB, Peak
+from benchmarks.steps import (
+    VOCABULARY,
+    difference,
+    flops,
+    limit,
+    our_step,
+    peft_step,
+    random_llama,
+    random_rows,
+    random_vectors,
+)
+from ptuning import figures
+from ptuning.model import PromptedModel
 
-Step = Callable[[], Tensor]
-
-
-def random_llama(dtype: torch.dtype) -> PreTrainedModel:
-    """A Llama shape of 58 M parameters with a vocabulary of 32,000; the same numbers at every call."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-def our_step(base: PreTrainedModel, vectors: Tensor, rows: list[tuple[list[int], list[int]]]) -> Step:
-    """Loss and gradient `[P, H]` by this project."""
-    model = PromptedModel(base)
-    soft_prompt = vectors.clone().requires_grad_()
-
-    def step() -> Tensor:
-        soft_prompt.grad = None
-        plan = plan_targets([len(soft_prompt)], [rows])
-        model([soft_prompt], plan).mean().backward()
-        assert soft_prompt.grad is not None
-        return soft_prompt.grad
-
-    return step
+LENGTHS, TEXTS, VOCABULARIES = (1, 20, 100), (16, 32, 128, 512), (4_000, 150_000)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MEMORY = ((16, 32, 1), (16, 32, 20), (16, 32, 100), (4, 512, 100))
+"""B, T, P whose memory is measured."""
 
 
-def peft_step(base: PreTrainedModel, vectors: Tensor, rows: list[tuple[list[int], list[int]]]) -> Step:
-    """The same by PEFT's prompt tuning, in a plain loop."""
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(vectors))
-    model: Any = get_peft_model(base, config)
-    weight: Tensor = model.prompt_encoder["default"].embedding.weight
-    weight.data.copy_(vectors)
-    ids = torch.tensor([source + target for source, target in rows])
-    labels = torch.full_like(ids, -100)
-    for row, (source, target) in enumerate(rows):
-        labels[row, len(source) : len(source) + len(target)] = torch.tensor(target)
+class Shape(NamedTuple):
+    """Rows, their tokens, virtual tokens and the vocabulary of a step."""
 
-    def step() -> Tensor:
-        weight.grad = None
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
-        assert weight.grad is not None
-        return weight.grad
-
-    return step
+    batch: int
+    text: int
+    length: int
+    vocabulary: int
 
 
-def interleave(ours: Step, theirs: Step, pairs: int) -> tuple[list[float], list[float]]:
-    """Seconds of each step, in the order A B B A A B ..."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for pair in range(pairs):
-        for side in (0, 1) if pair % 2 == 0 else (1, 0):
-            began = time.perf_counter()
-            (ours, theirs)[side]()
-            times[side].append(time.perf_counter() - began)
-    return times
+class Bases(NamedTuple):
+    """One base for each side: both change what they are given."""
+
+    ours: PromptedModel
+    theirs: PreTrainedModel
 
 
-def interval(ratios: list[float], seed: int = 0) -> tuple[float, float]:
-    """Bootstrap 95 % interval of the median."""
-    draw = np.random.default_rng(seed)
-    medians = np.median(draw.choice(ratios, (2000, len(ratios))), axis=1)
-    return float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
+def load_bases(dtype: torch.dtype, vocabulary: int) -> Bases:
+    return Bases(PromptedModel(random_llama(dtype, vocabulary)), random_llama(dtype, vocabulary))
 
 
-def compare(batch: int, text: int, length: int, dtype: torch.dtype, pairs: int) -> dict[str, Any]:
-    """One shape: agreement of the gradients, an A/A control, and the ratio of step times PEFT / ours."""
-    draw = np.random.default_rng(1)
-    rows = [(draw.integers(5, 32_000, text - 2).tolist(), [7, 2]) for _ in range(batch)]
-    vectors = torch.randn(length, 512, generator=torch.Generator().manual_seed(2)) * 0.02
-    ours, theirs = our_step(random_llama(dtype), vectors, rows), peft_step(random_llama(dtype), vectors, rows)
-    expected = theirs().float()
-    difference = float((ours() - expected).norm() / expected.norm())
-    control = interleave(ours, ours, max(3, pairs // 3))
-    mine, other = interleave(ours, theirs, pairs)
-    ratios = [b / a for a, b in zip(mine, other, strict=True)]
-    return {
-        "B": batch,
-        "T": text,
-        "P": length,
+def shapes(texts: Sequence[int], quick: bool) -> Iterator[Shape]:
+    """The matrix: all lengths and texts with 32,000 tokens, other vocabularies with rows of 32. Long rows come in small
+    batches, so that a step of PEFT's takes seconds and not minutes."""
+    for text, length in itertools.product((32,) if quick else texts, LENGTHS):
+        yield Shape({128: 8, 512: 4}.get(text, 16), text, length, VOCABULARY)
+    for vocabulary, length in itertools.product(VOCABULARIES if 32 in texts and not quick else (), LENGTHS):
+        yield Shape(16, 32, length, vocabulary)
+
+
+def compare(bases: Bases, shape: Shape, dtype: torch.dtype, pairs: int, seconds: float) -> dict[str, Any]:
+    """One shape: agreement of the gradients, an A/A control, and the ratio of step times PEFT / ours.
+
+    As many pairs as fit into `seconds`, at least 3 and at most `pairs`.
+    """
+    rows, vectors = random_rows([shape.text] * shape.batch), random_vectors(shape.length)
+    ours, theirs = our_step(bases.ours, vectors, rows), peft_step(bases.theirs, vectors, rows)
+    apart = difference(ours(), theirs())
+    assert apart < limit(dtype), f"the gradients differ by {apart:.0e} of their norm: {shape}"
+    [[mine], [other]] = in_turns({"ours": ours, "PEFT": theirs}, 1).values()
+    rounds = int(max(3, min(pairs, seconds / (mine + other))))
+    rate = gemm_rate(dtype)
+    control = list(in_turns({"A": ours, "again": ours}, rounds).values())
+    times = in_turns({"ours": ours, "PEFT": theirs}, rounds)
+    ratios = [b / a for a, b in zip(*times.values(), strict=True)]
+    step = statistics.median(times["ours"])
+    return shape._asdict() | {
         "dtype": str(dtype).removeprefix("torch."),
-        "gradient_difference": difference,
-        "ours_s": statistics.median(mine),
-        "peft_s": statistics.median(other),
+        "pairs": rounds,
+        "gradient_difference": apart,
+        "ours_s": step,
+        "peft_s": statistics.median(times["PEFT"]),
         "ratio": statistics.median(ratios),
         "ratio_95": interval(ratios),
         "control": statistics.median(b / a for a, b in zip(*control, strict=True)),
+        "gemm_gflops": rate / 1e9,
+        "share_of_gemm": flops(*shape) / step / rate,
+        "seconds": times,
     }
+
+
+def matrix(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Step time against PEFT's prompt tuning in a plain loop."""
+    heading("dtype", "B, T, P", "V", "ours, s", "PEFT, s", "ratio", "95 %", "A/A", "pairs", "of GEMM peak", "gradients differ")
+    found: list[dict[str, Any]] = []
+    for name in arguments.dtypes:
+        dtype, bases, vocabulary = DTYPES[name], None, 0
+        for shape in shapes(arguments.texts, arguments.quick):
+            if bases is None or shape.vocabulary != vocabulary:
+                bases, vocabulary = None, shape.vocabulary  # the old ones leave before the new ones come
+                bases = load_bases(dtype, vocabulary)
+            one = compare(bases, shape, dtype, arguments.pairs, arguments.seconds)
+            found.append(one)
+            low, high = one["ratio_95"]
+            line(
+                *(name, f"{shape.batch}, {shape.text}, {shape.length}", f"{shape.vocabulary:,}"),
+                *(f"{one['ours_s']:.3f}", f"{one['peft_s']:.3f}", f"**{one['ratio']:.2f}**", f"{low:.2f} to {high:.2f}"),
+                *(f"{one['control']:.2f}", one["pairs"], f"{one['share_of_gemm']:.0%} of {one['gemm_gflops']:.0f} GFLOP/s"),
+                f"{one['gradient_difference']:.0e}",
+            )
+    return found
+
+
+def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Peak memory of a step over what the process had with its base, each side in a process of its own."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory leaves at once: what is resident is what is allocated
+    results: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for side in ("ours", "PEFT"):
+            torch.multiprocessing.spawn(  # type: ignore[attr-defined]  # a re-export that torch does not declare
+                peaks, (side, arguments.dtypes, arguments.threads, f"{folder}/{side}.json")
+            )
+            results[side] = json.loads(Path(folder, f"{side}.json").read_text())
+    del os.environ["MALLOC_MMAP_THRESHOLD_"]
+    heading("dtype", "B, T, P", "ours, MiB", "PEFT, MiB", "ratio")
+    found = []
+    for ours, theirs in zip(results["ours"], results["PEFT"], strict=True):
+        ratio = theirs["bytes"] / ours["bytes"]
+        found.append(ours | {"bytes": [ours["bytes"], theirs["bytes"]], "ratio": ratio})
+        mine, other = ours["bytes"] / MIB, theirs["bytes"] / MIB
+        line(ours["dtype"], ", ".join(map(str, ours["shape"])), f"{mine:.0f}", f"{other:.0f}", f"**{ratio:.1f}**")
+    return found
+
+
+def peaks(rank: int, side: Literal["ours", "PEFT"], dtypes: list[str], threads: int, out: str) -> None:
+    """A process of one side: the anonymous memory that steps of several shapes take at most, in bytes."""
+    torch.set_num_threads(threads)
+    found = []
+    for name in dtypes:
+        base = random_llama(DTYPES[name])
+        model = PromptedModel(base) if side == "ours" else None
+        for batch, text, length in MEMORY:
+            rows, vectors = random_rows([text] * batch), random_vectors(length)
+            step = our_step(model, vectors, rows) if model else peft_step(base, vectors, rows)
+            step()  # buffers that stay
+            with Peak() as peak:
+                step()
+            found.append({"dtype": name, "shape": (batch, text, length), "bytes": peak.anonymous})
+    Path(out).write_text(json.dumps(found))
+
+
+PARTS = {"matrix": matrix, "memory": memory, "ideas": ideas.ideas, "trainer": trainer.trainer}
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Step time against PEFT, fp32 and bf16."""
+    """Step time and peak memory against PEFT; what each idea contributes; Hugging Face's Trainer with PEFT.
+
+    The full matrix (36 shapes) takes about 15 minutes on two cores: the other vocabularies come with rows of 32 tokens only,
+    long rows in small batches, and slow shapes with as many pairs as fit into --seconds (at least 3).
+    """
     torch.set_num_threads(arguments.threads)
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for batch, text, length in ((16, 32, 20), (16, 32, 100), (16, 64, 50)):
-            found = compare(batch, text, length, dtype, arguments.pairs)
-            limit = 1e-4 if dtype == torch.float32 else 0.1
-            assert found["gradient_difference"] < limit, f"the gradients differ: {found}"
-            results.append(found)
-            low, high = found["ratio_95"]
-            print(
-                f"{found['dtype']:9} B={batch} T={text} P={length:3}: "
-                f"ours {found['ours_s']:.3f} s, PEFT {found['peft_s']:.3f} s, "
-                f"ratio {found['ratio']:.2f} [{low:.2f}, {high:.2f}], "
-                f"gradients differ by {found['gradient_difference']:.0e}, A/A {found['control']:.2f}",
-                flush=True,
-            )
-    for index in range(3):
-        half = results[index]["ours_s"] / results[index + 3]["ours_s"]
-        print(f"bf16 against fp32, P={results[index]['P']}: {half:.2f} times as fast")
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "threads": arguments.threads,
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-    }
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps({"machine": machine, "train": results}, indent=1))
+    results: dict[str, Any] = {"machine": tell_machine(arguments.threads)}
+    pictures: dict[str, bytes] = {}
+    for part in arguments.parts or list(PARTS):
+        tell_part(PARTS[part])
+        results[part] = PARTS[part](arguments)
+    if arguments.out and not arguments.quick and "matrix" in results:
+        pictures["ratio"] = picture(results["matrix"], "ratio", "PEFT's seconds per step over ours")
+        pictures["peak"] = picture(results["matrix"], "share_of_gemm", "share of the measured GEMM rate")
+    write(arguments.out, results, pictures)
+
+
+def picture(found: list[dict[str, Any]], value: str, title: str) -> bytes:
+    """A value over the text's length, one line for each dtype and number of virtual tokens."""
+    history: dict[str, list[tuple[int, float]]] = {}
+    for one in found:
+        if one["vocabulary"] == VOCABULARY:
+            history.setdefault(f"{one['dtype']}, P = {one['length']}", []).append((one["text"], one[value]))
+    return figures.curves(history, title, value.replace("_", " "), "text tokens")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The command `train`."""
-    command = commands.add_parser("train", help=train.__doc__)
-    command.add_argument("--pairs", type=int, default=10)
-    command.add_argument("--threads", type=int, default=2)
-    command.add_argument("--out", help="file for the raw numbers (JSON)")
+    command = commands.add_parser("train", help=(train.__doc__ or "").partition("\n")[0], description=train.__doc__)
+    command.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
+    command.add_argument("--quick", action="store_true", help="a few shapes instead of the matrix: some two minutes in all")
+    command.add_argument("--pairs", type=int, default=10, help="most pairs of a shape")
+    command.add_argument("--seconds", type=float, default=8.0, help="how long the pairs of a shape may take")
+    command.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    command.add_argument("--texts", type=int, nargs="+", default=list(TEXTS), help="tokens of the matrix's rows")
+    command.add_argument("--threads", type=int, default=2, help="on a machine that is not at rest 1 is steadier")
+    command.add_argument("--out", help="file for the raw numbers (JSON); pictures go beside it")
     command.set_defaults(run=train)

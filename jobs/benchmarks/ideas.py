@@ -1,0 +1,153 @@
+"""What each idea of the training pass is worth: one switched off at a time, the product itself untouched."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.measuring import heading, in_turns, interval, line
+from benchmarks.steps import Step, difference, limit, random_llama, random_rows, random_vectors
+from ptuning import half_attention
+from ptuning.batches import BatchOrder
+from ptuning.model import Plan, PromptedModel, Row, plan_targets
+
+BATCH = 16
+
+
+def mixed_rows(batches: int) -> list[Row]:
+    """Rows as tasks have them: most of some 30 tokens, a few of 128 (log-normal)."""
+    lengths = np.random.default_rng(3).lognormal(np.log(32), 0.7, batches * BATCH).clip(8, 128)
+    return random_rows(lengths.astype(int).tolist())
+
+
+def grouped(rows: list[Row]) -> list[list[Row]]:
+    """An epoch of batches as training orders them: rows of similar length together."""
+    order = BatchOrder(np.array([len(source) + len(target) for source, target in rows]), BATCH, seed=0)
+    return [[rows[index] for index in order.batch(step)] for step in range(len(rows) // BATCH)]
+
+
+def as_they_come(rows: list[Row]) -> list[list[Row]]:
+    """The same rows in batches without order (theirs is random)."""
+    return [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+
+
+def shared(vectors: Tensor, rows: list[Row]) -> tuple[list[Tensor], Plan]:
+    """The product's plan: the soft prompt once."""
+    return [vectors], plan_targets([len(vectors)], [rows])
+
+
+def repeated(vectors: Tensor, rows: list[Row]) -> tuple[list[Tensor], Plan]:
+    """The soft prompt in front of every row, as if each were a slot of its own; still no padding."""
+    return [vectors] * len(rows), plan_targets([len(vectors)] * len(rows), [[row] for row in rows])
+
+
+def all_logits(vectors: Tensor, rows: list[Row]) -> tuple[list[Tensor], Plan]:
+    """Logits at every place; those that predict no target count nothing. The last layer goes on as before."""
+    prompts, plan = shared(vectors, rows)
+    targets = torch.full((plan.positions,), -100)
+    targets[plan.at] = plan.targets
+    return prompts, dataclasses.replace(plan, at=torch.arange(plan.positions), targets=targets, per_slot=[plan.positions])
+
+
+def whole_last_layer(vectors: Tensor, rows: list[Row]) -> tuple[list[Tensor], Plan]:
+    """The last layer computed at every place."""
+    prompts, plan = shared(vectors, rows)
+    plan.segments.read = None
+    return prompts, plan
+
+
+def epoch(
+    model: PromptedModel,
+    vectors: Tensor,
+    batches: Sequence[list[Row]],
+    arrange: Callable[[Tensor, list[Row]], tuple[list[Tensor], Plan]] = shared,
+    shared_prefix: bool = True,
+) -> Step:
+    """Steps over some batches; their gradients summed, each a mean over its targets."""
+    soft_prompt = vectors.clone().requires_grad_()
+
+    def run() -> Tensor:
+        soft_prompt.grad = None
+        model.shared_prefix = shared_prefix
+        try:
+            for rows in batches:
+                targets = sum(len(target) for _, target in rows)
+                (model(*arrange(soft_prompt, rows)).sum() / targets).backward()
+        finally:
+            model.shared_prefix = True
+        assert soft_prompt.grad is not None
+        return soft_prompt.grad
+
+    return run
+
+
+@contextmanager
+def torch_attention() -> Iterator[None]:
+    """torch's own attention in the place of `half_attention`."""
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+
+    ours, half_attention.attention = half_attention.attention, plain
+    try:
+        yield
+    finally:
+        half_attention.attention = ours
+
+
+def sides(dtype: torch.dtype, length: int, batches: int) -> dict[str, Step]:
+    """The product's pass, and the same without one of its ideas."""
+    model, vectors, rows = PromptedModel(random_llama(dtype)), random_vectors(length), mixed_rows(batches)
+    inner = grouped(rows)
+    own = epoch(model, vectors, inner)
+
+    def with_torch_attention() -> Tensor:
+        with torch_attention():
+            return own()
+
+    found: dict[str, Step] = {
+        "all ideas": own,
+        "soft prompt once per row": epoch(model, vectors, inner, repeated),
+        "... and rows padded (plain concatenation)": epoch(model, vectors, inner, shared_prefix=False),
+        "logits at every place": epoch(model, vectors, inner, all_logits),
+        "last layer at every place": epoch(model, vectors, inner, whole_last_layer),
+        "batches not grouped by length": epoch(model, vectors, as_they_come(rows)),
+        "... plain concatenation, not grouped": epoch(model, vectors, as_they_come(rows), shared_prefix=False),
+    }
+    if dtype != torch.float32:
+        found["torch's attention"] = with_torch_attention
+        found["float32"] = epoch(PromptedModel(random_llama(torch.float32)), vectors, inner)
+    return found
+
+
+def ideas(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """How many times as long the same rows take with one idea switched off (rows of 8 to 128 tokens, 16 a step)."""
+    heading("dtype", "P", "without it", "seconds per step", "times as long", "95 %", "gradients differ")
+    found = []
+    batches, rounds = (2, 3) if arguments.quick else (4, min(arguments.pairs, 6))
+    for name in arguments.dtypes:
+        dtype = getattr(torch, name)
+        for length in (20,) if arguments.quick else (20, 100):
+            every = sides(dtype, length, batches)
+            expected = every["all ideas"]().clone()
+            apart = {side: difference(run(), expected) for side, run in every.items()}
+            assert max(apart.values()) < limit(dtype), f"the gradients differ: {apart}"
+            times = in_turns(every, rounds)
+            for side, seconds in times.items():
+                ratios = [b / a for a, b in zip(times["all ideas"], seconds, strict=True)]
+                low, high = interval(ratios)
+                step, ratio = statistics.median(seconds) / batches, statistics.median(ratios)
+                found.append(
+                    {"dtype": name, "P": length, "without": side, "step_s": step, "ratio": ratio, "ratio_95": [low, high]}
+                )
+                line(name, length, side, f"{step:.3f}", f"**{ratio:.2f}**", f"{low:.2f} to {high:.2f}", f"{apart[side]:.0e}")
+    return found
