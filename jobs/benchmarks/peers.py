@@ -25,7 +25,7 @@ from ptuning.model import PromptedModel, Row, plan_targets
 from ptuning.train import Task, learning_rate
 from ptuning.workers import Workers
 
-RATES = {"lora": (5e-4, 2e-3, 8e-3), "full": (1e-4, 5e-4, 2e-3)}
+RATES = {"lora": (1e-3, 5e-3), "full": (2e-4, 1e-3)}
 """Learning rates of which the first seed chooses one on the validation rows."""
 RANK = 8
 
