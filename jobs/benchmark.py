@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import plan, quality, scale, search, serve, train
+from benchmarks import budget, plan, quality, scale, search, serve, train
 
 
 def main() -> None:
     """Parse the command line and run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for module in (train, scale, search, serve, quality, plan):
+    for module in (train, scale, search, budget, serve, quality, plan):
         module.add(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)

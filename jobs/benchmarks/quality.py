@@ -1,172 +1,200 @@
-"""What a soft prompt reaches on a task, against text in its place: nothing, instructions, other formats, examples.
+"""What a soft prompt reaches on a task, beside text in its place, PEFT's prompt tuning, LoRA and full fine-tuning.
 
-Text prompts are hand-written (`text_prompts.json`) or made of train rows. The best of each kind is chosen on the validation
-split; the test split is read once, by the chosen one. Labels behind text prompts are scored without the end token, which
-favours them: the base expects something else after a label in a row of examples.
+Same base, rows, steps and seeds for all; the best step and every choice (text prompt, learning rate of LoRA and full
+fine-tuning) is made on the validation rows. Ours and PEFT's prompt tuning train at the experiment's learning rate.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ptuning import metrics
+from benchmarks.peers import RATES, Learned, prompt_tuning, weights
+from benchmarks.text_prompts import text_prompts
 from ptuning.base import Base, find_base
-from ptuning.config import Experiment, read_experiment, template_fields
-from ptuning.data import Encoder, Split
-from ptuning.evaluate import greedy
-from ptuning.model import PromptedModel, plan_labels
+from ptuning.config import Experiment, read_experiment
+from ptuning.data import Split
+from ptuning.model import PromptedModel
 from ptuning.orders import Assignment, Event, Task
-from ptuning.prepare import absolute, load_task
-from ptuning.sources import read_source
+from ptuning.prepare import RUN, absolute, load_task
+from ptuning.space import trial_tables
 from ptuning.train import Pack
 from ptuning.train import train as train_slots
 from ptuning.workers import Workers
 
-TEXT_PROMPTS = Path(__file__).with_name("text_prompts.json")
-ROWS_TO_CHOOSE = 200
-PASS = 32
-"""Rows of one pass."""
+METHODS = ("text", "peft", "ours", "lora", "full")
+NEAR = 0.9
+"""Share of the better one's final validation score whose step is compared."""
+COLUMNS = {
+    "majority": "majority",
+    "nothing": "zero-shot",
+    "text": "best text",
+    "examples": "few-shot",
+    "peft": "PEFT prompt tuning",
+    "ours": "ours",
+    "searched": "ours, searched",
+    "lora": "LoRA",
+    "full": "full fine-tuning",
+}
 
 
-@dataclass(frozen=True)
-class TextPrompt:
-    """Text in front of and around the input, and what stands for the labels."""
-
-    kind: str
-    before: str
-    input: str
-    labels: tuple[str, ...]
-
-    def ids(self, encoder: Encoder, fields: dict[str, Any]) -> list[int]:
-        """Token ids of the prompt with a row put in."""
-        return list(encoder.tokenizer(self.before + self.input.format_map(fields))["input_ids"])
-
-
-def candidates(experiment: Experiment, task: Task, written: dict[str, Any]) -> Iterator[TextPrompt]:
-    """All text prompts of a task."""
-    data = experiment.data
-    labels = tuple(data.target.format(label=label) for label in data.labels or ())
-    yield TextPrompt("nothing", "", data.input, labels)
-    for text in written["instructions"]:
-        yield TextPrompt("instruction", text, data.input, labels)
-    for text, words in written["formats"]:
-        yield TextPrompt("format", "", text, tuple(words))
-    for shots in (4, 8):
-        for seed in range(3):
-            for start in ("", written["instructions"][0]):
-                examples = few_shot(data.input, data.target, labels, task.train, shots, seed)
-                yield TextPrompt("examples", start + examples, data.input, labels)
-
-
-def few_shot(template: str, target: str, labels: tuple[str, ...], train: Split, shots: int, seed: int) -> str:
-    """Train rows with their targets, as many of each label as possible."""
-    draw = random.Random(seed)
-    rows = list(range(len(train.lengths)))
-    draw.shuffle(rows)
-    if labels:
-        by_label = [[row for row in rows if train.rows["label"][row] == label] for label in range(len(labels))]
-        rows = [row for together in zip(*by_label, strict=False) for row in together]
-    chosen = rows[:shots]
-    draw.shuffle(chosen)
-    return "".join(train.rows["text"][row] + train.rows["target_text"][row] + "\n" for row in chosen)
-
-
-@torch.no_grad()
-def measure(
-    model: PromptedModel, base: Base, task: Task, split: Split, fields: Sequence[dict[str, Any]], prompt: TextPrompt
-) -> float:
-    """Accuracy, or ROUGE-L, of the bare base behind a text prompt."""
-    nothing = torch.zeros(0, base.width)
-    inputs = [prompt.ids(task.encoder, row) for row in fields]
-    if not prompt.labels:
-        room = task.max_new_tokens
-        texts = [
-            text.split("\n")[0]
-            for start in range(0, len(inputs), PASS)
-            for text in greedy(model, nothing, inputs[start : start + PASS], task.encoder, room)
-        ]
-        return metrics.generation(texts, list(split.rows["references"][: len(texts)]))["rouge_l"]
-    labels = [list(task.encoder.tokenizer(label, add_special_tokens=False)["input_ids"]) for label in prompt.labels]
-    lengths = [len(label) for label in labels]
-    right = 0
-    for start in range(0, len(inputs), PASS):
-        part = inputs[start : start + PASS]
-        nll = model([nothing], plan_labels([0], [part], labels)).view(len(part), -1)
-        guesses = torch.stack([each.sum(-1) for each in nll.split(lengths, -1)], -1).argmin(-1).tolist()
-        right += sum(guess == split.rows["label"][start + row] for row, guess in enumerate(guesses))
-    return right / len(inputs)
-
-
-def soft_prompts(experiment: Experiment, base: Base, model: PromptedModel, task: Task, seeds: int) -> list[dict[str, float]]:
+def soft_prompts(experiment: Experiment, base: Base, model: PromptedModel, task: Task, seeds: int) -> list[Learned]:
     """The experiment with several seeds, side by side."""
-    found = {}
+    metric = "accuracy" if experiment.data.labels else "rouge_l"
+    events: dict[str, list[Event]] = {}
+    began = time.perf_counter()
 
     def report(event: Event) -> None:
-        if event.kind == "finished":
-            found[event.run] = event.values
         assert event.kind != "failed", event.details
+        events.setdefault(event.run, []).append(event)
 
     with tempfile.TemporaryDirectory() as folder:
         pack = Pack(model, base, Workers.current(), lambda experiment: task)
         orders = []
         for seed in range(seeds):
-            train = experiment.train.model_copy(update={"seed": seed})
+            train = experiment.train.model_copy(update={"seed": seed, "checkpoint_every": experiment.train.steps})
             each = experiment.model_copy(update={"name": f"seed-{seed}", "train": train})
             orders.append(Assignment(each, f"{folder}/{seed}"))
         assignments = iter([orders])
         train_slots(pack, lambda free: next(assignments, None), report)
-    return list(found.values())
+    seconds = round((time.perf_counter() - began) / seeds, 1)
+    found = []
+    for happened in events.values():
+        curve = [(event.step, event.values[experiment.metric]) for event in happened if event.kind == "evaluation"]
+        end = happened[-1].values
+        best = end[f"validation_{experiment.metric}"]
+        found.append(Learned(experiment.train.learning_rate, curve, best, end[f"test_{metric}"], seconds))
+    return found
+
+
+def tuned(method: str, experiment: Experiment, base: Base, task: Task, seeds: int) -> list[Learned]:
+    """LoRA or full fine-tuning: seed 0 with each learning rate, the other seeds with the best one."""
+    sign = -1 if experiment.metric == "loss" else 1
+    tried = [weights(method, experiment, base, task, 0, rate) for rate in RATES[method]]
+    best = max(tried, key=lambda learned: sign * learned.best)
+    return [best, *(weights(method, experiment, base, task, seed, best.rate) for seed in range(1, seeds))]
+
+
+def winner(experiment: Experiment, storage: str) -> Experiment:
+    """The experiment with what a finished search of its name in `storage` has chosen."""
+    record = json.loads(Path(storage, experiment.name, RUN).read_text(encoding="utf-8"))
+    tables = experiment.model_dump(mode="json")
+    changed = trial_tables(tables, experiment.name, record["summary"]["winner"]["values"])
+    changed["data"]["test"] = experiment.data.test
+    return Experiment.model_validate(changed)
+
+
+def examine(experiment: Experiment, arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """All that was asked for on one task, as it comes."""
+    base = find_base(experiment.model)
+    model = PromptedModel(base.load(base.dtype(experiment.model.dtype)))
+    task = load_task(experiment, base)
+    assert task.validation and task.test, "a task needs validation and test rows"
+    task = replace(task, validation=cut(task.validation, arguments.rows), test=cut(task.test, arguments.test_rows))
+    assert task.validation and task.test
+    train = experiment.train
+    yield "metric", "accuracy" if experiment.data.labels else "rouge_l"
+    yield "rows", {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)}
+    yield "steps", train.steps
+    if experiment.data.labels:
+        counts = Counter(task.test.rows["label"])
+        yield "majority", {"test": max(counts.values()) / sum(counts.values())}
+    if "text" in arguments.methods:
+        yield from text_prompts(experiment, base, model, task).items()
+    if "ours" in arguments.methods:
+        yield "ours", described(soft_prompts(experiment, base, model, task, arguments.seeds))
+    if "peft" in arguments.methods:
+        yield "peft", described([prompt_tuning(experiment, base, model, task, seed) for seed in range(arguments.seeds)])
+    if arguments.searched:
+        chosen = winner(experiment, arguments.searched)
+        other = load_task(chosen, base)
+        other = replace(other, validation=task.validation, test=task.test)
+        values = {"length": chosen.prompt.length, "learning_rate": chosen.train.learning_rate, "init": chosen.prompt.init}
+        yield "searched", described(soft_prompts(chosen, base, model, other, arguments.seeds)) | values
+    for method in RATES:
+        if method in arguments.methods:
+            yield method, described(tuned(method, experiment, base, task, arguments.seeds))
+
+
+def cut(split: Split, rows: int | None) -> Split:
+    """The first rows of a split."""
+    if rows is None or rows >= len(split):
+        return split
+    return replace(split, rows=split.rows.select(range(rows)), lengths=split.lengths[:rows])
+
+
+def described(runs: Sequence[Learned]) -> dict[str, Any]:
+    """Mean and range of the test metric over seeds."""
+    reached = [run.test for run in runs]
+    found: dict[str, Any] = {"test": statistics.fmean(reached), "low": min(reached), "high": max(reached)}
+    return found | {"validation": statistics.fmean(run.best for run in runs), "runs": [asdict(run) for run in runs]}
+
+
+def near(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, list[int | None], list[int | None]]:
+    """90 % of the better final validation score, and the first evaluation of each seed that reaches it."""
+    goal = NEAR * max(ours["validation"], theirs["validation"])
+
+    def first(run: dict[str, Any]) -> int | None:
+        return next((step for step, value in run["curve"] if value >= goal), None)
+
+    return goal, [first(run) for run in ours["runs"]], [first(run) for run in theirs["runs"]]
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The results as Markdown: the test metric, and the steps to 90 % of the final validation score."""
+    lines = ["| task | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, found in results.items():
+        cells = []
+        for key in COLUMNS:
+            each = found.get(key)
+            cells.append(
+                "-"
+                if not each
+                else f"{each['test']:.3f}" + (f" [{each['low']:.3f}, {each['high']:.3f}]" if "low" in each else "")
+            )
+        lines.append(f"| {name} ({found['metric']}) | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| task | 90 % of the final validation score | ours, step per seed | PEFT, step per seed |",
+        "|---|---|---|---|",
+    ]
+    for name, found in results.items():
+        if "ours" in found and "peft" in found and found["metric"] == "accuracy":
+            goal, *steps = near(found["ours"], found["peft"])
+            ours, theirs = (", ".join(str(step or "never") for step in seeds) for seeds in steps)
+            lines.append(f"| {name} | {goal:.3f} | {ours} | {theirs} |")
+    return "\n".join(lines)
 
 
 def quality(arguments: argparse.Namespace) -> None:
-    """Soft prompts (mean and range over seeds) against the best text prompts, for each experiment file."""
+    """Soft prompts against text prompts, PEFT's prompt tuning, LoRA and full fine-tuning, for each experiment file; a file of
+    earlier results is added to."""
     torch.set_num_threads(arguments.threads)
-    written = json.loads(TEXT_PROMPTS.read_text(encoding="utf-8"))
-    results = []
+    out = Path(arguments.out) if arguments.out else None
+    results: dict[str, dict[str, Any]] = json.loads(out.read_text(encoding="utf-8")) if out and out.exists() else {}
     for path in arguments.experiments:
-        experiment = absolute(read_experiment(path, arguments.set))
-        base = find_base(experiment.model)
-        model = PromptedModel(base.load(base.dtype(experiment.model.dtype)))
-        task = load_task(experiment, base)
-        assert task.validation and task.test, "a task needs validation and test rows"
-        metric = "accuracy" if experiment.data.labels else "rouge_l"
-        found: dict[str, Any] = {"task": experiment.name, "metric": metric, "rows": len(task.test.lengths)}
-        if experiment.data.labels:
-            counts = Counter(task.test.rows["label"])
-            found["majority"] = max(counts.values()) / sum(counts.values())
-        fields = {split: fields_of(split, experiment) for split in (task.validation, task.test)}
-        to_choose = fields[task.validation][:ROWS_TO_CHOOSE]
-        best: dict[str, tuple[float, TextPrompt]] = {}
-        for prompt in candidates(experiment, task, written[experiment.name]):
-            value = measure(model, base, task, task.validation, to_choose, prompt)
-            if prompt.kind not in best or value > best[prompt.kind][0]:
-                best[prompt.kind] = value, prompt
-        for kind, (_, prompt) in best.items():
-            found[kind] = measure(model, base, task, task.test, fields[task.test], prompt)
-            found[f"{kind}_text"] = prompt.before + prompt.input
-        reached = [values[f"test_{metric}"] for values in soft_prompts(experiment, base, model, task, arguments.seeds)]
-        found |= {"soft_prompt": statistics.fmean(reached), "seeds": reached}
-        results.append(found)
-        parts = [f"{key} {value:.3f}" for key, value in found.items() if isinstance(value, float)]
-        print(f"{experiment.name} ({metric}): {', '.join(parts)} [{min(reached):.3f}, {max(reached):.3f}]", flush=True)
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(results, indent=1))
-
-
-def fields_of(split: Split, experiment: Experiment) -> list[dict[str, Any]]:
-    """The fields of every row, as its file has them."""
-    return list(read_source(split.source, template_fields(experiment.data.input), False).rows)
+        experiment = absolute(read_experiment(path, ["model.dtype=float32", *arguments.set]))
+        found = results.setdefault(experiment.name, {})
+        began = time.perf_counter()
+        for key, value in examine(experiment, arguments):
+            found[key] = value
+            if isinstance(value, dict) and "test" in value and key in COLUMNS:
+                print(
+                    f"{experiment.name}, {COLUMNS[key]}: {value['test']:.3f} ({time.perf_counter() - began:.0f} s)", flush=True
+                )
+            if out:
+                out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print(table(results))
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -174,7 +202,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("quality", help=quality.__doc__)
     command.add_argument("experiments", nargs="+")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an override for all of them")
+    command.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help=", ".join(METHODS))
+    command.add_argument(
+        "--searched", metavar="STORAGE", help="storage of finished searches of the same names: adds their winners"
+    )
     command.add_argument("--seeds", type=int, default=3)
+    command.add_argument("--rows", type=int, help="validation rows at most")
+    command.add_argument("--test-rows", type=int, help="test rows at most")
     command.add_argument("--threads", type=int, default=2)
     command.add_argument("--out", help="file for the raw numbers (JSON)")
     command.set_defaults(run=quality)
