@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -164,8 +165,35 @@ def join_ray(address: str | None) -> bool:
         # An actor that asks whether a cloud will take the machine away: a second of every start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Not what the last `ray start` here has noted, which may be long gone: Ray would wait for it.
-        ray.init(address="local", include_dashboard=False, **quiet)
+        try:
+            with _not_interrupted():
+                ray.init(address="local", include_dashboard=False, **quiet)
+        except KeyboardInterrupt:
+            ray.shutdown()
+            raise
     return True
+
+
+@contextmanager
+def _not_interrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end, unless it comes twice: of a cluster that is half there, agents live on for a minute (2.60)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def scale(experiment: Experiment, groups: int = 1, spare: float = 0.0) -> ray.train.ScalingConfig:

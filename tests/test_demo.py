@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -32,18 +33,25 @@ def start(folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
 
 def interrupt(demo: subprocess.Popen[bytes], how: signal.Signals = signal.SIGINT) -> list[psutil.Process]:
     """What it has started and is still there when it has ended."""
-    began = psutil.Process(demo.pid).children(recursive=True)
+    family = psutil.Process(demo.pid)
+    began = set(family.children(recursive=True))
     demo.send_signal(how)
-    assert demo.wait(60) == 130
+    until = time.monotonic() + 60
+    while demo.poll() is None and time.monotonic() < until:
+        with contextlib.suppress(psutil.Error):
+            began |= set(family.children(recursive=True))
+        time.sleep(0.05)
+    assert demo.poll() == 130
     return psutil.wait_procs(began, 10)[1]
 
 
 @pytest.mark.slow
-def test_a_demo_that_is_interrupted_leaves_nothing(folder: Path) -> None:
+@pytest.mark.parametrize("moment", ["test: 800 rows", "starting 2 workers"], ids=["as Ray starts", "as workers start"])
+def test_a_demo_that_is_interrupted_leaves_nothing(folder: Path, moment: str) -> None:
     demo, said = start(folder)
     try:
         until = time.monotonic() + 60
-        while "starting 2 workers" not in said.read_text():
+        while moment not in said.read_text():
             assert demo.poll() is None and time.monotonic() < until, said.read_text()
             time.sleep(0.1)
         time.sleep(1)
