@@ -80,7 +80,7 @@ class Desk:
         last = False
         try:
             while not last:
-                last = self._stopped.wait(0.1)
+                last = self._stopped.wait(0.25)
                 for fields in ray.get(self._hub.call.remote("take")):
                     self._take(fields)
                 self._ledger.save()

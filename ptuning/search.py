@@ -59,7 +59,8 @@ HUNG = 60.0
 SAVING = 60.0
 """Seconds to wait for the soft prompts of stopped trials."""
 AHEAD = 1
-"""Trials that are started before a slot is free, so that it is refilled at once. Each is a process: 2 s of CPU, 200 MB."""
+"""Trials that are started before a slot is free, where a trial cannot take over the process of one that has ended: it costs 2 s
+of CPU, and 200 MB."""
 
 
 def run_search(
@@ -254,17 +255,19 @@ class _Search:
         at_once = search.groups * slots if slots else self._measured()
         if not at_once:
             return
+        checkpoints = search.scheduler == "pbt"
+        processes = at_once + (AHEAD if checkpoints else 0)
         os.environ |= {
             "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a box even at verbose=0
             "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's own CSV, JSON and TensorBoard files
             "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search, it does not wait for the trials
             "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # a process that does not end in order
             "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the ledger is what a search is resumed from
-            "TUNE_MAX_PENDING_TRIALS_PG": str(at_once + AHEAD),
+            "TUNE_MAX_PENDING_TRIALS_PG": str(processes),
         }
         # A failed trial is told by the leaderboard, not by a traceback.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        hub, tables, checkpoints = self.hub, self.tables, search.scheduler == "pbt"
+        hub, tables = self.hub, self.tables
 
         def trial(values: dict[str, Any]) -> None:
             # Travels by value and imports on the trial's side: neither loads what only the other needs.
@@ -283,9 +286,8 @@ class _Search:
                     search_alg=chooser,
                     scheduler=make_scheduler(self.experiment, self.ledger),
                     num_samples=open_trials,
-                    max_concurrent_trials=at_once + AHEAD,
-                    # The process of a trial costs 2 s of CPU to start. PBT's trials come again while they still listen.
-                    reuse_actors=not checkpoints,
+                    max_concurrent_trials=processes,
+                    reuse_actors=not checkpoints,  # PBT's trials come again while they still listen
                 ),
                 run_config=tune.RunConfig(
                     name="tune",
