@@ -531,8 +531,8 @@ def test_slurm_passes_the_signal_on(tmp_path):
 _WAITS = """
 import sys, time
 
-print(*sys.argv[1:], flush=True)
 try:
+    print(*sys.argv[1:], flush=True)
     time.sleep(20)
 except KeyboardInterrupt:
     time.sleep(0.5)

@@ -136,7 +136,13 @@ def test_hostile_bodies_through_the_proxy(world, case):
 
 
 def test_a_huge_body_through_the_proxy(world):
-    status, _, content = raw(world.url, "/v1/chat/completions", GOOD + b" " * 20_000_000, None)
+    """Who still sends when the connection is closed may lose the answer to a reset (RFC 9112, section 9.6); not always."""
+    for attempt in range(5):
+        try:
+            status, _, content = raw(world.url, "/v1/chat/completions", GOOD + b" " * 20_000_000, None)
+            break
+        except ConnectionResetError:
+            assert attempt < 4, "nobody was ever told"
     assert status == 413 and b"larger than 64 KiB" in content
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -333,6 +335,16 @@ def test_the_result_is_the_last_line_and_only_there() -> None:
 # The whole way.
 
 
+def free_pair() -> int:
+    """A port that is free, as the next one is, below those that the system gives to whoever asks: a head takes them late."""
+    for port in range(20000 + os.getpid() % 5000, 32000, 7):
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as two:
+            one.bind(("", port))
+            two.bind(("", port + 1))
+            return port
+    raise AssertionError("no two free ports")
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Iterator[SimpleNamespace]:
     """Two nodes by `up-local.sh`, a folder that stands for a shared one, and a client whose package says that it travelled."""
@@ -346,7 +358,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     desk = folder / "desk"
     desk.mkdir()
     fill(desk)
-    port, dashboard = free_port(), free_port()
+    port, dashboard = free_pair(), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))} | {
         "PTUNING_CLUSTER": str(state),
         "PTUNING_CLUSTER_PORT": str(port),
