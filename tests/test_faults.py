@@ -58,7 +58,7 @@ def clean_machine(cluster: None) -> Iterator[None]:
     """After every fault: no process, no listening port, no shared memory and no placement group is left, all CPUs are free."""
     before = traces()
     yield
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     gc.collect()  # an actor lives as long as somebody holds it: here, a test that failed
     began = time.monotonic()
     while left := {kind: found - before[kind] for kind, found in traces().items() if found - before[kind]}:
