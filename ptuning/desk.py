@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -48,6 +49,7 @@ class Desk:
         self._children: dict[str, tuple[Tracker, Recorder]] = {}
         self._closing = ThreadPoolExecutor(1)
         self._unsent: list[Any] = []
+        self._afterwards: deque[tuple[str, Callable[[Entry], None]]] = deque()
         self._stopped = threading.Event()
         self.trouble: BaseException | None = None
         self._thread = threading.Thread(target=self._follow, name="ptuning-search", daemon=True)
@@ -76,13 +78,21 @@ class Desk:
         until = time.monotonic() + deadline_s
         return sum(each.result(max(0.1, until - time.monotonic()) + 30) for each in self._unsent)
 
+    def then(self, run: str, change: Callable[[Entry], None]) -> None:
+        """Change a record once everything has been taken that the workers have reported so far: a trial that Tune has stopped
+        must not be on disk as stopped before the result that it was stopped for."""
+        self._afterwards.append((run, change))
+
     def _follow(self) -> None:
         last = False
         try:
             while not last:
                 last = self._stopped.wait(0.25)
+                many = len(self._afterwards)
                 for fields in ray.get(self._hub.call.remote("take")):
                     self._take(fields)
+                for _ in range(many):
+                    self._ledger.change(*self._afterwards.popleft())
                 self._ledger.save()
                 self._show(list(self._ledger.entries.values()))
         except Exception as error:  # the main thread raises it

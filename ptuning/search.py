@@ -339,7 +339,7 @@ class _Search:
         if left == "slot" and error is None:
             self._leaving.add(self._runs[trial])
         if left or error:  # it may have died before it asked for a slot
-            self.ledger.change(self._runs[trial], lambda entry: _end(entry, error))
+            self.desk.then(self._runs[trial], lambda entry: _end(entry, error))
 
     def _settled(self, entry: Entry) -> bool:
         return entry.status != "running" and (entry.run not in self._leaving or entry.soft_prompt is not None)
