@@ -307,7 +307,7 @@ class _Search:
                     raise
         if hung.stop_all():
             for entry in self.ledger.trials():
-                self.ledger.change(entry.run, lambda entry: _end(entry, "its process gave no sign of life"))
+                self.desk.then(entry.run, lambda entry: _end(entry, "its process gave no sign of life"))
         # What Tune has stopped still saves its soft prompt; what failed has told the desk.
         # Not for ever: workers that were just then started again have forgotten who was to leave.
         self.desk.wait(lambda: all(self._settled(entry) for entry in self.ledger.trials()), self._alive, SAVING)

@@ -37,6 +37,7 @@ from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.measuring import in_turns
 from ptuning import storage, tracking
 from ptuning.base import Base, find_base
 from ptuning.config import ModelConfig
@@ -166,7 +167,7 @@ def throughput() -> dict[str, Any]:
     answers = {name: side() for name, side in sides.items()}  # also warms up
     same = {name: sum(a == b for a, b in zip(found, answers["engine"], strict=True)) for name, found in answers.items()}
     assert min(same.values()) == REQUESTS, f"the sides do not answer alike: {same}"
-    times = interleaved(sides)
+    times = in_turns(sides, ROUNDS)
     engine.close()
     result: dict[str, Any] = {f"{name}, requests/s": round(REQUESTS / median(times[name]), 1) for name in sides}
     for name in ("PEFT, one by one", "static batches"):
@@ -221,7 +222,7 @@ def residents() -> dict[str, Any]:
         sides[name] = partial(drive, engine, requests, CLIENTS)
     for side in sides.values():
         side()
-    times = interleaved(sides, rounds=2 * ROUNDS)
+    times = in_turns(sides, rounds=2 * ROUNDS)
     for engine in engines.values():
         engine.close()
     result: dict[str, Any] = {f"{name}, requests/s": round(REQUESTS / median(taken), 1) for name, taken in times.items()}
@@ -376,17 +377,6 @@ def post(url: str, path: str, body: dict[str, Any]) -> Any:
     asked = urllib.request.Request(f"{url}/{path}", json.dumps(body).encode(), {"content-type": "application/json"})
     with urllib.request.urlopen(asked, timeout=120) as response:
         return json.load(response)
-
-
-def interleaved(sides: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds of each side, in turn, every other round backwards."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds):
-        for name in list(sides)[:: -1 if number % 2 else 1]:
-            began = time.perf_counter()
-            sides[name]()
-            times[name].append(time.perf_counter() - began)
-    return times
 
 
 def median(values: list[float]) -> float:
