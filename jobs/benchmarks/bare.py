@@ -19,7 +19,6 @@ import torch.distributed
 import torch.multiprocessing
 
 from benchmarks.measuring import typical
-from benchmarks.search import count_gathered
 from ptuning import train, zero
 from ptuning.base import find_base
 from ptuning.config import Experiment
@@ -69,6 +68,24 @@ def _join(rank: int, workers: int, port: int, niceness: int, worker: Callable[..
     torch.distributed.init_process_group("gloo", rank=rank, world_size=workers)
     worker(*arguments)
     torch.distributed.destroy_process_group()
+
+
+def count_gathered() -> list[int]:
+    """A counter of the bytes that all-gathers bring to this process, in a list of one."""
+    counter = [0]
+
+    def counting(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            output = arguments[0] if arguments else options["output_tensor"]
+            tensors = output if isinstance(output, list) else [output]
+            counter[0] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            return collective(*arguments, **options)
+
+        return call
+
+    for name in ("all_gather_into_tensor", "all_gather"):
+        setattr(torch.distributed, name, counting(getattr(torch.distributed, name)))
+    return counter
 
 
 def train_bare(experiment: Experiment, workers: int, niceness: int = 0) -> Steps:

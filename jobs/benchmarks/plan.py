@@ -7,7 +7,6 @@ import gc
 import json
 import os
 import shutil
-import socket
 import tempfile
 import threading
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch.distributed
 import torch.multiprocessing
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.bare import spawn
 from ptuning import zero
 from ptuning.base import BUILTIN, find_base
 from ptuning.blueprint import Blueprint, read_config
@@ -99,12 +99,9 @@ class Peak:
         return {"resident": self.resident, "anonymous": self.anonymous, "after": self.after}
 
 
-def measure(rank: int, workers: int, port: int, job: dict[str, Any], folder: str) -> None:
+def measure(job: dict[str, Any], folder: str) -> None:
     """One rank: load the base, then train a few steps; its peaks go to a file."""
-    local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "LOCAL_WORLD_SIZE": workers, "MASTER_PORT": port}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in local.items()}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=workers)
+    workers = Workers.current()
     experiment = parse_experiment(job["experiment"])
     base = find_base(experiment.model)
     task = load_task(experiment, base)
@@ -118,7 +115,7 @@ def measure(rank: int, workers: int, port: int, job: dict[str, Any], folder: str
     held = zero.sharding(model.base)
     found: dict[str, Any] = {"load": peak.found(), "held": held.held, "whole": held.whole}
     if job["slots"]:
-        pack = Pack(model, base, Workers.current(), lambda experiment: task, job["slots"])
+        pack = Pack(model, base, workers, lambda experiment: task, job["slots"])
         for number in range(job["slots"]):
             pack.attach(Assignment(experiment.model_copy(update={"name": f"t{number}"}), f"{folder}/{number}"))
         with peak:
@@ -126,9 +123,8 @@ def measure(rank: int, workers: int, port: int, job: dict[str, Any], folder: str
                 step(pack, lambda event: None)
         found |= {"train": peak.found(), "tokens": int(task.train.lengths.max())}
         found["targets"] = int(task.train.target_lengths.max())
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
+    Path(folder, f"rank{workers.rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def run_ranks(workers: int, job: dict[str, Any], folder: str, returning: bool) -> list[dict[str, Any]]:
@@ -138,12 +134,7 @@ def run_ranks(workers: int, job: dict[str, Any], folder: str, returning: bool) -
         os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read by the C library when a process starts
     else:
         os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(  # type: ignore[attr-defined]  # a re-export that torch does not declare
-        measure, (workers, port, job, folder), nprocs=workers
-    )
+    spawn(measure, workers, job, folder)
     return [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(workers)]
 
 

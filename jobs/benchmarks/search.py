@@ -5,23 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-import torch.distributed
-import torch.multiprocessing
 
+from benchmarks.bare import count_gathered, spawn
 from ptuning import figures, zero
 from ptuning.base import find_base
 from ptuning.config import read_experiment
@@ -31,20 +26,17 @@ from ptuning.train import Pack, step
 from ptuning.workers import Workers
 
 
-def pack_worker(rank: int, port: int, path: str, overrides: list[str], folder: str) -> None:
+def pack_worker(path: str, overrides: list[str], folder: str) -> None:
     """One of two plain processes: bytes gathered and trial-steps per second over the number of slots."""
-    local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in local.items()}
-    torch.set_num_threads(1)
     gathered = count_gathered()
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    workers = Workers.current()
     experiment = absolute(read_experiment(path, overrides))
     base = find_base(experiment.model)
     model = zero.load(base, experiment.zero, base.dtype(experiment.model.dtype))
     task = load_task(experiment, base)
     results = []
     for slots in (1, 2, 4, 8):
-        pack = Pack(model, base, Workers.current(), lambda experiment: task, slots)
+        pack = Pack(model, base, workers, lambda experiment: task, slots)
         for number in range(slots):
             pack.attach(Assignment(experiment.model_copy(update={"name": f"t{number}"}), f"{folder}/{slots}/{number}"))
         step(pack, lambda event: None)
@@ -59,27 +51,8 @@ def pack_worker(rank: int, port: int, path: str, overrides: list[str], folder: s
                 "trial_steps_per_s": slots * steps / seconds,
             }
         )
-    if rank == 0:
+    if workers.first:
         Path(folder, "pack.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
-
-
-def count_gathered() -> list[int]:
-    """A counter of the bytes that all-gathers bring to this process, in a list of one."""
-    counter = [0]
-
-    def counting(collective: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            output = arguments[0] if arguments else options["output_tensor"]
-            tensors = output if isinstance(output, list) else [output]
-            counter[0] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            return collective(*arguments, **options)
-
-        return call
-
-    for name in ("all_gather_into_tensor", "all_gather"):
-        setattr(torch.distributed, name, counting(getattr(torch.distributed, name)))
-    return counter
 
 
 class Memory:
@@ -178,12 +151,7 @@ def search(arguments: argparse.Namespace) -> None:
 def pack(arguments: argparse.Namespace) -> None:
     """Bytes gathered per trial-step and trial-steps per second over the number of slots, ZeRO-3 on 2 processes."""
     with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.multiprocessing.spawn(  # type: ignore[attr-defined]  # a re-export that torch does not declare
-            pack_worker, (port, arguments.experiment, arguments.overrides, folder), nprocs=2
-        )
+        spawn(pack_worker, 2, arguments.experiment, arguments.overrides, folder)
         results = json.loads(Path(folder, "pack.json").read_text())
     for row in results:
         print(f"K={row['slots']}: {row['bytes_per_trial_step']:,.0f} bytes, {row['trial_steps_per_s']:.2f} trial-steps/s")
