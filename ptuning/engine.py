@@ -107,6 +107,9 @@ class EngineConfig:
     """Memory for keys and values."""
     context: int = 2**31
     """Most positions of a request, soft prompt included; the base's own limit."""
+    share: bool = True
+    """Keep the keys and values of whole pages for the next request that begins alike. Off: every request computes its own, and
+    none can tell from its time what others have asked."""
 
 
 @dataclass
@@ -199,6 +202,7 @@ class Engine:
                 num_blocks=pages,
                 max_batch_tokens=config.batch_tokens,
                 max_requests_per_batch=config.running,
+                allow_block_sharing=config.share,
                 use_async_batching=False,  # the sampler chooses with Python, between the steps
                 use_cuda_graph=False,
                 auto_switch_to_flash=False,

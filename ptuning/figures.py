@@ -27,7 +27,7 @@ COLOURS = ("#1f6fb4", "#d1602b", "#2f8f4e", "#8a4fb0", "#b0902f", "#4a4a4a")
 
 
 def curves(
-    history: Mapping[str, Sequence[tuple[int, float]]], title: str, ylabel: str, xlabel: str = "step", stairs: bool = False
+    history: Mapping[str, Sequence[tuple[float, float]]], title: str, ylabel: str, xlabel: str = "step", stairs: bool = False
 ) -> bytes:
     """Metrics over steps, one line each: (step, value) points. Long lines are smoothed, short ones show every point.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from typing import Any
 
 import pytest
@@ -21,14 +20,6 @@ from ptuning.prepare import absolute
 pytestmark = pytest.mark.fast
 
 STEPS, EVERY = 90, 10
-
-
-@pytest.fixture(autouse=True)
-def jobs(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "jobs"))
-    yield
-    for name in [name for name in sys.modules if name.startswith("benchmarks")]:
-        del sys.modules[name]
 
 
 @pytest.fixture

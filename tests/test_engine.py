@@ -9,6 +9,7 @@ import queue
 import random
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -215,6 +216,20 @@ def test_a_replacement_of_the_same_length_answers_at_once(engine):
     assert second == reference(base, soft_prompt(32, 2), ids, 10)
     assert first != second
     assert old.ids.stop <= new.ids.start, "ids are never given twice"
+
+
+def test_nothing_is_shared_unless_it_may_be():
+    config, ids = replace(SMALL, share=False), text(random.Random(4), 40)
+    engine = start(config=config)
+    try:
+        handle = engine.add(soft_prompt(32, 1), "one")
+        for _ in range(2):
+            *tokens, end = engine.generate(Request(ids, handle, 10))
+            assert end.cached == 0
+            expected = reference(tiny_base("llama_tied_gqa", attention=None), soft_prompt(32, 1), ids, 10)
+            assert [token.id for token in tokens] == expected
+    finally:
+        engine.close()
 
 
 def test_requests_in_flight_keep_a_soft_prompt_that_leaves(engine):

@@ -10,6 +10,7 @@ from functools import cache
 
 import pytest
 import torch
+from benchmarks.steps import padded
 from conftest import ARCHITECTURES, CONCATENATED, tiny_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -365,17 +366,6 @@ def _peft(architecture: str, soft_prompt: Tensor):
     return model
 
 
-def _peft_loss(model, rows: list[Row]) -> Tensor:
-    """Mean loss of the target tokens as a PEFT user computes it: padded on the right, labels -100 elsewhere."""
-    longest = max(len(source) + len(target) for source, target in rows)
-    ids, mask, labels = (torch.full((len(rows), longest), fill) for fill in (0, 0, -100))
-    for row, (source, target) in enumerate(rows):
-        end = len(source) + len(target)
-        ids[row, :end], mask[row, :end] = torch.tensor(source + target), 1
-        labels[row, len(source) : end] = torch.tensor(target)
-    return model(input_ids=ids, attention_mask=mask, labels=labels).loss
-
-
 PEFT_ARCHITECTURES = ["llama_tied_gqa", "gpt2", "gpt_neo", "qwen3", "gemma2", "mistral"]
 
 
@@ -387,7 +377,7 @@ def test_logits_and_loss_equal_pefts(architecture):
         logits = theirs(input_ids=torch.tensor([[3, 4, 5, 6, 7]])).logits[0, -5:]
         torch.testing.assert_close(every_logit(ours, soft_prompt.detach(), [[3, 4, 5, 6, 7]]), logits, atol=1e-5, rtol=1e-5)
         loss = ours([soft_prompt], plan_targets([6], ROWS[:1])).mean()
-        assert loss.item() == pytest.approx(_peft_loss(theirs, ROWS[0]).item(), rel=1e-5)
+        assert loss.item() == pytest.approx(theirs(**padded(ROWS[0])).loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("architecture", PEFT_ARCHITECTURES)
@@ -402,7 +392,7 @@ def test_twenty_steps_follow_pefts_curve(architecture):
     their_optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.02)
     our_optimizer = torch.optim.AdamW([soft_prompt], lr=0.02)
     for batch in batches:
-        their_loss = _peft_loss(theirs, batch)
+        their_loss = theirs(**padded(batch)).loss
         our_loss = ours([soft_prompt], plan_targets([6], [batch])).mean()
         assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-4)
         for optimizer, loss in ((their_optimizer, their_loss), (our_optimizer, our_loss)):

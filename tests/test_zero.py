@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+from benchmarks.bare import count_gathered
 
 from ptuning import soft_prompt
 from ptuning.base import find_base
@@ -69,22 +70,6 @@ def kept_bytes(model: PromptedModel, width: int, batch: list[tuple[list[int], li
         nll = model(prompts(width), plan_targets(LENGTHS, [batch, batch]))
     nll.sum().backward()
     return sum(kept.values())
-
-
-def count_gathered() -> list[int]:
-    """Bytes that all-gathers bring to this process from now on, in a list of one."""
-    counted = [0]
-    for name in ("all_gather_into_tensor", "all_gather"):
-        collective = getattr(torch.distributed, name)
-
-        def call(*arguments: Any, collective: Any = collective, **options: Any) -> Any:
-            output = arguments[0] if arguments else options["output_tensor"]
-            tensors = output if isinstance(output, list) else [output]
-            counted[0] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            return collective(*arguments, **options)
-
-        setattr(torch.distributed, name, call)
-    return counted
 
 
 def run(workers: Workers, model: PromptedModel, base: Any, tables: dict[str, Any], folder: str) -> list[Event]:

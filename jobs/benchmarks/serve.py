@@ -2,7 +2,9 @@
 
 throughput  16 clients on 4 soft prompts: the engine, PEFT's generate request by request, static left-padded batches
 first       time to the first token with and without a soft prompt of 100 vectors
+sharing     throughput with the keys and values of soft prompts shared between requests, and computed for each
 residents   throughput with 1 and with 1,000 resident soft prompts
+curve       latency, first token and time per token over the requests per second, for all of them and the bare base
 http        what Serve and HTTP add to the engine, and latencies under an open-loop load from this process
 accuracy    a trained soft prompt's accuracy through HTTP against its training report
 
@@ -14,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import queue
 import random
 import signal
 import socket
@@ -33,23 +34,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from benchmarks.measuring import in_turns
+from benchmarks.answering import CLIENTS, LENGTH, REQUESTS, ROUNDS, Answers, Bench, Peft, Static, drive
+from benchmarks.curve import curve, picture
+from benchmarks.measuring import in_turns, interval, write
 from ptuning import storage, tracking
-from ptuning.base import Base, find_base
-from ptuning.config import ModelConfig
-from ptuning.engine import Engine, EngineConfig, Request
+from ptuning.engine import Request
 from ptuning.publish import publish
 from ptuning.registry import Registry
-from ptuning.sampling import Token
 from ptuning.soft_prompt import Card, SoftPrompt, content_hash
 from ptuning.sources import read_source
 
-CLIENTS, REQUESTS, ROUNDS, LENGTH = 16, 64, 5, 20
-Answers = list[list[int]]
 EXPERIMENT = """
 name = "bench"
 [data]
@@ -59,111 +55,18 @@ target = " {text}"
 """
 
 
-class Bench:
-    """The builtin base, four soft prompts on rows of its vocabulary, and requests of mixed lengths."""
-
-    def __init__(self, length: int = LENGTH) -> None:
-        self.base: Base = find_base(ModelConfig(path="builtin"))
-        embed = self.load().get_input_embeddings()
-        draw = random.Random(0)
-
-        def rows(count: int) -> Tensor:
-            ids = torch.tensor([draw.randrange(10, self.base.vocabulary) for _ in range(count)])
-            return embed(ids).detach()
-
-        self.soft_prompts = [rows(length) for _ in range(4)]
-        self.rows = rows
-        self.requests = [
-            (at % 4, [draw.randrange(10, self.base.vocabulary) for _ in range(draw.randint(10, 40))], draw.randint(4, 32))
-            for at in range(REQUESTS)
-        ]
-
-    def load(self) -> PreTrainedModel:
-        return self.base.load(torch.float32)
-
-    def engine(self, **config: Any) -> Engine:
-        end = int(self.base.tokenizer.eos_token_id)
-        return Engine(self.load(), end, EngineConfig(context=self.base.context, running=32, **config))
-
-
-def drive(engine: Engine, requests: list[Request], clients: int) -> Answers:
-    """Answers of all requests, `clients` at a time."""
-    done: queue.SimpleQueue[None] = queue.SimpleQueue()
-    answers: Answers = [[] for _ in requests]
-    waiting = iter(enumerate(requests))
-
-    def ask() -> None:
-        for at, request in waiting:
-
-            def deliver(event: Token | Any, at: int = at) -> None:
-                if isinstance(event, Token):
-                    answers[at].append(event.id)
-                else:
-                    done.put(None)
-
-            engine.submit(request, deliver)
-            return
-
-    for _ in range(clients):
-        ask()
-    for _ in requests:
-        done.get()
-        ask()
-    return answers
-
-
 def throughput() -> dict[str, Any]:
     bench = Bench()
     engine = bench.engine()
     handles = [engine.add(vectors, str(at)) for at, vectors in enumerate(bench.soft_prompts)]
     requests = [Request(ids, handles[who], new, ignore_end=True) for who, ids, new in bench.requests]
 
-    peft: Any = None
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, token_dim=bench.base.width, num_layers=1)
-    for at, vectors in enumerate(bench.soft_prompts):
-        if peft is None:
-            peft = get_peft_model(bench.load(), config, adapter_name=str(at))
-        else:
-            peft.add_adapter(str(at), config)
-        with torch.no_grad():
-            peft.prompt_encoder[str(at)].embedding.weight.copy_(vectors)
-    peft.eval()
-    peft.base_model.generation_config.eos_token_id = None
-    plain = bench.load()
-    assert plain.generation_config is not None
-    plain.generation_config.eos_token_id = None
-
-    @torch.no_grad()
-    def one_by_one() -> Answers:
-        answers = []
-        for who, ids, new in bench.requests:
-            peft.set_adapter(str(who))
-            row = torch.tensor([ids])
-            out = peft.generate(
-                input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=new, do_sample=False, pad_token_id=0
-            )
-            answers.append(out[0, len(ids) :].tolist())
-        return answers
-
-    @torch.no_grad()
-    def static() -> Answers:
-        answers: Answers = []
-        embed: Any = plain.get_input_embeddings()
-        for start in range(0, len(bench.requests), CLIENTS):
-            batch = bench.requests[start : start + CLIENTS]
-            rows = [torch.cat([bench.soft_prompts[who], embed(torch.tensor(ids))]) for who, ids, _ in batch]
-            longest = max(map(len, rows))
-            padded = torch.stack([torch.cat([row.new_zeros(longest - len(row), row.shape[1]), row]) for row in rows])
-            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-            most = max(new for _, _, new in batch)
-            generating: Any = plain
-            out = generating.generate(
-                inputs_embeds=padded, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=0
-            )
-            answers += [row[:new].tolist() for row, (_, _, new) in zip(out, batch, strict=True)]
-        return answers
-
-    sides = {"PEFT, one by one": one_by_one, "static batches": static, "engine": lambda: drive(engine, requests, CLIENTS)}
+    peft, static = Peft(bench), Static(bench)
+    sides: dict[str, Callable[[], Answers]] = {
+        "PEFT, one by one": partial(peft, bench.requests),
+        "static batches": partial(static, bench.requests),
+        "engine": partial(drive, engine, requests, CLIENTS),
+    }
     answers = {name: side() for name, side in sides.items()}  # also warms up
     same = {name: sum(a == b for a, b in zip(found, answers["engine"], strict=True)) for name, found in answers.items()}
     assert min(same.values()) == REQUESTS, f"the sides do not answer alike: {same}"
@@ -200,6 +103,31 @@ def first() -> dict[str, Any]:
         "P=0, ms": round(1000 * median([without for _, without in pairs]), 2),
         "ratio": spread([with_it / without for with_it, without in pairs]),
     }
+
+
+def sharing() -> dict[str, Any]:
+    """Soft prompts of 20 and 100 vectors, their keys and values computed once or for every request; the same answers."""
+    result: dict[str, Any] = {}
+    for length in (LENGTH, 100):
+        bench = Bench(length)
+        engines = {"shared": bench.engine(), "not shared": bench.engine(share=False)}
+        sides: dict[str, Callable[[], Answers]] = {}
+        for name, engine in engines.items():
+            handles = [engine.add(vectors, str(at)) for at, vectors in enumerate(bench.soft_prompts)]
+            requests = [Request(ids, handles[who], new, ignore_end=True) for who, ids, new in bench.requests]
+            sides[name] = partial(drive, engine, requests, CLIENTS)
+        answers = [side() for side in sides.values()]
+        assert answers[0] == answers[1], "sharing changes answers"
+        times = in_turns(sides, 2 * ROUNDS)
+        for name, engine in engines.items():
+            result[f"P={length}, {name}, requests/s"] = round(REQUESTS / median(times[name]), 1)
+            result[f"P={length}, {name}, prompt tokens from the cache"] = (
+                engine.stats.cached_tokens / engine.stats.prompt_tokens
+            )
+            engine.close()
+        ratios = [theirs / ours for ours, theirs in zip(times["shared"], times["not shared"], strict=True)]
+        result[f"P={length}, shared against not shared"] = spread(ratios)
+    return result
 
 
 def residents() -> dict[str, Any]:
@@ -239,9 +167,7 @@ def http() -> dict[str, Any]:
     handle = engine.add(bench.soft_prompts[0], "0")
     with tempfile.TemporaryDirectory() as folder:
         put(bench, Path(folder) / "runs", "bench", bench.soft_prompts[0])
-        with server(
-            Path(folder), 'name = "bench"\n[data]\ntrain = "builtin:sentiment/train"\ninput = "{text}"\ntarget = " {text}"\n'
-        ) as url:
+        with server(Path(folder), EXPERIMENT) as url:
             requests = [(ids, 8) for _, ids, _ in bench.requests]
             bare, served = [], []
             for ids, new in requests * 3:
@@ -385,9 +311,8 @@ def median(values: list[float]) -> float:
 
 def spread(ratios: list[float]) -> str:
     """Median of paired ratios with a bootstrap interval of 95 %."""
-    draw = random.Random(0)
-    medians = sorted(median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return f"{median(ratios):.2f} [{medians[50]:.2f}, {medians[1949]:.2f}]"
+    low, high = interval(ratios)
+    return f"{median(ratios):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def percentiles(seconds: list[float]) -> list[float]:
@@ -396,7 +321,15 @@ def percentiles(seconds: list[float]) -> list[float]:
     return [round(1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))], 1) for share in (0.5, 0.99)]
 
 
-PARTS = {"throughput": throughput, "first": first, "residents": residents, "http": http, "accuracy": accuracy}
+PARTS = {
+    "throughput": throughput,
+    "first": first,
+    "sharing": sharing,
+    "residents": residents,
+    "curve": curve,
+    "http": http,
+    "accuracy": accuracy,
+}
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -407,8 +340,7 @@ def serve(arguments: argparse.Namespace) -> None:
         results[part] = PARTS[part]()
         print(f"{part}", *(f"  {name}: {value}" for name, value in results[part].items()), sep="\n", flush=True)
     results["load"].append(os.getloadavg()[0])
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(results, indent=1))
+    write(arguments.out, results, {"curve": picture(results["curve"])} if "curve" in results else {})
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
