@@ -196,3 +196,12 @@ def test_the_whole_command_with_two_workers(toy_task: SimpleNamespace, write_tom
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     again = subprocess.run([*command[:-1]], capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 2 and "continue it with --resume" in again.stderr
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("stranger, words", [("serve.host=0.0.0.0", "can be reached by others"), (None, "Ray's token")])
+def test_a_server_that_strangers_reach_is_not_begun(toy_task, write_toml: Write, monkeypatch, stranger, words) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token" if stranger else "disabled")
+    monkeypatch.setitem(sys.modules, "ptuning.serve", None)  # what would start it
+    code, said = invoke("serve", str(write_toml(toy_task.experiment)), *filter(None, [stranger]))
+    assert code == 2 and words in said and "--insecure" in said
