@@ -518,6 +518,15 @@ def test_more_than_fits_is_429(world):
         assert chat(client).choices
 
 
+def test_when_all_places_are_taken_no_body_is_read(world, monkeypatch):
+    """What is refused costs next to nothing: not even that it is nonsense is found out."""
+    monkeypatch.setattr(type(world.service.engine), "full", True)
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        assert raw(world.url, path, b"nonsense")[0] == 429
+        assert raw(world.url, path, b"nonsense", key="nobody")[0] == 401
+    assert raw(world.url, "/v1/classify", b"nonsense")[0] == 400
+
+
 def wait_until_idle(world: SimpleNamespace, seconds: float = 5) -> None:
     deadline = time.monotonic() + seconds
     while world.service.engine.busy:
