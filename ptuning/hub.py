@@ -22,6 +22,7 @@ Fields = dict[str, Any]
 """An event or an order as plain data."""
 FOR_TRIALS = ("evaluation", "finished", "failed")
 """Events that a trial hears of."""
+RELEASED: Fields = {"kind": "released", "run": "", "step": 0, "values": {}, "details": {}}
 
 
 class Board:
@@ -35,6 +36,7 @@ class Board:
         self._known: dict[str, Fields] = {}
         self._waiting: list[Fields] = []
         self._training: dict[str, tuple[int, Fields]] = {}
+        self._lives: dict[int, int] = {}
         self._orders: dict[int, list[Fields]] = {}
         self._events: list[Fields] = []
         self._results: dict[str, list[Fields]] = {}
@@ -57,7 +59,12 @@ class Board:
             run, folder = f"{run}-{suffix}", f"{folder}/{suffix}"
             self._results[trial], self._reported[trial] = [], 0
         known["stays"] += 1
+        known["run"] = run
         return run, folder
+
+    def stays(self, trial: str, run: str) -> bool:
+        """Whether this is the trial's present stay: what is waited for in an earlier one belongs to nobody."""
+        return bool(self._known[trial]["run"] == run)
 
     def attach(self, trial: str, run: str, folder: str, experiment: Fields, values: Fields) -> None:
         """Ask for a slot."""
@@ -89,12 +96,20 @@ class Board:
         self._place()
         return "queue" if unheard else "slot"
 
-    def join(self, group: int, places: int) -> None:
-        """A group of workers is there, for the first time or again after a failure: it has no slots taken."""
+    def join(self, group: int, places: int) -> int:
+        """A group of workers is there, for the first time or again after a failure: it has no slots taken. Returns which of its
+        lives this is."""
         self.places[group] = places
+        self._lives[group] = self._lives.get(group, 0) + 1
         mine = [order for at, order in self._training.values() if at == group]
         self._orders[group] = [{"attach": order} for order in mine]
         self._place()
+        return self._lives[group]
+
+    def lives(self, group: int, life: int) -> bool:
+        """Whether this is the group's present life: who was killed still waits here for orders, and must not get those of the
+        next."""
+        return self._lives[group] == life
 
     def _place(self) -> None:
         """Give waiting trials to free places: first come, first served, to the group with the most similar lengths."""
@@ -145,7 +160,7 @@ class Board:
     def results(self, trial: str) -> list[Fields]:
         """What a trial has not heard yet; the last is that it was released, or that no worker will answer."""
         if trial not in self._results:
-            return [{"kind": "released", "run": "", "step": 0, "values": {}, "details": {}}]
+            return [RELEASED]
         found, self._results[trial] = self._results[trial], []
         if not found and self.broken:
             return [{"kind": "failed", "run": "", "step": 0, "values": {}, "details": {"message": self.broken}}]
@@ -186,13 +201,15 @@ class Hub:
     async def put(self, events: list[Fields]) -> None:
         await self.call("put", events)
 
-    async def orders(self, group: int) -> list[Fields] | None:
-        await self._wait(lambda: self._board.waiting_orders(group))
-        return self._board.orders(group)
+    async def orders(self, group: int, life: int) -> list[Fields] | None:
+        board = self._board
+        await self._wait(lambda: not board.lives(group, life) or board.waiting_orders(group))
+        return board.orders(group) if board.lives(group, life) else None
 
-    async def results(self, trial: str) -> list[Fields]:
-        await self._wait(lambda: self._board.has_results(trial))
-        return self._board.results(trial)
+    async def results(self, trial: str, run: str) -> list[Fields]:
+        board = self._board
+        await self._wait(lambda: not board.stays(trial, run) or board.has_results(trial))
+        return board.results(trial) if board.stays(trial, run) else [RELEASED]
 
     async def joined(self, groups: int) -> dict[int, int]:
         """Places of the groups, once so many are there; fewer after a while."""
@@ -220,10 +237,11 @@ class Line:
         self._hub = hub
         self._group = group
         self._post = Post(hub)
+        self._life = 0
         self._asked: Any = None
 
     def join(self, places: int) -> None:
-        ray.get(self._hub.call.remote("join", self._group, places))
+        self._life = ray.get(self._hub.call.remote("join", self._group, places))
         self._ask()
 
     def send(self, event: Mapping[str, Any], *, now: bool) -> None:
@@ -245,4 +263,4 @@ class Line:
         return found
 
     def _ask(self) -> None:
-        self._asked = self._hub.orders.remote(self._group)
+        self._asked = self._hub.orders.remote(self._group, self._life)

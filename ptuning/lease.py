@@ -11,6 +11,7 @@ import _thread
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -66,7 +67,8 @@ def check(folder: str, say: Callable[[str], None]) -> None:
 
 @contextmanager
 def held(folder: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a run's lease.
+    """Hold a run's lease. In the main thread SIGINT interrupts the run, also where a script has put the command into the
+    background, whose shell has it ignore SIGINT: it is how a run is stopped in order, and how a lost lease is told.
 
     Raises:
         UserError: another driver has it.
@@ -78,6 +80,9 @@ def held(folder: str, say: Callable[[str], None]) -> Iterator[None]:
     done = threading.Event()
     lost: list[Record] = []
     thread = threading.Thread(target=_renew, args=(folder, mine, done, lost), name="ptuning-lease", daemon=True)
+    ignored = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     thread.start()
     try:
         yield
@@ -89,6 +94,8 @@ def held(folder: str, say: Callable[[str], None]) -> Iterator[None]:
             ) from None
         raise
     finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         done.set()
         thread.join(10)
         if not lost:

@@ -34,7 +34,7 @@ def run_trial(values: dict[str, Any], hub: Any, tables: dict[str, Any], checkpoi
     ray.get(hub.call.remote("attach", me, run, folder, trial_tables(tables, run, values), values))
     seen: list[Any] = []
     while True:
-        for event in ray.get(hub.results.remote(me)):
+        for event in ray.get(hub.results.remote(me, run)):
             if event["kind"] == "failed":
                 raise TrialFailed(event["details"]["message"])
             if event["kind"] in ("finished", "released"):

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import secrets
+import signal
 import tempfile
 import threading
 import time
@@ -17,6 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+# A script that starts the suite in the background has it, and all that it starts, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports ray, transformers or mlflow: they read these once. Worker processes inherit them.
 os.environ |= {

@@ -296,22 +296,26 @@ def test_a_killed_proxy_is_back_in_seconds(world):
 
 def overload(world: SimpleNamespace, seconds: float, share: float, tokens: int = 600) -> None:
     """G9: three times what can be answered, from clients that do not wait for each other. At least `share` of what is answered
-    at best is answered then: where two replicas, the proxy and the clients share two cores, refusing takes from answering, the
-    more the less an answer (of so many `tokens`, of a toy) costs."""
-    question = body(tokens)
-    with crowd(world.port, KEY, lambda number: question, clients=16) as load:
-        time.sleep(2)
+    at best is answered then: where the replicas, the proxy and the clients share two cores, refusing takes from answering, the
+    more the less an answer (of so many `tokens` on average, of a toy) costs."""
+
+    def question(number: int) -> dict[str, Any]:
+        return body(int(tokens * (0.5 + number * 0.618 % 1)))  # not all end together
+
+    with crowd(world.port, KEY, question, clients=16) as load:
+        until(lambda: len(load.good()) >= 16, 60, "nothing is answered")
         began = time.monotonic()
-        time.sleep(max(6, seconds / 3))
+        time.sleep(max(6, seconds / 2))
         peak = len(load.good(began)) / (time.monotonic() - began)
     usual = middle([ask(world, tokens).seconds for _ in range(5)])
     watched = processes(world, "ServeReplica") + processes(world, "ProxyActor")
     before = sum(process.memory_info().rss for process in watched)
-    with crowd(world.port, KEY, lambda number: question, rate=3 * peak) as load:
-        time.sleep(4)  # until all places are taken
-        began = time.monotonic()
+    with crowd(world.port, KEY, question, rate=3 * peak) as load:
+        until(lambda: len(load.good()) >= 16, 60, "nothing is answered")  # all places are taken
+        began, used = time.monotonic(), [sum(process.cpu_times()[:2]) for process in watched]
         time.sleep(seconds)
         ended = time.monotonic()
+        busy = [(sum(process.cpu_times()[:2]) - was) / (ended - began) for process, was in zip(watched, used, strict=True)]
         grown = (sum(process.memory_info().rss for process in watched) - before) / 2**20
     good = len(load.good(began, ended)) / (ended - began)
     refused = [each for each in load.told if each.status == 429]
@@ -323,7 +327,8 @@ def overload(world: SimpleNamespace, seconds: float, share: float, tokens: int =
         f"of {peak:.1f}/s at best, {len(refused)} refused "
         f"(median {middle([each.seconds for each in refused]) * 1000:.0f} ms, "
         f"99 % {middle([each.seconds for each in refused], 0.99) * 1000:.0f} ms), slowest answer {slowest:.1f} s, "
-        f"memory +{grown:.0f} MiB, one request {usual:.2f} s before and {recovered:.2f} s after"
+        f"memory +{grown:.0f} MiB, cores used by replicas and proxy {', '.join(f'{each:.2f}' for each in busy)}, "
+        f"one request {usual:.2f} s before and {recovered:.2f} s after"
     )
     assert set(load.statuses()) == {200, 429} and all(each.headers["retry-after"] == "1" for each in refused)
     assert good > share * peak

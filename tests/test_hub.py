@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptuning.hub import Board
+from ptuning.hub import Board, Hub
 
 pytestmark = pytest.mark.fast
 
@@ -107,6 +108,31 @@ def test_a_group_that_restarts_gets_its_trials_again() -> None:
     board.put([event("failed", runs[0])])
     board.join(0, 2)
     assert attached(board.orders(0)) == runs[1:]
+
+
+def test_who_was_killed_takes_nothing_from_who_follows() -> None:
+    """A killed worker's question, and a stopped trial's, still wait in the hub for as long as others may wait."""
+
+    async def story() -> None:
+        hub = Hub.__ray_metadata__.modified_class()
+        first = await hub.call("join", 0, 1)
+        run = enter(hub._board, "a")
+        assert attached(await hub.orders(0, first)) == [run]
+        killed, stopped = asyncio.create_task(hub.orders(0, first)), asyncio.create_task(hub.results("a", run))
+        await asyncio.sleep(0.01)
+
+        second = await hub.call("join", 0, 1)
+        await asyncio.sleep(0.01)
+        assert await killed is None and attached(await hub.orders(0, second)) == [run]
+
+        again, folder = await hub.call("enter", "a")
+        await hub.call("attach", "a", again, folder, experiment(), {})
+        await hub.put([event("evaluation", again, 10)])
+        await asyncio.sleep(0.01)
+        assert [each["kind"] for each in await stopped] == ["released"]
+        assert [each["kind"] for each in await hub.results("a", again)] == ["evaluation"]
+
+    asyncio.run(story())
 
 
 def test_similar_lengths_go_together() -> None:

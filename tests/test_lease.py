@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,11 +77,16 @@ def test_a_driver_elsewhere_is_given_time(tmp_path: Path, elsewhere: Callable[[i
         lease.check(str(tmp_path), lines.append)
 
 
-def test_a_driver_that_was_frozen_stops_when_another_has_taken_over(tmp_path: Path, elsewhere: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def test_a_driver_that_was_frozen_stops_when_another_has_taken_over(
+    tmp_path: Path, elsewhere: Callable[[int], None], handler: Any
+) -> None:
+    before = signal.signal(signal.SIGINT, handler)
     with pytest.raises(lease.LeaseLost, match=r"another driver \(host far, pid 7\) has taken over"):  # noqa: SIM117
         with lease.held(str(tmp_path), print):
             elsewhere(1)
             time.sleep(5)
+    assert signal.signal(signal.SIGINT, before) == handler
     assert json.loads(storage.read_file(str(tmp_path), lease.FILE))["host"] == "far", "the other one's lease stays"
 
 
