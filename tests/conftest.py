@@ -19,9 +19,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# A script that starts the suite in the background has it, and all that it starts, ignore Ctrl-C.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 # Before anything imports ray, transformers or mlflow: they read these once. Worker processes inherit them.
 os.environ |= {
     "DO_NOT_TRACK": "true",
@@ -51,6 +48,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+# A script that starts the suite in the background has it, and all that it starts, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     # DeepSpeed would look for a driver, and warn.
