@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn.config
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 VARIABLES = {
@@ -27,8 +30,18 @@ HEAD_BYTES = 64 * 1024
 """Most bytes of a request's head, or of anything behind it that is not body, give or take one read of the socket."""
 HEAD_S = 20.0
 """Seconds in which the head of a request must have come, from the first byte or the beginning of the connection."""
-CONTROLS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve_multiplexed_model_id"})
-"""Headers by which a client would steer Ray Serve."""
+
+BUSY = b"x-all-places-taken"
+"""A replica's header on an answer that says so: for `BUSY_S` seconds the proxy repeats it to others by itself. To have Ray
+pass a request on, only to be refused, costs a replica some ten milliseconds of what it answers others with."""
+BUSY_S = 0.2
+REFUSED = b"x-refused-meanwhile"
+"""The proxy's header on the next request that it passes on: how many it has refused by itself, for the replica's metrics."""
+SMALL_BYTES, SMALL_S = 64 * 1024, 1.0
+"""The largest body that the proxy reads to its end by itself, and the seconds in which it must be there."""
+
+CONTROLS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve_multiplexed_model_id", REFUSED})
+"""Headers by which a client would steer Ray Serve, or what stands behind it."""
 
 
 def guards() -> list[Middleware]:
@@ -90,10 +103,12 @@ class Bounded(HttpToolsProtocol):
 
 
 class Screen:
-    """Takes Ray's own controls out of requests, and refuses headers that Ray cannot read and connections that are not HTTP."""
+    """Takes Ray's own controls out of requests, refuses headers that Ray cannot read and connections that are not HTTP, and
+    spares the replicas what they would refuse."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._full: dict[str, _Full] = {}  # by path: only of those where a replica has said so
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -104,8 +119,62 @@ class Screen:
             if not all(name.isascii() and value.isascii() for name, value in headers):
                 await _refuse(send, "the headers must be plain ASCII; change them")
                 return
-            scope = {**scope, "headers": [header for header in headers if header[0] not in CONTROLS]}
+            full = self._full.get(scope["path"])
+            if full and time.monotonic() < full.until and await _read(headers, receive):
+                full.refused += 1
+                for message in full.answer:
+                    await send(message)
+                return
+            headers = [header for header in headers if header[0] not in CONTROLS]
+            if full and full.refused:
+                headers.append((REFUSED, b"%d" % full.refused))
+                full.refused = 0
+            scope = {**scope, "headers": headers}
+            send = self._listening(scope["path"], send)
         await self._app(scope, receive, send)
+
+    def _listening(self, path: str, send: Send) -> Send:
+        """Remembers an answer by which a replica says that all its places are taken."""
+        full = _Full()
+
+        async def listen(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [header for header in message["headers"] if header[0] != BUSY]
+                if len(headers) < len(message["headers"]):
+                    message = {**message, "headers": headers}
+                    # Ray's id of this one request is not that of the others.
+                    kept = [header for header in headers if header[0] != b"x-request-id"]
+                    full.answer = [{**message, "headers": kept}]
+            elif full.answer:
+                full.answer.append(message)
+                if not message.get("more_body"):
+                    full.refused = self._full[path].refused if path in self._full else 0
+                    full.until = time.monotonic() + BUSY_S
+                    self._full[path] = full
+            await send(message)
+
+        return listen
+
+
+@dataclass
+class _Full:
+    """What a replica without a free place has answered, until when it holds, and how many were told."""
+
+    answer: list[Message] = field(default_factory=list)
+    until: float = 0.0
+    refused: int = 0
+
+
+async def _read(headers: list[tuple[bytes, bytes]], receive: Receive) -> bool:
+    """Read a small body to its end; False if there is none to be had, and then nothing was read."""
+    size = dict(headers).get(b"content-length", b"")
+    if not size.isdigit() or int(size) > SMALL_BYTES:
+        return False
+    with suppress(TimeoutError):  # the answer may then be lost, with a client that did not listen
+        async with asyncio.timeout(SMALL_S):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body"):
+                pass
+    return True
 
 
 async def _refuse(send: Send, message: str) -> None:

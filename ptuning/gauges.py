@@ -26,8 +26,8 @@ class Gauges:
             gauge = Gauge(f"ptuning_{name}", text, ["replica"], registry=self._registry)
             gauge.labels(self._replica).set_function(function)
 
-    def answered(self, model: str, route: str, status: int) -> None:
-        self._requests.labels(self._replica, model, route, str(status)).inc()
+    def answered(self, model: str, route: str, status: int, times: int = 1) -> None:
+        self._requests.labels(self._replica, model, route, str(status)).inc(times)
 
     def tokens(self, model: str, **counts: int) -> None:
         for kind, many in counts.items():

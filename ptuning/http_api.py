@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Send
 
+from ptuning import edge
 from ptuning.access import Scope, scope_of
 from ptuning.answers import (
     Answer,
@@ -60,6 +61,7 @@ from ptuning.service import Service
 log = logging.getLogger(__name__)
 
 Asked = TypeVar("Asked", bound=BaseModel)
+BUSY, REFUSED = edge.BUSY.decode(), edge.REFUSED.decode()
 DRAIN_S = 1.0
 """Seconds for the rest of a body that is refused."""
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 256
@@ -405,8 +407,13 @@ class Api:
             if self._service.draining:
                 raise Refusal(503, "this server is stopping; ask again in a moment", "server_error", retry_after="1")
             self._admit(request, "inference")
+            spared = request.headers.get(REFUSED, "")
+            if spared.isdigit() and len(spared) < 7:
+                self._service.gauges.answered(model, route, 429, int(spared))
             if route != "classify" and self._engine.full:  # before anything is read: what is refused must cost next to nothing
-                raise EngineBusy("all places are taken; ask again later")
+                refusal = as_refusal(EngineBusy("all places are taken; ask again later"))
+                refusal.headers[BUSY] = "1"
+                raise refusal
             body = await self._body(request, shape)
             served = self._service.catalogue.find(body.model)  # type: ignore[attr-defined]  # every shape has it
             model = served.id

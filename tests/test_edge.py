@@ -132,3 +132,50 @@ def test_rays_own_headers_do_not_reach_ray(port: int) -> None:
     with connected(port) as client:
         client.sendall(GET + b"x-request-id: \xff\r\n\r\n")
         assert client.recv(1000).startswith(b"HTTP/1.1 400") and closed_after(client) < 1
+
+
+def test_what_a_full_replica_says_is_repeated_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a moment, on its path only, to small requests only, and with Ray's id left out; the next one tells how many."""
+    monkeypatch.setattr(edge, "BUSY_S", 0.3)
+    asked: list[dict[bytes, bytes]] = []
+
+    async def replica(scope: Any, receive: Any, send: Any) -> None:
+        asked.append(dict(scope["headers"]))
+        told = {"/full": [(edge.BUSY, b"1")]}.get(scope["path"], [])
+        headers = [(b"retry-after", b"1"), (b"x-request-id", b"first"), *told]
+        await send({"type": "http.response.start", "status": 429, "headers": headers})
+        await send({"type": "http.response.body", "body": b"all places", "more_body": True})
+        await send({"type": "http.response.body", "body": b" are taken"})
+
+    screen = Screen(replica)
+
+    async def ask(path: str, *headers: tuple[bytes, bytes], size: int = 3) -> tuple[list[tuple[bytes, bytes]], bytes, int]:
+        body, sent = [b"x" * size], []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": body.pop()}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = ((b"content-length", b"%d" % size), *headers)
+        await screen({"type": "http", "path": path, "headers": list(headers)}, receive, send)
+        return sent[0]["headers"], b"".join(each.get("body", b"") for each in sent[1:]), len(body)
+
+    async def story() -> None:
+        first, content, _ = await ask("/full")
+        assert (b"x-request-id", b"first") in first and edge.BUSY not in dict(first) and content == b"all places are taken"
+        for _ in range(3):
+            headers, content, unread = await ask("/full")
+            assert headers == [(b"retry-after", b"1")] and content == b"all places are taken" and not unread
+        assert len(asked) == 1
+        await ask("/full", size=edge.SMALL_BYTES + 1)
+        await ask("/full", (b"content-length", b"no number"))
+        await ask("/other"), await ask("/other")
+        assert len(asked) == 5
+        await asyncio.sleep(0.35)
+        await ask("/full", (edge.REFUSED, b"1000"))
+        assert len(asked) == 6
+
+    asyncio.run(story())
+    assert [headers.get(edge.REFUSED) for headers in asked] == [None, b"3", None, None, None, None]

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import threading
@@ -34,7 +35,7 @@ from test_soft_prompt import make
 from test_tracking import free_port
 from typer.testing import CliRunner
 
-from ptuning import tracking
+from ptuning import edge, tracking
 from ptuning.access import read_keys
 from ptuning.answers import TextStream
 from ptuning.base import find_base
@@ -522,9 +523,17 @@ def test_when_all_places_are_taken_no_body_is_read(world, monkeypatch):
     """What is refused costs next to nothing: not even that it is nonsense is found out."""
     monkeypatch.setattr(type(world.service.engine), "full", True)
     for path in ("/v1/completions", "/v1/chat/completions"):
-        assert raw(world.url, path, b"nonsense")[0] == 429
+        status, headers, _ = raw(world.url, path, b"nonsense")
+        assert status == 429 and headers[edge.BUSY.decode()] == "1"
         assert raw(world.url, path, b"nonsense", key="nobody")[0] == 401
     assert raw(world.url, "/v1/classify", b"nonsense")[0] == 400
+
+    counted = re.compile(r'ptuning_requests_total\{model="none",replica="\w+",route="chat",status="429"\} (\S+)')
+    before = float(counted.findall(world.service.gauges.text().decode())[0])
+    raw(
+        world.url, "/v1/chat/completions", b"nonsense", **{edge.REFUSED.decode(): "40"}
+    )  # the proxy has refused so many by itself
+    assert float(counted.findall(world.service.gauges.text().decode())[0]) == before + 41
 
 
 def wait_until_idle(world: SimpleNamespace, seconds: float = 5) -> None:
