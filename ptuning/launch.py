@@ -147,7 +147,11 @@ def start_ray(experiment: Experiment) -> bool:
 
 
 def join_ray(address: str | None) -> bool:
-    """Connect to a cluster; without an address start one of this machine only. True if this process was in none before."""
+    """Connect to a cluster; without an address start one of this machine only. True if this process was in none before.
+
+    Raises:
+        UserError: Ray's token is nowhere to be kept.
+    """
     if ray.is_initialized():
         return False
     # uv's hook would start every worker through `uv run` and upload the working directory.
@@ -171,6 +175,13 @@ def join_ray(address: str | None) -> bool:
         except KeyboardInterrupt:
             ray.shutdown()
             raise
+        except OSError as error:
+            if not error.filename:
+                raise
+            raise UserError(
+                f"{error.filename}: cannot be made ({error.strerror}), and Ray keeps its token there; set HOME to a folder "
+                "that can be written, or RAY_AUTH_TOKEN to a secret"
+            ) from None
     return True
 
 

@@ -205,3 +205,24 @@ def test_a_server_that_strangers_reach_is_not_begun(toy_task, write_toml: Write,
     monkeypatch.setitem(sys.modules, "ptuning.serve", None)  # what would start it
     code, said = invoke("serve", str(write_toml(toy_task.experiment)), *filter(None, [stranger]))
     assert code == 2 and words in said and "--insecure" in said
+
+
+@pytest.mark.slow
+def test_a_home_that_takes_nothing(toy_task, write_toml: Write, tmp_path: Path) -> None:
+    """And a bare environment; what is written goes where the variables say."""
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    bare = {
+        "PATH": path,
+        "HOME": "/proc/nowhere",
+        "LC_ALL": "C",
+        "PYTHONHASHSEED": "7",
+        "HF_DATASETS_CACHE": f"{tmp_path}/rows",
+    }
+    command = [sys.executable, "-m", "ptuning", "train", str(write_toml(toy_task.experiment))]
+    done = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ptuning: /proc/nowhere") and "Ray keeps its token there; set HOME to" in last
+    whole = {**bare, "RAY_AUTH_TOKEN": "s" * 64, "RAY_AUTH_MODE": "token"}
+    done = subprocess.run(command, env=whole, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
