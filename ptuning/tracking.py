@@ -157,14 +157,6 @@ class Tracker:
         """MLflow's id of the run; None as long as MLflow did not answer."""
         return self._shipment.run_id
 
-    def wait_for_run_id(self, timeout: float) -> str | None:
-        """`run_id`, waiting for it at most `timeout` seconds."""
-        with self._changed:
-            self._hurry = True
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self.run_id is not None, timeout)
-        return self.run_id
-
     def params(self, values: Mapping[str, object]) -> None:
         """Log parameters; nested tables become dotted keys. MLflow never changes a parameter: a value that differs from
         the first one becomes a tag `ptuning.changed.<key>`."""
@@ -190,11 +182,6 @@ class Tracker:
         """Log a split as input of the run."""
         facts = {"name": name, "source": source, "fingerprint": fingerprint, "context": context, "rows": rows}
         self._record({"kind": "dataset", **facts})
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Upload a file, or the contents of a directory, into a folder of the run. It must stay as it is until it is
-        shipped; for anything else there is `artifact_bytes`."""
-        self._record({"kind": "artifact", "path": str(path.absolute()), "folder": _inside(folder)}, sync=True)
 
     def artifact_bytes(self, name: str, content: bytes) -> None:
         """Upload bytes as the file `name` (slashes make folders). The same name again replaces it."""
@@ -465,14 +452,10 @@ class _Shipment:
         self._client.log_inputs(self.run_id, [entities.DatasetInput(dataset, [tag])])
 
     def _upload(self, path: Path, folder: str) -> None:
-        # File by file: some stores' log_artifacts starts a thread pool, and Python waits for its threads when it exits.
+        # Not log_artifacts: that of some stores starts a thread pool, and Python waits for its threads when it exits.
         if not path.exists():
             raise _Refused(f"{path} is gone")
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                inner = file.parent.relative_to(path) if path.is_dir() else ""
-                target = PurePosixPath(folder, inner).as_posix()
-                self._client.log_artifact(self.run_id, str(file), None if target == "." else target)
+        self._client.log_artifact(self.run_id, str(path), folder or None)
 
     def _find_or_create_run(self) -> str:
         about = self.spool.about

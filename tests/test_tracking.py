@@ -119,10 +119,6 @@ def wait_until(condition: Any, seconds: float, otherwise: str) -> None:
 
 def test_a_run_holds_everything(storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = default_uri(storage)
-    folder = tmp_path / "soft_prompt"
-    (folder / "inner").mkdir(parents=True)
-    (folder / "card.json").write_text("{}")
-    (folder / "inner" / "more.txt").write_text("more")
     tracker = track(storage)
     tracker.params({"name": "sms", "train": {"learning_rate": 0.02, "clip": None}, "labels": ["ham", "spam"]})
     tracker.tags({"mood": "good"})
@@ -131,7 +127,8 @@ def test_a_run_holds_everything(storage: Path, tmp_path: Path, monkeypatch: pyte
     tracker.metrics({"f1 of 'ham & eggs'": 0.5}, 1)
     tracker.dataset("sms", "builtin:sms/train", "sha256:" + "ab" * 32, "training", 4000)
     tracker.dataset("snips", "hub:org/snips:test", "cd" * 32, "test", 7)
-    tracker.artifact(folder, "soft_prompt")
+    tracker.artifact_bytes("soft_prompt/card.json", b"{}")
+    tracker.artifact_bytes("soft_prompt/inner/more.txt", b"more")
     tracker.artifact_bytes("figures/loss.png", b"\x89PNG")
     tracker.json("experiment.json", {"name": "sms"})
     tracker.table("predictions", ["input", "score"], [["hello", 0.5], ["bye", math.nan]])
@@ -219,7 +216,7 @@ def test_what_mlflow_refuses_is_put_aside_and_stops_nothing(storage: Path, caplo
     tracker.metrics({"loss": 1.0}, 1)
     tracker.metrics({"../loss": 1.0}, 1)  # MLflow takes no such path
     tracker.metrics({"loss": 2.0}, 2)
-    tracker.artifact(storage / "never-written.txt")
+    tracker._record({"kind": "artifact", "path": "files/never-written.txt", "folder": ""})
     tracker.finish("FINISHED")
     assert tracker.close(60) == 0
     assert history(uri, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
@@ -341,7 +338,7 @@ def test_server_down_at_start_killed_and_back(tmp_path: Path) -> None:
     record(200)
     assert tracker.run_id is None and tracker.flush(1) > 200
     with server(folder, port):
-        assert tracker.wait_for_run_id(60) is not None
+        assert tracker.flush(60) == 0 and tracker.run_id is not None
         record(200)
         assert tracker.flush(60) == 0
         assert len(history(uri, tracker.run_id, "loss")) == 400
@@ -371,7 +368,7 @@ def test_server_that_never_answers_costs_only_the_deadline(tmp_path: Path) -> No
             from ptuning.tracking import *
             uri, spool = "http://me:hunter2@127.0.0.1:{port}", Path({str(tmp_path / "run")!r})
             tracker = Tracker(uri, "tests", None, spool, "run")
-            tracker.wait_for_run_id(4)
+            tracker.flush(4)
             start = time.perf_counter()
             for step in range(500):
                 tracker.metrics({{"loss": 1.0, "rate": 2.0}}, step)
