@@ -57,7 +57,8 @@ def train(
     keep_ray_on_loopback(settings.compute.address)
     with busy("starting"):
         from ptuning.display import Display
-        from ptuning.launch import RunFailed, run_training
+        from ptuning.failures import RunFailed
+        from ptuning.launch import run_training
 
     try:
         with closing(Display()) as display:
@@ -92,7 +93,7 @@ def search(
     keep_ray_on_loopback(settings.compute.address)
     with busy("starting"):
         from ptuning.display import SearchDisplay
-        from ptuning.launch import RunFailed
+        from ptuning.failures import RunFailed
         from ptuning.search import run_search
 
     try:
@@ -141,7 +142,7 @@ def config(
 def main() -> None:
     """Entry point of the `ptuning` command."""
     # Ray's nodes would put this onto our stdout (2.60); a search of eight trials has eight processes on two cores, and may.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     code: list[int] = []
     atexit.register(_leave, code)  # first, so that it is called last
     try:

@@ -103,7 +103,7 @@ class Desk:
             if fields["kind"] != "attached":
                 event = Event(**fields)
                 self._parent(event)
-                if event.kind == "stuck" and "message" in event.details:
+                if event.kind in ("stuck", "broken") and "message" in event.details:
                     self._say(f"warning: {event.details['message']}")
             return
         run = fields["run"].partition("-")[0]  # a trial's later stays have a suffix

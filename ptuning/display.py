@@ -35,7 +35,7 @@ class Display:
         self._progress: Progress | None = None
         self._waiting = waiting(self._console) if self._console.is_terminal else None
         self._last_line = 0.0
-        self._steps = 0
+        self._steps = self._reached = 0
         self._evaluated = ""
 
     def say(self, line: str) -> None:
@@ -48,7 +48,7 @@ class Display:
             self.say(f"loading the base: {event.values['share']:.0%}")
         elif event.kind == "loaded":
             self._loaded(event)
-        elif event.kind == "stuck":
+        elif event.kind in ("stuck", "broken"):
             if "message" in event.details:
                 self.say(f"warning: {event.details['message']}")
         elif event.kind == "start":
@@ -74,7 +74,7 @@ class Display:
         self.say(f"base loaded by {workers} ({held} of it each), {event.details['dtype']}, {way}")
 
     def _begin(self, event: Event) -> None:
-        self._steps = event.details["steps"]
+        self._steps, self._reached = event.details["steps"], event.step
         if event.step:
             self.say(f"resumed at step {event.step} of {self._steps}")
         if self._console.is_terminal:
@@ -91,6 +91,9 @@ class Display:
             self._progress.start()
 
     def _advance(self, event: Event) -> None:
+        if event.step <= self._reached or not self._steps:
+            return  # told again, in case that nobody had recorded it (`train.Slot.unsaved`)
+        self._reached = event.step
         numbers = f"loss {event.values['loss']:.4f}  {event.values['tokens_per_second']:,.0f} tokens/s{self._evaluated}"
         if self._progress:
             self._progress.update(self._progress.task_ids[0], completed=event.step, numbers=numbers)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import shutil
 import signal
 import threading
@@ -25,13 +24,17 @@ from urllib.parse import quote
 
 import ray
 import ray.train
+from ray.exceptions import OutOfMemoryError, RayError
+from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import BackendSetupCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ptuning import lease, storage, tracking
 from ptuning.base import Base, find_base
 from ptuning.config import Experiment, UserError
+from ptuning.failures import RunFailed, disk_full, explain
 from ptuning.mailbox import Mailbox
 from ptuning.orders import Event, Task
 from ptuning.prepare import absolute, check_name, describe, load_task, write_run
@@ -41,10 +44,6 @@ from ptuning.record import Recorder
 log = logging.getLogger(__name__)
 
 Show = Callable[[Event], None]
-
-
-class RunFailed(RuntimeError):
-    """The run was started and did not reach its end. The message says why and what to do."""
 
 
 def run_training(
@@ -111,17 +110,13 @@ def holding(folder: str, say: Callable[[str], None]) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RunFailed(_full(folder)) from None
+        raise RunFailed(disk_full(folder)) from None
 
 
 def starting(experiment: Experiment) -> str:
     """What is said before some seconds of silence."""
     many = experiment.compute.most_workers
     return f"starting {many} worker{'s' if many > 1 else ''}"
-
-
-def _full(folder: str) -> str:
-    return f"{folder}: the disk is full; make room, then continue with --resume"
 
 
 def registered(experiment: Experiment, summary: dict[str, Any], name: str | None) -> dict[str, str]:
@@ -139,6 +134,36 @@ def registered(experiment: Experiment, summary: dict[str, Any], name: str | None
             f"the run is finished but not registered ({error}); register it with: "
             f"ptuning prompts import {summary['soft_prompt']} --name {name}"
         ) from None
+
+
+class _Trainer(TorchTrainer):
+    """Ray Train without helpers that have nothing to do here: each is a process of 2 s and 200 MB."""
+
+    own_cluster = False
+    """The cluster is this command's own and ends with it: no placement group outlives a controller."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Private (2.60, train/v2/api/data_parallel_trainer.py): a version without it does not call ours either.
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # V2's, which ray's types do not know
+        idle = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if self.own_cluster else set())
+        used = [each for each in callbacks if type(each).__name__ not in idle]
+        for each in used:
+            if isinstance(each, BackendSetupCallback):
+                each.__class__ = _forgiving()
+        return used
+
+
+def _forgiving() -> type[BackendSetupCallback]:
+    """A local class: it travels to Train's controller by value, and that process imports nothing of ours."""
+
+    class Forgiving(BackendSetupCallback):
+        def before_execution_group_shutdown(self, execution_group: Any) -> None:
+            # Ray's own forgives RayActorError only (2.60). A worker that its memory monitor has ended says OutOfMemoryError:
+            # that ended the run as an error of the controller, without another try, and its placement group was never removed.
+            with suppress(OutOfMemoryError):
+                super().before_execution_group_shutdown(execution_group)
+
+    return Forgiving
 
 
 def start_ray(experiment: Experiment) -> bool:
@@ -163,6 +188,7 @@ def join_ray(address: str | None) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    _Trainer.own_cluster = not address
     if address:
         ray.init(address=address, **quiet)
     else:
@@ -280,16 +306,29 @@ def make_trainer(
 
         worker.work(config)
 
-    return TorchTrainer(
+    return _Trainer(
         work,
         train_loop_config={"experiment": experiment.model_dump(mode="json"), "threads": None} | config,
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
             name=uuid.uuid4().hex,
             storage_path=attempt,
+            callbacks=[_telling(experiment.name, config.get("mailbox") or config["hub"])],
             failure_config=failures(max_failures=experiment.compute.max_failures, controller_failure_limit=3),
         ),
     )
+
+
+def _telling(run: str, mailbox: Any) -> Any:  # ray's types know Train V1's callbacks only
+    """Workers that fail are told of at once, not only when there is no other try. A local class, as in `_forgiving`."""
+
+    class Telling(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            workers = [str(each) for each in worker_exceptions.values()]
+            event = {"kind": "broken", "run": run, "step": 0, "details": {"workers": workers}}
+            mailbox.put.remote([event])
+
+    return Telling()
 
 
 def _fit(
@@ -298,17 +337,17 @@ def _fit(
     """Run Ray Train in this thread (so that Ctrl-C stops it in order) and follow its events in another."""
     mailbox = beside_driver(Mailbox).remote()
     attempt = storage.join(folder, "ray")
-    trainer = make_trainer(experiment, attempt, scaling, {"folder": folder, "mailbox": mailbox})
+    config = {"folder": folder, "mailbox": mailbox}
     follower = _Follower(mailbox, folder, tracker, show, base)
     status: tracking.Status = "FAILED"
     interrupt = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit()
+        make_trainer(experiment, attempt, scaling, config).fit()
         follower.stop()
         status = "FINISHED" if "message" not in follower.summary else "FAILED"
-    except TrainingFailedError as error:
+    except (TrainingFailedError, RayError) as error:
         follower.stop()
-        follower.summary["message"] = explain(error, folder, follower.hang)
+        follower.summary["message"] = explain(follower.lost or error, folder, follower.hang)
     except (KeyboardInterrupt, SystemExit):  # Train ends a run upon SIGINT with SystemExit(0) (2.60, data_parallel_trainer.py)
         follower.stop()
         status = "KILLED"
@@ -333,28 +372,6 @@ def beside_driver(actor: Any) -> Any:
     return actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
 
 
-def explain(error: TrainingFailedError, folder: str, hang: str | None = None) -> str:
-    """One sentence; the tracebacks of all workers go to a file in the run's folder. `hang`: what the watchdogs said last."""
-    if os.strerror(errno.ENOSPC) in str(error):
-        return _full(folder)
-    storage.write_file(folder, "error.log", str(error).encode())
-    failures = getattr(error, "worker_failures", None) or {}
-    text = str(next(iter(failures.values()), error)).strip()
-    silent = re.search(r"health check.*?hostname='(.*?)'.*?pid=(\d+).*?world_rank=(\d+)", text, re.DOTALL)
-    said = (text.splitlines() or ["no message"])[-1]
-    if hang:
-        said = hang.partition(";")[0]
-    elif silent:
-        said = "worker {2} (pid {1} on {0}) gives no sign of life".format(*silent.groups())
-    return f"a worker failed: {said}; see {storage.join(folder, 'error.log')}, and Ray's own logs in {ray_logs()}"
-
-
-def ray_logs() -> str:
-    """Where Ray, and what runs in its processes (DeepSpeed, torch, transformers), writes on each node."""
-    context = ray.get_runtime_context()
-    return str(Path(context.get_temp_dir(), context.get_session_name(), "logs"))
-
-
 class _Follower:
     """Takes events from the mailbox to the screen and the tracker, in a thread of the driver."""
 
@@ -365,6 +382,8 @@ class _Follower:
         self._record = Recorder(tracker, self.summary, base=base)
         self._show = show
         self._stopped = threading.Event()
+        self.lost: RayError | None = None
+        """Why the mailbox answers no more. The workers notice it as well and fail (`mailbox.Post`)."""
         self._thread = threading.Thread(target=self._follow, name="ptuning-events", daemon=True)
         self._thread.start()
 
@@ -382,7 +401,11 @@ class _Follower:
         waiting: list[Event] = []
         while not last:
             last = self._stopped.wait(0.2)
-            events = [Event(**fields) for fields in ray.get(self._mailbox.take.remote())]
+            try:
+                events = [Event(**fields) for fields in ray.get(self._mailbox.take.remote())]
+            except RayError as error:
+                self.lost = error
+                return
             waiting += events
             # A full disk: what could not be recorded is kept until there is room. The workers do not wait for it.
             with suppress(OSError):
@@ -392,4 +415,4 @@ class _Follower:
             for event in events:
                 self._show(event)
         if waiting:
-            self.summary.setdefault("message", _full(self._folder))
+            self.summary.setdefault("message", disk_full(self._folder))

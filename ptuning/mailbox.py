@@ -28,7 +28,11 @@ class Mailbox:
 
 
 class Post:
-    """Sends events to a mailbox, several at a time, without waiting for them to arrive."""
+    """Sends events to a mailbox, several at a time, without waiting for them to arrive.
+
+    Raises:
+        RayActorError: the mailbox has gone; noticed when the next events are sent.
+    """
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
@@ -49,6 +53,8 @@ class Post:
             ray.get(self._last)
 
     def _dispatch(self) -> None:
+        if self._last is not None and ray.wait([self._last], timeout=0)[0]:
+            ray.get(self._last)  # raises if nobody reads any more: training on would be in vain
         if self._waiting:
             self._last = self._mailbox.put.remote(self._waiting)
             self._waiting, self._sent_at = [], time.monotonic()

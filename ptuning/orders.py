@@ -49,7 +49,7 @@ class Detachment:
 class Event:
     """Something that happened to a run, as plain data."""
 
-    kind: Literal["loading", "loaded", "stuck", "start", "step", "evaluation", "finished", "failed"]
+    kind: Literal["loading", "loaded", "stuck", "broken", "start", "step", "evaluation", "finished", "failed"]
     run: str
     step: int
     values: dict[str, float] = field(default_factory=dict)

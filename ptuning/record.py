@@ -8,6 +8,7 @@ from typing import Any
 from ptuning import figures, soft_prompt, storage
 from ptuning.base import Base
 from ptuning.config import UserError
+from ptuning.failures import cause
 from ptuning.orders import Event
 from ptuning.tracking import Tracker
 from ptuning.watchdog import verdict
@@ -61,6 +62,11 @@ class Recorder:
             self.hang = verdict(self._places.get(group, []), told)
             event.details.update(judged=True, message=self.hang)
             self._tracker.tags({"hang": self.hang})
+
+    def _broken(self, event: Event) -> None:
+        if not self.hang:  # which is why, and has been said
+            event.details["message"] = cause(event.details["workers"])
+            self._tracker.tags({"broken": event.details["message"]})
 
     def _start(self, event: Event) -> None:
         if event.step:

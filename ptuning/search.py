@@ -23,6 +23,7 @@ from typing import Any
 import ray
 import ray.train
 from ray import tune
+from ray.exceptions import RayError
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.tune.callback import Callback
 
@@ -31,11 +32,10 @@ from ptuning.base import Base, find_base
 from ptuning.chooser import Chooser, make_scheduler
 from ptuning.config import Experiment, ExperimentError
 from ptuning.desk import Desk, Show
+from ptuning.failures import RunFailed, explain
 from ptuning.hub import Hub
 from ptuning.launch import (
-    RunFailed,
     beside_driver,
-    explain,
     holding,
     make_trainer,
     registered,
@@ -100,7 +100,10 @@ def run_search(
             say(starting(experiment))
             tracker = start_tracker(experiment, folder, task, base)
             tracker.params({"search": experiment.search.model_dump(mode="json")})
-            summary = _Search(trained, base, folder, tracker, show, say).run(scaling)
+            try:
+                summary = _Search(trained, base, folder, tracker, show, say).run(scaling)
+            except RayError as error:  # the hub's, or one of Tune's own
+                summary = {"message": explain(error, folder)}
             if "message" in summary:
                 write_run(folder, experiment, "failed", kind="search")
                 raise RunFailed(summary["message"])
@@ -210,7 +213,8 @@ class _Search:
             status = "KILLED"
             raise
         finally:
-            ray.get(self.hub.close.remote())
+            with suppress(RayError):  # the hub has gone: said already
+                ray.get(self.hub.close.remote())
             unsent = 0
             with suppress(OSError):  # said already: the disk is full
                 unsent = self.desk.stop(30)
@@ -236,11 +240,12 @@ class _Search:
             make_trainer(self.experiment, storage.join(self.folder, "ray"), scaling, config).fit()
             if "message" in self.desk.summary:
                 self.broken = self.desk.summary["message"]
-        except TrainingFailedError as error:
+        except (TrainingFailedError, RayError) as error:
             self.broken = explain(error, self.folder, self.desk.hang)
         finally:
             if self.broken:
-                ray.get(self.hub.close.remote(self.broken))
+                with suppress(RayError):  # the hub itself has gone
+                    ray.get(self.hub.close.remote(self.broken))
 
     def _alive(self) -> bool:
         return self.broken is None and all(thread.is_alive() for thread in self.threads)

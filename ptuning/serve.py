@@ -27,8 +27,9 @@ from ray.serve.schema import LoggingConfig
 from ptuning.access import Scope, check_address, is_loopback, read_keys
 from ptuning.config import Experiment, UserError, read_experiment
 from ptuning.edge import VARIABLES
+from ptuning.failures import ray_logs
 from ptuning.http_api import build_app
-from ptuning.launch import ray_logs, start_ray
+from ptuning.launch import start_ray
 from ptuning.prepare import absolute
 from ptuning.service import Service
 from ptuning.submit import APPLICATION, PACKAGES

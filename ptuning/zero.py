@@ -10,7 +10,6 @@ stage 3 does around a step: its `step()` releases and re-gathers every persisten
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -235,15 +234,6 @@ def _own_share(parameter: nn.Parameter) -> torch.Tensor:
 
 def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over every base tensor as this rank holds it: equal before and after training (law 2)."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(_own_share(parameter).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_weights(model: PreTrainedModel, base: Base) -> None:

@@ -6,6 +6,7 @@ Toys instead of mocks: everything here is a real model, a real tokenizer, a real
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -27,6 +28,8 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    # Four processes of a server whose queues nobody uses, and which stay in /dev/shm when it is killed (3.17).
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "OMP_NUM_THREADS": "1",
     # Explicit either way, or ray.init() switches it on half-way through a session and writes ~/.ray/auth_token.
     # The token in the environment needs no file, and reaches every process of the cluster.
@@ -149,6 +152,15 @@ def tiny_base(architecture: str, *, seed: int = 0, attention: str | None = "eage
         torch.manual_seed(seed)
         base = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), attn_implementation=attention)
     return base.eval()
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 over every base tensor as this rank holds it, its share or the whole: equal before and after training (law 2)."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        held = getattr(parameter, "ds_tensor", parameter).detach()
+        digest.update(name.encode() + held.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @pytest.fixture(scope="session")

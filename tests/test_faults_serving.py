@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import math
 import os
 import pickle
 import random
@@ -365,27 +366,35 @@ def test_stopping_under_load_fails_nobody(world):
     )
     started = psutil.Process(world.command.process.pid).children(recursive=True)
     long: list[Told] = []
-    asking = [threading.Thread(target=lambda: long.append(ask(world, 900, stream=True))) for _ in range(4)]
+    signalled = math.inf
+
+    def ask_on() -> None:
+        """One long answer after the other, so that some are under way whenever the signal comes."""
+        while time.monotonic() < signalled:
+            long.append(ask(world, 900, stream=True))
+
+    asking = [threading.Thread(target=ask_on) for _ in range(4)]
     with crowd(world.port, KEY, lambda number: body(8), clients=6) as load:
         for thread in asking:
             thread.start()
-        time.sleep(1)
-        assert not long, "these must be under way when the signal comes"
-        world.command.process.send_signal(signal.SIGTERM)
+        time.sleep(2)
         signalled = time.monotonic()
+        world.command.process.send_signal(signal.SIGTERM)
         world.command.process.wait(40)
         took = time.monotonic() - signalled
     for thread in asking:
         thread.join()
+    accepted = [each for each in long if each.began < signalled - 0.2]
+    under_way = [each for each in accepted if each.ended > signalled]
     said = load.statuses(signalled)
-    print(f"SIGTERM: ended after {took:.1f} s, the crowd heard {dict(said)}, long answers {[each.status for each in long]}")
+    print(f"SIGTERM: ended after {took:.1f} s, the crowd heard {dict(said)}, {len(under_way)} long answers were under way")
     assert world.command.process.returncode == 0 and took < 30 + 10
-    assert [each.status for each in long] == [200] * 4 and all(each.content.count(b"[DONE]") == 1 for each in long)
+    assert under_way and all(each.status == 200 and each.content.count(b"[DONE]") == 1 for each in accepted)
     # The last ones come to a door that nobody keeps any more.
     assert load.statuses()[200] > 20 and set(said) <= {200, 503, "ConnectionRefusedError", "ConnectionResetError", "closed"}
     refused = [each for each in load.told if each.status == 503]
     assert refused and all(each.headers["retry-after"] == "1" for each in refused)
-    assert all(each.began > max(answer.ended for answer in long) for each in load.bad() if each.status != 503)
+    assert all(each.began > max(answer.ended for answer in under_way) for each in load.bad() if each.status != 503)
 
     _, alive = psutil.wait_procs(started, 15)
     assert not alive, "processes are left"

@@ -20,7 +20,7 @@ from conftest import worker_killed
 
 from ptuning import soft_prompt
 from ptuning.config import parse_experiment
-from ptuning.launch import RunFailed
+from ptuning.failures import RunFailed
 from ptuning.ledger import Entry
 from ptuning.search import run_search
 

@@ -227,17 +227,21 @@ def test_clients_that_leave_free_their_places(client, world):
 
 
 def test_overload_is_429_and_passes(world):
+    waits = set()
+
     def ask(number: int) -> int:
         with OpenAI(base_url=world.url, api_key="any", max_retries=0, timeout=60) as client:
             try:
                 client.completions.create(model="raw", prompt="Text:", max_tokens=90, temperature=2, n=8, logprobs=20)
             except openai.APIStatusError as error:
+                waits.add(float(error.response.headers["retry-after"]))
                 return error.status_code
             return 200
 
     with ThreadPoolExecutor(24) as clients:
         found = list(clients.map(ask, range(24)))
     assert set(found) == {200, 429}
+    time.sleep(max(waits))  # as the refusal says: `edge.py` may repeat a replica's word for BUSY_S after the last of them
     assert ask(0) == 200
 
 

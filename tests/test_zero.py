@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from benchmarks.bare import count_gathered
+from conftest import weights_hash
 
 from ptuning import soft_prompt
 from ptuning.base import find_base
@@ -98,7 +99,7 @@ def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:
     base = find_base(ModelConfig(path=tables["model"]["path"]))
     counted, shares = count_gathered(), []
     model = zero.load(base, ZeroConfig(persistent_below=50, live_parameters=LIVE), torch.float32, progress=shares.append)
-    found: dict[str, Any] = {"sharding": vars(zero.sharding(model.base)), "hash": zero.weights_hash(model.base)}
+    found: dict[str, Any] = {"sharding": vars(zero.sharding(model.base)), "hash": weights_hash(model.base)}
     found["progress"], found["gathered"] = shares, []
     tensors = {"gradients": gradients(model, base.width, workers)}
     for _ in range(3):  # DeepSpeed gathers one by one until it has seen the pass twice
@@ -118,7 +119,7 @@ def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:
     # The first rank's texts end sooner: it must not leave the other alone in the middle of a layer.
     found["together"] = greedy(model, vectors[0], inputs[rank:], task.encoder, (1, 8)[rank], together=True)
     tensors["gradients_after_generation"] = gradients(model, base.width, workers)
-    found["hash_after"] = zero.weights_hash(model.base)
+    found["hash_after"] = weights_hash(model.base)
     checkpointed = zero.load(base, ZeroConfig(), torch.float32, checkpoint_gradients=True)
     tensors["gradients_checkpointed"] = gradients(checkpointed, base.width, workers)
     half = zero.load(base, ZeroConfig(), torch.bfloat16)

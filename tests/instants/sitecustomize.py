@@ -5,7 +5,7 @@ instant writes `<number>.json` (its pid and the time) beside the plan, does it, 
 
 when: loading (step 0), forward, backward (mid-way), barrier (the others wait in the all-reduce), half-written and renamed (its
 checkpoint)
-do: kill, stop (as with Ctrl-Z), sleep, raise
+do: kill, stop (as with Ctrl-Z), sleep, raise, hog (takes memory until it is killed)
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ def reached(when: str, step: int) -> None:
             time.sleep(3600)
         elif instant["do"] == "raise":
             raise RuntimeError("as planned")
+        elif instant["do"] == "hog":
+            taken = []
+            while len(taken) < 400:
+                taken.append(b"x" * 2**25)
+                time.sleep(0.02)
         else:
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[instant["do"]])
 

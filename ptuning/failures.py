@@ -1,0 +1,92 @@
+"""What a person is told when a run has failed: one sentence that names the cause. All the rest goes to a file in its folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+
+import ray
+
+from ptuning import storage
+
+# Ray's memory monitor ends the newest processes of a node when 95 % of its memory is taken (2.60).
+_MONITOR = re.compile(r"Memory on the node \(IP: ([^,]+),.*?\) was ([\d.]+)GB used / ([\d.]+)GB limit")
+_LARGEST = re.compile(r"^(\d+)\t([\d.]+)\t(.{1,40})", re.MULTILINE)
+_ALLOCATORS = re.compile(
+    r"(?:CUDA|HIP|XPU) out of memory\. Tried to allocate [\d.]+ \w+|can't allocate memory: you tried to allocate \d+ bytes|"
+    r"Unable to allocate [\d.]+ \w+|^MemoryError\b.*",
+    re.MULTILINE,
+)
+_WHO = re.compile(r"hostname='(.*?)'.*?pid=(\d+).*?world_rank=(\d+)", re.DOTALL)
+_HELPER = re.compile(r"class_name: (\w+).*?pid: (\d+).*?ip: (\S+)", re.DOTALL)
+_GONE = re.compile(r"worker process has died|died unexpectedly|Worker unexpectedly exits")
+# What the others say when one has gone: gloo and NCCL.
+_ECHOES = re.compile(r"gloo/transport|ncclRemoteError|NCCL communicator was aborted|Connection (?:reset|closed) by peer")
+LESS = (
+    "make room and continue with --resume, or use less under another name: a smaller train.batch_size, model.dtype=bfloat16, "
+    "train.gradient_checkpointing=true (ptuning plan says what fits)"
+)
+
+
+class RunFailed(RuntimeError):
+    """The run was started and did not reach its end. The message says why and what to do."""
+
+
+def explain(error: Exception, folder: str, hang: str | None = None) -> str:
+    """One sentence; the tracebacks of all workers go to a file in the run's folder. `hang`: what the watchdogs said last."""
+    workers = [str(each) for each in (getattr(error, "worker_failures", None) or {}).values()]
+    text = "\n".join([str(error), *workers])
+    if os.strerror(errno.ENOSPC) in text:
+        return disk_full(folder)
+    storage.write_file(folder, "error.log", str(error).encode())
+    see = f"see {storage.join(folder, 'error.log')}, and Ray's own logs in {ray_logs()}"
+    if wanting := memory(text):
+        return f"{wanting}; {LESS}; {see}"
+    if hang:
+        return f"a worker failed: {hang.partition(';')[0]}; {see}"
+    if not workers and (helper := _HELPER.search(text)):
+        return "a process of the run failed: {} (pid {} on {}) was killed or crashed; {}".format(*helper.groups(), see)
+    return f"a worker failed: {cause(workers or [text.strip()])}; {see}"
+
+
+def cause(workers: list[str]) -> str:
+    """What became of the worker that has gone, or says what is wrong with it, before those that only miss it.
+
+    `workers`: what Ray Train says of each of them.
+    """
+    if wanting := memory("\n".join(workers)):
+        return wanting
+    failure = min(workers, key=lambda each: bool(_ECHOES.search(each)))
+    who = _WHO.search(failure)
+    worker = "worker {2} (pid {1} on {0})".format(*who.groups()) if who else "its process"
+    if "node has died" in failure:
+        return f"the node of {worker} is gone"
+    if _GONE.search(failure):
+        return f"{worker} was killed or crashed (the system's log says whether it was for want of memory)"
+    if who and "health check" in failure:
+        return f"{worker} gives no sign of life"
+    if _ECHOES.search(failure):
+        return "a worker has lost its connection to another one, whose process or node is gone"
+    return (failure.strip().splitlines() or ["no message"])[-1]
+
+
+def memory(text: str) -> str | None:
+    """Who ran out of memory, if that is what an error says."""
+    if found := _MONITOR.search(text):
+        host, used, whole = found.groups()
+        largest = ", ".join(f"{name.strip()} {size} GB" for _, size, name in _LARGEST.findall(text)[:3])
+        return f"{host} ran out of memory ({used} of {whole} GB in use; the largest: {largest})"
+    found = _ALLOCATORS.search(text)
+    return f"a worker ran out of memory ({found[0]})" if found else None
+
+
+def disk_full(folder: str) -> str:
+    return f"{folder}: the disk is full; make room, then continue with --resume"
+
+
+def ray_logs() -> str:
+    """Where Ray, and what runs in its processes (DeepSpeed, torch, transformers), writes on each node."""
+    context = ray.get_runtime_context()
+    return str(Path(context.get_temp_dir(), context.get_session_name(), "logs"))
