@@ -44,7 +44,7 @@ from ptuning.train import Pack, evaluate_slots, step
 from ptuning.train import train as train_slots
 from ptuning.workers import Workers
 
-SHARES = (0.1, 0.25, 0.5, 1.0)
+SHARES = (0.05, 0.1, 0.2, 0.33, 0.5)
 PATIENCE = 20
 """Times 30 draws of configurations that were all tried before, until a search counts as over."""
 POINTS = 30

@@ -85,6 +85,7 @@ def nested_worker(path: str, overrides: list[str], trials: list[dict[str, Any]],
     (`ray`), or those with which this project starts it (`ours`): fewer actors, and an end that is noticed sooner."""
     import ray
     from ray import tune
+    from ray.train.torch import TorchTrainer
 
     from ptuning import launch
     from ptuning.mailbox import Mailbox
@@ -98,6 +99,11 @@ def nested_worker(path: str, overrides: list[str], trials: list[dict[str, Any]],
     tables, folder = experiment.model_dump(mode="json"), f"{experiment.compute.storage}/nested"
     scaling = launch.scale(experiment, spare=0.25)
 
+    def work(config: dict[str, Any]) -> None:
+        from ptuning import worker
+
+        worker.work(config)
+
     def trial(config: dict[str, Any]) -> None:
         from ptuning.config import Experiment
         from ptuning.launch import make_trainer
@@ -105,7 +111,17 @@ def nested_worker(path: str, overrides: list[str], trials: list[dict[str, Any]],
         number = config["number"]
         mine = Experiment.model_validate(trial_tables(tables, f"t{number}", trials[number]))
         mailbox = Mailbox.remote()  # type: ignore[attr-defined]  # added by ray.remote
-        make_trainer(mine, f"{folder}/ray/{number}", scaling, {"folder": f"{folder}/{number}", "mailbox": mailbox}).fit()
+        where = {"folder": f"{folder}/{number}", "mailbox": mailbox}
+        if settings == "ours":
+            trainer = make_trainer(mine, f"{folder}/ray/{number}", scaling, where)
+        else:
+            trainer = TorchTrainer(
+                work,
+                train_loop_config={"experiment": mine.model_dump(mode="json"), "threads": None} | where,
+                scaling_config=scaling,
+                run_config=ray.train.RunConfig(name=f"t{number}", storage_path=f"{folder}/ray"),
+            )
+        trainer.fit()
         [finished] = [event for event in ray.get(mailbox.take.remote()) if event["kind"] == "finished"]
         tune.report(finished["values"])
 
@@ -136,14 +152,15 @@ def search(arguments: argparse.Namespace) -> None:
         trials = [entry for entry in json.loads(ledger.read_text())["trials"] if not entry["finalist"]]
         metric = read_experiment(arguments.experiment, common).metric
         packed = [entry["measured"][f"validation_{metric}"] for entry in trials]
-        out = f"{folder}/nested.json"
-        job = [arguments.experiment, json.dumps([*common, f"compute.storage={folder}/nested"])]
-        job += [json.dumps([entry["values"] for entry in trials]), out, arguments.nested]
-        results["nested"] = timed([sys.executable, sys.argv[0], "nested", *job])
-        alone = json.loads(Path(out).read_text())
-        results["largest_difference"] = max(abs(one - two) for one, two in zip(packed, alone, strict=True))
-        print(f"nested: {results['nested']}, metrics differ by {results['largest_difference']:.2g} at most", flush=True)
-        print(f"packed is {results['nested']['seconds'] / results['fifo']['seconds']:.1f} times as fast")
+        if arguments.nested != "none":
+            out = f"{folder}/nested.json"
+            job = [arguments.experiment, json.dumps([*common, f"compute.storage={folder}/nested"])]
+            job += [json.dumps([entry["values"] for entry in trials]), out, arguments.nested]
+            results["nested"] = timed([sys.executable, sys.argv[0], "nested", *job])
+            alone = json.loads(Path(out).read_text())
+            results["largest_difference"] = max(abs(one - two) for one, two in zip(packed, alone, strict=True))
+            print(f"nested: {results['nested']}, metrics differ by {results['largest_difference']:.2g} at most", flush=True)
+            print(f"packed is {results['nested']['seconds'] / results['fifo']['seconds']:.1f} times as fast")
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(results, indent=1))
 
@@ -179,7 +196,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         command.add_argument("--out", help="file for the raw numbers (JSON)")
         command.set_defaults(run=run)
         if run is search:
-            command.add_argument("--nested", choices=("ray", "ours"), default="ray", help="settings of Ray for the nesting")
+            command.add_argument(
+                "--nested", choices=("ray", "ours", "none"), default="ray", help="settings of Ray for the nesting, if any"
+            )
     command = commands.add_parser("nested", help="used by search")
     for name in ("experiment", "overrides", "trials", "out", "settings"):
         command.add_argument(name)
