@@ -85,15 +85,19 @@ class Desk:
 
     def _follow(self) -> None:
         last = False
+        taken = recorded = 0
         try:
             while not last:
                 last = self._stopped.wait(0.25)
                 many = len(self._afterwards)
-                for fields in ray.get(self._hub.call.remote("take")):
+                events = ray.get(self._hub.call.remote("take", recorded))
+                for fields in events:
                     self._take(fields)
+                taken += len(events)
                 for _ in range(many):
                     self._ledger.change(*self._afterwards.popleft())
-                self._ledger.save()
+                if self._ledger.save():
+                    recorded = taken
                 self._show(list(self._ledger.entries.values()))
         except Exception as error:  # the main thread raises it
             self.trouble = error

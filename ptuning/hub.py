@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import ray
 
-from ptuning.mailbox import Post
+from ptuning.mailbox import Fields, Pile, Post
 
-Fields = dict[str, Any]
-"""An event or an order as plain data."""
 FOR_TRIALS = ("evaluation", "finished", "failed")
 """Events that a trial hears of."""
 RELEASED: Fields = {"kind": "released", "run": "", "step": 0, "values": {}, "details": {}}
@@ -38,7 +36,7 @@ class Board:
         self._training: dict[str, tuple[int, Fields]] = {}
         self._lives: dict[int, int] = {}
         self._orders: dict[int, list[Fields]] = {}
-        self._events: list[Fields] = []
+        self._events = Pile()
         self._results: dict[str, list[Fields]] = {}
         self._reported: dict[str, int] = {}
 
@@ -70,7 +68,7 @@ class Board:
         """Ask for a slot."""
         self._waiting.append({"trial": trial, "run": run, "folder": folder, "experiment": experiment})
         self._results.setdefault(trial, [])
-        self._events.append({"kind": "attached", "run": run, "step": 0, "details": {"folder": folder, "values": values}})
+        self._events.put([{"kind": "attached", "run": run, "step": 0, "details": {"folder": folder, "values": values}}])
         self._place()
 
     def release(self, trial: str, keep: bool = True) -> Literal["", "queue", "slot"]:
@@ -139,9 +137,8 @@ class Board:
     def waiting_orders(self, group: int) -> bool:
         return self.closed or bool(self._orders.get(group))
 
-    def put(self, events: list[Fields]) -> None:
-        """Events of the workers: all for the driver, some for a trial."""
-        self._events += events
+    def put(self, events: list[Fields]) -> tuple[int, int]:
+        """Events of the workers: all for the driver, some for a trial. Returns what `Pile.put` does."""
         by_run = {order["run"]: trial for trial, (_, order) in self._training.items()}
         for event in events:
             trial = by_run.get(event["run"])
@@ -156,6 +153,7 @@ class Board:
                 del by_run[event["run"]]
             self._results.setdefault(trial, []).append(event)
         self._place()
+        return self._events.put(events)
 
     def results(self, trial: str) -> list[Fields]:
         """What a trial has not heard yet; the last is that it was released, or that no worker will answer."""
@@ -173,10 +171,9 @@ class Board:
     def has_results(self, trial: str) -> bool:
         return self.broken is not None or trial not in self._results or bool(self._results[trial])
 
-    def take(self) -> list[Fields]:
-        """What the driver has not heard yet."""
-        events, self._events = self._events, []
-        return events
+    def take(self, recorded: int) -> list[Fields]:
+        """What the driver has not heard yet, as `Pile.take`."""
+        return self._events.take(recorded)
 
 
 def _length(order: Fields) -> int:
@@ -198,8 +195,9 @@ class Hub:
             self._news.notify_all()
             return answer
 
-    async def put(self, events: list[Fields]) -> None:
-        await self.call("put", events)
+    async def put(self, events: list[Fields]) -> tuple[int, int]:
+        arrived: tuple[int, int] = await self.call("put", events)
+        return arrived
 
     async def orders(self, group: int, life: int) -> list[Fields] | None:
         board = self._board
@@ -244,11 +242,14 @@ class Line:
         self._life = ray.get(self._hub.call.remote("join", self._group, places))
         self._ask()
 
-    def send(self, event: Mapping[str, Any], *, now: bool) -> None:
+    def send(self, event: Fields, *, now: bool) -> None:
         self._post.send(event, now=now)
 
     def flush(self) -> None:
         self._post.flush()
+
+    def recorded_until(self) -> float:
+        return self._post.recorded_until()
 
     def ringing(self) -> bool:
         """Whether an answer is there, without waiting."""

@@ -398,14 +398,17 @@ class _Follower:
 
     def _follow(self) -> None:
         last = False
+        taken = 0
         waiting: list[Event] = []
         while not last:
             last = self._stopped.wait(0.2)
             try:
-                events = [Event(**fields) for fields in ray.get(self._mailbox.take.remote())]
+                recorded = taken - len(waiting)
+                events = [Event(**fields) for fields in ray.get(self._mailbox.take.remote(recorded))]
             except RayError as error:
                 self.lost = error
                 return
+            taken += len(events)
             waiting += events
             # A full disk: what could not be recorded is kept until there is room. The workers do not wait for it.
             with suppress(OSError):

@@ -64,11 +64,12 @@ class Ledger:
             change(self.entries[run])
             self._changed = True
 
-    def save(self) -> None:
-        """Write the changes, if there are any; at most some times a second."""
+    def save(self) -> bool:
+        """Write the changes, if there are any; at most some times a second. Returns whether all are written."""
         with self._lock:
             if self._changed and time.monotonic() - self._saved_at > 0.2:
                 self._write()
+            return not self._changed
 
     def flush(self) -> None:
         with self._lock:

@@ -1,30 +1,43 @@
-"""Events on their way from the first worker to the driver. Imports nothing heavy: the actor's process starts in a second."""
+"""Events on their way from the first worker to the driver, and back how many of them lie on its disk: a checkpoint holds the
+others, so that nothing is lost when the driver dies. Imports nothing heavy: the actor's process starts in a second.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections import deque
 from typing import Any
 
 import ray
 
-Fields = Mapping[str, Any]
-"""An event as plain data."""
+Fields = dict[str, Any]
+"""An event or an order as plain data."""
 
 
-@ray.remote(num_cpus=0)
-class Mailbox:
-    """Keeps events until the driver takes them."""
+class Pile:
+    """Keeps events until the driver takes them. All senders' events are counted together, in the order of their arrival."""
 
     def __init__(self) -> None:
         self._events: list[Fields] = []
+        self._arrived = self._recorded = 0
 
-    def put(self, events: list[Fields]) -> None:
+    def put(self, events: list[Fields]) -> tuple[int, int]:
+        """Returns how many have arrived so far, these included, and how many of all the driver has recorded."""
         self._events += events
+        self._arrived += len(events)
+        return self._arrived, self._recorded
 
-    def take(self) -> list[Fields]:
+    def take(self, recorded: int) -> list[Fields]:
+        """What is new; `recorded`: how many of all that were taken so far lie on the driver's disk."""
+        self._recorded = recorded
         events, self._events = self._events, []
         return events
+
+
+@ray.remote(num_cpus=0)
+class Mailbox(Pile):
+    """A pile in a process of its own."""
 
 
 class Post:
@@ -38,7 +51,11 @@ class Post:
         self._mailbox = mailbox
         self._waiting: list[Fields] = []
         self._sent_at = 0.0
-        self._last: Any = None
+        self._sent: deque[tuple[float, Any]] = deque()
+        """When, and the mailbox's answer, which may not be there yet."""
+        self._arrived: deque[tuple[float, int]] = deque()
+        """When, and how many have to be recorded before those that were sent then are."""
+        self._recorded_until = -math.inf
 
     def send(self, event: Fields, *, now: bool) -> None:
         """Hand over one event; unless `now`, it may wait a moment for others."""
@@ -49,12 +66,23 @@ class Post:
     def flush(self) -> None:
         """Wait until everything has arrived."""
         self._dispatch()
-        if self._last is not None:
-            ray.get(self._last)
+        if self._sent:
+            ray.get(self._sent[-1][1])
+
+    def recorded_until(self) -> float:
+        """The monotonic time before which everything that was handed over has come to the driver's disk, as far as is known:
+        the answer to a later sending tells."""
+        while self._sent and ray.wait([self._sent[0][1]], timeout=0)[0]:
+            sent_at, answer = self._sent.popleft()
+            arrived, recorded = ray.get(answer)  # raises if nobody reads any more: training on would be in vain
+            self._arrived.append((sent_at, arrived))
+            while self._arrived and self._arrived[0][1] <= recorded:
+                self._recorded_until, _ = self._arrived.popleft()
+        return self._recorded_until
 
     def _dispatch(self) -> None:
-        if self._last is not None and ray.wait([self._last], timeout=0)[0]:
-            ray.get(self._last)  # raises if nobody reads any more: training on would be in vain
+        self.recorded_until()
         if self._waiting:
-            self._last = self._mailbox.put.remote(self._waiting)
-            self._waiting, self._sent_at = [], time.monotonic()
+            self._sent_at = time.monotonic()
+            self._sent.append((self._sent_at, self._mailbox.put.remote(self._waiting)))
+            self._waiting = []

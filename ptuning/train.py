@@ -29,9 +29,6 @@ from ptuning.orders import Assignment, Event, Order, Report, Source, Task
 from ptuning.soft_prompt import Card, SoftPrompt
 from ptuning.workers import Workers
 
-ON_THE_WAY_MS = 2000
-"""Milliseconds in which an event reaches the driver's disk: hub or mailbox, ledger or spool, each a fraction of a second."""
-
 
 class Slot:
     """One soft prompt in training: its vectors `[P, H]`, optimiser, data position and best evaluation so far."""
@@ -50,9 +47,9 @@ class Slot:
         self.best_vectors = vectors.clone()
         self.since_best = 0
         self.parent: str | None = None
-        self.unsaved: list[Event] = []
-        """Events since the last checkpoint, and those of the last instants before it, which may not have reached the driver's
-        disk: a resumed run repeats them. No point is lost, however little time lies between checkpoints."""
+        self.told: list[tuple[float, Event]] = []
+        """Events, with the monotonic time they were told at, that may not have come to the driver's disk. They go into the
+        checkpoint and a resumed run repeats them: no point is lost, however often and wherever it is interrupted."""
 
     @property
     def name(self) -> str:
@@ -115,7 +112,7 @@ class Slot:
             "best_step": self.best_step,
             "since_best": self.since_best,
             "parent": self.parent,
-            "events": [asdict(event) for event in self.unsaved],
+            "events": [asdict(event) for _, event in self.told],
         }
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -139,14 +136,18 @@ class Pack:
         load_task: Callable[[Experiment], Task],
         places: int = 1,
         ringing: Callable[[], bool] | None = None,
+        recorded_until: Callable[[], float] = lambda: -math.inf,
     ) -> None:
-        """`ringing`: whether the source has news, asked on the first worker only; default: while a place is free."""
+        """`ringing`: whether the source has news, asked on the first worker only; default: while a place is free.
+        `recorded_until`: the monotonic time before which all events that were told will survive a crash; default: none will.
+        """
         self.model = model
         self.base = base
         self.workers = workers
         self.load_task = load_task
         self.places = places
         self.ringing = ringing or (lambda: self.free > 0)
+        self.recorded_until = recorded_until
         self.called = True
         """The first worker has news from the source. All know it from the step's own collective: one more would cost more
         than a small step."""
@@ -167,7 +168,7 @@ class Pack:
         saved = self.workers.from_first(checkpoint.newest(checkpoints(assignment.folder)) if self.workers.first else None)
         if saved:
             slot.restore(*saved)
-            slot.unsaved = [Event(**event) for event in saved[1]["events"]]
+            slot.told = [(math.inf, Event(**event)) for event in saved[1]["events"]]
         self.slots.append(slot)
         return slot
 
@@ -217,8 +218,9 @@ def start(pack: Pack, assignment: Assignment, report: Report) -> None:
     except UserError as error:  # the same on every worker
         report(Event("failed", assignment.experiment.name, 0, details={"message": str(error)}))
         return
-    for event in slot.unsaved:
-        report(event)
+    again, slot.told = [event for _, event in slot.told], []
+    for event in again:
+        tell(slot, report, event)
     report(Event("start", slot.name, slot.step, details={"steps": slot.config.steps}))
     if slot.done:  # it was interrupted between its last checkpoint and its result
         finish(pack, slot, report)
@@ -251,7 +253,7 @@ def step(pack: Pack, report: Report) -> None:
         norm = slot.update(gradient)
         speed = tokens * pack.workers.size / seconds
         values = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens_per_second": speed}
-        tell(slot, report, "step", values)
+        tell(slot, report, Event("step", slot.name, slot.step, values))
 
 
 def _micro_batches(pack: Pack, rows: list[np.ndarray]) -> list[list[list[Row]]]:
@@ -319,15 +321,16 @@ def observe(pack: Pack, slot: Slot, evaluation: Evaluation, report: Report) -> N
         return
     best = slot.observe(evaluation.metrics)
     memory = pack.workers.gather(_memory())
-    tell(slot, report, "evaluation", evaluation.metrics, {"best": best, "memory": memory})
+    details = {"best": best, "memory": memory}
+    tell(slot, report, Event("evaluation", slot.name, slot.step, evaluation.metrics, details=details))
 
 
 def save_checkpoint(pack: Pack, slot: Slot) -> None:
     """The first worker writes; all hold the same state."""
+    recorded_until = pack.recorded_until()
+    slot.told = [(at, event) for at, event in slot.told if at >= recorded_until]
     if pack.workers.first:
         checkpoint.save(checkpoints(slot.folder), slot.step, *slot.state())
-    recent = time.time() * 1000 - ON_THE_WAY_MS
-    slot.unsaved = [event for event in slot.unsaved if event.time_ms > recent]
 
 
 def finish(pack: Pack, slot: Slot, report: Report) -> None:
@@ -367,16 +370,9 @@ def fail(pack: Pack, slot: Slot, report: Report, loss: float) -> None:
     pack.slots.remove(slot)
 
 
-def tell(
-    slot: Slot,
-    report: Report,
-    kind: Literal["step", "evaluation"],
-    values: dict[str, float],
-    details: dict[str, Any] | None = None,
-) -> None:
-    """Report an event and remember it until the next checkpoint."""
-    event = Event(kind, slot.name, slot.step, values, details=details or {})
-    slot.unsaved.append(event)
+def tell(slot: Slot, report: Report, event: Event) -> None:
+    """Report an event and remember it until a checkpoint finds it recorded."""
+    slot.told.append((time.monotonic(), event))
     report(event)
 
 

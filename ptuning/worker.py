@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -66,7 +67,8 @@ def work(config: dict[str, Any]) -> None:
         }
         report(Event("loaded", experiment.name, 0, details=loaded))
         model.base.register_forward_pre_hook(lambda *_: watchdog.beat())
-        pack = Pack(model, base, workers, _Tasks(base, watchdog.rest))
+        recorded_until = post.recorded_until if workers.first else lambda: math.inf  # who reports has to remember
+        pack = Pack(model, base, workers, _Tasks(base, watchdog.rest), recorded_until=recorded_until)
         if line:
             pack.places = count_slots(pack, experiment)
             if workers.first:

@@ -44,7 +44,7 @@ def test_a_trial_waits_for_a_group_and_hears_its_results_once() -> None:
     board.put([event("finished", run, 20)])
     assert [each["kind"] for each in board.results("a")] == ["finished"]
     assert board.release("a") == ""
-    assert [each["kind"] for each in board.take()] == ["attached", "step", "evaluation", "evaluation", "finished"]
+    assert [each["kind"] for each in board.take(0)] == ["attached", "step", "evaluation", "evaluation", "finished"]
 
 
 def test_a_slot_that_is_freed_is_refilled_in_the_same_orders() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,12 +152,24 @@ def test_law_5_killed_while_finishing(run: Any, toy_task: SimpleNamespace) -> No
 
 
 def test_events_of_a_killed_driver_are_reported_again(run: Any, toy_task: SimpleNamespace) -> None:
-    """What was on its way when the driver died stands in the checkpoint."""
+    """What was not on its disk stands in the checkpoint, however often it dies."""
     task = experiment(toy_task, train__checkpoint_every=5)
-    with pytest.raises(Killed):
-        run()(task, stop_after=12)
+    for killed_after in (7, 12, 17):
+        with pytest.raises(Killed):
+            run()(task, stop_after=killed_after)
     resumed = run()(task)
     assert [event.step for event in resumed.of("step")] == list(range(1, 21))
+
+
+def test_events_that_the_driver_has_recorded_are_not_kept(run: Any, toy_task: SimpleNamespace) -> None:
+    times: dict[int, float] = {}
+    killed = run()
+    killed.on_event = lambda event: times.setdefault(event.step, time.monotonic())
+    killed.pack.recorded_until = lambda: times[4]  # between the telling of the fourth step and of the fifth
+    with pytest.raises(Killed):
+        killed(experiment(toy_task, train__checkpoint_every=5), stop_after=12)
+    again = run()(experiment(toy_task, train__checkpoint_every=5))
+    assert [event.step for event in again.of("step")] == list(range(5, 21))
 
 
 def test_law_4_packing_changes_nothing(run: Any, toy_task: SimpleNamespace) -> None:

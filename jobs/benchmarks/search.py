@@ -122,7 +122,7 @@ def nested_worker(path: str, overrides: list[str], trials: list[dict[str, Any]],
                 run_config=ray.train.RunConfig(name=f"t{number}", storage_path=f"{folder}/ray"),
             )
         trainer.fit()
-        [finished] = [event for event in ray.get(mailbox.take.remote()) if event["kind"] == "finished"]
+        [finished] = [event for event in ray.get(mailbox.take.remote(0)) if event["kind"] == "finished"]
         tune.report(finished["values"])
 
     grid: Any = tune.Tuner(
