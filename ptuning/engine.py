@@ -27,6 +27,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 
 LABEL_TOKENS = 4096
 """Tokens in one pass over labels, about: what generation waits for at most."""
+_NO_CHECK = 1e6
+"""A share of the memory that nothing exceeds."""
 
 
 class RequestError(UserError):
@@ -189,6 +192,7 @@ class Engine:
         self._resident: dict[str, tuple[Handle, int]] = {}  # by content hash, with the number of holders
         self._jobs: queue.SimpleQueue[_LabelJob | None] = queue.SimpleQueue()
         self._waiting_rows = 0
+        _check_room(base, config.cache_bytes)
         pages = max(8, config.cache_bytes // (PAGE * _token_bytes(base)))
         self.longest = min(config.context, PAGE * pages * 3 // 4)
         """Most positions of a request: what the base and the cache allow."""
@@ -203,6 +207,9 @@ class Engine:
                 max_batch_tokens=config.batch_tokens,
                 max_requests_per_batch=config.running,
                 allow_block_sharing=config.share,
+                # Its own check counts a mask of batch_tokens times the whole cache for any attention but flash (5.23). Ours has
+                # none, and for a small base it would be many times the cache. What is made is checked above.
+                max_memory_percent=_NO_CHECK,
                 use_async_batching=False,  # the sampler chooses with Python, between the steps
                 use_cuda_graph=False,
                 auto_switch_to_flash=False,
@@ -516,6 +523,16 @@ def _deliver(running: _Running, event: Token | End) -> None:
 
 def _positions(job: _LabelJob) -> int:
     return sum(map(len, job.rows)) + len(job.rows) * sum(map(len, job.labels))
+
+
+def _check_room(base: PreTrainedModel, cache_bytes: int) -> None:
+    device = base.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if cache_bytes > free:
+        raise RequestError(
+            f"serve.cache_mb: {cache_bytes >> 20} MB for keys and values, but beside the base {free >> 20} MB of memory are "
+            "free; set it to less, or model.dtype=bfloat16"
+        )
 
 
 def _token_bytes(base: PreTrainedModel) -> int:

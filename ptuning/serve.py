@@ -27,7 +27,7 @@ from ray.serve.schema import LoggingConfig
 from ptuning.access import Scope, check_address, is_loopback, read_keys
 from ptuning.config import Experiment, UserError, read_experiment
 from ptuning.edge import VARIABLES
-from ptuning.failures import ray_logs
+from ptuning.failures import memory, ray_logs
 from ptuning.http_api import build_app
 from ptuning.launch import start_ray
 from ptuning.prepare import absolute
@@ -285,6 +285,9 @@ def _check_resources(experiment: Experiment) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The last line that a person wrote."""
-    lines = [line.strip() for line in str(error).splitlines() if "Error: " in line]
-    return lines[-1].partition("Error: ")[2] if lines else str(error).splitlines()[0]
+    """The last line that a person wrote: by a replica, which Serve (2.60) keeps beside its error, or by Serve."""
+    application = serve.status().applications.get(APPLICATION)
+    told = [deployment.message for deployment in application.deployments.values()] if application else []
+    text = "\n".join([str(error), *told])
+    lines = [line.strip() for line in text.splitlines() if "Error: " in line]
+    return memory(text) or (lines[-1].partition("Error: ")[2] if lines else text.splitlines()[0])

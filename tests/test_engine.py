@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from conftest import ARCHITECTURES, CONCATENATED, tiny_base
@@ -379,6 +380,17 @@ def test_more_than_the_cache_holds():
             assert tokens == reference(base, soft_prompt(16, 1), [at + 3, *ids], 40)
     finally:
         engine.close()
+
+
+def test_a_small_machine_serves_and_says_what_does_not_fit(monkeypatch):
+    """A cache of 512 MB is a million tokens of this base: what is never made for them, their masks, would be 8 GB."""
+    machine = psutil.virtual_memory()._replace(total=3 << 30, available=2 << 30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    engine = start(config=EngineConfig(context=128))
+    assert answer(engine, Request([3, 4, 5], max_new_tokens=2))
+    engine.close()
+    with pytest.raises(RequestError, match="serve.cache_mb: 2049 MB for keys and values, .* 2048 MB of memory are free; set"):
+        start(config=EngineConfig(cache_bytes=2049 << 20))
 
 
 def test_a_stopped_engine_says_so():

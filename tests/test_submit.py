@@ -486,6 +486,17 @@ def test_what_is_served_lives_on_until_it_is_stopped(cluster: SimpleNamespace, w
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_why_a_server_did_not_start_is_told(cluster: SimpleNamespace, write_toml: Write) -> None:
+    """Serve keeps what a replica said in a place of its own."""
+    overrides = [f"serve.port={free_port()}", "serve.cache_mb=1000000000"]
+    served = run(cluster, "submit", "serve", write(cluster, write_toml), *overrides)
+    assert served.returncode == 2
+    said = "ptuning: the server did not start: serve.cache_mb: 1000000000 MB for keys and values, but beside the base "
+    assert said in served.stderr and "Traceback" not in served.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_search_is_a_job_too(cluster: SimpleNamespace, write_toml: Write) -> None:
     space = ["search.trials=3", "search.slots=2", "search.length=[2,4]"]
