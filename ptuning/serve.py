@@ -76,8 +76,8 @@ class Replica:
             service.close()
 
 
-def application(experiment: Experiment, keys: Mapping[str, Scope]) -> serve.Application:
-    """The application of an experiment with absolute paths."""
+def application(experiment: Experiment, keys: Mapping[str, Scope], surge: int = 0) -> serve.Application:
+    """The application of an experiment with absolute paths. `surge`: percent of the replicas that a rollout may have on top."""
     limits = experiment.serve
     places = limits.running + limits.waiting
     scaled: dict[str, Any] = {"num_replicas": limits.replicas}
@@ -100,6 +100,7 @@ def application(experiment: Experiment, keys: Mapping[str, Scope]) -> serve.Appl
         graceful_shutdown_timeout_s=limits.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=2,
+        max_surge_percent=surge,
         logging_config=LoggingConfig(enable_access_log=False),
         **scaled,
     )(Replica)
@@ -177,7 +178,10 @@ def _prepared(experiment: Experiment, insecure: bool) -> tuple[Experiment, dict[
 
 
 def _run(experiment: Experiment, keys: Mapping[str, Scope]) -> Any:
-    """Start the application on the cluster that this process is connected to, and wait until it is ready."""
+    """Start the application on the cluster that this process is connected to, or replace it, and wait until it is ready.
+
+    One that cannot start takes nothing away: what was served before goes on if there was room for both.
+    """
     _check_resources(experiment)
     logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)  # its level is set anew
     limits = experiment.serve
@@ -186,7 +190,7 @@ def _run(experiment: Experiment, keys: Mapping[str, Scope]) -> Any:
         http_options=HTTPOptions(host=limits.host, port=limits.port, request_timeout_s=limits.deadline_s + 30),
     )
     try:
-        return serve.run(application(experiment, keys), name=APPLICATION, route_prefix="/")
+        return serve.run(application(experiment, keys, _surge(experiment)), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         raise UserError(f"the server did not start: {_reason(error)}; Ray's own logs are in {ray_logs()}") from None
 
@@ -282,6 +286,13 @@ def _check_resources(experiment: Experiment) -> None:
                 f"serve.replicas: {least} replicas with {each:g} {kind} each need {least * each:g}, the cluster has "
                 f"{have.get(kind, 0):g}; lower serve.replicas or serve.{kind.lower()}s_per_replica"
             )
+
+
+def _surge(experiment: Experiment) -> int:
+    """New replicas begin before old ones end if there is room for one more; without room, Serve (2.60) would wait for ever."""
+    limits, free = experiment.serve, ray.available_resources()
+    fits = limits.cpus_per_replica <= free.get("CPU", 0) and limits.gpus_per_replica <= free.get("GPU", 0)
+    return 100 if fits else 0
 
 
 def _reason(error: RuntimeError) -> str:

@@ -12,7 +12,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -467,33 +469,58 @@ def test_train_detach_kill_find_stop_resume(cluster: SimpleNamespace, write_toml
     assert "Traceback" not in done.stderr
 
 
+class Asking:
+    """Somebody who asks without end, from a thread."""
+
+    def __init__(self, port: int) -> None:
+        self.answered, self.failed = 0, list[str]()
+        self._url, self._stopped = f"http://127.0.0.1:{port}/v1/classify", threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+
+    def __enter__(self) -> Asking:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _ask(self) -> None:
+        body = json.dumps({"model": "toy", "input": ["the old hammer"]}).encode()
+        request = urllib.request.Request(self._url, body, {"Content-Type": "application/json"})
+        while not self._stopped.wait(0.05):
+            try:
+                with urllib.request.urlopen(request, timeout=20) as answer:
+                    self.answered += len(json.load(answer)["data"])
+            except OSError as error:
+                self.failed.append(str(error))
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_what_is_served_lives_on_until_it_is_stopped(cluster: SimpleNamespace, write_toml: Write) -> None:
-    """Serves what the test before has registered."""
-    port = free_port()
-    served = run(cluster, "submit", "serve", write(cluster, write_toml), f"serve.port={port}", "--json")
+    """Serves what the test before has registered; then other settings replace it, and wrong ones do not."""
+    port, experiment = free_port(), write(cluster, write_toml)
+    served = run(cluster, "submit", "serve", experiment, f"serve.port={port}", "--json")
     assert served.returncode == 0, served.stderr
     assert json.loads(served.stdout)["served"] == ["toy"]
-    job = json.loads(run(cluster, "jobs", "list", "--json").stdout)["jobs"][0]
-    assert job["what"] == "serve" and job["status"] == "succeeded"
     answer = run(cluster, "ask", "toy", "the old hammer", "--url", f"http://127.0.0.1:{port}/v1")
     assert answer.stdout.strip() in ("fruit", "tool"), answer.stderr
+
+    with Asking(port) as asking:
+        replaced = run(cluster, "submit", "serve", experiment, f"serve.port={port}", "serve.waiting=9")
+        assert replaced.returncode == 0, replaced.stderr
+        wrong = run(cluster, "submit", "serve", experiment, f"serve.port={port}", "serve.cache_mb=1000000000")
+    said = "ptuning: the server did not start: serve.cache_mb: 1000000000 MB for keys and values, but beside the base "
+    assert wrong.returncode == 2 and said in wrong.stderr and "Traceback" not in wrong.stderr
+    assert not asking.failed and asking.answered > 20, asking.failed
+
+    job = json.loads(run(cluster, "jobs", "list", "--json").stdout)["jobs"][1]
+    assert job["what"] == "serve" and job["status"] == "succeeded"
     stopped = run(cluster, "jobs", "stop", job["job"])
     assert stopped.returncode == 0 and stopped.stdout == f"{job['job']}: what it served has ended\n", stopped
     asked = run(cluster, "ask", "toy", "the old hammer", "--url", f"http://127.0.0.1:{port}/v1")
     assert asked.returncode != 0 and asked.stdout == ""
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(180)
-def test_why_a_server_did_not_start_is_told(cluster: SimpleNamespace, write_toml: Write) -> None:
-    """Serve keeps what a replica said in a place of its own."""
-    overrides = [f"serve.port={free_port()}", "serve.cache_mb=1000000000"]
-    served = run(cluster, "submit", "serve", write(cluster, write_toml), *overrides)
-    assert served.returncode == 2
-    said = "ptuning: the server did not start: serve.cache_mb: 1000000000 MB for keys and values, but beside the base "
-    assert said in served.stderr and "Traceback" not in served.stderr
 
 
 @pytest.mark.slow
