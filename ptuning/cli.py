@@ -18,6 +18,7 @@ from ptuning.access import keep_ray_on_loopback
 from ptuning.cli_options import ExperimentArgument, Json, Overrides, busy, check_register, fail, finish
 from ptuning.cli_prompts import prompts
 from ptuning.config import Experiment, UserError, read_experiment
+from ptuning.importing import quick_imports
 
 app = typer.Typer(
     name="ptuning",
@@ -55,7 +56,7 @@ def train(
     settings = _read(experiment, overrides)
     check_register(register)
     keep_ray_on_loopback(settings.compute.address)
-    with busy("starting"):
+    with busy("starting"), quick_imports():
         from ptuning.display import Display
         from ptuning.failures import RunFailed
         from ptuning.launch import run_training
@@ -91,7 +92,7 @@ def search(
     settings = _read(experiment, overrides)
     check_register(register)
     keep_ray_on_loopback(settings.compute.address)
-    with busy("starting"):
+    with busy("starting"), quick_imports():
         from ptuning.display import SearchDisplay
         from ptuning.failures import RunFailed
         from ptuning.search import run_search

@@ -13,6 +13,7 @@ import typer
 from ptuning.access import check_address, check_token, keep_ray_on_loopback, read_keys
 from ptuning.cli_options import BaseOption, ExperimentArgument, Json, Overrides, Storage, Tracking, busy, fail
 from ptuning.config import UserError, read_experiment
+from ptuning.importing import quick_imports
 
 KEY = "PTUNING_API_KEY"
 
@@ -33,7 +34,7 @@ def serve(
         check_address(settings.serve.host, read_keys(settings.serve.keys), insecure)  # before seconds of imports
         check_token(insecure)
         keep_ray_on_loopback(settings.compute.address)
-        with busy("starting"):
+        with busy("starting"), quick_imports():
             from ptuning.serve import deploy, run_server
 
         if detach:

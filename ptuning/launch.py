@@ -302,8 +302,10 @@ def make_trainer(
 
     def work(config: dict[str, Any]) -> None:
         # Travels by value and imports on the worker: neither side loads what only the other needs.
-        from ptuning import worker
+        from ptuning.importing import quick_imports
 
+        with quick_imports():
+            from ptuning import worker
         worker.work(config)
 
     return _Trainer(

@@ -26,13 +26,16 @@ from transformers import PreTrainedModel
 from ptuning.base import STORED_DTYPES, Base, BaseError, stored_tensors, stored_values
 from ptuning.config import ZeroConfig
 from ptuning.gathering import live_numbers, node_copies_fit, prefetch_numbers, share_bytes
+from ptuning.importing import hidden
 from ptuning.model import PromptedModel
 from ptuning.workers import Workers
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # detection by DeepSpeed may find mps on a Mac, which ZeRO cannot use
 
-import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when it is imported)
+# Its autotuner, of no use here, imports MLflow if it can (0.19, autotuning/autotuner.py): 0.4 s and 45 MB of every worker.
+with hidden("mlflow"):
+    import deepspeed  # reads DS_ACCELERATOR when it is imported
 import deepspeed.ops  # noqa: E402
 from deepspeed.runtime.zero.linear import zero3_linear_wrap  # noqa: E402
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config  # noqa: E402

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,14 @@ import pytest
 from conftest import REPOSITORY
 
 from ptuning.config import read_experiment
+from ptuning.importing import quick_imports
 
 pytestmark = pytest.mark.fast
 
 PACKAGE = REPOSITORY / "ptuning"
 
 FLOORS = {
-    "config": 0, "half_attention": 0, "mailbox": 0, "openai_api": 0, "shipped": 0,
+    "config": 0, "half_attention": 0, "importing": 0, "mailbox": 0, "openai_api": 0, "shipped": 0,
     "access": 1, "batches": 1, "edge": 1, "gathering": 1, "gauges": 1, "guard": 1, "hub": 1, "last_layer": 1, "metrics": 1,
     "segments": 1, "sources": 1, "space": 1, "spool": 1, "storage": 1, "virtual_tokens": 1, "watchdog": 1,
     "workers": 1,
@@ -146,3 +148,18 @@ def test_drivers_import_no_code_of_models():
         "import sys, ptuning.search, ptuning.launch; print(sorted({'transformers.modeling_utils', 'scipy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_workers_import_no_mlflow():
+    """DeepSpeed would, for a part of it that nobody uses. Whoever wants it afterwards has it."""
+    script = "import sys, ptuning.worker; print('mlflow' in sys.modules); import mlflow.version"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_garbage_is_collected_again_after_imports():
+    threshold = gc.get_threshold()
+    with pytest.raises(ImportError), quick_imports():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled() and gc.get_threshold() == threshold
+    gc.unfreeze()  # what this process has imported is nobody's business
