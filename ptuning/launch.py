@@ -28,6 +28,7 @@ from ray.exceptions import OutOfMemoryError, RayError
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import BackendSetupCallback
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -140,7 +141,7 @@ class _Trainer(TorchTrainer):
     """Ray Train without helpers that have nothing to do here: each is a process of 2 s and 200 MB."""
 
     own_cluster = False
-    """The cluster is this command's own and ends with it: no placement group outlives a controller."""
+    """The cluster is this command's own and ends with it: no placement group outlives a controller, and nobody adds nodes."""
 
     def _create_default_callbacks(self) -> list[Any]:
         # Private (2.60, train/v2/api/data_parallel_trainer.py): a version without it does not call ours either.
@@ -151,6 +152,12 @@ class _Trainer(TorchTrainer):
             if isinstance(each, BackendSetupCallback):
                 each.__class__ = _forgiving()
         return used
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        policy = given.get("scaling_policy")
+        if self.own_cluster and type(policy) is FixedScalingPolicy:
+            policy.__class__ = _asking_nobody()
+        return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
 
 
 def _forgiving() -> type[BackendSetupCallback]:
@@ -164,6 +171,23 @@ def _forgiving() -> type[BackendSetupCallback]:
                 super().before_execution_group_shutdown(execution_group)
 
     return Forgiving
+
+
+def _asking_nobody() -> type[FixedScalingPolicy]:
+    """A local class, as in `_forgiving`."""
+
+    class AskingNobody(FixedScalingPolicy):
+        # A controller first asks the actor that speaks for all with the autoscaler (2.60), and workers wait until it is there.
+        def _send_resource_request(self) -> None:
+            pass
+
+        def _maybe_send_resource_request(self) -> None:
+            pass
+
+        def _cancel_resource_request(self) -> None:
+            pass
+
+    return AskingNobody
 
 
 def start_ray(experiment: Experiment) -> bool:

@@ -316,7 +316,7 @@ def worker_killed(when: Callable[[], bool]) -> Iterator[None]:
     def kill() -> None:
         while not when():
             time.sleep(0.02)
-        workers = [each for each in psutil.Process().children(recursive=True) if "RayTrainWorker" in _title(each)]
+        workers = [each for each in psutil.Process().children(recursive=True) if "RayTrainWorker" in title(each)]
         workers[-1].kill()
         killed.append(workers[-1].pid)
 
@@ -327,7 +327,8 @@ def worker_killed(when: Callable[[], bool]) -> Iterator[None]:
     assert killed
 
 
-def _title(process: psutil.Process) -> str:
+def title(process: psutil.Process) -> str:
+    """What a process calls itself; nothing if it has gone."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:

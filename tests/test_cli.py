@@ -13,8 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
-from conftest import tiny_config
+from conftest import tiny_config, title
 from typer.testing import CliRunner
 
 from ptuning.cli import app
@@ -186,14 +187,21 @@ def test_the_whole_command_with_two_workers(toy_task: SimpleNamespace, write_tom
     toy_task.experiment["prompt"]["length"] = 10
     toy_task.experiment["train"] |= {"steps": 60, "learning_rate": 0.3}
     command = [sys.executable, "-m", "ptuning", "train", str(write_toml(toy_task.experiment)), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
+    seen = set[str]()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as running:
+        while running.poll() is None:
+            seen |= {title(each) for each in psutil.Process(running.pid).children(recursive=True)}
+            time.sleep(0.1)
+        stdout, stderr = running.communicate()
+    assert running.returncode == 0, stderr
+    summary = json.loads(stdout.splitlines()[-1])
     assert summary["name"] == "toy" and summary["steps"] == 60 and summary["run_id"]
     assert summary["metrics"]["test_accuracy"] > 0.9
     assert (Path(summary["soft_prompt"]) / "adapter_model.safetensors").is_file()
-    assert "base loaded by 2 workers (50%, 50% of it each), float32, shared prefix" in done.stderr
-    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert "base loaded by 2 workers (50%, 50% of it each), float32, shared prefix" in stderr
+    assert "Traceback" not in stderr and "Warning" not in stderr
+    actors = {each.split("::")[1].split(".")[0] for each in seen if each.startswith("ray::") and "Agent" not in each}
+    assert {"RayTrainWorker", "Mailbox"} <= actors and not actors & {"PlacementGroupCleaner", "_AutoscalingCoordinatorActor"}
     again = subprocess.run([*command[:-1]], capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 2 and "continue it with --resume" in again.stderr
 
