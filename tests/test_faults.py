@@ -513,7 +513,7 @@ def reached_step(folder: Path) -> int:
     return max((json.loads(line).get("step", 0) for line in lines if line.endswith("}")), default=0)
 
 
-def wait_for(done: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 90) -> None:
+def wait_for(done: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not done():
         assert process.poll() is None, process.communicate()

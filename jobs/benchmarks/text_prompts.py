@@ -50,7 +50,7 @@ class TextPrompt:
 
 
 def text_prompts(experiment: Experiment, base: Base, model: PromptedModel, task: Task) -> dict[str, dict[str, Any]]:
-    """The best text prompt of each kind: its value on the rows that chose it, on the test rows, and its text."""
+    """The best text prompt of each kind that fits: its value on the rows that chose it, on the test rows, and its text."""
     assert task.validation and task.test, "a task needs validation and test rows"
     written = json.loads(WRITTEN.read_text(encoding="utf-8")).get(experiment.name, {"instructions": [], "formats": []})
     to_choose = fields_of(task.validation, experiment)[:ROWS_TO_CHOOSE]
@@ -63,7 +63,8 @@ def text_prompts(experiment: Experiment, base: Base, model: PromptedModel, task:
     found = {}
     for kind, (value, prompt) in best.items():
         test = measure(model, base, task, task.test, fields, prompt)
-        found[kind] = {"validation": value, "test": test, "text": prompt.before + prompt.input}
+        if test is not None:  # one that leaves no room for the longest test row is no text for this task
+            found[kind] = {"validation": value, "test": test, "text": prompt.before + prompt.input}
     return found
 
 
