@@ -15,7 +15,7 @@ from ptuning import space
 from ptuning.base import find_base
 from ptuning.config import read_experiment
 from ptuning.model import PromptedModel, plan_targets
-from ptuning.prepare import absolute
+from ptuning.prepare import absolute, load_task
 
 pytestmark = pytest.mark.fast
 
@@ -120,3 +120,17 @@ def test_a_step_s_time_counts_neither_the_start_nor_pauses() -> None:
         now += 5000 if number < 3 else 700 if number % 10 == 0 else 60 + number % 2
         ends.append(now)
     assert typical(ends) == pytest.approx(0.0605, abs=2e-4)
+
+
+def test_a_part_of_the_rows_comes_from_all_over_the_file_with_its_own_fields(experiment) -> None:
+    from benchmarks.text_prompts import cut, fields_of
+
+    whole = load_task(experiment, find_base(experiment.model)).validation
+    assert whole is not None
+    part = cut(whole, 60)
+    known = fields_of(part, experiment)
+    assert [experiment.data.input.format_map(row) for row in known] == part.rows["text"][:]
+    places = [whole.rows["text"][:].index(text) for text in part.rows["text"][:]]
+    assert len(part) == len(set(places)) == 60 and places[0] == 0 and places[-1] > 0.9 * len(whole)
+    assert part.lengths.tolist() == whole.lengths[places].tolist()
+    assert cut(whole, None) is cut(whole, len(whole)) is whole

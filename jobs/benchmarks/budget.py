@@ -30,7 +30,7 @@ import optuna
 import torch
 from optuna.distributions import CategoricalDistribution, IntDistribution
 
-from benchmarks.quality import cut
+from benchmarks.text_prompts import cut
 from ptuning import figures, space
 from ptuning.base import find_base
 from ptuning.chooser import Chooser, make_scheduler

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 
 from benchmarks.peers import RATES, Learned, prompt_tuning, weights
-from benchmarks.text_prompts import text_prompts
+from benchmarks.text_prompts import cut, text_prompts
 from ptuning.base import Base, find_base
 from ptuning.config import Experiment, read_experiment
-from ptuning.data import Split
 from ptuning.model import PromptedModel
 from ptuning.orders import Assignment, Event, Task
 from ptuning.prepare import RUN, absolute, load_task
@@ -124,13 +123,6 @@ def examine(experiment: Experiment, arguments: argparse.Namespace) -> Iterator[t
     for method in RATES:
         if method in arguments.methods:
             yield method, described(tuned(method, experiment, base, task, arguments.seeds))
-
-
-def cut(split: Split, rows: int | None) -> Split:
-    """The first rows of a split."""
-    if rows is None or rows >= len(split):
-        return split
-    return replace(split, rows=split.rows.select(range(rows)), lengths=split.lengths[:rows])
 
 
 def described(runs: Sequence[Learned]) -> dict[str, Any]:

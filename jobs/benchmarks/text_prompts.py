@@ -11,7 +11,7 @@ import json
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,12 @@ def text_prompts(experiment: Experiment, base: Base, model: PromptedModel, task:
     """The best text prompt of each kind that fits: its value on the rows that chose it, on the test rows, and its text."""
     assert task.validation and task.test, "a task needs validation and test rows"
     written = json.loads(WRITTEN.read_text(encoding="utf-8")).get(experiment.name, {"instructions": [], "formats": []})
-    to_choose = fields_of(task.validation, experiment)[:ROWS_TO_CHOOSE]
+    known = fields_of(task.validation, experiment)
+    few = min(ROWS_TO_CHOOSE, len(known))
+    chooses, to_choose = cut(task.validation, few), [known[row] for row in spaced(len(known), few)]
     best: dict[str, tuple[float, TextPrompt]] = {}
     for prompt in candidates(experiment, task, written):
-        value = measure(model, base, task, task.validation, to_choose, prompt)
+        value = measure(model, base, task, chooses, to_choose, prompt)
         if value is not None and (prompt.kind not in best or value > best[prompt.kind][0]):
             best[prompt.kind] = value, prompt
     fields = fields_of(task.test, experiment)
@@ -68,10 +70,23 @@ def text_prompts(experiment: Experiment, base: Base, model: PromptedModel, task:
     return found
 
 
+def spaced(total: int, many: int) -> list[int]:
+    """So many rows out of all, from all over the file: some files are sorted by label."""
+    return [number * total // many for number in range(many)]
+
+
+def cut(split: Split, rows: int | None) -> Split:
+    """So many rows of a split at most."""
+    if rows is None or rows >= len(split):
+        return split
+    chosen = spaced(len(split), rows)
+    return replace(split, rows=split.rows.select(chosen), lengths=split.lengths[chosen])
+
+
 def fields_of(split: Split, experiment: Experiment) -> list[dict[str, Any]]:
-    """The fields of every row of a split."""
-    rows = read_source(split.source, template_fields(experiment.data.input), False).rows
-    return list(rows)[: len(split)]
+    """The fields of every row of a split, which may have been `cut` once."""
+    rows = list(read_source(split.source, template_fields(experiment.data.input), False).rows)
+    return [rows[row] for row in spaced(len(rows), len(split))]
 
 
 def candidates(experiment: Experiment, task: Task, written: dict[str, Any]) -> Iterator[TextPrompt]:
