@@ -37,6 +37,7 @@ from ptuning.hub import Hub
 from ptuning.launch import (
     beside_driver,
     holding,
+    leave_ray,
     make_trainer,
     registered,
     scale,
@@ -111,7 +112,7 @@ def run_search(
             write_run(folder, experiment, "finished", summary, kind="search")
     finally:
         if started_here:
-            ray.shutdown()
+            leave_ray()
     return summary | registered(experiment, summary, register)
 
 

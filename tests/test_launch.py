@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -149,3 +151,33 @@ def test_experiments_travel_with_absolute_paths(
     tables["compute"]["storage"] = "runs"
     resolved: Experiment = launch.absolute(parse_experiment(tables))
     assert resolved.data.train == str(tmp_path / "toy/train.jsonl") and resolved.compute.storage == str(tmp_path / "runs")
+
+
+def test_a_process_that_locks_up_at_its_end_is_ended() -> None:
+    """It has said farewell to Ray, which no longer counts it, and yet it is there."""
+    script = """
+import atexit, os, time, ray
+from ptuning import launch
+
+launch.join_ray(None)
+
+@ray.remote(num_cpus=0)
+class Stuck:
+    def pid(self):
+        atexit.register(time.sleep, 600)
+        return os.getpid()
+
+    def leave(self):
+        ray.actor.exit_actor()
+
+stuck = Stuck.remote()
+print(ray.get(stuck.pid.remote()))
+stuck.leave.remote()
+time.sleep(2)
+launch.leave_ray()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    pid = int(done.stdout.splitlines()[-1])
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
