@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from ptuning import half_attention
+from ptuning import cpu_attention
 from ptuning.base import BaseError, check_decoder
 from ptuning.gathering import Moment, Timeline
 from ptuning.model import PromptedModel, plan_targets
@@ -142,7 +142,7 @@ def _fused_attention() -> Iterator[None]:
         causal, scale = bool(options.get("is_causal")), options.get("scale")
         return flash(query, key, value, 0.0, causal, attn_mask=attn_mask, scale=scale)[0]
 
-    places: tuple[Any, ...] = (functional, half_attention)
+    places: tuple[Any, ...] = (functional, cpu_attention)
     for place in places:
         place.scaled_dot_product_attention = fused
     try:

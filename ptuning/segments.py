@@ -24,7 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ptuning import half_attention
+from ptuning import cpu_attention
+from ptuning.cpu_attention import Mask
 
 ATTENTION = "ptuning_segments"
 """Name of the attention below. Called without a segment tree it is transformers' own SDPA."""
@@ -44,7 +45,7 @@ class Group:
         self.lengths = lengths
         self.parent = parent
         self.parent_rows = parent_rows
-        self._masks: dict[tuple[int | None, torch.device], Tensor | None] = {}
+        self._masks: dict[tuple[int | None, int, torch.device], Mask] = {}
 
     @cached_property
     def longest(self) -> int:
@@ -96,14 +97,20 @@ class Group:
         above = [(group, rows if up is None else [up[row] for row in rows]) for group, up in self.parent.chain]
         return [*above, (self, None)]
 
-    def mask(self, window: int | None, device: torch.device) -> Tensor | None:
-        """`[R or 1, 1, T, S]`, True where a query may look; None if plain causal attention says the same."""
-        key = (window, device)
+    def mask(self, window: int | None, shared: int, device: torch.device) -> Mask:
+        """Where `T * shared` queries may look, every token's `shared` ones side by side."""
+        key = (window, shared, device)
         if key not in self._masks:
-            self._masks[key] = self._build_mask(window, device)
+            allowed = self._allowed(window)
+            if shared > 1:
+                if allowed is None:
+                    allowed = torch.ones(self.longest, self.longest, dtype=torch.bool).tril()[None, None]
+                allowed = allowed.repeat_interleave(shared, 2)
+            self._masks[key] = Mask(allowed if allowed is None else allowed.to(device), self.longest * shared)
         return self._masks[key]
 
-    def _build_mask(self, window: int | None, device: torch.device) -> Tensor | None:
+    def _allowed(self, window: int | None) -> Tensor | None:
+        """`[R or 1, 1, T, S]`, True where a token may look; None if plain causal attention says the same."""
         positions, valid = [], []
         for group, rows in self.chain:
             at = torch.tensor(group.offsets)[:, None] + torch.arange(group.longest)[None]
@@ -120,7 +127,7 @@ class Group:
             return None
         if bool((allowed == allowed[:1]).all()):
             allowed = allowed[:1]
-        return allowed[:, None].to(device)
+        return allowed[:, None]
 
 
 class Segments:
@@ -200,19 +207,16 @@ def _attend(
     k = torch.cat([_inherited(keys[id(ancestor)], rows) for ancestor, rows in group.chain], 2)  # [R, key heads, S, d]
     v = torch.cat([_inherited(values[id(ancestor)], rows) for ancestor, rows in group.chain], 2)
     shared = q.shape[1] // k.shape[1]  # grouped-query attention: query heads per key head
-    mask = group.mask(window, k.device)
+    mask = group.mask(window, shared, k.device)
     if shared > 1:
         # The query heads of one key head become more query rows: no copy of keys and values per query head.
-        q = q.unflatten(1, (k.shape[1], shared)).flatten(2, 3)
-        if mask is None:
-            mask = torch.ones(group.longest, group.longest, dtype=torch.bool, device=k.device).tril()[None, None]
-        mask = mask.repeat(1, 1, shared, 1)
+        q = q.unflatten(1, (k.shape[1], shared)).transpose(2, 3).flatten(2, 3)
     if softcap is None:
-        out = half_attention.attention(q, k, v, mask, scale)
+        out = cpu_attention.attention(q, k, v, mask, scale)
     else:
-        out = softcapped_attention(q, k, v, mask, scale, softcap)
+        out = softcapped_attention(q, k, v, mask.allowed, scale, softcap)
     if shared > 1:
-        out = out.unflatten(2, (shared, group.longest)).flatten(1, 2)
+        out = out.unflatten(2, (group.longest, shared)).transpose(2, 3).flatten(1, 2)
     out = out.transpose(1, 2).flatten(0, 1)  # [R * T, h, d]
     return out if group.dense else out.index_select(0, group.unpadded.to(out.device))
 

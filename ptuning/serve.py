@@ -29,7 +29,7 @@ from ptuning.config import Experiment, UserError, read_experiment
 from ptuning.edge import VARIABLES
 from ptuning.failures import memory, ray_logs
 from ptuning.http_api import build_app
-from ptuning.launch import start_ray
+from ptuning.launch import leave_ray, start_ray
 from ptuning.prepare import absolute
 from ptuning.service import Service
 from ptuning.submit import APPLICATION, PACKAGES
@@ -141,7 +141,7 @@ def run_server(experiment: Experiment, *, insecure: bool, say: Callable[[str], N
         _drain(handle, experiment.serve.drain_s)
     finally:
         if started_here:
-            ray.shutdown()
+            leave_ray()
         else:
             with suppress(Exception):  # it never started, or the cluster has gone: what matters is said already
                 serve.delete(APPLICATION)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.measuring import heading, in_turns, interval, line
 from benchmarks.steps import Step, difference, limit, random_llama, random_rows, random_vectors
-from ptuning import half_attention
+from ptuning import cpu_attention
 from ptuning.batches import BatchOrder
+from ptuning.cpu_attention import Mask
 from ptuning.model import Plan, PromptedModel, Row, plan_targets
 
 BATCH = 16
@@ -92,20 +94,30 @@ def epoch(
 
 @contextmanager
 def torch_attention() -> Iterator[None]:
-    """torch's own attention in the place of `half_attention`."""
+    """torch's own attention in the place of `cpu_attention`."""
 
-    def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    def plain(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed, is_causal=mask.allowed is None, scale=scale)
 
-    ours, half_attention.attention = half_attention.attention, plain
+    ours, cpu_attention.attention = cpu_attention.attention, plain
     try:
         yield
     finally:
-        half_attention.attention = ours
+        cpu_attention.attention = ours
 
 
-def sides(dtype: torch.dtype, length: int, batches: int) -> dict[str, Step]:
-    """The product's pass, and the same without one of its ideas."""
+def compiled(dtype: torch.dtype) -> PromptedModel:
+    """A base whose layers are compiled for rows of any length at their first use: minutes, and a C++ compiler."""
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it tells of every place where it lets Python go on
+    torch._dynamo.config.recompile_limit = 64
+    model = PromptedModel(random_llama(dtype))
+    for layer in model.base.model.layers:
+        layer.compile(dynamic=True)
+    return model
+
+
+def sides(dtype: torch.dtype, length: int, batches: int, compile_too: bool) -> dict[str, Step]:
+    """The product's pass, the same without one of its ideas, and with one that it does without."""
     model, vectors, rows = PromptedModel(random_llama(dtype)), random_vectors(length), mixed_rows(batches)
     inner = grouped(rows)
     own = epoch(model, vectors, inner)
@@ -126,6 +138,8 @@ def sides(dtype: torch.dtype, length: int, batches: int) -> dict[str, Step]:
     if dtype != torch.float32:
         found["torch's attention"] = with_torch_attention
         found["float32"] = epoch(PromptedModel(random_llama(torch.float32)), vectors, inner)
+    if compile_too:
+        found["with layers compiled (torch.compile)"] = epoch(compiled(dtype), vectors, inner)
     return found
 
 
@@ -137,7 +151,7 @@ def ideas(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for name in arguments.dtypes:
         dtype = getattr(torch, name)
         for length in (20,) if arguments.quick else (20, 100):
-            every = sides(dtype, length, batches)
+            every = sides(dtype, length, batches, not arguments.quick and length == 20)
             expected = every["all ideas"]().clone()
             apart = {side: difference(run(), expected) for side, run in every.items()}
             assert max(apart.values()) < limit(dtype), f"the gradients differ: {apart}"
