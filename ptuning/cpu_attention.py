@@ -105,16 +105,22 @@ class _Attention(torch.autograd.Function):
         q, k, v = saved
         hidden, blocks = context.mask.hidden, context.mask.blocks
         of_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-        # A key is seen by several blocks; their sum is rounded once.
-        of_k, of_v = (each.new_zeros(each.shape, dtype=torch.float32 if len(blocks) > 1 else None) for each in (k, v))
+        once = len(blocks) == 1 and blocks[0].keys == slice(0, k.shape[2])
+        if once:
+            of_k, of_v = (torch.empty_like(each, memory_format=torch.contiguous_format) for each in (k, v))
+        else:  # a key is seen by several blocks, or by none; their sum is rounded at its end
+            of_k, of_v = (each.new_zeros(each.shape, dtype=torch.float32) for each in (k, v))
         for block in blocks:
             for part in _parts(q, block):
                 queries, keys = (*part, block.queries), (*part, block.keys)
                 unseen = hidden[part[0] if len(hidden) > 1 else slice(None), :, block.queries, block.keys][..., block.seen :]
                 found = _gradients(q[queries], k[keys], v[keys], gradients[0][queries], unseen, context.scale)
                 of_q[queries] = found[0]
-                of_k[keys] += found[1]
-                of_v[keys] += found[2]
+                for whole, share in ((of_k, found[1]), (of_v, found[2])):
+                    if once:
+                        whole[keys] = share
+                    else:
+                        whole[keys] += share
         return of_q, of_k.to(k.dtype), of_v.to(v.dtype), None, None
 
 
