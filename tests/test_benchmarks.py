@@ -103,13 +103,17 @@ def test_batches_of_the_peers_see_every_row_once_an_epoch():
     assert rows[:10] != rows[10:]
 
 
-def test_the_formula_counts_what_a_step_computes() -> None:
-    from benchmarks.steps import flops, our_step, random_llama, random_rows, random_vectors
+@pytest.mark.parametrize("shared", [1, 2], ids=["", "grouped"])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_the_formula_counts_what_a_step_computes(shared: int, slots: int) -> None:
+    from benchmarks.steps import Size, flops, our_step, random_llama, random_rows, random_vectors
 
-    step = our_step(PromptedModel(random_llama(torch.float32, 4000)), random_vectors(20), random_rows([16] * 2))
+    size = Size(3, 64, 160, 4, 4 // shared, 4000)
+    model = PromptedModel(random_llama(torch.float32, size))
+    step = our_step(model, random_vectors(20, size.width), random_rows([16] * 2), slots)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         step()
-    assert counter.get_total_flops() == flops(2, 16, 20, 4000)
+    assert counter.get_total_flops() == slots * flops(2, 16, 20, size)
 
 
 def test_a_step_s_time_counts_neither_the_start_nor_pauses() -> None:

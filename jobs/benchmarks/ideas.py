@@ -75,7 +75,7 @@ def epoch(
     shared_prefix: bool = True,
 ) -> Step:
     """Steps over some batches; their gradients summed, each a mean over its targets."""
-    soft_prompt = vectors.clone().requires_grad_()
+    soft_prompt = vectors.to(model.base.device, copy=True).requires_grad_()
 
     def run() -> Tensor:
         soft_prompt.grad = None
@@ -106,19 +106,19 @@ def torch_attention() -> Iterator[None]:
         cpu_attention.attention = ours
 
 
-def compiled(dtype: torch.dtype) -> PromptedModel:
+def compiled(dtype: torch.dtype, device: str) -> PromptedModel:
     """A base whose layers are compiled for rows of any length at their first use: minutes, and a C++ compiler."""
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it tells of every place where it lets Python go on
     torch._dynamo.config.recompile_limit = 64
-    model = PromptedModel(random_llama(dtype))
+    model = PromptedModel(random_llama(dtype, device=device))
     for layer in model.base.model.layers:
         layer.compile(dynamic=True)
     return model
 
 
-def sides(dtype: torch.dtype, length: int, batches: int, compile_too: bool) -> dict[str, Step]:
+def sides(dtype: torch.dtype, device: str, length: int, batches: int, compile_too: bool) -> dict[str, Step]:
     """The product's pass, the same without one of its ideas, and with one that it does without."""
-    model, vectors, rows = PromptedModel(random_llama(dtype)), random_vectors(length), mixed_rows(batches)
+    model, vectors, rows = PromptedModel(random_llama(dtype, device=device)), random_vectors(length), mixed_rows(batches)
     inner = grouped(rows)
     own = epoch(model, vectors, inner)
 
@@ -137,9 +137,9 @@ def sides(dtype: torch.dtype, length: int, batches: int, compile_too: bool) -> d
     }
     if dtype != torch.float32:
         found["torch's attention"] = with_torch_attention
-        found["float32"] = epoch(PromptedModel(random_llama(torch.float32)), vectors, inner)
+        found["float32"] = epoch(PromptedModel(random_llama(torch.float32, device=device)), vectors, inner)
     if compile_too:
-        found["with layers compiled (torch.compile)"] = epoch(compiled(dtype), vectors, inner)
+        found["with layers compiled (torch.compile)"] = epoch(compiled(dtype, device), vectors, inner)
     return found
 
 
@@ -151,7 +151,7 @@ def ideas(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for name in arguments.dtypes:
         dtype = getattr(torch, name)
         for length in (20,) if arguments.quick else (20, 100):
-            every = sides(dtype, length, batches, not arguments.quick and length == 20)
+            every = sides(dtype, arguments.device, length, batches, not arguments.quick and length == 20)
             expected = every["all ideas"]().clone()
             apart = {side: difference(run(), expected) for side, run in every.items()}
             assert max(apart.values()) < limit(dtype), f"the gradients differ: {apart}"

@@ -23,8 +23,15 @@ def in_turns(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
         for name in list(sides)[:: -1 if number % 2 else 1]:
             began = time.perf_counter()
             sides[name]()
+            settle()
             times[name].append(time.perf_counter() - began)
     return times
+
+
+def settle() -> None:
+    """Wait until a GPU has done what it was given; it works behind the program's back."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def interval(ratios: Sequence[float], seed: int = 0) -> tuple[float, float]:
@@ -44,22 +51,26 @@ def typical(ends_ms: Sequence[int], skip: int = 3) -> float:
     return statistics.fmean(between[quarter : len(between) - quarter]) / 1000
 
 
-def gemm_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of torch's product of two square matrices with the threads of this process: what a step is held against."""
-    left, right = torch.randn(2, size, size).to(dtype)
+def gemm_rate(dtype: torch.dtype, device: str = "cpu", repeats: int = 5) -> float:
+    """FLOP/s of torch's product of two square matrices with the threads of this process, or on a GPU: what a step is held
+    against."""
+    size = 2048 if device == "cpu" else 8192
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
     torch.mm(left, right)
+    settle()
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
         torch.mm(left, right)
+        settle()
         seconds.append(time.perf_counter() - began)
     return 2 * size**3 / statistics.median(seconds)
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     """What the figures depend on; the load is the mean number of busy processes of the last minute."""
     return {
-        "processor": _processor(),
+        "processor": _processor() if device == "cpu" else f"{torch.cuda.get_device_name(device)}, {_processor()}",
         "cores": os.cpu_count(),
         "threads": threads,
         "load": round(os.getloadavg()[0], 1),
@@ -76,9 +87,9 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def tell_machine(threads: int) -> dict[str, Any]:
+def tell_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     """`machine`, said in a line."""
-    found = machine(threads)
+    found = machine(threads, device)
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     print(f"{found['processor']}, {found['cores']} cores, {threads} threads, load {found['load']}; {versions}", flush=True)
     return found

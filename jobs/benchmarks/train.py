@@ -20,7 +20,10 @@ from benchmarks import ideas, trainer
 from benchmarks.measuring import gemm_rate, heading, in_turns, interval, line, tell_machine, tell_part, write
 from benchmarks.plan import MIB, Peak
 from benchmarks.steps import (
-    VOCABULARY,
+    SIZES,
+    SMALL,
+    Size,
+    Step,
     difference,
     flops,
     limit,
@@ -47,6 +50,9 @@ class Shape(NamedTuple):
     length: int
     vocabulary: int
 
+    def flops(self, size: Size) -> int:
+        return flops(self.batch, self.text, self.length, size._replace(vocabulary=self.vocabulary))
+
 
 class Bases(NamedTuple):
     """One base for each side: both change what they are given."""
@@ -55,31 +61,32 @@ class Bases(NamedTuple):
     theirs: PreTrainedModel
 
 
-def load_bases(dtype: torch.dtype, vocabulary: int) -> Bases:
-    return Bases(PromptedModel(random_llama(dtype, vocabulary)), random_llama(dtype, vocabulary))
+def load_bases(dtype: torch.dtype, size: Size, device: str) -> Bases:
+    return Bases(PromptedModel(random_llama(dtype, size, device)), random_llama(dtype, size, device))
 
 
-def shapes(texts: Sequence[int], quick: bool) -> Iterator[Shape]:
-    """The matrix: all lengths and texts with 32,000 tokens, other vocabularies with rows of 32. Long rows come in small
-    batches, so that a step of PEFT's takes seconds and not minutes."""
+def shapes(texts: Sequence[int], quick: bool, size: Size) -> Iterator[Shape]:
+    """The matrix: all lengths and texts with the base's own vocabulary, for the small base others, too, with rows of 32. Long
+    rows come in small batches, so that a step of PEFT's takes seconds and not minutes."""
     for text, length in itertools.product((32,) if quick else texts, LENGTHS):
-        yield Shape({128: 8, 512: 4}.get(text, 16), text, length, VOCABULARY)
-    for vocabulary, length in itertools.product(VOCABULARIES if 32 in texts and not quick else (), LENGTHS):
+        yield Shape({128: 8, 512: 4}.get(text, 16), text, length, size.vocabulary)
+    others = VOCABULARIES if 32 in texts and size == SMALL and not quick else ()
+    for vocabulary, length in itertools.product(others, LENGTHS):
         yield Shape(16, 32, length, vocabulary)
 
 
-def compare(bases: Bases, shape: Shape, dtype: torch.dtype, pairs: int, seconds: float) -> dict[str, Any]:
+def compare(bases: Bases, shape: Shape, size: Size, dtype: torch.dtype, pairs: int, seconds: float) -> dict[str, Any]:
     """One shape: agreement of the gradients, an A/A control, and the ratio of step times PEFT / ours.
 
     As many pairs as fit into `seconds`, at least 3 and at most `pairs`.
     """
-    rows, vectors = random_rows([shape.text] * shape.batch), random_vectors(shape.length)
+    rows, vectors = random_rows([shape.text] * shape.batch), random_vectors(shape.length, size.width)
     ours, theirs = our_step(bases.ours, vectors, rows), peft_step(bases.theirs, vectors, rows)
     apart = difference(ours(), theirs())
     assert apart < limit(dtype), f"the gradients differ by {apart:.0e} of their norm: {shape}"
     [[mine], [other]] = in_turns({"ours": ours, "PEFT": theirs}, 1).values()
     rounds = int(max(3, min(pairs, seconds / (mine + other))))
-    rate = gemm_rate(dtype)
+    rate = gemm_rate(dtype, bases.theirs.device.type)
     control = list(in_turns({"A": ours, "again": ours}, rounds).values())
     times = in_turns({"ours": ours, "PEFT": theirs}, rounds)
     ratios = [b / a for a, b in zip(*times.values(), strict=True)]
@@ -94,7 +101,7 @@ def compare(bases: Bases, shape: Shape, dtype: torch.dtype, pairs: int, seconds:
         "ratio_95": interval(ratios),
         "control": statistics.median(b / a for a, b in zip(*control, strict=True)),
         "gemm_gflops": rate / 1e9,
-        "share_of_gemm": flops(*shape) / step / rate,
+        "share_of_gemm": shape.flops(size) / step / rate,
         "seconds": times,
     }
 
@@ -103,13 +110,14 @@ def matrix(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Step time against PEFT's prompt tuning in a plain loop."""
     heading("dtype", "B, T, P", "V", "ours, s", "PEFT, s", "ratio", "95 %", "A/A", "pairs", "of GEMM peak", "gradients differ")
     found: list[dict[str, Any]] = []
+    size = SIZES[arguments.size]
     for name in arguments.dtypes:
         dtype, bases, vocabulary = DTYPES[name], None, 0
-        for shape in shapes(arguments.texts, arguments.quick):
+        for shape in shapes(arguments.texts, arguments.quick, size):
             if bases is None or shape.vocabulary != vocabulary:
                 bases, vocabulary = None, shape.vocabulary  # the old ones leave before the new ones come
-                bases = load_bases(dtype, vocabulary)
-            one = compare(bases, shape, dtype, arguments.pairs, arguments.seconds)
+                bases = load_bases(dtype, size._replace(vocabulary=vocabulary), arguments.device)
+            one = compare(bases, shape, size, dtype, arguments.pairs, arguments.seconds)
             found.append(one)
             low, high = one["ratio_95"]
             line(
@@ -128,7 +136,7 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         for side in ("ours", "PEFT"):
             torch.multiprocessing.spawn(  # type: ignore[attr-defined]  # a re-export that torch does not declare
-                peaks, (side, arguments.dtypes, arguments.threads, f"{folder}/{side}.json")
+                peaks, (side, arguments.dtypes, arguments.size, arguments.device, arguments.threads, f"{folder}/{side}.json")
             )
             results[side] = json.loads(Path(folder, f"{side}.json").read_text())
     del os.environ["MALLOC_MMAP_THRESHOLD_"]
@@ -142,24 +150,65 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def peaks(rank: int, side: Literal["ours", "PEFT"], dtypes: list[str], threads: int, out: str) -> None:
-    """A process of one side: the anonymous memory that steps of several shapes take at most, in bytes."""
+def peaks(rank: int, side: Literal["ours", "PEFT"], dtypes: list[str], size: str, device: str, threads: int, out: str) -> None:
+    """A process of one side: the memory that steps of several shapes take at most, in bytes."""
     torch.set_num_threads(threads)
     found = []
     for name in dtypes:
-        base = random_llama(DTYPES[name])
+        base = random_llama(DTYPES[name], SIZES[size], device)
         model = PromptedModel(base) if side == "ours" else None
         for batch, text, length in MEMORY:
-            rows, vectors = random_rows([text] * batch), random_vectors(length)
+            rows, vectors = random_rows([text] * batch), random_vectors(length, SIZES[size].width)
             step = our_step(model, vectors, rows) if model else peft_step(base, vectors, rows)
             step()  # buffers that stay
-            with Peak() as peak:
-                step()
-            found.append({"dtype": name, "shape": (batch, text, length), "bytes": peak.anonymous})
+            found.append({"dtype": name, "shape": (batch, text, length), "bytes": peak_of(step, device)})
     Path(out).write_text(json.dumps(found))
 
 
-PARTS = {"matrix": matrix, "memory": memory, "ideas": ideas.ideas, "trainer": trainer.trainer}
+def peak_of(step: Step, device: str) -> int:
+    """Bytes that a step takes at most over what was there before it: anonymous memory, or what torch allocates on a GPU."""
+    if device == "cpu":
+        with Peak() as peak:
+            step()
+        return peak.anonymous
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def slots(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """K soft prompts of 20 vectors side by side over one base, each with 16 rows of 32 tokens; one process, nothing sharded."""
+    heading("dtype", "K", "seconds per step", "steps of a soft prompt per second", "tokens per second", "of GEMM peak", "MiB")
+    found = []
+    size = SIZES[arguments.size]
+    for name in arguments.dtypes:
+        dtype, shape = DTYPES[name], Shape(16, 32, 20, size.vocabulary)
+        model = PromptedModel(random_llama(dtype, size, arguments.device))
+        rows, vectors = random_rows([shape.text] * shape.batch), random_vectors(shape.length, size.width)
+        steps = {str(many): our_step(model, vectors, rows, many) for many in arguments.slots}
+        alone = next(iter(steps.values()))().clone()
+        memory: dict[str, int | None] = {}
+        for many, step in steps.items():
+            apart = difference(step(), alone)
+            assert apart < limit(dtype), f"K = {many}: the gradient differs by {apart:.0e} of its norm"
+            # On CPU memory wants a process of its own: that is the part `memory`.
+            memory[many] = None if arguments.device == "cpu" else peak_of(step, arguments.device)
+        rate = gemm_rate(dtype, arguments.device)
+        for many, times in in_turns(steps, 2 if arguments.quick else arguments.pairs).items():
+            seconds = statistics.median(times)
+            rates = {"steps": int(many) / seconds, "tokens": int(many) * shape.batch * shape.text / seconds}
+            share = int(many) * shape.flops(size) / seconds / rate
+            one = {"dtype": name, "slots": int(many), "step_s": seconds, "bytes": memory[many], "share_of_gemm": share}
+            found.append(one | {f"{key}_per_s": value for key, value in rates.items()})
+            line(
+                *(name, many, f"{seconds:.4f}", f"**{rates['steps']:.1f}**", f"{rates['tokens']:,.0f}"),
+                *(f"{share:.0%} of {rate / 1e9:.0f} GFLOP/s", "-" if (used := memory[many]) is None else f"{used / MIB:,.0f}"),
+            )
+    return found
+
+
+PARTS = {"matrix": matrix, "memory": memory, "slots": slots, "ideas": ideas.ideas, "trainer": trainer.trainer}
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -169,7 +218,7 @@ def train(arguments: argparse.Namespace) -> None:
     long rows in small batches, and slow shapes with as many pairs as fit into --seconds (at least 3).
     """
     torch.set_num_threads(arguments.threads)
-    results: dict[str, Any] = {"machine": tell_machine(arguments.threads)}
+    results: dict[str, Any] = {"machine": tell_machine(arguments.threads, arguments.device), "size": arguments.size}
     pictures: dict[str, bytes] = {}
     for part in arguments.parts or list(PARTS):
         tell_part(PARTS[part])
@@ -184,7 +233,7 @@ def picture(found: list[dict[str, Any]], value: str, title: str) -> bytes:
     """A value over the text's length, one line for each dtype and number of virtual tokens."""
     history: dict[str, list[tuple[int, float]]] = {}
     for one in found:
-        if one["vocabulary"] == VOCABULARY:
+        if one["vocabulary"] == found[0]["vocabulary"]:
             history.setdefault(f"{one['dtype']}, P = {one['length']}", []).append((one["text"], one[value]))
     return figures.curves(history, title, value.replace("_", " "), "text tokens")
 
@@ -198,6 +247,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument("--seconds", type=float, default=8.0, help="how long the pairs of a shape may take")
     command.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     command.add_argument("--texts", type=int, nargs="+", default=list(TEXTS), help="tokens of the matrix's rows")
+    command.add_argument("--slots", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K", help="soft prompts side by side")
+    command.add_argument("--size", choices=list(SIZES), default="58m", help="random base of the matrix, memory and slots")
+    command.add_argument("--device", default="cpu", help="cpu or cuda; on a GPU --dtypes bfloat16 --size 8b --slots 1 4 16 64")
     command.add_argument("--threads", type=int, default=2, help="on a machine that is not at rest 1 is steadier")
     command.add_argument("--out", help="file for the raw numbers (JSON); pictures go beside it")
     command.set_defaults(run=train)

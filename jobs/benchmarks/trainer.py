@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.ideas import BATCH, as_they_come, grouped, mixed_rows
-from benchmarks.measuring import heading, interval, line
+from benchmarks.measuring import heading, interval, line, settle
 from benchmarks.steps import padded, peft_model, random_llama, random_vectors
 from ptuning.model import PromptedModel, Row, plan_targets
 
@@ -30,10 +30,11 @@ class _Clock(TrainerCallback):
         self.began = time.perf_counter()
 
     def on_step_end(self, *arguments: Any, **options: Any) -> None:
+        settle()
         self.ended = time.perf_counter()
 
 
-def trainer_epoch(model: nn.Module, rows: list[Row], sampling: str) -> Epoch:
+def trainer_epoch(model: nn.Module, rows: list[Row], sampling: str, device: str) -> Epoch:
     """Trainer at its best here: padding to the batch's longest row, nothing logged, saved or evaluated."""
     data = [{"input_ids": source + target, "row": (source, target)} for source, target in rows]
 
@@ -46,7 +47,7 @@ def trainer_epoch(model: nn.Module, rows: list[Row], sampling: str) -> Epoch:
                 num_train_epochs=1,
                 learning_rate=RATE,
                 train_sampling_strategy=sampling,
-                use_cpu=True,
+                use_cpu=device == "cpu",
                 logging_strategy="no",
                 save_strategy="no",
                 report_to=[],
@@ -74,21 +75,22 @@ def loop_epoch(weight: Tensor, batches: list[list[Row]], loss: Callable[[list[Ro
             loss(rows).backward()
             torch.nn.utils.clip_grad_norm_([weight], 1.0)
             optimizer.step()
+            settle()
         return time.perf_counter() - began
 
     return run
 
 
-def epochs(dtype: torch.dtype, length: int, rows: list[Row]) -> dict[str, Epoch]:
+def epochs(dtype: torch.dtype, device: str, length: int, rows: list[Row]) -> dict[str, Epoch]:
     """Each side on a base of its own: they change it, or its soft prompt."""
-    ours, vectors = PromptedModel(random_llama(dtype)), random_vectors(length)
-    soft_prompt = nn.Parameter(vectors.clone())
-    model, weight = peft_model(random_llama(dtype), vectors)
+    ours, vectors = PromptedModel(random_llama(dtype, device=device)), random_vectors(length)
+    soft_prompt = nn.Parameter(vectors.to(device, copy=True))
+    model, weight = peft_model(random_llama(dtype, device=device), vectors)
     return {
         "ours": loop_epoch(soft_prompt, grouped(rows), lambda some: ours([soft_prompt], plan_targets([length], [some])).mean()),
-        "PEFT, plain loop": loop_epoch(weight, as_they_come(rows), lambda some: model(**padded(some)).loss),
-        "PEFT, Trainer": trainer_epoch(model, rows, "random"),
-        "PEFT, Trainer, group_by_length": trainer_epoch(model, rows, "group_by_length"),
+        "PEFT, plain loop": loop_epoch(weight, as_they_come(rows), lambda some: model(**padded(some, device)).loss),
+        "PEFT, Trainer": trainer_epoch(model, rows, "random", device),
+        "PEFT, Trainer, group_by_length": trainer_epoch(model, rows, "group_by_length", device),
     }
 
 
@@ -98,7 +100,7 @@ def trainer(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     batches, rounds = (2, 2) if arguments.quick else (4, min(arguments.pairs, 3))
     for name in arguments.dtypes:
-        sides = epochs(getattr(torch, name), 20, mixed_rows(batches))
+        sides = epochs(getattr(torch, name), arguments.device, 20, mixed_rows(batches))
         for run in sides.values():
             run()
         times: dict[str, list[float]] = {side: [] for side in sides}
