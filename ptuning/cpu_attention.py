@@ -7,8 +7,8 @@ a training step. Here are these products, as many heads at a time as a core's ca
 Behind a soft prompt a mask says who may look where, and with a mask torch computes every score. Long rows are therefore cut
 into blocks of queries, each with the keys that any of its queries may see: for 512 tokens five eighths of the scores.
 
-What is computed of a block forward is torch's own, so what is trained is what is served. In bf16 the gradients are 4e-3 to 5e-3
-from those in float64 (relative norm), torch's 3e-3 to 4e-3; in float32 both are 3e-7 to 4e-7.
+The forward pass of a block is torch's own, so what is trained is what is served. In bf16 the gradients are 4e-3 to 5e-3 from
+those in float64 (relative norm), torch's 2e-3 to 5e-3; in float32 both are 3e-7 to 4e-7.
 
 Shapes: R rows, h heads, T queries, S keys, d head width; t and s of them in a block.
 """

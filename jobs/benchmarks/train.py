@@ -189,8 +189,13 @@ def slots(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         steps = {str(many): our_step(model, vectors, rows, many) for many in arguments.slots}
         alone = next(iter(steps.values()))().clone()
         memory: dict[str, int | None] = {}
-        for many, step in steps.items():
-            apart = difference(step(), alone)
+        for many, step in list(steps.items()):
+            try:
+                apart = difference(step(), alone)
+            except torch.OutOfMemoryError:  # of a GPU; a CPU's system ends the process
+                line(name, many, "out of memory")
+                del steps[many]
+                continue
             assert apart < limit(dtype), f"K = {many}: the gradient differs by {apart:.0e} of its norm"
             # On CPU memory wants a process of its own: that is the part `memory`.
             memory[many] = None if arguments.device == "cpu" else peak_of(step, arguments.device)
