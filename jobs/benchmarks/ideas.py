@@ -6,8 +6,9 @@ import argparse
 import dataclasses
 import logging
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.measuring import heading, in_turns, interval, line
-from benchmarks.steps import Step, difference, limit, random_llama, random_rows, random_vectors
+from benchmarks.steps import Step, difference, limit, our_step, random_llama, random_rows, random_vectors
 from ptuning import cpu_attention
 from ptuning.batches import BatchOrder
 from ptuning.cpu_attention import Mask
@@ -106,6 +107,26 @@ def torch_attention() -> Iterator[None]:
         cpu_attention.attention = ours
 
 
+@contextmanager
+def whole_rows() -> Iterator[None]:
+    """Attention with all keys for every query."""
+    ours, cpu_attention.QUERIES = cpu_attention.QUERIES, sys.maxsize
+    try:
+        yield
+    finally:
+        cpu_attention.QUERIES = ours
+
+
+def inside(context: Callable[[], AbstractContextManager[None]], step: Step) -> Step:
+    """The same step, computed otherwise."""
+
+    def run() -> Tensor:
+        with context():
+            return step()
+
+    return run
+
+
 def compiled(dtype: torch.dtype, device: str) -> PromptedModel:
     """A base whose layers are compiled for rows of any length at their first use: minutes, and a C++ compiler."""
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it tells of every place where it lets Python go on
@@ -122,10 +143,6 @@ def sides(dtype: torch.dtype, device: str, length: int, batches: int, compile_to
     inner = grouped(rows)
     own = epoch(model, vectors, inner)
 
-    def with_torch_attention() -> Tensor:
-        with torch_attention():
-            return own()
-
     found: dict[str, Step] = {
         "all ideas": own,
         "soft prompt once per row": epoch(model, vectors, inner, repeated),
@@ -136,10 +153,37 @@ def sides(dtype: torch.dtype, device: str, length: int, batches: int, compile_to
         "... plain concatenation, not grouped": epoch(model, vectors, as_they_come(rows), shared_prefix=False),
     }
     if dtype != torch.float32:
-        found["torch's attention"] = with_torch_attention
+        found["torch's attention"] = inside(torch_attention, own)
         found["float32"] = epoch(PromptedModel(random_llama(torch.float32, device=device)), vectors, inner)
     if compile_too:
         found["with layers compiled (torch.compile)"] = epoch(compiled(dtype, device), vectors, inner)
+    return found
+
+
+def long_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """How many times as long a step on long rows takes with other attention (P = 20, on CPU only)."""
+    if arguments.device != "cpu":
+        return []
+    heading("dtype", "B, T", "in blocks of queries, s", "with whole rows", "95 %", "with torch's", "95 %")
+    found = []
+    for name in arguments.dtypes:
+        dtype = getattr(torch, name)
+        model = PromptedModel(random_llama(dtype))
+        for batch, text in ((1, 256),) if arguments.quick else ((4, 512), (2, 1000)):
+            own = our_step(model, random_vectors(20), random_rows([text] * batch))
+            every = {"in blocks": own, "whole rows": inside(whole_rows, own), "torch's": inside(torch_attention, own)}
+            expected = own().clone()
+            apart = {side: difference(run(), expected) for side, run in every.items()}
+            assert max(apart.values()) < limit(dtype), f"the gradients differ: {apart}"
+            times = in_turns(every, 2 if arguments.quick else arguments.pairs)
+            one: dict[str, Any] = {"dtype": name, "B": batch, "T": text, "step_s": statistics.median(times["in blocks"])}
+            cells = [f"{one['step_s']:.3f}"]
+            for side in ("whole rows", "torch's"):
+                ratios = [b / a for a, b in zip(times["in blocks"], times[side], strict=True)]
+                one[side], (low, high) = statistics.median(ratios), interval(ratios)
+                cells += [f"**{one[side]:.2f}**", f"{low:.2f} to {high:.2f}"]
+            found.append(one)
+            line(name, f"{batch}, {text}", *cells)
     return found
 
 

@@ -213,7 +213,14 @@ def slots(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-PARTS = {"matrix": matrix, "memory": memory, "slots": slots, "ideas": ideas.ideas, "trainer": trainer.trainer}
+PARTS = {
+    "matrix": matrix,
+    "memory": memory,
+    "slots": slots,
+    "ideas": ideas.ideas,
+    "attention": ideas.long_rows,
+    "trainer": trainer.trainer,
+}
 
 
 def train(arguments: argparse.Namespace) -> None:
