@@ -75,10 +75,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) 
     if here and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         output: Tensor = _Attention.apply(q, k, v, mask, scale)
         return output
-    return _whole(q, k, v, mask, scale)
+    return whole(q, k, v, mask, scale)
 
 
-def _whole(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> Tensor:
+def whole(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> Tensor:
+    """torch's own attention, all scores at once."""
     return scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed, is_causal=mask.allowed is None, scale=scale)
 
 
@@ -88,7 +89,7 @@ class _Attention(torch.autograd.Function):
         context.save_for_backward(q, k, v)
         context.mask, context.scale = mask, scale if scale is not None else q.shape[-1] ** -0.5
         if mask.allowed is None or mask.size <= QUERIES:  # torch knows how to leave out the half of causal attention
-            return _whole(q, k, v, mask, scale)
+            return whole(q, k, v, mask, scale)
         rows, heads, queries, width = q.shape
         output = q.new_empty(rows, queries, heads, width).transpose(1, 2)  # as torch lays it out
         for block in mask.blocks:

@@ -7,20 +7,18 @@ import dataclasses
 import logging
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.measuring import heading, in_turns, interval, line
+from benchmarks.measuring import heading, in_turns, line, times_as_long
 from benchmarks.steps import Step, difference, limit, our_step, random_llama, random_rows, random_vectors
 from ptuning import cpu_attention
 from ptuning.batches import BatchOrder
-from ptuning.cpu_attention import Mask
 from ptuning.model import Plan, PromptedModel, Row, plan_targets
 
 BATCH = 16
@@ -93,38 +91,27 @@ def epoch(
     return run
 
 
-@contextmanager
-def torch_attention() -> Iterator[None]:
-    """torch's own attention in the place of `cpu_attention`."""
-
-    def plain(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> Tensor:
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed, is_causal=mask.allowed is None, scale=scale)
-
-    ours, cpu_attention.attention = cpu_attention.attention, plain
-    try:
-        yield
-    finally:
-        cpu_attention.attention = ours
-
-
-@contextmanager
-def whole_rows() -> Iterator[None]:
-    """Attention with all keys for every query."""
-    ours, cpu_attention.QUERIES = cpu_attention.QUERIES, sys.maxsize
-    try:
-        yield
-    finally:
-        cpu_attention.QUERIES = ours
-
-
-def inside(context: Callable[[], AbstractContextManager[None]], step: Step) -> Step:
-    """The same step, computed otherwise."""
+def instead(name: str, value: object, step: Step) -> Step:
+    """The same step with something else in the place of a name of `cpu_attention`."""
 
     def run() -> Tensor:
-        with context():
+        with patch.object(cpu_attention, name, value):
             return step()
 
     return run
+
+
+def torch_attention(step: Step) -> Step:
+    """The same step with torch's own attention."""
+    return instead("attention", cpu_attention.whole, step)
+
+
+def differences(every: dict[str, Step], dtype: torch.dtype) -> dict[str, float]:
+    """By how much the gradient of each side differs from that of the first, which must be little."""
+    expected = next(iter(every.values()))().clone()
+    apart = {side: difference(run(), expected) for side, run in every.items()}
+    assert max(apart.values()) < limit(dtype), f"the gradients differ: {apart}"
+    return apart
 
 
 def compiled(dtype: torch.dtype, device: str) -> PromptedModel:
@@ -153,7 +140,7 @@ def sides(dtype: torch.dtype, device: str, length: int, batches: int, compile_to
         "... plain concatenation, not grouped": epoch(model, vectors, as_they_come(rows), shared_prefix=False),
     }
     if dtype != torch.float32:
-        found["torch's attention"] = inside(torch_attention, own)
+        found["torch's attention"] = torch_attention(own)
         found["float32"] = epoch(PromptedModel(random_llama(torch.float32, device=device)), vectors, inner)
     if compile_too:
         found["with layers compiled (torch.compile)"] = epoch(compiled(dtype, device), vectors, inner)
@@ -171,16 +158,13 @@ def long_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         model = PromptedModel(random_llama(dtype))
         for batch, text in ((1, 256),) if arguments.quick else ((4, 512), (2, 1000)):
             own = our_step(model, random_vectors(20), random_rows([text] * batch))
-            every = {"in blocks": own, "whole rows": inside(whole_rows, own), "torch's": inside(torch_attention, own)}
-            expected = own().clone()
-            apart = {side: difference(run(), expected) for side, run in every.items()}
-            assert max(apart.values()) < limit(dtype), f"the gradients differ: {apart}"
+            every = {"in blocks": own, "whole rows": instead("QUERIES", sys.maxsize, own), "torch's": torch_attention(own)}
+            differences(every, dtype)
             times = in_turns(every, 2 if arguments.quick else arguments.pairs)
             one: dict[str, Any] = {"dtype": name, "B": batch, "T": text, "step_s": statistics.median(times["in blocks"])}
             cells = [f"{one['step_s']:.3f}"]
             for side in ("whole rows", "torch's"):
-                ratios = [b / a for a, b in zip(times["in blocks"], times[side], strict=True)]
-                one[side], (low, high) = statistics.median(ratios), interval(ratios)
+                one[side], low, high = times_as_long(times["in blocks"], times[side])
                 cells += [f"**{one[side]:.2f}**", f"{low:.2f} to {high:.2f}"]
             found.append(one)
             line(name, f"{batch}, {text}", *cells)
@@ -196,14 +180,10 @@ def ideas(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         dtype = getattr(torch, name)
         for length in (20,) if arguments.quick else (20, 100):
             every = sides(dtype, arguments.device, length, batches, not arguments.quick and length == 20)
-            expected = every["all ideas"]().clone()
-            apart = {side: difference(run(), expected) for side, run in every.items()}
-            assert max(apart.values()) < limit(dtype), f"the gradients differ: {apart}"
+            apart = differences(every, dtype)
             times = in_turns(every, rounds)
             for side, seconds in times.items():
-                ratios = [b / a for a, b in zip(times["all ideas"], seconds, strict=True)]
-                low, high = interval(ratios)
-                step, ratio = statistics.median(seconds) / batches, statistics.median(ratios)
+                step, (ratio, low, high) = statistics.median(seconds) / batches, times_as_long(times["all ideas"], seconds)
                 found.append(
                     {"dtype": name, "P": length, "without": side, "step_s": step, "ratio": ratio, "ratio_95": [low, high]}
                 )

@@ -41,6 +41,12 @@ def interval(ratios: Sequence[float], seed: int = 0) -> tuple[float, float]:
     return float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
 
 
+def times_as_long(ours: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """The others' seconds over ours, pair by pair: median, and its 95 % interval."""
+    ratios = [other / own for own, other in zip(ours, others, strict=True)]
+    return statistics.median(ratios), *interval(ratios)
+
+
 def typical(ends_ms: Sequence[int], skip: int = 3) -> float:
     """Seconds of a step: the mean of the middle half of what lies between the ends of steps, the first ones left out.
 

@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
+from benchmarks.steps import padded
 from ptuning.base import Base
 from ptuning.config import Experiment
 from ptuning.data import Split
@@ -147,16 +148,3 @@ def shuffled(rows: int, size: int, seed: int) -> Iterator[np.ndarray]:
             waiting = np.concatenate([waiting, draw.permutation(rows)])
         yield waiting[:size]
         waiting = waiting[size:]
-
-
-def padded(rows: list[Row]) -> dict[str, Tensor]:
-    """A batch as transformers takes it, padded on the right; only targets count."""
-    longest = max(len(source) + len(target) for source, target in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, (source, target) in enumerate(rows):
-        end = len(source) + len(target)
-        ids[row, :end] = torch.tensor(source + target)
-        mask[row, :end] = 1
-        labels[row, len(source) : end] = torch.tensor(target)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

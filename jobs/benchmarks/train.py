@@ -17,7 +17,7 @@ import torch.multiprocessing
 from transformers import PreTrainedModel
 
 from benchmarks import ideas, trainer
-from benchmarks.measuring import gemm_rate, heading, in_turns, interval, line, tell_machine, tell_part, write
+from benchmarks.measuring import gemm_rate, heading, in_turns, line, tell_machine, tell_part, times_as_long, write
 from benchmarks.plan import MIB, Peak
 from benchmarks.steps import (
     SIZES,
@@ -87,9 +87,9 @@ def compare(bases: Bases, shape: Shape, size: Size, dtype: torch.dtype, pairs: i
     [[mine], [other]] = in_turns({"ours": ours, "PEFT": theirs}, 1).values()
     rounds = int(max(3, min(pairs, seconds / (mine + other))))
     rate = gemm_rate(dtype, bases.theirs.device.type)
-    control = list(in_turns({"A": ours, "again": ours}, rounds).values())
+    control = in_turns({"A": ours, "again": ours}, rounds).values()
     times = in_turns({"ours": ours, "PEFT": theirs}, rounds)
-    ratios = [b / a for a, b in zip(*times.values(), strict=True)]
+    ratio, low, high = times_as_long(*times.values())
     step = statistics.median(times["ours"])
     return shape._asdict() | {
         "dtype": str(dtype).removeprefix("torch."),
@@ -97,9 +97,9 @@ def compare(bases: Bases, shape: Shape, size: Size, dtype: torch.dtype, pairs: i
         "gradient_difference": apart,
         "ours_s": step,
         "peft_s": statistics.median(times["PEFT"]),
-        "ratio": statistics.median(ratios),
-        "ratio_95": interval(ratios),
-        "control": statistics.median(b / a for a, b in zip(*control, strict=True)),
+        "ratio": ratio,
+        "ratio_95": (low, high),
+        "control": times_as_long(*control)[0],
         "gemm_gflops": rate / 1e9,
         "share_of_gemm": shape.flops(size) / step / rate,
         "seconds": times,

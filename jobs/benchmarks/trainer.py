@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.ideas import BATCH, as_they_come, grouped, mixed_rows
-from benchmarks.measuring import heading, interval, line, settle
+from benchmarks.measuring import heading, line, settle, times_as_long
 from benchmarks.steps import padded, peft_model, random_llama, random_vectors
 from ptuning.model import PromptedModel, Row, plan_targets
 
@@ -108,9 +108,7 @@ def trainer(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for side in list(sides)[:: -1 if number % 2 else 1]:
                 times[side].append(sides[side]())
         for side, seconds in times.items():
-            ratios = [b / a for a, b in zip(times["ours"], seconds, strict=True)]
-            low, high = interval(ratios)
-            step, ratio = statistics.median(seconds) / batches, statistics.median(ratios)
+            step, (ratio, low, high) = statistics.median(seconds) / batches, times_as_long(times["ours"], seconds)
             found.append({"dtype": name, "side": side, "step_s": step, "ratio": ratio, "ratio_95": [low, high]})
             line(name, side, f"{step:.3f}", f"**{ratio:.2f}**", f"{low:.2f} to {high:.2f}")
     return found
