@@ -41,7 +41,8 @@ from ptuning.search import run_search
 
 pytestmark = pytest.mark.slow
 
-INSTANTS = Path(tempfile.mkdtemp(prefix="ptuning-instants-"))
+_FOLDER = tempfile.TemporaryDirectory(prefix="ptuning-instants-")
+INSTANTS = Path(_FOLDER.name)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -30,9 +30,9 @@ from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 from openai import OpenAI
-from test_registry import migrated, put
+from test_registry import put
 from test_soft_prompt import make
-from test_tracking import free_port
+from test_tracking import free_port, migrated
 from typer.testing import CliRunner
 
 from ptuning import edge, tracking

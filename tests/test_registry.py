@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 import random
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_soft_prompt import make
-from test_tracking import free_port, server
+from test_tracking import free_port, migrated, server
 
 from ptuning import soft_prompt, storage, tracking
 from ptuning.base import find_base
@@ -29,14 +27,6 @@ from ptuning.registry import Reference, Registry, RegistryError, Version, check_
 
 # MLflow 3.17 uses SQLAlchemy's noload, deprecated in 2.1 (store/tracking/sqlalchemy_store.py).
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@functools.cache
-def migrated() -> Path:
-    """A database that MLflow has migrated once: it takes seconds."""
-    path = Path(tempfile.mkdtemp(prefix="ptuning-mlflow-")) / "mlflow.db"
-    tracking._create_database(path)
-    return path
 
 
 @pytest.fixture

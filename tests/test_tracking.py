@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -23,6 +25,7 @@ import pytest
 from ptuning.config import UserError
 from ptuning.tracking import (
     Tracker,
+    _create_database,
     default_artifact_root,
     default_uri,
     provenance,
@@ -35,19 +38,23 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database that MLflow has migrated once: it takes seconds."""
-    from ptuning.tracking import _create_database
+@functools.cache
+def own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Gone when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="ptuning-mlflow-")
 
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+
+@functools.cache
+def migrated() -> Path:
+    """A database that MLflow has migrated once: it takes seconds."""
+    path = Path(own_folder().name) / "mlflow.db"
     _create_database(path)
     return path
 
 
 @pytest.fixture
-def storage(tmp_path: Path, migrated: Path) -> Path:
-    shutil.copy(migrated, tmp_path / "mlflow.db")
+def storage(tmp_path: Path) -> Path:
+    shutil.copy(migrated(), tmp_path / "mlflow.db")
     return tmp_path
 
 
