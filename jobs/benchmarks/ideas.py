@@ -160,7 +160,7 @@ def long_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             own = our_step(model, random_vectors(20), random_rows([text] * batch))
             every = {"in blocks": own, "whole rows": instead("QUERIES", sys.maxsize, own), "torch's": torch_attention(own)}
             differences(every, dtype)
-            times = in_turns(every, 2 if arguments.quick else arguments.pairs)
+            times = in_turns(every, arguments.pairs)
             one: dict[str, Any] = {"dtype": name, "B": batch, "T": text, "step_s": statistics.median(times["in blocks"])}
             cells = [f"{one['step_s']:.3f}"]
             for side in ("whole rows", "torch's"):
@@ -175,13 +175,13 @@ def ideas(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """How many times as long the same rows take with one idea switched off (rows of 8 to 128 tokens, 16 a step)."""
     heading("dtype", "P", "without it", "seconds per step", "times as long", "95 %", "gradients differ")
     found = []
-    batches, rounds = (2, 3) if arguments.quick else (4, min(arguments.pairs, 6))
+    batches = 2 if arguments.quick else 4
     for name in arguments.dtypes:
         dtype = getattr(torch, name)
         for length in (20,) if arguments.quick else (20, 100):
             every = sides(dtype, arguments.device, length, batches, not arguments.quick and length == 20)
             apart = differences(every, dtype)
-            times = in_turns(every, rounds)
+            times = in_turns(every, arguments.pairs)
             for side, seconds in times.items():
                 step, (ratio, low, high) = statistics.median(seconds) / batches, times_as_long(times["all ideas"], seconds)
                 found.append(

@@ -75,25 +75,20 @@ def shapes(texts: Sequence[int], quick: bool, size: Size) -> Iterator[Shape]:
         yield Shape(16, 32, length, vocabulary)
 
 
-def compare(bases: Bases, shape: Shape, size: Size, dtype: torch.dtype, pairs: int, seconds: float) -> dict[str, Any]:
-    """One shape: agreement of the gradients, an A/A control, and the ratio of step times PEFT / ours.
-
-    As many pairs as fit into `seconds`, at least 3 and at most `pairs`.
-    """
+def compare(bases: Bases, shape: Shape, size: Size, dtype: torch.dtype, pairs: int) -> dict[str, Any]:
+    """One shape: agreement of the gradients, an A/A control, and the ratio of step times PEFT / ours."""
     rows, vectors = random_rows([shape.text] * shape.batch), random_vectors(shape.length, size.width)
     ours, theirs = our_step(bases.ours, vectors, rows), peft_step(bases.theirs, vectors, rows)
     apart = difference(ours(), theirs())
     assert apart < limit(dtype), f"the gradients differ by {apart:.0e} of their norm: {shape}"
-    [[mine], [other]] = in_turns({"ours": ours, "PEFT": theirs}, 1).values()
-    rounds = int(max(3, min(pairs, seconds / (mine + other))))
     rate = gemm_rate(dtype, bases.theirs.device.type)
-    control = in_turns({"A": ours, "again": ours}, rounds).values()
-    times = in_turns({"ours": ours, "PEFT": theirs}, rounds)
+    control = in_turns({"A": ours, "again": ours}, pairs).values()
+    times = in_turns({"ours": ours, "PEFT": theirs}, pairs)
     ratio, low, high = times_as_long(*times.values())
     step = statistics.median(times["ours"])
     return shape._asdict() | {
         "dtype": str(dtype).removeprefix("torch."),
-        "pairs": rounds,
+        "pairs": pairs,
         "gradient_difference": apart,
         "ours_s": step,
         "peft_s": statistics.median(times["PEFT"]),
@@ -117,7 +112,7 @@ def matrix(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             if bases is None or shape.vocabulary != vocabulary:
                 bases, vocabulary = None, shape.vocabulary  # the old ones leave before the new ones come
                 bases = load_bases(dtype, size._replace(vocabulary=vocabulary), arguments.device)
-            one = compare(bases, shape, size, dtype, arguments.pairs, arguments.seconds)
+            one = compare(bases, shape, size, dtype, arguments.pairs)
             found.append(one)
             low, high = one["ratio_95"]
             line(
@@ -200,7 +195,7 @@ def slots(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             # On CPU memory wants a process of its own: that is the part `memory`.
             memory[many] = None if arguments.device == "cpu" else peak_of(step, arguments.device)
         rate = gemm_rate(dtype, arguments.device)
-        for many, times in in_turns(steps, 2 if arguments.quick else arguments.pairs).items():
+        for many, times in in_turns(steps, arguments.pairs).items():
             seconds = statistics.median(times)
             rates = {"steps": int(many) / seconds, "tokens": int(many) * shape.batch * shape.text / seconds}
             share = int(many) * shape.flops(size) / seconds / rate
@@ -226,10 +221,11 @@ PARTS = {
 def train(arguments: argparse.Namespace) -> None:
     """Step time and peak memory against PEFT; what each idea contributes; Hugging Face's Trainer with PEFT.
 
-    The full matrix (36 shapes) takes about 15 minutes on two cores: the other vocabularies come with rows of 32 tokens only,
-    long rows in small batches, and slow shapes with as many pairs as fit into --seconds (at least 3).
+    The full matrix (36 shapes) takes about 40 minutes on two cores: the other vocabularies come with rows of 32 tokens only,
+    and long rows in small batches. Fewer --pairs, --dtypes and --texts take less.
     """
     torch.set_num_threads(arguments.threads)
+    arguments.pairs = min(arguments.pairs, 3) if arguments.quick else arguments.pairs
     results: dict[str, Any] = {"machine": tell_machine(arguments.threads, arguments.device), "size": arguments.size}
     pictures: dict[str, bytes] = {}
     for part in arguments.parts or list(PARTS):
@@ -254,9 +250,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The command `train`."""
     command = commands.add_parser("train", help=(train.__doc__ or "").partition("\n")[0], description=train.__doc__)
     command.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
-    command.add_argument("--quick", action="store_true", help="a few shapes instead of the matrix: some two minutes in all")
-    command.add_argument("--pairs", type=int, default=10, help="most pairs of a shape")
-    command.add_argument("--seconds", type=float, default=8.0, help="how long the pairs of a shape may take")
+    command.add_argument("--quick", action="store_true", help="a few shapes and 3 pairs: some two minutes in all")
+    command.add_argument("--pairs", type=int, default=10, help="times that the sides take turns; 3 with --quick")
     command.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     command.add_argument("--texts", type=int, nargs="+", default=list(TEXTS), help="tokens of the matrix's rows")
     command.add_argument("--slots", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K", help="soft prompts side by side")

@@ -98,13 +98,13 @@ def trainer(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds per step of an epoch (rows of 8 to 128 tokens, 16 a step, P = 20) with Hugging Face's Trainer."""
     heading("dtype", "side", "seconds per step", "times ours", "95 %")
     found = []
-    batches, rounds = (2, 2) if arguments.quick else (4, min(arguments.pairs, 3))
+    batches = 2 if arguments.quick else 4
     for name in arguments.dtypes:
         sides = epochs(getattr(torch, name), arguments.device, 20, mixed_rows(batches))
         for run in sides.values():
             run()
         times: dict[str, list[float]] = {side: [] for side in sides}
-        for number in range(rounds):
+        for number in range(arguments.pairs):
             for side in list(sides)[:: -1 if number % 2 else 1]:
                 times[side].append(sides[side]())
         for side, seconds in times.items():
