@@ -17,12 +17,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ptuning.catalogue import Served
 from ptuning.config import template_fields
 from ptuning.data import Encoder
 from ptuning.engine import End, Engine, Request, RequestError
+from ptuning.label_trie import LabelTrie
 from ptuning.openai_api import ChatRequest
 from ptuning.sampling import Sampling, Token, draw
 
@@ -75,7 +77,7 @@ class Answer:
         self._engine = engine
         self._question = question
         self._id: str | None = None
-        self._scores: Future[list[list[list[float]]]] | None = None
+        self._scores: Future[list[list[float]]] | None = None
         self._events: asyncio.Queue[Token | End] = asyncio.Queue()
         sampling = question.sampling
         if sampling.seed is not None:  # each of n answers its own
@@ -83,7 +85,7 @@ class Answer:
         self._sampling = sampling
         handle = question.served.handle
         if question.constrain:
-            self._scores = engine.label_logprobs(handle, [question.ids], _labels(question.served))
+            self._scores = engine.choose(handle, [question.ids], _trie(question.served))
         else:
             loop = asyncio.get_running_loop()
             request = Request(question.ids, handle, question.max_tokens, sampling)
@@ -142,29 +144,23 @@ class Answer:
             if isinstance(event, End):
                 return
 
-    def _label(self, scores: list[list[float]]) -> Iterator[Token | End]:
+    def _label(self, scores: list[float]) -> Iterator[Token | End]:
         """The tokens of the chosen label, as if they had been generated."""
-        labels, sampling = _labels(self._question.served), self._sampling
-        chosen = choose(scores, sampling)
-        for place, token in enumerate(labels[chosen]):
+        trie, sampling = _trie(self._question.served), self._sampling
+        chosen = draw_label(scores, sampling)
+        siblings = trie.token_logprobs(scores, chosen)
+        for place, token in enumerate(trie.labels[chosen]):
             if place == self._question.max_tokens:
                 yield End("length")
                 return
-            siblings = {  # the tokens with which any label goes on from here
-                label[place]: own[place]
-                for label, own in zip(labels, scores, strict=True)
-                if len(label) > place and label[:place] == labels[chosen][:place]
-            }
-            top = sorted(siblings.items(), key=lambda pair: -pair[1])[: sampling.top or 0]
-            yield Token(token, scores[chosen][place], tuple(top))
+            top = sorted(siblings[place].items(), key=lambda pair: -pair[1])[: sampling.top or 0]
+            yield Token(token, siblings[place][token], tuple(top))
         yield End("stop")
 
 
-def choose(scores: list[list[float]], sampling: Sampling) -> int:
-    """The label: the likeliest as a whole, or one drawn by likelihood."""
-    totals = torch.tensor([sum(tokens) for tokens in scores], dtype=torch.float64)
-    if not bool(torch.isfinite(totals).all()):
-        raise AnswerFailed("the answer is not a number: this soft prompt has diverged")
+def draw_label(scores: Sequence[float], sampling: Sampling) -> int:
+    """The label, given all their log-probabilities: the likeliest, or one drawn."""
+    totals = _finite(scores)
     if sampling.temperature == 0:
         return int(totals.argmax())
     generator = torch.Generator()
@@ -175,16 +171,20 @@ def choose(scores: list[list[float]], sampling: Sampling) -> int:
     return draw(totals, sampling, generator)
 
 
-def probabilities(scores: list[list[float]], labels: Sequence[str]) -> dict[str, float]:
-    """Label -> probability among the labels.
+def probabilities(scores: Sequence[float], labels: Sequence[str]) -> dict[str, float]:
+    """Label -> probability; they sum to 1.
 
     Raises:
-        AnswerFailed: the likelihoods are no numbers.
+        AnswerFailed: the log-probabilities are not numbers.
     """
-    totals = torch.tensor([sum(tokens) for tokens in scores], dtype=torch.float64)
+    return dict(zip(labels, _finite(scores).exp().tolist(), strict=True))
+
+
+def _finite(scores: Sequence[float]) -> Tensor:
+    totals = torch.tensor(scores, dtype=torch.float64)
     if not bool(torch.isfinite(totals).all()):
         raise AnswerFailed("the answer is not a number: this soft prompt has diverged")
-    return dict(zip(labels, torch.softmax(totals, -1).tolist(), strict=True))
+    return totals
 
 
 class TextStream:
@@ -323,9 +323,9 @@ def too_long(size: int, room: int) -> RequestError:
     return RequestError(f"{size} tokens of text where {room} fit; shorten the text or lower max_tokens")
 
 
-def _labels(served: Served) -> list[list[int]]:
+def _trie(served: Served) -> LabelTrie:
     assert served.encoder is not None
-    return served.encoder.label_ids
+    return served.encoder.label_trie
 
 
 def _token_text(tokenizer: PreTrainedTokenizerBase, token: Token, offset: int) -> TokenText:

@@ -82,7 +82,7 @@ def _written(loaded: dict[str, SoftPrompt]) -> str | None:
 def _ask(engine: Engine, encoder: Encoder, who: str, ids: list[int], handle: Handle | None, new: int) -> Opinion:
     labels = encoder.template.labels
     if labels:
-        (scores,) = engine.label_logprobs(handle, [ids], encoder.label_ids).result()
+        (scores,) = engine.choose(handle, [ids], encoder.label_trie).result()
         shares = probabilities(scores, labels)
         label = max(shares, key=lambda each: shares[each])
         return Opinion(who, label, shares[label])

@@ -144,10 +144,22 @@ class DataConfig(Template):
 class TrainConfig(Table):
     """One soft prompt's training."""
 
+    objective: Literal["auto", "choice", "text"] = "auto"
+    """choice: the label as a choice among the labels, which is how evaluation and serving read it; text: every token of the
+    target among the whole vocabulary, as in PEFT; auto: choice with labels, text without."""
+    text_weight: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.0
+    """With objective = "choice": weight of the text objective beside it, for soft prompts that shall say the label also where
+    nothing holds them to it (PEFT's generate, merged checkpoints)."""
+    class_weights: Literal["balanced"] | None = None
+    """balanced: every label counts the same in the loss, however many rows it has. Probabilities then are those of a world in
+    which all labels are equally frequent."""
     learning_rate: Annotated[float, Field(gt=0, le=1e30, strict=True)] = 0.02
     """Peak learning rate. Adafactor wants about 0.3 (Lester et al. 2021), AdamW 0.0003 to 0.05."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     weight_decay: Number = 0.0
+    starts: Annotated[int, Field(gt=0, le=32, strict=True)] = 1
+    """Draws of the start that train side by side for the first fifth of the steps; the best on the validation rows goes on
+    (without them: in training). In a search every trial is one start."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate falls after the warm-up: not at all, or to 0 at the last step."""
     warmup: Share = 0.05
@@ -266,7 +278,7 @@ class SearchConfig(Table):
 
 
 SEARCHABLE: dict[str, dict[str, type[Table]]] = {
-    "train": dict.fromkeys(("weight_decay", "warmup", "batch_size", "patience", "clip"), TrainConfig),
+    "train": dict.fromkeys(("weight_decay", "warmup", "batch_size", "patience", "clip", "text_weight"), TrainConfig),
 }
 """Numbers that `search.space` may name. Length and learning rate have keys of their own; steps are the budget."""
 
@@ -385,6 +397,11 @@ class Experiment(Table):
         labels = self.data.labels
         if self.prompt.init == "labels" and not labels:
             raise ValueError('prompt.init: "labels" needs data.labels; list them or choose another init')
+        for key, value in (("objective", self.train.objective == "choice"), ("class_weights", self.train.class_weights)):
+            if value and not labels:
+                raise ValueError(f"train.{key}: needs data.labels to choose among; list them or remove it")
+        if self.train.text_weight and self.objective == "text":
+            raise ValueError('train.text_weight: weighs the text beside a choice, but the objective is "text"; remove it')
         allowed = CLASSIFICATION_METRICS if labels else GENERATION_METRICS
         if self.train.metric not in (None, *allowed):
             task = "classification" if labels else "generation"
@@ -399,6 +416,13 @@ class Experiment(Table):
                 "raise it or lower compute.workers"
             )
         return self
+
+    @property
+    def objective(self) -> Literal["choice", "text"]:
+        """What training minimises."""
+        if self.train.objective == "auto":
+            return "choice" if self.data.labels else "text"
+        return self.train.objective
 
     @property
     def metric(self) -> Metric:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ptuning.config import Template, suggest, template_fields
+from ptuning.label_trie import LabelTrie
 from ptuning.sources import FORMAT, DataError, cache_folder, fingerprint, quiet, read_source, texts_of
 
 _COLUMNS = Features(
@@ -77,7 +78,18 @@ class Encoder:
                 raise DataError(
                     f"the labels '{label}' and '{labels[tuple(tokens)]}' are the same tokens; rename one in data.labels"
                 )
+        ordered = sorted(labels)
+        for shorter, longer in zip(ordered, ordered[1:], strict=False):
+            if longer[: len(shorter)] == shorter:  # an end token in the middle of a label
+                raise DataError(
+                    f"the label '{labels[longer]}' goes on behind the end of '{labels[shorter]}'; rename one in data.labels"
+                )
         return ids
+
+    @cached_property
+    def label_trie(self) -> LabelTrie:
+        """The labels as a choice among their tokens; only with labels."""
+        return LabelTrie(tuple(map(tuple, self.label_ids)))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -35,6 +35,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from ptuning.config import UserError
+from ptuning.label_trie import LabelTrie
 from ptuning.model import PromptedModel, plan_labels
 from ptuning.paged_attention import ATTENTION
 from ptuning.plan import PAGE, STEP_TOKENS
@@ -136,15 +137,12 @@ class _Running:
     cached: int = 0
 
 
-_Scores = list[list[list[float]]]
-
-
 @dataclass
 class _LabelJob:
     handle: Handle | None
     rows: Sequence[Sequence[int]]
-    labels: tuple[tuple[int, ...], ...]
-    future: Future[_Scores] = field(default_factory=Future)
+    trie: LabelTrie
+    future: Future[list[list[float]]] = field(default_factory=Future)
 
 
 class _Router(OutputRouter):
@@ -337,10 +335,8 @@ class Engine:
 
     # -- labels ------------------------------------------------------------------------------------------------------
 
-    def label_logprobs(
-        self, handle: Handle | None, rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
-    ) -> Future[list[list[list[float]]]]:
-        """Log-probability of every token of every label behind every row: `[n][L][tokens of the label]`.
+    def choose(self, handle: Handle | None, rows: Sequence[Sequence[int]], trie: LabelTrie) -> Future[list[list[float]]]:
+        """Log-probability of every label behind every row: `[n][L]`, as training and evaluation compute it.
 
         Raises:
             RequestError, EngineBusy, EngineStopped: as `submit`.
@@ -348,8 +344,8 @@ class Engine:
         length = len(handle.ids) if handle else 0
         for row in rows:
             self.check_ids(row)
-            self.check_room(length, len(row), max(map(len, labels)))
-        job = _LabelJob(handle, rows, tuple(map(tuple, labels)))
+            self.check_room(length, len(row), max(map(len, trie.labels)))
+        job = _LabelJob(handle, rows, trie)
         with self._lock:
             if not self.alive:
                 raise EngineStopped("the engine has stopped; restart it")
@@ -459,9 +455,9 @@ class Engine:
                 return
             jobs = [job, *self._more_jobs(job)]
             claimed = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-            outcomes: list[tuple[_LabelJob, _Scores | Exception]] = []
-            for labels in dict.fromkeys(job.labels for job in claimed):
-                together = [job for job in claimed if job.labels == labels]
+            outcomes: list[tuple[_LabelJob, list[list[float]] | Exception]] = []
+            for trie in dict.fromkeys(job.trie for job in claimed):
+                together = [job for job in claimed if job.trie == trie]
                 try:
                     outcomes += zip(together, self._score_together(together), strict=True)
                 except Exception as error:  # whatever it is, those who wait must hear of it and the next jobs must be tried
@@ -491,9 +487,9 @@ class Engine:
             yield job
 
     @torch.no_grad()
-    def _score_together(self, jobs: list[_LabelJob]) -> list[_Scores]:
+    def _score_together(self, jobs: list[_LabelJob]) -> list[list[list[float]]]:
         """One pass for jobs with the same labels, a slot for each soft prompt."""
-        labels = [list(label) for label in jobs[0].labels]
+        trie = jobs[0].trie
         handles = list(dict.fromkeys(job.handle for job in jobs))
         empty = torch.empty(0, self._bank.weight.shape[1])
         vectors = [self._bank.vectors(handle.ids) if handle else empty for handle in handles]
@@ -501,17 +497,13 @@ class Engine:
             [list(row) for job in jobs if job.handle == handle for row in job.rows] for handle in handles
         ]
         with self._manager.pause():  # a step and a pass never run at once: both may change what the base keeps (rotary tables)
-            nll = self._model(vectors, plan_labels([len(rows) for rows in vectors], rows, labels)).double().cpu()
-        lengths = [len(label) for label in labels]
+            nll = self._model(vectors, plan_labels([len(rows) for rows in vectors], rows, trie)).double().cpu()
+        scores = trie.label_logprobs(-nll.view(-1, len(trie.edges)))
         answers = {
-            handle: iter(part.view(-1, sum(lengths)))
-            for handle, part in zip(handles, nll.split([len(part) * sum(lengths) for part in rows]), strict=True)
+            handle: iter(part.tolist())
+            for handle, part in zip(handles, scores.split([len(part) for part in rows]), strict=True)
         }
-        found = []
-        for job in jobs:
-            mine = [next(answers[job.handle]) for _ in job.rows]
-            found.append([[(-part).tolist() for part in row.split(lengths)] for row in mine])
-        return found
+        return [[next(answers[job.handle]) for _ in job.rows] for job in jobs]
 
 
 def _deliver(running: _Running, event: Token | End) -> None:
@@ -522,7 +514,7 @@ def _deliver(running: _Running, event: Token | End) -> None:
 
 
 def _positions(job: _LabelJob) -> int:
-    return sum(map(len, job.rows)) + len(job.rows) * sum(map(len, job.labels))
+    return sum(map(len, job.rows)) + len(job.rows) * len(job.trie.tokens)
 
 
 def _check_room(base: PreTrainedModel, cache_bytes: int) -> None:

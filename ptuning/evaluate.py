@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ptuning import metrics
 from ptuning.data import Encoder, Split
+from ptuning.metrics import Classification
 from ptuning.model import PromptedModel, plan_labels, plan_targets
 from ptuning.plan import LOGITS, TOKENS
 from ptuning.workers import Workers
@@ -25,11 +26,13 @@ from ptuning.workers import Workers
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of one soft prompt on one split; predictions row by row, as `text`, `target`, `prediction`."""
+    """Metrics of one soft prompt on one split; predictions row by row, as `text`, `target`, `prediction`, and with labels
+    `probability`."""
 
     metrics: dict[str, float]
     predictions: list[dict[str, Any]] = field(default_factory=list)
-    confusion: list[list[int]] | None = None
+    classification: Classification | None = None
+    """What a classification task shows beyond single numbers."""
 
 
 @torch.no_grad()
@@ -43,8 +46,8 @@ def evaluate(
 ) -> list[Evaluation]:
     """Evaluate K soft prompts side by side.
 
-    A classification task gives loss, perplexity, accuracy and macro-F1. A generation task gives loss and perplexity, and with
-    `max_new_tokens` also greedy text and its metrics.
+    A classification task gives loss (NLL of the label), accuracy, macro-F1 and expected calibration error. A generation task
+    gives loss and perplexity, and with `max_new_tokens` also greedy text and its metrics.
     """
     if encoder.template.labels:
         return _classify(model, soft_prompts, split, encoder, workers)
@@ -54,17 +57,16 @@ def evaluate(
 def label_scores(
     model: PromptedModel, soft_prompts: Sequence[Tensor], split: Split, encoder: Encoder, workers: Workers
 ) -> Tensor:
-    """Log-likelihood of every label, end token included, behind every row's input: `[K, n, L]` float64."""
-    labels = encoder.label_ids
-    lengths = [len(label) for label in labels]
-    scores = torch.zeros(len(soft_prompts), len(split.lengths), len(labels), dtype=torch.float64)
+    """Log-probability of every label behind every row's input: `[K, n, L]` float64."""
+    trie = encoder.label_trie
+    scores = torch.zeros(len(soft_prompts), len(split.lengths), len(trie.labels), dtype=torch.float64)
     sizes = [len(soft_prompt) for soft_prompt in soft_prompts]
-    for rows, real in _passes(split, workers, len(sizes), sum(lengths), sum(lengths), _vocabulary(model)):
+    numbers = len(trie.nodes) * len(trie.ids)
+    for rows, real in _passes(split, workers, len(sizes), len(trie.tokens), numbers):
         inputs = [split.row(row)[0] for row in rows]
-        nll = model(soft_prompts, plan_labels(sizes, [inputs] * len(sizes), labels)).double().cpu()
-        parts = nll.view(len(sizes), len(rows), -1).split(lengths, dim=-1)
+        nll = model(soft_prompts, plan_labels(sizes, [inputs] * len(sizes), trie)).double().cpu()
         if real:
-            scores[:, rows] = -torch.stack([part.sum(-1) for part in parts], dim=-1)
+            scores[:, rows] = trie.label_logprobs(-nll.view(len(sizes), len(rows), -1))
     return workers.sum(scores)
 
 
@@ -74,26 +76,24 @@ def _classify(
     scores = label_scores(model, soft_prompts, split, encoder, workers).numpy()
     truth = np.asarray(split.rows["label"])
     names = encoder.template.labels or ()
-    tokens = sum(len(encoder.label_ids[label]) for label in truth)
     evaluations = []
     for slot in scores:
         if not np.isfinite(slot).all():  # this soft prompt has diverged; the others are none the worse
-            evaluations.append(Evaluation({"loss": math.nan, "perplexity": math.nan, "accuracy": 0.0, "macro_f1": 0.0}))
+            evaluations.append(Evaluation({"loss": math.nan, "accuracy": 0.0, "macro_f1": 0.0, "ece": math.nan}))
             continue
         measured = metrics.classification(slot, truth)
-        loss = -float(slot[np.arange(len(truth)), truth].sum()) / tokens
         predicted = slot.argmax(1)
         predictions = [
-            {"text": text, "target": names[label], "prediction": names[guess]}
-            for text, label, guess in zip(split.rows["text"], truth, predicted, strict=True)
+            {"text": text, "target": names[label], "prediction": names[guess], "probability": math.exp(logprob)}
+            for text, label, guess, logprob in zip(split.rows["text"], truth, predicted, slot.max(1), strict=True)
         ]
         numbers = {
-            "loss": loss,
-            "perplexity": _perplexity(loss),
+            "loss": measured["loss"],
             "accuracy": measured["accuracy"],
             "macro_f1": measured["macro_f1"],
+            "ece": measured["ece"],
         }
-        evaluations.append(Evaluation(numbers, predictions, measured["confusion"]))
+        evaluations.append(Evaluation(numbers, predictions, measured))
     return evaluations
 
 
@@ -125,7 +125,7 @@ def _target_losses(model: PromptedModel, soft_prompts: Sequence[Tensor], split: 
     sums = torch.zeros(len(soft_prompts) + 1, dtype=torch.float64)
     sizes = [len(soft_prompt) for soft_prompt in soft_prompts]
     longest = int(split.lengths.max())
-    for rows, real in _passes(split, workers, len(sizes), 0, longest, _vocabulary(model)):
+    for rows, real in _passes(split, workers, len(sizes), 0, longest * _vocabulary(model)):
         batch = [split.row(row) for row in rows]
         plan = plan_targets(sizes, [batch] * len(sizes))
         nll = model(soft_prompts, plan).double().cpu()
@@ -141,7 +141,7 @@ def generate_rows(
 ) -> list[str]:
     """Greedy text for every row, until the end token or `max_new_tokens`; in the order of the split."""
     own: list[tuple[int, str]] = []
-    for rows, real in _passes(split, workers, 1, max_new_tokens, 1, _vocabulary(model)):
+    for rows, real in _passes(split, workers, 1, max_new_tokens, _vocabulary(model)):
         inputs = [split.row(row)[0] for row in rows]
         texts = greedy(model, soft_prompt, inputs, encoder, max_new_tokens, together=workers.size > 1)
         if real:
@@ -187,18 +187,16 @@ def greedy(
     return [text.strip() for text in encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def _passes(
-    split: Split, workers: Workers, slots: int, extra: int, predictions: int, vocabulary: int
-) -> Iterator[tuple[list[int], bool]]:
+def _passes(split: Split, workers: Workers, slots: int, extra: int, logits: int) -> Iterator[tuple[list[int], bool]]:
     """This worker's rows of each pass, longest rows first; False for a pass that only keeps the others company.
 
-    `extra` tokens come on top of each row's own, `predictions` are made per row.
+    `extra` tokens come on top of each row's own, `logits` numbers are computed per row.
     """
     order = np.argsort(-split.lengths, kind="stable")
     start = 0
     while start < len(order):
         tokens = slots * (int(split.lengths[order[start]]) + extra)
-        fitting = max(1, min(TOKENS // tokens, LOGITS // (slots * predictions * vocabulary)))
+        fitting = max(1, min(TOKENS // tokens, LOGITS // (slots * logits)))
         chunk = order[start : start + fitting * workers.size]
         start += len(chunk)
         mine = chunk[workers.rank :: workers.size].tolist()

@@ -130,6 +130,26 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> bytes:
     return _png(figure)
 
 
+def reliability(bins: Sequence[Mapping[str, float]], ece: float, title: str) -> bytes:
+    """How often predictions are right, over how sure they are: on the diagonal the probabilities can be taken as they are.
+
+    `bins`: `confidence`, `accuracy` and `rows` of each (Guo et al. 2017, figure 1); the area of a dot is its share of the rows.
+    """
+    figure = Figure(figsize=(6, 5.6), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=14)
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
+    rows = np.array([each["rows"] for each in bins], dtype=float)
+    confidence, accuracy = ([each[key] for each in bins] for key in ("confidence", "accuracy"))
+    axes.plot(confidence, accuracy, color="#1f77b4", linewidth=1.5)
+    axes.scatter(confidence, accuracy, s=30 + 400 * rows / max(rows.sum(), 1), color="#1f77b4", alpha=0.7, zorder=3)
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.set_xlabel("probability of the predicted label", fontsize=12)
+    axes.set_ylabel("share that is right", fontsize=12)
+    axes.text(0.04, 0.94, f"expected calibration error {ece:.3f}", fontsize=12)
+    return _png(figure)
+
+
 def neighbours(words: Sequence[Sequence[tuple[str, float]]], title: str) -> bytes:
     """The words nearest to each virtual token with their cosines, the nearest first. Of many tokens, those nearest to words."""
     nearest = sorted(range(len(words)), key=lambda place: -words[place][0][1])

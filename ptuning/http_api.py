@@ -38,6 +38,7 @@ from ptuning.catalogue import Served, UnknownModel
 from ptuning.config import UserError
 from ptuning.data import Encoder
 from ptuning.engine import LABEL_TOKENS, EngineBusy, EngineStopped
+from ptuning.label_trie import LabelTrie
 from ptuning.openai_api import (
     Body,
     ChatCompletion,
@@ -224,7 +225,7 @@ class Api:
             return [row_ids(encoder, fields_of(encoder, text), encoder.input_room, body.truncate) for text in texts]
 
         rows = await asyncio.to_thread(encode)
-        scores = await self._scores(served, rows, encoder.label_ids)
+        scores = await self._scores(served, rows, encoder.label_trie)
         data = []
         for index, each in enumerate(scores):
             shares = probabilities(each, served.labels)
@@ -236,20 +237,20 @@ class Api:
         answer = Classification(**envelope(served, self._service.base.name, "classify"), data=data, usage=spent)
         return _json(answer)
 
-    async def _scores(self, served: Served, rows: list[list[int]], labels: list[list[int]]) -> list[list[list[float]]]:
-        """Label scores of rows, in portions of one pass each, so that generation goes on in between."""
+    async def _scores(self, served: Served, rows: list[list[int]], trie: LabelTrie) -> list[list[float]]:
+        """Log-probabilities of the labels behind rows, in portions of one pass each, so that generation goes on in between."""
         portions: list[list[list[int]]] = []
         tokens = LABEL_TOKENS
         for row in rows:
-            tokens += len(row) + sum(map(len, labels))
+            tokens += len(row) + len(trie.tokens)
             if tokens > LABEL_TOKENS:
                 portions.append([])
-                tokens = len(row) + sum(map(len, labels))
+                tokens = len(row) + len(trie.tokens)
             portions[-1].append(row)
         futures: list[Any] = []
         try:
             async with asyncio.timeout(self._limits.deadline_s):
-                futures += [self._engine.label_logprobs(served.handle, portion, labels) for portion in portions]
+                futures += [self._engine.choose(served.handle, portion, trie) for portion in portions]
                 found = [await asyncio.wrap_future(future) for future in futures]
         finally:
             for future in futures:

@@ -17,23 +17,54 @@ from typing import TypedDict
 
 import numpy as np
 
+BINS = 15
+"""Bins of the expected calibration error and of the reliability diagram (Guo et al. 2017, section 4)."""
+
+
+class LabelRow(TypedDict):
+    """A line of the table per label."""
+
+    label: int
+    precision: float
+    recall: float
+    f1: float
+    rows: int
+    """Rows whose true label it is."""
+
+
+class Bin(TypedDict):
+    """A bar of the reliability diagram: rows whose predicted label has a probability in one of the equal parts of 0 to 1."""
+
+    confidence: float
+    """Mean probability of the predicted label."""
+    accuracy: float
+    rows: int
+
 
 class Classification(TypedDict):
+    loss: float
+    """Mean negative log-likelihood (NLL) of the true label, in nats per row."""
     accuracy: float
     macro_f1: float
+    ece: float
+    """Expected calibration error: how far the probability of the predicted label is from the share of right ones, in the mean
+    over the rows (Guo et al. 2017, equation 3)."""
     confusion: list[list[int]]
     """`[L][L]`, rows: truth, columns: prediction."""
+    per_label: list[LabelRow]
+    reliability: list[Bin]
+    """Bins with rows, ascending."""
 
 
 def classification(scores: np.ndarray, truth: np.ndarray) -> Classification:
-    """Metrics of the label with the highest score. `scores` [n, L] are log-likelihoods, `truth` [n] label indices.
+    """Metrics of the distribution over labels. `scores` [n, L] are log-probabilities, `truth` [n] label indices.
 
     Macro-F1 is the mean over all L labels; a label that is neither true nor predicted anywhere counts as 0.
 
     Raises:
         ValueError: there are no rows, or a score is NaN and has no place in an order.
     """
-    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+    from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
     if not len(scores):
         raise ValueError("no rows to measure")
@@ -41,11 +72,41 @@ def classification(scores: np.ndarray, truth: np.ndarray) -> Classification:
         raise ValueError(f"scores of row {np.isnan(scores).any(axis=1).argmax()} are NaN")
     predicted = scores.argmax(axis=1)
     labels = np.arange(scores.shape[1])
+    columns = precision_recall_fscore_support(truth, predicted, labels=labels, zero_division=0)
+    confidence = np.exp(scores[np.arange(len(scores)), predicted])
+    bins = reliability(confidence, predicted == truth)
     return {
+        "loss": float(-scores[np.arange(len(scores)), truth].mean()),
         "accuracy": float(accuracy_score(truth, predicted)),
-        "macro_f1": float(f1_score(truth, predicted, labels=labels, average="macro", zero_division=0)),
+        "macro_f1": float(np.mean(columns[2])),
+        "ece": sum(each["rows"] * abs(each["accuracy"] - each["confidence"]) for each in bins) / len(scores),
         "confusion": confusion_matrix(truth, predicted, labels=labels).tolist(),
+        "per_label": [
+            {"label": at, "precision": float(p), "recall": float(r), "f1": float(f1), "rows": int(rows)}
+            for at, (p, r, f1, rows) in enumerate(zip(*columns, strict=True))
+        ],
+        "reliability": bins,
     }
+
+
+def reliability(confidence: np.ndarray, right: np.ndarray) -> list[Bin]:
+    """How often predictions of about the same confidence are right, in `BINS` equal parts of 0 to 1; empty ones are left out.
+
+    `confidence` [n] probability of the predicted label, `right` [n] whether it is the true one.
+    """
+    places = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    found: list[Bin] = []
+    for place in range(BINS):
+        here = places == place
+        if here.any():
+            found.append(
+                {
+                    "confidence": float(confidence[here].mean()),
+                    "accuracy": float(right[here].mean()),
+                    "rows": int(here.sum()),
+                }
+            )
+    return found
 
 
 def generation(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

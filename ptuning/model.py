@@ -1,26 +1,32 @@
 """`PromptedModel`: K soft prompts of any lengths over one frozen base, in one forward pass.
 
-The pass is described by a `Plan`: which tokens stand where (a segment tree) and which token is predicted at which place.
-Training, evaluation by loss and scoring of labels are three plans for the same pass, so they cannot see different tokens.
-Logits are computed only where a token is predicted.
+The pass is described by a `Plan`: which tokens stand where (a segment tree) and what is predicted at which place: a token
+among the whole vocabulary, or a choice among the children of a label trie's node. Training, evaluation by loss and scoring of
+labels are plans for the same pass, so they cannot see different tokens. Logits are computed only where something is predicted,
+and only for the tokens that it is predicted among.
 
-Shapes: K slots, B rows, P soft-prompt tokens, H width, V vocabulary, N packed tokens, M predictions.
+Shapes: K slots, B rows, P soft-prompt tokens, H width, V vocabulary, N packed tokens, M predictions among V, M' choices, Q
+comparisons of a node's children (at most C), U tokens that are compared anywhere.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from ptuning.label_trie import LabelTrie
 from ptuning.last_layer import LastLayer
+from ptuning.output_head import OutputHead
 from ptuning.segments import ATTENTION, Group, Segments
 
 log = logging.getLogger(__name__)
@@ -30,20 +36,55 @@ Row = tuple[list[int], list[int]]
 
 
 @dataclass(frozen=True)
+class Choices:
+    """Predictions among the children of label tries, over the nodes of all slots' tries."""
+
+    at: Tensor
+    """`[Q]` packed places where a node's children are compared."""
+    node: Tensor
+    """`[Q]` which node."""
+    children: Tensor
+    """`[nodes, C]` columns of `ids`, filled up with -1."""
+    ids: Tensor
+    """`[U]` token ids that any node chooses from, ascending."""
+    asked: Tensor
+    """`[M']` which of the Q comparisons a prediction belongs to."""
+    child: Tensor
+    """`[M']` the child that is predicted."""
+    per_slot: list[int]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """One forward pass: `tokens` [N - sum of P] text ids behind the soft prompts, predictions `targets` [M] made at
-    packed places `at` [M], and how many predictions belong to each slot."""
+    """One forward pass: `tokens` [N - sum of P] text ids behind the soft prompts, predictions `targets` [M] among the whole
+    vocabulary made at packed places `at` [M], and how many of them belong to each slot; then those among labels."""
 
     segments: Segments
     tokens: Tensor
     at: Tensor
     targets: Tensor
     per_slot: list[int]
+    choices: Choices | None = None
 
     @property
     def positions(self) -> int:
         """Tokens that go through the base."""
         return self.segments.tokens
+
+    def split(self, nll: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What the pass returns, slot by slot: of tokens of the text, and of choices."""
+        text = nll[: len(self.at)].split(self.per_slot)
+        chosen = nll[len(self.at) :].split(self.choices.per_slot if self.choices else [0] * len(self.per_slot))
+        return list(zip(text, chosen, strict=True))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the predictions of a slot's rows are: the target's tokens (`text`), the choices along a label's path (`trie`), or
+    both."""
+
+    trie: LabelTrie | None = None
+    text: bool = True
 
 
 class _Packer:
@@ -57,72 +98,125 @@ class _Packer:
         self.at: list[int] = []
         self.targets: list[int] = []
         self.per_slot: list[int] = []
+        self.choices = _ChoicePacker()
 
     def plan(self) -> Plan:
-        at = torch.tensor(self.at, dtype=torch.long)
-        self.segments.read = at.unique()
-        return Plan(
-            self.segments,
-            torch.tensor(self.tokens, dtype=torch.long),
-            at,
-            torch.tensor(self.targets, dtype=torch.long),
-            self.per_slot,
+        at, choices = torch.tensor(self.at, dtype=torch.long), self.choices.choices()
+        self.segments.read = (torch.cat([at, choices.at]) if choices else at).unique()
+        return Plan(self.segments, torch.tensor(self.tokens, dtype=torch.long), at, _ids(self.targets), self.per_slot, choices)
+
+
+class _ChoicePacker:
+    """Collects the choices of a plan. Slots of the same task share its trie's nodes."""
+
+    def __init__(self) -> None:
+        self.first_node: dict[LabelTrie, int] = {}
+        self.nodes: list[tuple[int, ...]] = []
+        self.at: list[int] = []
+        self.node: list[int] = []
+        self.asked: list[int] = []
+        self.child: list[int] = []
+        self.per_slot: list[int] = []
+
+    def enter(self, trie: LabelTrie) -> int:
+        """The number of a trie's first node."""
+        if trie not in self.first_node:
+            self.first_node[trie] = len(self.nodes)
+            self.nodes += [each.children for each in trie.nodes]
+        return self.first_node[trie]
+
+    def ask(self, node: int, at: int, children: Sequence[int]) -> None:
+        """Compare the children of a node at a packed place, and predict some of them."""
+        self.asked += [len(self.at)] * len(children)
+        self.child += children
+        self.at.append(at)
+        self.node.append(node)
+
+    def end_slot(self) -> None:
+        self.per_slot.append(len(self.child) - sum(self.per_slot))
+
+    def choices(self) -> Choices | None:
+        if not self.at:
+            return None
+        ids = sorted({child for children in self.nodes for child in children})
+        column = {token: at for at, token in enumerate(ids)}
+        most = max(map(len, self.nodes))
+        children = [[column[child] for child in node] + [-1] * (most - len(node)) for node in self.nodes]
+        return Choices(
+            _ids(self.at), _ids(self.node), _ids(children), _ids(ids), _ids(self.asked), _ids(self.child), self.per_slot
         )
 
 
-def plan_targets(lengths: Sequence[int], batches: Sequence[Sequence[Row]]) -> Plan:
-    """The pass that predicts every target token of every row: training, and evaluation by loss.
+def _ids(values: Sequence[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.long)
 
-    `lengths` [K] are the soft prompts' lengths, `batches[k]` the rows of slot k. The last target token is predicted but never
-    fed: nothing comes after it.
+
+def plan_targets(
+    lengths: Sequence[int], batches: Sequence[Sequence[Row]], objectives: Sequence[Objective] | None = None
+) -> Plan:
+    """The pass that predicts every row's target: training, and evaluation by loss.
+
+    `lengths` [K] are the soft prompts' lengths, `batches[k]` the rows of slot k, `objectives[k]` what is predicted of them
+    (default: all tokens of the targets). What comes behind a row's last prediction is never fed.
     """
     packer = _Packer(lengths)
-    for root, rows in zip(packer.roots, batches, strict=True):
+    for root, rows, objective in zip(packer.roots, batches, objectives or [Objective()] * len(lengths), strict=True):
         before = len(packer.at)
         if not all(source and target for source, target in rows):
             raise ValueError("a row needs at least one input and one target token")
         if rows:
-            texts = [source + target[:-1] for source, target in rows]
-            group = packer.segments.add([len(text) for text in texts], root)
-            at = group.start
-            for (source, target), text in zip(rows, texts, strict=True):
-                packer.tokens += text
-                packer.at += range(at + len(source) - 1, at + len(text))
-                packer.targets += target
-                at += len(text)
+            _pack_targets(packer, root, rows, objective)
         packer.per_slot.append(len(packer.at) - before)
+        packer.choices.end_slot()
     return packer.plan()
 
 
-def plan_labels(lengths: Sequence[int], inputs: Sequence[Sequence[list[int]]], labels: Sequence[list[int]]) -> Plan:
-    """The pass that scores every label behind every input: `inputs[k]` are slot k's texts, `labels` [L] the same for all.
+def _pack_targets(packer: _Packer, root: Group | None, rows: Sequence[Row], objective: Objective) -> None:
+    trie = objective.trie
+    fed = [len(target) - 1 if objective.text or trie is None else trie.fed_length(tuple(target)) for _, target in rows]
+    texts = [source + target[:many] for (source, target), many in zip(rows, fed, strict=True)]
+    first = packer.choices.enter(trie) if trie else 0
+    at = packer.segments.add([len(text) for text in texts], root).start
+    for (source, target), text in zip(rows, texts, strict=True):
+        packer.tokens += text
+        last = at + len(source) - 1
+        if objective.text:
+            packer.at += range(last, at + len(text))
+            packer.targets += target
+        if trie is not None:
+            for node, child in trie.paths[tuple(target)]:
+                packer.choices.ask(first + node, last + trie.nodes[node].depth, [child])
+        at += len(text)
 
-    Predictions come slot by slot, row by row, label by label. A text is computed once, however many labels continue it.
+
+def plan_labels(lengths: Sequence[int], inputs: Sequence[Sequence[list[int]]], trie: LabelTrie) -> Plan:
+    """The pass that predicts every edge of the label trie behind every input: `inputs[k]` are slot k's texts.
+
+    Predictions come slot by slot, row by row, edge by edge. A text is computed once, however many labels continue it.
     """
     packer = _Packer(lengths)
     for root, texts in zip(packer.roots, inputs, strict=True):
-        before = len(packer.at)
         if texts:
-            _pack_labels(packer, root, texts, labels)
-        packer.per_slot.append(len(packer.at) - before)
+            _pack_labels(packer, root, texts, trie)
+        packer.per_slot.append(0)
+        packer.choices.end_slot()
     return packer.plan()
 
 
-def _pack_labels(packer: _Packer, root: Group | None, texts: Sequence[list[int]], labels: Sequence[list[int]]) -> None:
+def _pack_labels(packer: _Packer, root: Group | None, texts: Sequence[list[int]], trie: LabelTrie) -> None:
     group = packer.segments.add([len(text) for text in texts], root)
     for text in texts:
         packer.tokens += text
-    longer = [label for label in labels if len(label) > 1]
-    parents = [row for row in range(len(texts)) for _ in longer]
-    behind = packer.segments.add([len(label) - 1 for label in longer] * len(texts), group, parents) if longer else None
-    last, at = group.start - 1, behind.start if behind else 0
-    for text in texts:
+    many = len(trie.tokens)
+    behind = 0
+    if many:
+        behind = packer.segments.add([many] * len(texts), group, list(range(len(texts))), tree=trie.parents).start
+        packer.tokens += trie.tokens * len(texts)
+    first, last = packer.choices.enter(trie), group.start - 1
+    for row, text in enumerate(texts):
         last += len(text)
-        for label in labels:
-            packer.tokens += label[:-1]
-            packer.at += [last, *range(at, at + len(label) - 1)]
-            packer.targets += label
-            at += len(label) - 1
+        for at, node in enumerate(trie.nodes, first):
+            packer.choices.ask(at, last if node.place < 0 else behind + row * many + node.place, range(len(node.children)))
 
 
 def _forget_shapes() -> None:
@@ -151,6 +245,7 @@ class PromptedModel(nn.Module):
         self.base = base.requires_grad_(False).eval()
         _forget_shapes()
         _remove_dropout(base)
+        self.head = OutputHead(base)
         self.last_layer = LastLayer(base, base.config.get_text_config().num_hidden_layers)
         self.shared_prefix = self._take_segment_attention()
         """True if soft prompts are computed once per pass and shared by their rows, False for plain concatenation."""
@@ -172,36 +267,51 @@ class PromptedModel(nn.Module):
                 module.training = True
 
     def forward(self, soft_prompts: Sequence[Tensor], plan: Plan) -> Tensor:
-        """Negative log-likelihood of every predicted token, `[M]` fp32; `soft_prompts[k]` is `[P_k, H]` (P_k may be 0)."""
+        """Negative log-likelihood of every prediction, `[M + M']` fp32: tokens of the text among the whole vocabulary, then
+        choices among the children of their nodes. `soft_prompts[k]` is `[P_k, H]` (P_k may be 0)."""
         device = self.base.device
         text = self.base.get_input_embeddings()(plan.tokens.to(device))
         pieces = [soft_prompt.to(text) for soft_prompt in soft_prompts if len(soft_prompt)]
         packed = torch.cat([*pieces, text])  # [N, H]
-        logits = self._shared(packed, plan) if self.shared_prefix else self._concatenated(packed, plan)
-        return cross_entropy(logits.float(), plan.targets.to(device), reduction="none")
+        choices = plan.choices
+        with self.head.only(choices.ids if choices and not len(plan.at) else None):
+            logits = self._shared(packed, plan) if self.shared_prefix else self._concatenated(packed, plan)  # [read, V or U]
+        assert plan.segments.read is not None
+        place = torch.empty(plan.positions, dtype=torch.long)
+        place[plan.segments.read] = torch.arange(len(plan.segments.read))
+        parts = []
+        if len(plan.at) or not choices:
+            rows = logits if len(plan.at) == len(logits) else logits.index_select(0, place[plan.at].to(device))
+            parts.append(cross_entropy(rows.float(), plan.targets.to(device), reduction="none"))
+        if choices:
+            rows = logits.index_select(0, place[choices.at].to(device)).float()
+            parts.append(choice_nll(rows, choices))
+        return torch.cat(parts)
 
     def _shared(self, packed: Tensor, plan: Plan) -> Tensor:
-        """Logits `[M, V]`, every segment computed once."""
+        """Logits of the places that are read, every segment computed once."""
         device = packed.device
+        assert plan.segments.read is not None
         out = self.base(
             inputs_embeds=packed[None],
             position_ids=plan.segments.positions()[None].to(device),
             # A ready 4-D mask switches off transformers' own mask building; segment_attention builds its own.
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
             use_cache=False,
-            logits_to_keep=plan.at.to(device),
+            logits_to_keep=plan.segments.read.to(device),
             segments=plan.segments,
         )
         return out.logits[0]
 
     def _concatenated(self, packed: Tensor, plan: Plan) -> Tensor:
-        """Logits `[M, V]`, every sequence written out, padded on the right and computed whole."""
+        """The same with every sequence written out, padded on the right and computed whole."""
         device = packed.device
+        assert plan.segments.read is not None
         index, lengths = plan.segments.sequences()
         valid = torch.arange(index.shape[1])[None] < lengths[:, None]
         where = torch.full((plan.positions,), -1)
         where[index[valid]] = valid.flatten().nonzero()[:, 0]  # any sequence that contains the token will do
-        flat = where[plan.at]
+        flat = where[plan.segments.read]
         rows, columns = flat // index.shape[1], flat % index.shape[1]
         kept, column = torch.unique(columns, return_inverse=True)
         out = self.base(
@@ -211,6 +321,18 @@ class PromptedModel(nn.Module):
             logits_to_keep=kept.to(device),
         )
         return out.logits[rows.to(device), column.to(device)]
+
+
+def choice_nll(logits: Tensor, choices: Choices) -> Tensor:
+    """Logits `[Q, U or V]` fp32 of every comparison -> negative log-likelihood of every choice, `[M']`."""
+    device = logits.device
+    children = choices.children.to(device)
+    hidden = children < 0
+    if logits.shape[1] != len(choices.ids):  # of the whole vocabulary
+        children = choices.ids.to(device)[children]
+    node = choices.node.to(device)
+    among = logits.gather(1, children.clamp(min=0)[node]).masked_fill(hidden[node], -math.inf)  # [Q, C]
+    return -torch.log_softmax(among, -1)[choices.asked.to(device), choices.child.to(device)]
 
 
 def _remove_dropout(base: PreTrainedModel) -> None:

@@ -13,7 +13,11 @@ from ptuning.orders import Event
 from ptuning.tracking import Tracker
 from ptuning.watchdog import verdict
 
-LOSS_CURVE, METRIC_CURVE, CONFUSION, WORDS = (f"plots/{name}.png" for name in ("loss", "validation", "confusion", "words"))
+LOSS_CURVE, METRIC_CURVE, CONFUSION, RELIABILITY, WORDS = (
+    f"plots/{name}.png" for name in ("loss", "validation", "confusion", "reliability", "words")
+)
+LABELS = "labels.json"
+"""Table per label of the test rows."""
 
 
 class Recorder:
@@ -105,9 +109,16 @@ class Recorder:
         self._tracker.metrics({f"final/{name}": value for name, value in final.items()} | peaks, event.step, event.time_ms)
         self._tracker.tags({"content_hash": details["content_hash"], "best_step": str(details["best_step"])})
         if details.get("predictions"):
-            columns = ("text", "target", "prediction")
+            columns = [name for name in ("text", "target", "prediction", "probability") if name in details["predictions"][0]]
             rows = [[row[column] for column in columns] for row in details["predictions"]]
             self._tracker.table("predictions.json", columns, rows)
+        if details.get("classification"):
+            columns = ["label", "precision", "recall", "f1", "rows"]
+            rows = [
+                [details["labels"][row["label"]], *(row[column] for column in columns[1:])]
+                for row in details["classification"]["per_label"]
+            ]
+            self._tracker.table(LABELS, columns, rows)
         if self._pictures:
             self._plot(event)
         for name, content in storage.read_folder(folder).items():
@@ -124,10 +135,10 @@ class Recorder:
         }
         if rates:
             self._tracker.artifact_bytes(METRIC_CURVE, figures.curves(rates, event.run, "validation metric"))
-        confusion = event.details.get("confusion")
-        if confusion:
-            labels = event.details["labels"]
-            self._tracker.artifact_bytes(CONFUSION, figures.confusion(confusion, labels))
+        found = event.details.get("classification")
+        if found:
+            self._tracker.artifact_bytes(CONFUSION, figures.confusion(found["confusion"], event.details["labels"]))
+            self._tracker.artifact_bytes(RELIABILITY, figures.reliability(found["reliability"], found["ece"], event.run))
         if self._base:
             from ptuning.meaning import nearest_words  # the code of models: seconds that no command should begin with
 

@@ -15,6 +15,7 @@ Shapes: N packed tokens, R rows of a group, T its longest row, S the longest cha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -38,13 +39,25 @@ class Group:
     are one group. Groups of different slots never share a tensor, so a slot's numbers cannot depend on its neighbours' shapes.
     """
 
-    def __init__(self, start: int, lengths: list[int], parent: Group | None, parent_rows: list[int] | None) -> None:
+    def __init__(
+        self,
+        start: int,
+        lengths: list[int],
+        parent: Group | None,
+        parent_rows: list[int] | None,
+        tree: Sequence[int] | None = None,
+    ) -> None:
+        """`tree`: every row is the same tree of tokens instead of a line: for each token the one of its row that it follows,
+        -1 for the parent's last. So a text is continued in many ways without a copy of its keys for each."""
         if min(lengths) < 1:
             raise ValueError("a segment needs at least one token")
+        if tree is not None and (parent is None or {*lengths} != {len(tree)}):
+            raise ValueError("a tree continues a parent, and all its rows have its tokens")
         self.start = start
         self.lengths = lengths
         self.parent = parent
         self.parent_rows = parent_rows
+        self.tree = tree
         self._masks: dict[tuple[int | None, int, torch.device], Mask] = {}
 
     @cached_property
@@ -67,6 +80,36 @@ class Group:
             return [0] * len(self.lengths)
         before = [offset + length for offset, length in zip(self.parent.offsets, self.parent.lengths, strict=True)]
         return [before[row] for row in self._parent_rows]
+
+    @cached_property
+    def depths(self) -> Tensor:
+        """`[T]` how many tokens of its own row stand before each token."""
+        if self.tree is None:
+            return torch.arange(self.longest)
+        depths: list[int] = []
+        for before in self.tree:
+            depths.append(depths[before] + 1 if before >= 0 else 0)
+        return torch.tensor(depths)
+
+    def _follows(self) -> Tensor:
+        """`[T, T]`, True where a token of a tree follows another one, or is it."""
+        assert self.tree is not None
+        follows = torch.eye(self.longest, dtype=torch.bool)
+        for token, before in enumerate(self.tree):
+            if before >= 0:
+                follows[token] |= follows[before]
+        return follows
+
+    def paths(self) -> list[list[int]]:
+        """The tokens of a tree from its beginning to each of its ends."""
+        assert self.tree is not None
+        found = []
+        for end in sorted({*range(self.longest)} - {*self.tree}):
+            path = [end]
+            while self.tree[path[-1]] >= 0:
+                path.append(self.tree[path[-1]])
+            found.append(path[::-1])
+        return found
 
     @property
     def _parent_rows(self) -> list[int]:
@@ -113,7 +156,7 @@ class Group:
         """`[R or 1, 1, T, S]`, True where a token may look; None if plain causal attention says the same."""
         positions, valid = [], []
         for group, rows in self.chain:
-            at = torch.tensor(group.offsets)[:, None] + torch.arange(group.longest)[None]
+            at = torch.tensor(group.offsets)[:, None] + group.depths[None]
             there = torch.arange(group.longest)[None] < torch.tensor(group.lengths)[:, None]
             pick = torch.tensor(rows) if rows is not None else slice(None)
             positions.append(at[pick])
@@ -123,6 +166,8 @@ class Group:
         allowed = (distance >= 0) & torch.cat(valid, 1)[:, None, :]
         if window is not None:
             allowed &= distance < window
+        if self.tree is not None:
+            allowed[:, :, -self.longest :] &= self._follows()
         if len(self.chain) == 1 and self.dense and (window is None or window >= self.longest):
             return None
         if bool((allowed == allowed[:1]).all()):
@@ -139,9 +184,16 @@ class Segments:
         self.read: Tensor | None = None
         """Places `[U]` in the packed row whose outputs are read, each once; None: all of them may be."""
 
-    def add(self, lengths: list[int], parent: Group | None = None, parent_rows: list[int] | None = None) -> Group:
-        """Append R segments of the given lengths; `parent_rows` names the parent's row for each (None: row 0)."""
-        group = Group(self.tokens, lengths, parent, parent_rows)
+    def add(
+        self,
+        lengths: list[int],
+        parent: Group | None = None,
+        parent_rows: list[int] | None = None,
+        tree: Sequence[int] | None = None,
+    ) -> Group:
+        """Append R segments of the given lengths; `parent_rows` names the parent's row for each (None: row 0); `tree`: see
+        `Group`."""
+        group = Group(self.tokens, lengths, parent, parent_rows, tree)
         self.groups.append(group)
         self.tokens += group.tokens
         return group
@@ -149,7 +201,7 @@ class Segments:
     def positions(self) -> Tensor:
         """`[N]` position of every token in its own sequence, as if its ancestors stood right in front of it."""
         parts = [
-            torch.arange(offset, offset + length)
+            group.depths[:length] + offset
             for group in self.groups
             for offset, length in zip(group.offsets, group.lengths, strict=True)
         ]
@@ -171,7 +223,10 @@ class Segments:
                     at = row if rows is None else rows[row]
                     begin = ancestor.start + sum(ancestor.lengths[:at])
                     parts.append(torch.arange(begin, begin + ancestor.lengths[at]))
-                sequences.append(torch.cat(parts))
+                if group.tree is None:
+                    sequences.append(torch.cat(parts))
+                else:
+                    sequences += [torch.cat([*parts[:-1], parts[-1][torch.tensor(path)]]) for path in group.paths()]
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         index = torch.stack(
             [torch.cat([sequence, sequence[-1:].expand(int(lengths.max()) - len(sequence))]) for sequence in sequences]

@@ -49,6 +49,7 @@ def trial_tables(tables: Mapping[str, Any], name: str, values: Values) -> dict[s
     changed = {key: dict(value) if isinstance(value, dict) else value for key, value in tables.items()}
     changed["name"] = name
     changed["data"]["test"] = None
+    changed["train"]["starts"] = 1  # a trial is one start: the search itself makes many
     for key, value in values.items():
         table, _, field = key.partition(".")
         changed[table][field] = value

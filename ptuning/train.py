@@ -6,45 +6,51 @@ runs it with the same assignments and ends with the same numbers; `report` is ca
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import Adafactor
 
 from ptuning import checkpoint, soft_prompt, storage
 from ptuning.base import Base
 from ptuning.batches import BatchOrder, share
 from ptuning.config import Experiment, Template, TrainConfig, UserError
 from ptuning.evaluate import Evaluation, evaluate
-from ptuning.model import PromptedModel, Row, plan_targets
+from ptuning.model import Objective, PromptedModel, Row, plan_targets
 from ptuning.orders import Assignment, Event, Order, Report, Source, Task
 from ptuning.soft_prompt import Card, SoftPrompt
+from ptuning.starts import Start, rounds, survivors
 from ptuning.workers import Workers
+
+Each = TypeVar("Each")
 
 
 class Slot:
-    """One soft prompt in training: its vectors `[P, H]`, optimiser, data position and best evaluation so far."""
+    """One soft prompt in training: its starts (one of them is left after the first part of the steps), its data position and
+    its best evaluation so far."""
 
-    def __init__(self, assignment: Assignment, task: Task, vectors: Tensor) -> None:
+    def __init__(self, assignment: Assignment, task: Task, starts: Sequence[Tensor]) -> None:
         self.experiment = assignment.experiment
         self.config: TrainConfig = self.experiment.train
         self.folder = assignment.folder
         self.task = task
-        self.vectors = nn.Parameter(vectors.clone())  # fp32, on the base's device
-        self.optimizer = _optimizer(self.config, self.vectors)
+        self.starts = [Start(number, each, self.config) for number, each in enumerate(starts)]
         self.order = BatchOrder(task.train.lengths, self.config.batch_size, self.config.seed)
+        choice = self.experiment.objective == "choice"
+        self.objective = Objective(task.encoder.label_trie if choice else None, text=not choice or self.config.text_weight > 0)
+        self.class_weights = balanced_weights(task) if self.config.class_weights else None
         self.step = 0
         self.best: dict[str, float] = {}
         self.best_step = 0
-        self.best_vectors = vectors.clone()
+        self.best_vectors = starts[0].clone()
         self.since_best = 0
         self.parent: str | None = None
         self.told: list[tuple[float, Event]] = []
@@ -61,28 +67,62 @@ class Slot:
         return self.step >= self.config.steps or (patience is not None and self.since_best >= patience)
 
     @property
+    def vectors(self) -> nn.Parameter:
+        """`[P, H]` of the start that is left; before, of the first."""
+        return self.starts[0].vectors
+
+    @property
+    def keep(self) -> int:
+        """How many starts go on after this step."""
+        return rounds(self.config).get(self.step, len(self.starts)) if len(self.starts) > 1 else 1
+
+    @property
     def evaluation_due(self) -> bool:
-        return self.step % self.config.evaluate_every == 0 or self.step == self.config.steps
+        every, steps = self.config.evaluate_every, self.config.steps
+        return self.step % every == 0 or self.step == steps or self.keep < len(self.starts)
 
     @property
     def checkpoint_due(self) -> bool:
         return self.step % self.config.checkpoint_every == 0
 
-    def update(self, gradient: Tensor) -> float:
-        """One optimiser step with the gradient of the whole global batch; returns its norm before clipping."""
-        norm = float(gradient.norm())
-        if self.config.clip and norm > self.config.clip:
-            gradient = gradient * (self.config.clip / norm)
-        self.vectors.grad = gradient
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
-        self.optimizer.step()
-        self.vectors.grad = None
-        self.step += 1
-        return norm
+    def loss(self, text: Tensor, choices: Tensor, rows: Sequence[Row], totals: tuple[int, int]) -> Tensor:
+        """This share of the global batch's loss, from the negative log-likelihoods of its text's tokens and of its choices;
+        `totals`: target tokens and rows of the whole batch.
 
-    def observe(self, measured: dict[str, float]) -> bool:
-        """Take an evaluation into account; True if it is the best so far (ties: the lower loss)."""
+        Text: the mean over tokens. Choice: the mean over rows of -log p(label), by class weights if there are any.
+        """
+        tokens, count = totals
+        if self.objective.trie is None:
+            return text.sum() / tokens
+        if self.class_weights is not None:
+            choices = choices * self._choice_weights(rows).to(choices)
+        loss = choices.sum() / count
+        return loss + self.config.text_weight * text.sum() / tokens if self.objective.text else loss
+
+    def _choice_weights(self, rows: Sequence[Row]) -> Tensor:
+        """Each choice counts as much as its row's label."""
+        assert self.objective.trie is not None and self.class_weights is not None
+        paths, weights = self.objective.trie.paths, self.class_weights
+        return torch.tensor([weights[tuple(target)] for _, target in rows for _ in paths[tuple(target)]])
+
+    def update(self, gradients: Sequence[Tensor], losses: Sequence[float]) -> float:
+        """One optimiser step of every start with its gradient of the whole global batch; returns the first one's norm."""
+        rate = learning_rate(self.config, self.step)
+        norms = []
+        for start, gradient, loss in zip(self.starts, gradients, losses, strict=True):
+            norms.append(start.update(gradient, self.config.clip, rate))
+            start.loss += loss
+        self.step += 1
+        return norms[0]
+
+    def halve(self, losses: Sequence[float]) -> None:
+        """Let the worse starts go if a round has ended; `losses` of the starts."""
+        self.starts = survivors(self.starts, list(losses), self.keep)
+        for start in self.starts:
+            start.loss = 0.0
+
+    def observe(self, measured: dict[str, float], start: int = 0) -> bool:
+        """Take the evaluation of a start into account; True if it is the best so far (ties: the lower loss)."""
         metric = self.experiment.metric
         sign = -1 if metric == "loss" else 1
         better = not self.best or (sign * measured[metric], -measured["loss"]) > (
@@ -91,23 +131,21 @@ class Slot:
         )
         if better:
             self.best, self.best_step, self.since_best = measured, self.step, 0
-            self.best_vectors = self.vectors.detach().clone()
+            self.best_vectors = self.starts[start].vectors.detach().clone()
         else:
             self.since_best += 1
         return better
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that decides how the run goes on, as tensors and JSON."""
-        tensors = {"vectors": self.vectors.detach(), "best_vectors": self.best_vectors}
-        numbers: dict[str, Any] = {}
-        for key, value in self.optimizer.state[self.vectors].items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{key}"] = value
-            else:
-                numbers[key] = value
+        tensors, starts = {"best_vectors": self.best_vectors}, []
+        for start in self.starts:
+            own, numbers = start.state()
+            tensors |= {f"start{start.number}.{key}": value for key, value in own.items()}
+            starts.append(numbers)
         return tensors, {
             "step": self.step,
-            "optimizer": numbers,
+            "starts": starts,
             "best": self.best,
             "best_step": self.best_step,
             "since_best": self.since_best,
@@ -117,10 +155,12 @@ class Slot:
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """The inverse of `state`: training goes on bit by bit as if it had not been interrupted."""
-        self.vectors.data.copy_(tensors["vectors"])
+        self.starts = [self.starts[numbers["number"]] for numbers in state["starts"]]
+        for start, numbers in zip(self.starts, state["starts"], strict=True):
+            prefix = f"start{start.number}."
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            start.restore(own, numbers)
         self.best_vectors = tensors["best_vectors"]
-        moments = {key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")}
-        self.optimizer.state[self.vectors] = {**state["optimizer"], **moments}
         self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
         self.since_best, self.parent = state["since_best"], state["parent"]
 
@@ -161,12 +201,17 @@ class Pack:
         """Give a free place to an assignment, from its newest checkpoint if it has one."""
         experiment = assignment.experiment
         task = self.load_task(experiment)
-        vectors, parent = initial_vectors(experiment, task, self.base, self.embed)
-        slot = Slot(assignment, task, vectors.to(self.model.base.device))
+        starts, parent = initial_starts(experiment, task, self.base, self.embed)
+        slot = Slot(assignment, task, [vectors.to(self.model.base.device) for vectors in starts])
         slot.parent = parent
         # The first worker's view decides: two workers may see a store at different moments.
         saved = self.workers.from_first(checkpoint.newest(checkpoints(assignment.folder)) if self.workers.first else None)
         if saved:
+            if "starts" not in saved[1]:
+                raise UserError(
+                    f"{assignment.folder}: its checkpoints are of ptuning 0.1, whose steps saw other rows; start it again "
+                    "under another name"
+                )
             slot.restore(*saved)
             slot.told = [(math.inf, Event(**event)) for event in saved[1]["events"]]
         self.slots.append(slot)
@@ -189,9 +234,11 @@ def train(pack: Pack, source: Source, report: Report) -> None:
             for order in orders or []:
                 follow(pack, order, report)
         step(pack, report)
-        due = [slot for slot in pack.slots if slot.evaluation_due and slot.task.validation]
-        for slot, evaluation in zip(due, evaluate_slots(pack, due, "validation"), strict=True):
-            observe(pack, slot, evaluation, report)
+        due = [slot for slot in pack.slots if slot.evaluation_due]
+        judged = [slot for slot in due if slot.task.validation]
+        found = dict(zip(judged, evaluate_slots(pack, judged, "validation"), strict=True))
+        for slot in due:
+            observe(pack, slot, found.get(slot, []), report)
         for slot in pack.slots:
             if slot.checkpoint_due or slot.done:
                 save_checkpoint(pack, slot)
@@ -233,53 +280,77 @@ def step(pack: Pack, report: Report) -> None:
         return
     began = time.perf_counter()
     rows = [slot.order.batch(slot.step) for slot in slots]
-    counts = [int(slot.task.train.target_lengths[batch].sum()) for slot, batch in zip(slots, rows, strict=True)]
-    losses = torch.zeros(len(slots))
+    totals = [(int(slot.task.train.target_lengths[batch].sum()), len(batch)) for slot, batch in zip(slots, rows, strict=True)]
+    starts = [(slot, start, total) for slot, total in zip(slots, totals, strict=True) for start in slot.starts]
+    losses = torch.zeros(len(starts))
     tokens = 0
     for batches in _micro_batches(pack, rows):
-        plan = plan_targets([len(slot.vectors) for slot in slots], batches)
-        nll = pack.model([slot.vectors for slot in slots], plan)
-        parts = [part.sum() / count for part, count in zip(nll.split(plan.per_slot), counts, strict=True)]
-        torch.stack(parts).sum().backward()  # the slots' losses share no term: each keeps its own gradient
+        plan = plan_targets([len(start.vectors) for _, start, _ in starts], batches, [slot.objective for slot, _, _ in starts])
+        nll = pack.model([start.vectors for _, start, _ in starts], plan)
+        parts = [
+            slot.loss(*predictions, targets, total)
+            for (slot, _, total), predictions, targets in zip(starts, plan.split(nll), batches, strict=True)
+        ]
+        torch.stack(parts).sum().backward()  # the starts' losses share no term: each keeps its own gradient
         losses += torch.stack([part.detach().float().cpu() for part in parts])
         tokens += plan.positions
     gradients = _reduce(pack, losses)
     seconds = time.perf_counter() - began
-    for slot, loss, gradient in zip(list(slots), losses.tolist(), gradients, strict=True):
-        if not (math.isfinite(loss) and bool(torch.isfinite(gradient).all())):
-            fail(pack, slot, report, loss)
-            continue
-        rate = learning_rate(slot.config, slot.step)
-        norm = slot.update(gradient)
-        speed = tokens * pack.workers.size / seconds
-        values = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens_per_second": speed}
-        tell(slot, report, Event("step", slot.name, slot.step, values))
+    sizes = [len(slot.starts) for slot in slots]
+    for slot, own in zip(list(slots), zip(losses.split(sizes), _split(gradients, sizes), strict=True), strict=True):
+        _update(pack, slot, *own, tokens * pack.workers.size / seconds, report)
+
+
+def _update(pack: Pack, slot: Slot, losses: Tensor, gradients: list[Tensor], speed: float, report: Report) -> None:
+    """Move a slot's starts. One whose loss or gradient is not finite leaves; the last one takes the slot with it."""
+    sound = [
+        math.isfinite(loss) and bool(torch.isfinite(gradient).all())
+        for loss, gradient in zip(losses.tolist(), gradients, strict=True)
+    ]
+    if not any(sound):
+        fail(pack, slot, report, float(losses[0]))
+        return
+    slot.starts = [start for start, well in zip(slot.starts, sound, strict=True) if well]
+    gradients = [gradient for gradient, well in zip(gradients, sound, strict=True) if well]
+    kept = losses[torch.tensor(sound)].tolist()
+    values = {"loss": min(kept), "learning_rate": learning_rate(slot.config, slot.step)}
+    if len(kept) > 1:
+        values |= {f"start_{start.number}_loss": loss for start, loss in zip(slot.starts, kept, strict=True)}
+    values |= {"gradient_norm": slot.update(gradients, kept), "tokens_per_second": speed}
+    tell(slot, report, Event("step", slot.name, slot.step, values))
+
+
+def _split(values: list[Each], sizes: Sequence[int]) -> list[list[Each]]:
+    ends = list(itertools.accumulate(sizes))
+    return [values[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def _micro_batches(pack: Pack, rows: list[np.ndarray]) -> list[list[list[Row]]]:
-    """This worker's rows, pass by pass and slot by slot: `[passes][K]` lists of rows.
+    """This worker's rows, pass by pass and start by start: `[passes][starts of all slots]` lists of rows.
 
-    Every worker makes the same number of passes, as a sharded base needs; one with fewer rows may have empty lists.
+    Every worker makes the same number of passes, as a sharded base needs; one with fewer rows may have empty lists. Where a
+    slot has several starts, each gets so few rows at a time that together they take the memory of one.
     """
     mine = [share(batch, pack.workers.rank, pack.workers.size) for batch in rows]
     most = max(math.ceil(len(batch) / pack.workers.size) for batch in rows)
     limit = min((slot.config.micro_batch_size or most) for slot in pack.slots)
-    passes = math.ceil(most / limit)
+    passes = math.ceil(most / max(1, limit // max(len(slot.starts) for slot in pack.slots)))
     return [
         [
-            [slot.task.train.row(int(row)) for row in np.array_split(part, passes)[index]]
-            for slot, part in zip(pack.slots, mine, strict=True)
+            part
+            for slot, share in zip(pack.slots, mine, strict=True)
+            for part in [[slot.task.train.row(int(row)) for row in np.array_split(share, passes)[index]]] * len(slot.starts)
         ]
         for index in range(passes)
     ]
 
 
 def _reduce(pack: Pack, losses: Tensor) -> list[Tensor]:
-    """Sum the workers' gradients and, in place, losses, with one collective; gradients as `[P, H]` per slot.
+    """Sum the workers' gradients and, in place, losses, with one collective; gradients as `[P, H]` per start.
 
     With them travels whether the first worker has news.
     """
-    vectors = [slot.vectors for slot in pack.slots]
+    vectors = [start.vectors for slot in pack.slots for start in slot.starts]
     pieces = [each.grad if each.grad is not None else torch.zeros_like(each) for each in vectors]
     bell = losses.new_tensor([float(pack.workers.first and pack.ringing())])
     flat = pack.workers.sum(torch.cat([*(piece.flatten() for piece in pieces), torch.cat([losses, bell]).to(pieces[0])]))
@@ -289,20 +360,28 @@ def _reduce(pack: Pack, losses: Tensor) -> list[Tensor]:
     return [part.view_as(piece).clone() for part, piece in zip(parts, pieces, strict=True)]
 
 
-def evaluate_slots(pack: Pack, slots: list[Slot], split: Literal["validation", "test"]) -> list[Evaluation]:
-    """Evaluate slots on a split: those in training as they are, on the test split with their best vectors.
+def evaluate_slots(pack: Pack, slots: list[Slot], split: Literal["validation", "test"]) -> list[list[Evaluation]]:
+    """Evaluate slots on a split: those in training as they are, every start, on the test split with their best vectors.
 
     Text is generated for the test split, and on validation only where the metric that chooses the best step needs it.
     """
-    evaluations: dict[str, Evaluation] = {}
+    evaluations: dict[str, list[Evaluation]] = {}
     for together in _sharing(slots, split):
         task = together[0].task
         text = split == "test" or together[0].experiment.metric != "loss"
-        vectors = [(slot.best_vectors if split == "test" else slot.vectors).detach() for slot in together]
+        vectors = [
+            [slot.best_vectors] if split == "test" else [start.vectors.detach() for start in slot.starts] for slot in together
+        ]
         found = evaluate(
-            pack.model, vectors, getattr(task, split), task.encoder, pack.workers, task.max_new_tokens if text else None
+            pack.model,
+            sum(vectors, []),
+            getattr(task, split),
+            task.encoder,
+            pack.workers,
+            task.max_new_tokens if text else None,
         )
-        evaluations |= {slot.name: evaluation for slot, evaluation in zip(together, found, strict=True)}
+        for slot, own in zip(together, _split(found, [len(each) for each in vectors]), strict=True):
+            evaluations[slot.name] = own
     return [evaluations[slot.name] for slot in slots]
 
 
@@ -314,15 +393,25 @@ def _sharing(slots: list[Slot], split: str) -> list[list[Slot]]:
     return list(groups.values())
 
 
-def observe(pack: Pack, slot: Slot, evaluation: Evaluation, report: Report) -> None:
-    """Compare an evaluation with the best one; a loss that is not finite ends the slot."""
-    if not math.isfinite(evaluation.metrics["loss"]):
-        fail(pack, slot, report, evaluation.metrics["loss"])
+def observe(pack: Pack, slot: Slot, evaluations: list[Evaluation], report: Report) -> None:
+    """Compare the evaluation of the best start with the best one so far, and let the worse starts go where a round ends.
+
+    `evaluations` of every start, none without validation rows. If no start has a finite loss, the slot ends.
+    """
+    if not evaluations:
+        slot.halve([start.loss for start in slot.starts])
         return
-    best = slot.observe(evaluation.metrics)
-    memory = pack.workers.gather(_memory())
-    details = {"best": best, "memory": memory}
-    tell(slot, report, Event("evaluation", slot.name, slot.step, evaluation.metrics, details=details))
+    losses = [evaluation.metrics["loss"] for evaluation in evaluations]
+    if not any(map(math.isfinite, losses)):
+        fail(pack, slot, report, losses[0])
+        return
+    leader = losses.index(min(filter(math.isfinite, losses)))
+    values = dict(evaluations[leader].metrics)
+    details = {"best": slot.observe(evaluations[leader].metrics, leader), "memory": pack.workers.gather(_memory())}
+    if len(losses) > 1:
+        values |= {f"start_{start.number}_loss": loss for start, loss in zip(slot.starts, losses, strict=True)}
+    slot.halve(losses)
+    tell(slot, report, Event("evaluation", slot.name, slot.step, values, details=details))
 
 
 def save_checkpoint(pack: Pack, slot: Slot) -> None:
@@ -340,9 +429,9 @@ def finish(pack: Pack, slot: Slot, report: Report) -> None:
     measured = {f"validation_{name}": value for name, value in slot.best.items()}
     details: dict[str, Any] = {"best_step": slot.best_step, "early": slot.step < slot.config.steps}
     if slot.task.test:
-        [evaluation] = evaluate_slots(pack, [slot], "test")
+        [[evaluation]] = evaluate_slots(pack, [slot], "test")
         measured |= {f"test_{name}": value for name, value in evaluation.metrics.items()}
-        details |= {"predictions": evaluation.predictions, "confusion": evaluation.confusion}
+        details |= {"predictions": evaluation.predictions, "classification": evaluation.classification}
         details["labels"] = list(slot.task.encoder.template.labels or ())
     details["peak_bytes"] = pack.workers.gather(_peak_memory())
     if pack.workers.first:  # all workers hold the same vectors
@@ -386,25 +475,41 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * factor[config.schedule]
 
 
-def _optimizer(config: TrainConfig, vectors: nn.Parameter) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW([vectors], lr=config.learning_rate, weight_decay=config.weight_decay)
-    # As in Lester et al. 2021, section 3: external learning rate, no parameter scaling, beta2 decay 0.8.
-    return Adafactor(
-        [vectors],
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        scale_parameter=False,
-        relative_step=False,
-        warmup_init=False,
-        decay_rate=-0.8,
-    )
+def balanced_weights(task: Task) -> dict[tuple[int, ...], float]:
+    """Label -> n / (L * rows with this label), as scikit-learn's "balanced": the mean over the n training rows is 1."""
+    labels = [tuple(label) for label in task.encoder.label_ids]
+    counts = np.bincount(np.asarray(task.train.rows["label"]), minlength=len(labels))
+    return {label: float(counts.sum() / (len(labels) * max(1, many))) for label, many in zip(labels, counts, strict=True)}
 
 
-def initial_vectors(experiment: Experiment, task: Task, base: Base, embed: soft_prompt.Embed) -> tuple[Tensor, str | None]:
-    """The soft prompt before its first step, `[P, H]` fp32, and the content hash of its parent if it has one."""
+def initial_starts(experiment: Experiment, task: Task, base: Base, embed: soft_prompt.Embed) -> tuple[list[Tensor], str | None]:
+    """The soft prompts before their first step, `[P, H]` fp32 each, and the content hash of the parent if there is one.
+
+    The first is drawn with the run's seed, the others with seeds of their own; where `prompt.init` leaves nothing to draw (a
+    text, a soft prompt of the same length), they begin from the vocabulary.
+    """
+    first, parent = initial_vectors(experiment, task, base, embed)
+    starts = [first]
+    for number in range(1, experiment.train.starts):
+        again, _ = initial_vectors(experiment, task, base, embed, number)
+        if torch.equal(again, first):
+            frequent = task.train.frequent_tokens()
+            again = soft_prompt.vocabulary_rows(len(first), frequent, embed, _generator(experiment.train.seed, number))
+        starts.append(again)
+    return starts, parent
+
+
+def _generator(seed: int, start: int) -> torch.Generator:
+    """Of a run's first start: its seed; the others' are far from those of neighbouring runs."""
+    return torch.Generator().manual_seed(seed + start * 1_000_003)
+
+
+def initial_vectors(
+    experiment: Experiment, task: Task, base: Base, embed: soft_prompt.Embed, start: int = 0
+) -> tuple[Tensor, str | None]:
+    """A start of the soft prompt, `[P, H]` fp32, and the content hash of its parent if it has one."""
     config = experiment.prompt
-    generator = torch.Generator().manual_seed(experiment.train.seed)
+    generator = _generator(experiment.train.seed, start)
     frequent = task.train.frequent_tokens()
     tokenizer = task.encoder.tokenizer
     parent = None

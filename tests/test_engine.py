@@ -18,7 +18,8 @@ from conftest import ARCHITECTURES, CONCATENATED, tiny_base
 from torch import Tensor
 
 from ptuning.engine import PAGE, End, Engine, EngineBusy, EngineConfig, EngineStopped, Handle, Request, RequestError
-from ptuning.model import PromptedModel, plan_targets
+from ptuning.label_trie import LabelTrie
+from ptuning.model import Objective, PromptedModel, plan_labels, plan_targets
 from ptuning.sampling import Sampling, Token, draw
 from ptuning.virtual_tokens import ROWS, VirtualTokens
 
@@ -113,8 +114,10 @@ def test_a_base_in_16_bits():
         *tokens, _ = engine.generate(Request(ids, handle, 6, Sampling(top=0), ignore_end=True))
         expected = -PromptedModel(base)([vectors], plan_targets([20], [[(ids, [token.id for token in tokens])]]))
         torch.testing.assert_close(torch.tensor([token.logprob for token in tokens]), expected, atol=0.15, rtol=0.05)
-        (scores,) = engine.label_logprobs(handle, [ids], [[tokens[0].id]]).result(20)
-        assert scores[0][0] == pytest.approx(float(expected[0]), abs=0.15)
+        trie = LabelTrie(((tokens[0].id, END), (tokens[1].id + 1, END)))
+        (scores,) = engine.choose(handle, [ids], trie).result(20)
+        exact = PromptedModel(tiny_base("llama_tied_gqa", attention=None))([vectors], plan_labels([20], [[ids]], trie))
+        assert scores == pytest.approx((-exact).tolist(), abs=0.15)
     finally:
         engine.close()
 
@@ -135,11 +138,12 @@ def test_logits_are_those_of_evaluation(architecture):
             for token in tokens:
                 assert len(token.top) == 100 and token.top[0][0] == token.id
                 assert math.isclose(sum(math.exp(logprob) for _, logprob in token.top), 1, abs_tol=1e-5)
-        labels = [[7, END], [8, 9, END], [END]]
-        (scores,) = engine.label_logprobs(handle, [ids], labels).result(20)
-        for label, found in zip(labels, scores, strict=True):
-            expected = -model([vectors], plan_targets([21], [[(ids, label)]]))
-            torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-5)
+        trie = LabelTrie(((7, END), (8, 9, END), (8, 9, 4, END), (END,)))
+        (scores,) = engine.choose(handle, [ids], trie).result(20)
+        assert sum(map(math.exp, scores)) == pytest.approx(1, abs=1e-9)
+        for label, found in zip(trie.labels, scores, strict=True):
+            plan = plan_targets([21], [[(ids, list(label))]], [Objective(trie, text=False)])  # what training sees of the row
+            assert found == pytest.approx(-float(model([vectors], plan).sum()), abs=1e-5)
     finally:
         engine.close()
 
@@ -155,15 +159,15 @@ def test_neighbours_do_not_leak(engine, add):
         for ids in texts
     ]
     alone = [answer(engine, request) for request in requests]
-    labels = [[7, END], [8, 9, END]]
-    scored = engine.label_logprobs(handles[2], texts[:4], labels).result(20)
+    trie = LabelTrie(((7, END), (8, 9, END), (8, 5, END)))
+    scored = engine.choose(handles[2], texts[:4], trie).result(20)
 
     wrong = cancelled = 0
     for _ in range(BATCHES):
         pending = [send(engine, requests, at, draw) for at in draw.choices(range(len(requests)), k=draw.randint(2, 10))]
         if draw.random() < 0.3:
-            found = engine.label_logprobs(handles[2], texts[:4], labels).result(20)
-            torch.testing.assert_close(torch.tensor(found[1][1]), torch.tensor(scored[1][1]), atol=1e-5, rtol=0)
+            found = engine.choose(handles[2], texts[:4], trie).result(20)
+            torch.testing.assert_close(torch.tensor(found), torch.tensor(scored), atol=1e-5, rtol=0)
         for at, events, sink in pending:
             while not events or not isinstance(events[-1], End):
                 events.append(sink.get(timeout=20))
@@ -258,7 +262,7 @@ def test_ids_that_are_no_tokens_are_refused(engine, add, strange):
     handle = add(4, 1)
     for call in (
         lambda: engine.submit(Request([5, strange], handle, 1), print),
-        lambda: engine.label_logprobs(handle, [[5, strange]], [[5]]),
+        lambda: engine.choose(handle, [[5, strange]], LabelTrie(((5, END), (6, END)))),
     ):
         with pytest.raises(RequestError, match=f"token {strange} is not in the vocabulary of 100 tokens; send 0 to 99"):
             call()
@@ -343,7 +347,7 @@ def test_a_full_engine_says_so(engine, add):
 def test_labels_free_their_places_before_they_are_told(engine, add):
     handle = add(4, 1)
     for _ in range(200):  # as many rows as may wait, again and again without a pause
-        engine.label_logprobs(handle, [[5, 6]] * 40, [[7, END]]).result(20)
+        engine.choose(handle, [[5, 6]] * 40, LabelTrie(((7, END), (8, END)))).result(20)
 
 
 def test_cancelled_requests_leave_nothing_behind(engine, add):

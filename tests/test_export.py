@@ -21,7 +21,7 @@ from ptuning.config import ModelConfig, Template, UserError
 from ptuning.data import Encoder
 from ptuning.export import ExportError, Merged, export_merged, write_merged
 from ptuning.guard import Guard
-from ptuning.model import PromptedModel, plan_labels
+from ptuning.model import PromptedModel, plan_targets
 from ptuning.publish import fetch
 from ptuning.registry import Registry
 from ptuning.soft_prompt import SoftPrompt
@@ -229,7 +229,7 @@ def logits_of_ours(model: PromptedModel, loaded: SoftPrompt, ids: list[int]) -> 
     found: list[Tensor] = []
     hook = model.base.register_forward_hook(lambda base, inputs, output: found.append(output.logits[0, 0]))
     try:
-        model([loaded.vectors], plan_labels([len(loaded.vectors)], [[ids]], [[3]]))
+        model([loaded.vectors], plan_targets([len(loaded.vectors)], [[(ids, [3])]]))
     finally:
         hook.remove()
     return found[0]

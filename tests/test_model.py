@@ -24,7 +24,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ptuning.model import Plan, PromptedModel, Row, plan_labels, plan_targets
+from ptuning.label_trie import LabelTrie
+from ptuning.model import Objective, Plan, PromptedModel, Row, plan_labels, plan_targets
 from ptuning.segments import Segments
 
 pytestmark = pytest.mark.fast
@@ -37,7 +38,11 @@ ROWS: list[list[Row]] = [
     [([1, 2, 3], [7, 2]), ([4, 5, 6, 7, 8, 9, 10, 11], [9, 2]), ([50], [2])],
     [([9, 60, 61], [3, 4, 5, 2])],
 ]
-LABELS = [[7, 2], [8, 9, 2], [8, 2], [3], [8, 9, 10, 2]]
+LABELS = LabelTrie(((7, 2), (8, 9, 2), (8, 2), (3, 2), (8, 9, 10, 2), (8, 9, 10, 4, 2)))
+CHOSEN: list[list[Row]] = [
+    [([1, 2, 3], [7, 2]), ([4, 5, 6, 7, 8, 9, 10, 11], [8, 9, 2]), ([50], [8, 9, 10, 4, 2])],
+    [([9, 60, 61], [8, 2]), ([9, 60], [3, 2])],
+]
 
 
 @cache
@@ -64,6 +69,18 @@ def alone(base: PreTrainedModel, soft_prompt: Tensor, row: Row) -> Tensor:
     return cross_entropy(logits[-len(target) - 1 : -1].float(), torch.tensor(target), reduction="none")
 
 
+def chosen(base: PreTrainedModel, soft_prompt: Tensor, source: list[int], label: tuple[int, ...]) -> Tensor:
+    """-log p(label | text) in plain torch: at each token of the label, a softmax over those that any label allows there."""
+    text = base.get_input_embeddings()(torch.tensor([*source, *label]))
+    logits = base(inputs_embeds=torch.cat([soft_prompt, text])[None], use_cache=False).logits[0].float()
+    nll = torch.zeros(())
+    for depth, token in enumerate(label):
+        allowed = sorted({other[depth] for other in LABELS.labels if other[:depth] == label[:depth]})
+        among = torch.log_softmax(logits[len(soft_prompt) + len(source) - 1 + depth, torch.tensor(allowed)], -1)
+        nll = nll - among[allowed.index(token)]
+    return nll
+
+
 def every_logit(model: PromptedModel, soft_prompt: Tensor, texts: list[list[int]]) -> Tensor:
     """Logits at every text token, `[sum of T, V]`, packed."""
     segments = Segments()
@@ -71,6 +88,7 @@ def every_logit(model: PromptedModel, soft_prompt: Tensor, texts: list[list[int]
     segments.add([len(text) for text in texts], root)
     tokens = torch.tensor(sum(texts, []))
     at = torch.arange(len(soft_prompt), segments.tokens)
+    segments.read = at
     plan = Plan(segments, tokens, at, tokens, [len(tokens)])
     packed = torch.cat([soft_prompt, model.base.get_input_embeddings()(tokens)])
     with torch.no_grad():
@@ -140,16 +158,59 @@ def test_labels_are_scored_as_if_each_stood_alone(architecture):
     prompts = soft_prompts([5, 0])
     inputs = [[source for source, _ in rows] for rows in ROWS]
     with torch.no_grad():
-        got = model(prompts, plan_labels([5, 0], inputs, LABELS))
-        expected = [alone(base, prompts[k], (source, label)) for k in range(2) for source in inputs[k] for label in LABELS]
-    torch.testing.assert_close(got, torch.cat(expected), atol=2e-5, rtol=1e-5)
+        edges = model(prompts, plan_labels([5, 0], inputs, LABELS)).view(-1, len(LABELS.edges))
+        got = -LABELS.label_logprobs(-edges).float()
+        expected = [
+            torch.stack([chosen(base, prompts[k], source, label) for label in LABELS.labels])
+            for k in range(2)
+            for source in inputs[k]
+        ]
+    torch.testing.assert_close(got, torch.stack(expected), atol=2e-5, rtol=1e-5)
 
 
-def test_labels_of_one_token_need_no_further_segment():
-    plan = plan_labels([3], [[[1, 2], [3]]], [[7], [8]])
-    assert plan.positions == 3 + 3
-    assert plan.at.tolist() == [4, 4, 5, 5]
-    assert plan.targets.tolist() == [7, 8, 7, 8]
+@every_architecture
+@pytest.mark.parametrize("text", [False, True], ids=["choice", "choice and text"])
+def test_choices_and_their_gradients_equal_the_rows_written_out(architecture, text):
+    model, base = prompted(architecture), reference(architecture)
+    lengths = [5, 3]
+    prompts = soft_prompts(lengths)
+    plan = plan_targets(lengths, CHOSEN, [Objective(LABELS, text), Objective(LABELS, text=False)])
+    found = plan.split(model(prompts, plan))
+    for k, (tokens, choices) in enumerate(found):
+        rows = CHOSEN[k]
+        expected = sum(chosen(base, prompts[k], source, tuple(label)) for source, label in rows)
+        torch.testing.assert_close(choices.sum(), expected, atol=2e-5, rtol=1e-5)
+        whole = choices.sum()
+        if text and k == 0:
+            written = torch.cat([alone(base, prompts[k], row) for row in rows])
+            torch.testing.assert_close(tokens, written, atol=2e-5, rtol=1e-5)
+            whole, expected = whole + tokens.sum(), expected + written.sum()
+        else:
+            assert not len(tokens)
+        (mine,) = torch.autograd.grad(whole, prompts[k : k + 1], retain_graph=True)
+        (theirs,) = torch.autograd.grad(expected, prompts[k : k + 1])
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_labels_that_part_at_once_need_no_further_segment():
+    plan = plan_labels([3], [[[1, 2], [3]]], LabelTrie(((7, 2), (8, 9, 2))))
+    assert plan.positions == 3 + 3 and not len(plan.at)
+    assert plan.choices.at.tolist() == [4, 5]
+    assert plan.choices.ids.tolist() == [7, 8] and plan.choices.child.tolist() == [0, 1, 0, 1]
+
+
+def test_a_choice_computes_only_the_rows_of_the_head_that_it_reads():
+    model, shapes = prompted("llama"), []
+    hook = model.base.get_output_embeddings().register_forward_hook(lambda module, inputs, out: shapes.append(tuple(out.shape)))
+    try:
+        plan = plan_targets([5, 3], CHOSEN, [Objective(LABELS, text=False)] * 2)
+        assert len(model(soft_prompts([5, 3]), plan)) == len(plan.choices.at)
+        assert shapes == [(1, len(plan.choices.at), len(LABELS.ids))]
+        # And no token behind the last choice of a row.
+        fed = sum(len(source) + LABELS.fed_length(tuple(label)) for rows in CHOSEN for source, label in rows)
+        assert plan.positions == 5 + 3 + fed
+    finally:
+        hook.remove()
 
 
 def test_the_last_target_token_is_never_fed():

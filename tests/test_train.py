@@ -23,7 +23,7 @@ from ptuning import train as training
 from ptuning.base import Base, find_base
 from ptuning.config import Experiment, ModelConfig, TrainConfig, ZeroConfig, parse_experiment
 from ptuning.evaluate import label_scores
-from ptuning.model import PromptedModel, plan_targets
+from ptuning.model import Objective, PromptedModel, plan_targets
 from ptuning.orders import Assignment, Detachment, Event, Order
 from ptuning.prepare import load_task
 from ptuning.train import Pack, Slot, learning_rate, train
@@ -116,10 +116,24 @@ def test_law_2_only_the_soft_prompt_moves(run: Any, toy_task: SimpleNamespace, m
     assert len(done.of("step")) == 20
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-@pytest.mark.parametrize("killed_at", [1, 7, 10, 13, 20])
-def test_law_5_killed_and_resumed_is_bit_identical(run: Any, toy_task: SimpleNamespace, killed_at: int, optimizer: str) -> None:
-    task = experiment(toy_task, train__checkpoint_every=5, train__optimizer=optimizer)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train__optimizer": "adafactor"},
+        {"train__objective": "text"},
+        {"train__text_weight": 0.1, "train__class_weights": "balanced"},
+        {"train__starts": 5},  # of which 3, 2 and 1 are left after steps 2, 3 and 4
+        {"train__starts": 3, "data__validation": None, "train__optimizer": "adafactor"},
+    ],
+    ids=["default", "adafactor", "text", "both", "starts", "starts without validation"],
+)
+@pytest.mark.parametrize("killed_at", [1, 3, 7, 10, 13, 20])
+def test_law_5_killed_and_resumed_is_bit_identical(
+    run: Any, toy_task: SimpleNamespace, killed_at: int, changes: dict[str, Any]
+) -> None:
+    every = 1 if "train__starts" in changes else 5
+    task = experiment(toy_task, **{"train__checkpoint_every": every, **changes})
     whole = run("whole")(task)
     interrupted = run("interrupted")
     with pytest.raises(Killed):
@@ -183,14 +197,15 @@ def test_law_4_packing_changes_nothing(run: Any, toy_task: SimpleNamespace) -> N
             train__seed=index,
             train__steps=steps,
             train__optimizer=optimizer,
+            **more,
         )
-        for index, (length, init, rate, steps, optimizer) in enumerate(
+        for index, (length, init, rate, steps, optimizer, more) in enumerate(
             [
-                (4, "vocabulary", 0.05, 50, "adamw"),
-                (1, "random", 0.01, 20, "adamw"),
-                (9, "labels", 0.3, 35, "adafactor"),
-                (6, "vocabulary", 0.1, 50, "adamw"),
-                (2, "random", 0.02, 10, "adamw"),
+                (4, "vocabulary", 0.05, 50, "adamw", {}),
+                (1, "random", 0.01, 20, "adamw", {"train__objective": "text"}),
+                (9, "labels", 0.3, 35, "adafactor", {"train__text_weight": 0.5}),
+                (6, "vocabulary", 0.1, 50, "adamw", {"train__starts": 4}),
+                (2, "random", 0.02, 10, "adamw", {"train__class_weights": "balanced"}),
             ]
         )
     ]
@@ -372,7 +387,7 @@ def test_the_best_step_is_kept_and_patience_stops(run: Any, toy_task: SimpleName
     assert finished.step == ranked.step + 15 < 200
     saved = checkpoint.newest(training.checkpoints(str(done.folder / "toy")))
     assert saved is not None and torch.equal(saved[0]["best_vectors"], done.result("toy").vectors)
-    assert not torch.equal(saved[0]["vectors"], done.result("toy").vectors)
+    assert not torch.equal(saved[0]["start0.vectors"], done.result("toy").vectors)
 
 
 def test_without_validation_the_last_step_is_kept(run: Any, toy_task: SimpleNamespace) -> None:
@@ -444,12 +459,83 @@ def test_schedules(schedule: Any, expected: list[float]) -> None:
 def test_clipping_is_by_the_slots_own_norm(run: Any, toy_task: SimpleNamespace) -> None:
     pack = run().pack
     slot = pack.attach(Assignment(experiment(toy_task, train__clip=1.0), "unused"))
-    slot.optimizer = torch.optim.SGD([slot.vectors], lr=1.0)
+    slot.starts[0].optimizer = torch.optim.SGD([slot.vectors], lr=1.0)
     before = slot.vectors.detach().clone()
-    norm = slot.update(torch.full_like(before, 3.0))
+    norm = slot.update([torch.full_like(before, 3.0)], [1.0])
     moved = (before - slot.vectors.detach()).norm() / learning_rate(slot.config, 0)
     assert norm == pytest.approx(3.0 * math.sqrt(before.numel())) and float(moved) == pytest.approx(1.0)
     pack.slots.clear()
+
+
+def test_several_starts_end_as_the_best_of_them(run: Any, toy_task: SimpleNamespace) -> None:
+    """The start that is kept is the one that leads when a round ends, and it trains as it would have trained alone."""
+    task = experiment(toy_task, train__starts=4, train__steps=40, train__evaluate_every=20, prompt__init="random")
+    done = run("several")(task)
+    judged = [event for event in done.of("evaluation") if "start_0_loss" in event.values or event.step <= 8]
+    assert [event.step for event in judged] == [4, 8]
+    losses = {key: value for key, value in judged[0].values.items() if key.startswith("start_")}
+    assert len(losses) == 4 and len({*losses.values()}) == 4
+    left = [key for key in judged[1].values if key.startswith("start_")]
+    assert sorted(left) == sorted(sorted(losses, key=losses.__getitem__)[:2])
+    winner = int(min(left, key=judged[1].values.__getitem__).split("_")[1])
+    assert judged[1].values["loss"] == min(judged[1].values[key] for key in left)
+
+    alone = run("alone")
+    slot = alone.pack.attach(Assignment(task, str(alone.folder / "start")))
+    slot.starts = [slot.starts[winner]]
+    train(alone.pack, lambda free: None, alone.events.append)
+    assert torch.allclose(alone.result("start").vectors, done.result("toy").vectors, atol=1e-5)
+
+
+def test_a_start_that_diverges_leaves_alone(run: Any, toy_task: SimpleNamespace) -> None:
+    pack, events = run().pack, []
+    slot = pack.attach(Assignment(experiment(toy_task, train__starts=3), "unused"))
+    slot.starts[1].vectors.data.fill_(math.nan)
+    training.step(pack, events.append)
+    assert [start.number for start in slot.starts] == [0, 2] and not [event for event in events if event.kind == "failed"]
+    slot.starts[0].vectors.data.fill_(math.nan)
+    slot.starts[1].vectors.data.fill_(math.nan)
+    training.step(pack, events.append)
+    assert events[-1].kind == "failed" and not pack.slots
+
+
+@pytest.mark.parametrize("init", ["text", "vocabulary"])
+def test_every_start_is_another_draw(run: Any, toy_task: SimpleNamespace, init: str) -> None:
+    text = {"prompt__init_text": "one two three"} if init == "text" else {}
+    pack = run().pack
+    slot = pack.attach(Assignment(experiment(toy_task, train__starts=4, prompt__init=init, **text), "unused"))
+    for one, other in itertools.combinations(slot.starts, 2):
+        assert not torch.equal(one.vectors, other.vectors)
+    single = pack.attach(Assignment(experiment(toy_task, prompt__init=init, **text), "unused"))
+    assert torch.equal(single.vectors, slot.starts[0].vectors)
+    pack.slots.clear()
+
+
+def test_balanced_weights_are_scikit_learns(toy_task: SimpleNamespace, base: Base) -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    task = load_task(experiment(toy_task), base)
+    labels = task.train.rows["label"][:]
+    expected = compute_class_weight("balanced", classes=[0, 1], y=labels)
+    assert list(training.balanced_weights(task).values()) == pytest.approx(list(expected))
+
+
+def test_class_weights_weigh_each_rows_choice(run: Any, toy_task: SimpleNamespace) -> None:
+    events: list[Event] = []
+    for changes in ({}, {"train__class_weights": "balanced"}):
+        pack = run().pack
+        slot = pack.attach(Assignment(experiment(toy_task, train__batch_size=64, **changes), "unused"))
+        rows = slot.order.batch(0)
+        labels = [slot.task.train.rows["label"][int(row)] for row in rows]
+        plan = plan_targets([4], [[slot.task.train.row(int(row)) for row in rows]], [slot.objective])
+        nll = pack.model([slot.vectors], plan).detach()
+        weights = torch.tensor(
+            [(slot.class_weights or {}).get(tuple(slot.task.encoder.label_ids[label]), 1.0) for label in labels]
+        )
+        training.step(pack, events.append)
+        assert events[-1].values["loss"] == pytest.approx(float((nll * weights).mean()), rel=1e-5)
+        pack.slots.clear()
+    assert events[0].values["loss"] != pytest.approx(events[1].values["loss"], rel=1e-6)
 
 
 def test_observe_breaks_ties_by_loss(run: Any, toy_task: SimpleNamespace) -> None:
@@ -470,7 +556,7 @@ def test_law_6_evaluation_scores_the_tokens_that_training_saw(
     scores = label_scores(model, [vectors], task.test, task.encoder, Workers())[0]
     with torch.no_grad():
         for row in range(len(task.test)):
-            plan = plan_targets([4], [[task.test.row(row)]])
+            plan = plan_targets([4], [[task.test.row(row)]], [Objective(task.encoder.label_trie, text=False)])
             trained = -model([vectors], plan).double().sum()
             label = task.test.rows["label"][row]
             assert float(scores[row, label]) == pytest.approx(float(trained), rel=1e-5)

@@ -33,6 +33,8 @@ from ptuning.workers import Workers
 
 LENGTHS = (5, 3)
 LIVE = 1000
+OTHERWISE = {"text": {"objective": "text"}, "both": {"text_weight": 0.3, "class_weights": "balanced"}, "starts": {"starts": 3}}
+"""What else is trained by two workers and by one: settings of [train]."""
 
 
 def rows(seed: int) -> list[tuple[list[int], list[int]]]:
@@ -82,6 +84,10 @@ def run(workers: Workers, model: PromptedModel, base: Any, tables: dict[str, Any
     return events
 
 
+def changed(tables: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    return {**tables, "train": {**tables["train"], **settings}}
+
+
 def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -110,6 +116,8 @@ def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:
     pack = Pack(model, base, workers, lambda experiment: load_task(experiment, base))
     tensors["embedding"] = pack.embed(list(range(20)))
     found["events"] = [vars(event) for event in run(workers, model, base, tables, f"{folder}/two")]
+    for name, settings in OTHERWISE.items():
+        run(workers, model, base, changed(tables, settings), f"{folder}/two-{name}")
     found["after_training"] = vars(zero.sharding(model.base))
     task = load_task(parse_experiment(tables), base)
     vectors = [vector.detach() for vector in prompts(base.width)]
@@ -236,6 +244,15 @@ def test_law_3_two_workers_train_what_one_trains(pair: Any, alone: Any) -> None:
     assert sharded == pytest.approx(curve, rel=1e-4)
     finished = next(event for event in events if event.kind == "finished")
     assert ranks[0]["events"][-1]["values"] == pytest.approx(finished.values, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_law_3_holds_for_every_objective(pair: Any, alone: Any, name: str) -> None:
+    folder, tables, _, _ = pair
+    base, model = alone
+    run(Workers(), model, base, changed(tables, OTHERWISE[name]), f"{folder}/one-{name}")
+    one, two = (soft_prompt.load(f"{folder}/{workers}-{name}/soft_prompt").vectors for workers in ("one", "two"))
+    assert relative(two, one) < 1e-4
 
 
 def test_law_2_every_shard_is_unchanged_after_training(pair: Any) -> None:

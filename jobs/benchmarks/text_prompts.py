@@ -146,7 +146,8 @@ def measure(model: PromptedModel, base: Base, task: Task, split: Split, fields: 
     truth = split.rows["label"][:]
     right = 0
     for rows in parts:
-        nll = model([before], plan_labels([shared], [[inputs[row] for row in rows]], labels)).view(len(rows), -1)
-        guesses = torch.stack([each.sum(-1) for each in nll.split(lengths, -1)], -1).argmin(-1).tolist()
+        trie = task.encoder.label_trie
+        nll = model([before], plan_labels([shared], [[inputs[row] for row in rows]], trie)).view(len(rows), -1)
+        guesses = trie.label_logprobs(-nll).argmax(-1).tolist()
         right += sum(guess == truth[row] for row, guess in zip(rows, guesses, strict=True))
     return right / len(inputs)
