@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from ptuning import cpu_attention
 from ptuning.base import BaseError, check_decoder
 from ptuning.gathering import Moment, Timeline
-from ptuning.model import PromptedModel, plan_targets
+from ptuning.label_trie import LabelTrie
+from ptuning.model import Objective, PromptedModel, plan_targets
 from ptuning.plan import Shape, Workload
 
 
@@ -83,9 +84,13 @@ class Blueprint:
 
     def _run(self, work: Workload, backward: bool) -> Timeline:
         text = work.tokens - work.targets
-        rows = [([0] * text, [0] * work.targets)] * work.rows
         lengths = [work.length] * work.slots
-        plan = plan_targets(lengths, [rows] * work.slots)
+        target, objective = [0] * work.targets, Objective()
+        if work.compared:  # labels that part as late as they can
+            shared = [0] * (work.targets - 2)
+            labels = tuple((*shared, last, 0) for last in range(work.compared))
+            target, objective = list(labels[0]), Objective(LabelTrie(labels), text=False)
+        plan = plan_targets(lengths, [[([0] * text, target)] * work.rows] * work.slots, [objective] * work.slots)
         vectors = [torch.zeros(work.length, self.shape.width, device="meta", requires_grad=backward) for _ in lengths]
         with (
             warnings.catch_warnings(),

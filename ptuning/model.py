@@ -31,6 +31,9 @@ from ptuning.segments import ATTENTION, Group, Segments
 
 log = logging.getLogger(__name__)
 
+WORTHWHILE = 0.75
+"""Share of attention's scores that must be left for a second group of rows to pay: it is called twice as often then."""
+
 Row = tuple[list[int], list[int]]
 """Token ids of one example: input, target (with the end token)."""
 
@@ -71,6 +74,11 @@ class Plan:
         """Tokens that go through the base."""
         return self.segments.tokens
 
+    @property
+    def kept(self) -> Tensor:
+        """Packed places at which anything is predicted, ascending, each once."""
+        return (torch.cat([self.at, self.choices.at]) if self.choices else self.at).unique()
+
     def split(self, nll: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What the pass returns, slot by slot: of tokens of the text, and of choices."""
         text = nll[: len(self.at)].split(self.per_slot)
@@ -101,9 +109,9 @@ class _Packer:
         self.choices = _ChoicePacker()
 
     def plan(self) -> Plan:
-        at, choices = torch.tensor(self.at, dtype=torch.long), self.choices.choices()
-        self.segments.read = (torch.cat([at, choices.at]) if choices else at).unique()
-        return Plan(self.segments, torch.tensor(self.tokens, dtype=torch.long), at, _ids(self.targets), self.per_slot, choices)
+        plan = Plan(self.segments, _ids(self.tokens), _ids(self.at), _ids(self.targets), self.per_slot, self.choices.choices())
+        self.segments.read = plan.kept
+        return plan
 
 
 class _ChoicePacker:
@@ -176,7 +184,9 @@ def _pack_targets(packer: _Packer, root: Group | None, rows: Sequence[Row], obje
     fed = [len(target) - 1 if objective.text or trie is None else trie.fed_length(tuple(target)) for _, target in rows]
     texts = [source + target[:many] for (source, target), many in zip(rows, fed, strict=True)]
     first = packer.choices.enter(trie) if trie else 0
-    at = packer.segments.add([len(text) for text in texts], root).start
+    at = packer.segments.tokens
+    for part in _alike([len(text) for text in texts], root.longest if root else 0):
+        packer.segments.add(part, root)
     for (source, target), text in zip(rows, texts, strict=True):
         packer.tokens += text
         last = at + len(source) - 1
@@ -187,6 +197,19 @@ def _pack_targets(packer: _Packer, root: Group | None, rows: Sequence[Row], obje
             for node, child in trie.paths[tuple(target)]:
                 packer.choices.ask(first + node, last + trie.nodes[node].depth, [child])
         at += len(text)
+
+
+def _alike(lengths: list[int], before: int) -> list[list[int]]:
+    """Rows `[R]` cut where it saves most of attention's padding, which is what a batch of mixed lengths costs: in a group every
+    row is computed as long as the longest. Rows come ordered by length, so two groups save most of it."""
+
+    def scores(part: list[int]) -> int:
+        return len(part) * max(part) * (before + max(part))
+
+    cut = min(range(1, len(lengths)), key=lambda at: scores(lengths[:at]) + scores(lengths[at:]), default=0)
+    if not cut or scores(lengths[:cut]) + scores(lengths[cut:]) > WORTHWHILE * scores(lengths):
+        return [lengths]
+    return [lengths[:cut], lengths[cut:]]
 
 
 def plan_labels(lengths: Sequence[int], inputs: Sequence[Sequence[list[int]]], trie: LabelTrie) -> Plan:
@@ -274,11 +297,11 @@ class PromptedModel(nn.Module):
         pieces = [soft_prompt.to(text) for soft_prompt in soft_prompts if len(soft_prompt)]
         packed = torch.cat([*pieces, text])  # [N, H]
         choices = plan.choices
+        kept = plan.kept
         with self.head.only(choices.ids if choices and not len(plan.at) else None):
-            logits = self._shared(packed, plan) if self.shared_prefix else self._concatenated(packed, plan)  # [read, V or U]
-        assert plan.segments.read is not None
+            logits = self._shared(packed, plan, kept) if self.shared_prefix else self._concatenated(packed, plan, kept)
         place = torch.empty(plan.positions, dtype=torch.long)
-        place[plan.segments.read] = torch.arange(len(plan.segments.read))
+        place[kept] = torch.arange(len(kept))
         parts = []
         if len(plan.at) or not choices:
             rows = logits if len(plan.at) == len(logits) else logits.index_select(0, place[plan.at].to(device))
@@ -288,37 +311,35 @@ class PromptedModel(nn.Module):
             parts.append(choice_nll(rows, choices))
         return torch.cat(parts)
 
-    def _shared(self, packed: Tensor, plan: Plan) -> Tensor:
-        """Logits of the places that are read, every segment computed once."""
+    def _shared(self, packed: Tensor, plan: Plan, kept: Tensor) -> Tensor:
+        """Logits of the packed places `kept`, `[kept, V or U]`, every segment computed once."""
         device = packed.device
-        assert plan.segments.read is not None
         out = self.base(
             inputs_embeds=packed[None],
             position_ids=plan.segments.positions()[None].to(device),
             # A ready 4-D mask switches off transformers' own mask building; segment_attention builds its own.
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
             use_cache=False,
-            logits_to_keep=plan.segments.read.to(device),
+            logits_to_keep=kept.to(device),
             segments=plan.segments,
         )
         return out.logits[0]
 
-    def _concatenated(self, packed: Tensor, plan: Plan) -> Tensor:
+    def _concatenated(self, packed: Tensor, plan: Plan, kept: Tensor) -> Tensor:
         """The same with every sequence written out, padded on the right and computed whole."""
         device = packed.device
-        assert plan.segments.read is not None
         index, lengths = plan.segments.sequences()
         valid = torch.arange(index.shape[1])[None] < lengths[:, None]
         where = torch.full((plan.positions,), -1)
         where[index[valid]] = valid.flatten().nonzero()[:, 0]  # any sequence that contains the token will do
-        flat = where[plan.segments.read]
+        flat = where[kept]
         rows, columns = flat // index.shape[1], flat % index.shape[1]
-        kept, column = torch.unique(columns, return_inverse=True)
+        wanted, column = torch.unique(columns, return_inverse=True)
         out = self.base(
             inputs_embeds=packed[index.to(device)],
             attention_mask=valid.long().to(device),
             use_cache=False,
-            logits_to_keep=kept.to(device),
+            logits_to_keep=wanted.to(device),
         )
         return out.logits[rows.to(device), column.to(device)]
 

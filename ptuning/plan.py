@@ -77,11 +77,19 @@ class Workload:
     rows: int
     tokens: int
     targets: int
+    compared: int = 0
+    """Token ids that a choice among labels compares; 0: every target token is predicted among the whole vocabulary."""
+
+    @property
+    def fed_per_row(self) -> int:
+        """Tokens of a row that go through the base. The last target token is predicted but never fed; of a chosen label
+        neither are the end token and the one before it, the latest choice."""
+        return self.tokens - (2 if self.compared else 1)
 
     @property
     def fed(self) -> int:
-        """Tokens of text that go through the base; the last target token is predicted but never fed."""
-        return self.slots * self.rows * (self.tokens - 1)
+        """Tokens of text that go through the base."""
+        return self.slots * self.rows * self.fed_per_row
 
     @property
     def positions(self) -> int:
@@ -89,7 +97,7 @@ class Workload:
 
     @property
     def predictions(self) -> int:
-        return self.slots * self.rows * self.targets
+        return self.slots * self.rows * (1 if self.compared else self.targets)
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,8 @@ class Settings:
     micro_batch: int | None = None
     new_tokens: int = 0
     """Tokens that evaluation generates; 0 where labels are scored."""
+    compared: int = 0
+    """Token ids that a choice among labels compares, at most; 0: the objective is text."""
     live: int | None = None
     persistent: int = 10_000
     stage: int = 3
@@ -144,6 +154,7 @@ class Settings:
             train.batch_size,
             train.micro_batch_size,
             0 if experiment.data.labels else targets,
+            compared(experiment),
             zero.live_parameters,
             zero.persistent_below,
             zero.stage,
@@ -166,6 +177,12 @@ class Settings:
     def passes(self, ranks: int) -> int:
         share = -(-self.batch // ranks)
         return -(-share // (self.micro_batch or share))
+
+
+def compared(experiment: Experiment) -> int:
+    """Token ids that a step compares where it only chooses: a tree with so many leaves has fewer than twice as many edges."""
+    only = experiment.objective == "choice" and not experiment.train.text_weight
+    return 2 * len(experiment.data.labels or ()) if only else 0
 
 
 Trace = Callable[[Workload], Timeline]
@@ -224,9 +241,9 @@ tensor, its part of it, and a clipped copy."""
 def step_flops(shape: Shape, work: Workload) -> int:
     """FLOPs of a step on frozen weights: 2 forward and 2 backward per weight and token. Attention computes the scores again
     in its backward pass: 7 products instead of the forward's 2."""
-    looked = work.slots * (work.length**2 + work.rows * (work.tokens - 1) * (work.length + work.tokens - 1))
+    looked = work.slots * (work.length**2 + work.rows * work.fed_per_row * (work.length + work.fed_per_row))
     attention = 7 * 2 * shape.layers * shape.attention_width * looked
-    read = 4 * (shape.last + shape.vocabulary * shape.width) * work.predictions
+    read = 4 * (shape.last + (work.compared or shape.vocabulary) * shape.width) * work.predictions
     return 4 * shape.inner * work.positions + attention + read
 
 
@@ -259,7 +276,9 @@ class Training:
 
     def work(self, slots: int) -> Workload:
         settings = self.settings
-        return Workload(slots, settings.length, settings.rows(self.machine.ranks), settings.tokens, settings.targets)
+        return Workload(
+            slots, settings.length, settings.rows(self.machine.ranks), settings.tokens, settings.targets, settings.compared
+        )
 
     def plan(self, slots: int) -> TrainingPlan:
         """Memory and time of a step with so many slots."""

@@ -88,11 +88,10 @@ def every_logit(model: PromptedModel, soft_prompt: Tensor, texts: list[list[int]
     segments.add([len(text) for text in texts], root)
     tokens = torch.tensor(sum(texts, []))
     at = torch.arange(len(soft_prompt), segments.tokens)
-    segments.read = at
     plan = Plan(segments, tokens, at, tokens, [len(tokens)])
     packed = torch.cat([soft_prompt, model.base.get_input_embeddings()(tokens)])
     with torch.no_grad():
-        return model._shared(packed, plan) if model.shared_prefix else model._concatenated(packed, plan)
+        return (model._shared if model.shared_prefix else model._concatenated)(packed, plan, at)
 
 
 # Law 1 ---------------------------------------------------------------------------------------------------------------
@@ -411,6 +410,27 @@ def test_a_step_computes_no_more_than_it_must():
         + 4 * vocabulary * width * targets
     )
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+def test_a_step_of_choices_computes_what_it_reads():
+    """`4 N (P + B T) + attention + 4 U H choices`: T without the tokens behind the last choice, U ids that are compared."""
+    base, length, rows = tiny_base("llama"), 6, [([5] * 9, [8, 9, 10, 2]), ([5] * 9, [8, 9, 2])]
+    model, plan = PromptedModel(base), plan_targets([length], [rows], [Objective(LABELS, text=False)])
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(soft_prompts([length]), plan).sum().backward()
+    n = sum(parameter.numel() for name, parameter in base.named_parameters() if "embed" not in name and "lm_head" not in name)
+    layers = base.config.num_hidden_layers
+    last = sum(
+        parameter.numel()
+        for name, parameter in base.named_parameters()
+        if f"layers.{layers - 1}." in name and any(part in name for part in ("q_proj", "o_proj", "mlp."))
+    )
+    texts = [9 + 3, 9 + 2]
+    looked = length**2 + len(rows) * max(texts) * (length + max(texts))
+    reads = len(plan.kept)
+    expected = 4 * (n - last) * (length + sum(texts)) + 4 * last * reads + 6 * 2 * layers * WIDTH * looked
+    expected += 4 * len(LABELS.ids) * WIDTH * reads
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
 
 
 # PEFT ----------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ptuning.base import Base
 from ptuning.config import Experiment
 from ptuning.data import Split
 from ptuning.evaluate import evaluate
-from ptuning.model import PromptedModel, Row, plan_targets
+from ptuning.model import Objective, PromptedModel, Row, plan_targets
 from ptuning.orders import Task
 from ptuning.train import learning_rate
 from ptuning.workers import Workers
@@ -72,7 +72,8 @@ def prompt_tuning(experiment: Experiment, base: Base, model: PromptedModel, task
 
 
 def weights(method: str, experiment: Experiment, base: Base, task: Task, seed: int, rate: float) -> Learned:
-    """LoRA on all linear maps of the layers ("lora"), or all parameters of the base ("full"); no soft prompt."""
+    """LoRA on all linear maps of the layers ("lora"), or all parameters of the base ("full"), by the experiment's objective; no
+    soft prompt."""
     model = PromptedModel(base.load(torch.float32))
     if method == "lora":
         torch.manual_seed(seed)
@@ -80,16 +81,19 @@ def weights(method: str, experiment: Experiment, base: Base, task: Task, seed: i
     else:
         model.base.requires_grad_(True)
     nothing = torch.zeros(0, base.width)
+    objective = Objective(task.encoder.label_trie, text=False) if experiment.objective == "choice" else Objective()
 
     def loss(rows: list[Row]) -> Tensor:
-        return model([nothing], plan_targets([0], [rows])).mean()
+        nll = model([nothing], plan_targets([0], [rows], [objective]))
+        return nll.mean() if objective.text else nll.sum() / len(rows)
 
     def measure(split: Split, room: int | None) -> dict[str, float]:
         return evaluate(model, [nothing], split, task.encoder, Workers(), room)[0].metrics
 
     parameters = [parameter for parameter in model.base.parameters() if parameter.requires_grad]
     if method == "full" and seed == 0:
-        agree(base, parameters, loss, [task.train.row(row) for row in range(4)])
+        whole = lambda rows: model([nothing], plan_targets([0], [rows])).mean()  # noqa: E731
+        agree(base, parameters, whole, [task.train.row(row) for row in range(4)])
     return fit(Learner(parameters, loss, measure), experiment, task, seed, rate)
 
 

@@ -1,7 +1,8 @@
 """What a soft prompt reaches on a task, beside text in its place, PEFT's prompt tuning, LoRA and full fine-tuning.
 
 Same base, rows, steps and seeds for all; the best step and every choice (text prompt, learning rate of LoRA and full
-fine-tuning) is made on the validation rows. Ours and PEFT's prompt tuning train at the experiment's learning rate.
+fine-tuning) is made on the validation rows. Ours and PEFT's prompt tuning train at the experiment's learning rate. Ours, LoRA
+and full fine-tuning train with the experiment's objective (`--set train.objective=text` for the other), PEFT with its own.
 """
 
 from __future__ import annotations
