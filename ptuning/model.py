@@ -10,7 +10,6 @@ Shapes: K slots, B rows, P soft-prompt tokens, H width, V vocabulary, N packed t
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ptuning.last_layer import LastLayer
+from ptuning.redaction import logger
 from ptuning.segments import ATTENTION, Group, Segments
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 Row = tuple[list[int], list[int]]
 """Token ids of one example: input, target (with the end token)."""
