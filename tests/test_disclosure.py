@@ -6,7 +6,9 @@ What is written of passwords by whole commands is seen in `test_secrets`.
 from __future__ import annotations
 
 import http.client
+import io
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,16 +16,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY
 from test_http_api import ADMIN, GOOD, HOSTILE, KEY, Running, publish_soft_prompt, serving
 from typer.testing import CliRunner
 
-from ptuning import openai_api
+from ptuning import openai_api, soft_prompt, storage
 from ptuning.catalogue import Catalogue
 from ptuning.cli import app
-from ptuning.config import Experiment, suggest
+from ptuning.config import Experiment, UserError, suggest
 from ptuning.engine import EngineStopped
+from ptuning.export import export_merged
 from ptuning.http_api import build_app
-from ptuning.registry import Registry
+from ptuning.prepare import check_name, write_run
+from ptuning.publish import describe, fetch, publish, retrieve
+from ptuning.registry import Registry, RegistryError, Version
+from ptuning.shipment import collect
+from ptuning.soft_prompt import Card
+from ptuning.submit import Job
+from ptuning.tracking import Tracker, default_uri
 
 pytestmark = [
     # MLflow 3.17 uses SQLAlchemy's noload, deprecated in 2.1 (store/tracking/sqlalchemy_store.py).
@@ -358,3 +368,264 @@ def test_a_refused_version_says_why_and_not_where(world: SimpleNamespace, caplog
     assert "made for tiny-llama" in refused["spam:2"] and "card.json" in refused["spam:3"]
     check_public(f"{headers} {refused}", world)
     assert all(len(reason) < 400 for reason in refused.values())
+
+
+# What is given away.
+
+CARD = {
+    *("format", "name", "base", "revision", "base_fingerprint", "length", "width", "template", "max_new_tokens", "init"),
+    *("metrics", "data", "experiment", "parent", "versions", "content_hash"),
+}
+"""The card. A field that is new is public only if it stands here, and in SECURITY.md."""
+MADE = {
+    "prompt": {"length", "init", "init_text"},
+    "train": {
+        *("learning_rate", "optimizer", "weight_decay", "schedule", "warmup", "clip", "seed"),
+        *("batch_size", "steps", "evaluate_every", "patience", "metric"),
+    },
+}
+"""Of the experiment in it."""
+MODEL = {"id", "object", "created", "owned_by", "soft_prompt", "content_hash", "length", "labels", "template", "metrics"}
+"""What `/v1/models` says of each."""
+
+
+def old_folder(world: SimpleNamespace, folder: Path, seed: int = 21) -> Path:
+    """A soft prompt as earlier versions wrote it: a card that holds a password, under hashes that are right."""
+    reference = publish_soft_prompt(world.registry, world.base, folder, f"source-{seed}", seed)
+    path = folder / f"old-{seed}"
+    fetch(world.registry, world.registry.find(reference), str(path))
+    files = storage.read_folder(str(path))
+    card = json.loads(files["card.json"]) | {"base": str(world.base)}
+    card["experiment"] = written_experiment(world.storage, world.base)
+    storage.write_folder(str(path), {**files, "card.json": json.dumps(card).encode()})
+    return path
+
+
+def publish_as_before(registry: Registry, name: str, folder: Path) -> Version:
+    """As earlier versions published: the card as it is."""
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    run = registry.create_run(name, folder.parent.as_uri(), {})
+    registry.upload(run, folder)
+    return registry.create(name, run, describe(soft_prompt.load(str(folder)).card, files))
+
+
+def written(*folders: Path) -> str:
+    """Everything in the files below."""
+    return "".join(path.read_text(errors="replace") for folder in folders for path in sorted(folder.rglob("*.json")))
+
+
+def test_an_old_card_gives_no_password_on(world: SimpleNamespace, tmp_path: Path) -> None:
+    old = old_folder(world, tmp_path)
+    assert SECRET in written(old)
+    version = publish_as_before(world.registry, "old", old)
+    loaded, files = retrieve(world.registry, version)
+    assert loaded.card.experiment and loaded.card.experiment["tracking"]["uri"] == "http://***@127.0.0.1:9"
+    assert SECRET.encode() not in b"".join(files.values())
+    assert world.service.catalogue.sync()
+    kept = [path for path in world.storage.rglob("served/**/card.json") if loaded.card.content_hash in str(path)]
+    assert kept and SECRET not in "".join(path.read_text() for path in kept)
+    again = publish(world.registry, "again", str(old), None, (tmp_path / "artifacts").as_uri())
+    fetch(world.registry, version, str(tmp_path / "export"))
+    assert again.version == 1 and SECRET not in written(tmp_path / "artifacts", tmp_path / "export")
+    store = ["--storage", str(world.storage), "--json"]
+    for command in (["show", "old"], ["list"], ["export", "old", str(tmp_path / "merged"), "--format", "merged"]):
+        done = CliRunner().invoke(app, ["prompts", *command, *store])
+        assert done.exit_code == 0 and SECRET not in done.output, done.output
+    assert SECRET not in ask(world.url, "GET", "/v1/models/old")[2].decode()
+
+
+def test_another_card_than_was_published_is_refused(world: SimpleNamespace, tmp_path: Path) -> None:
+    """Cleaned only once it is known to be the one that was published; the folder's own hashes may be made to fit."""
+    old = old_folder(world, tmp_path, 22)
+    version = publish_as_before(world.registry, "changed", old)
+    run = world.registry.client.get_run(version.run_id)
+    there = str(Path(run.info.artifact_uri.removeprefix("file://")) / "soft_prompt")
+    files = storage.read_folder(there)
+    card = json.loads(files["card.json"]) | {"metrics": {"test_accuracy": 1.0}}
+    storage.write_folder(there, {**files, "card.json": json.dumps(card).encode()})
+    with pytest.raises(RegistryError, match="changed:1: its run .* holds another card than was published; delete this version"):
+        retrieve(world.registry, version)
+
+
+def test_a_run_goes_on_under_another_password(world: SimpleNamespace, tmp_path: Path) -> None:
+    """Whether the record was written by an earlier version, with the password, or by this one."""
+    tables = written_experiment(world.storage, world.base)
+    record = {"kind": "train", "status": "failed", "experiment": tables, "summary": None}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    other = Experiment.model_validate(tables | {"tracking": {"uri": URI.replace(SECRET, "another")}})
+    assert check_name(other, str(tmp_path), resume=True) is None
+    write_run(str(tmp_path), other, "running")
+    assert "another" not in (tmp_path / "run.json").read_text() and check_name(other, str(tmp_path), resume=True) is None
+    changed = Experiment.model_validate(tables | {"train": tables["train"] | {"steps": 7}})
+    with pytest.raises(UserError, match=r"cannot be resumed with another train\.steps"):
+        check_name(changed, str(tmp_path), resume=True)
+
+
+def exported(world: SimpleNamespace, folder: Path) -> dict[str, Any]:
+    """The card and the config of an export, and the card of a merged one."""
+    version = world.registry.find("spam:1")
+    fetch(world.registry, version, str(folder / "peft"))
+    export_merged(world.registry, version, str(folder / "merged"))
+    return {path: json.loads((folder / path).read_text()) for path in ("peft/card.json", "peft/adapter_config.json")} | {
+        "merged": json.loads((folder / "merged" / "soft_prompt_card.json").read_text())
+    }
+
+
+def test_an_export_comes_back(world: SimpleNamespace, tmp_path: Path) -> None:
+    """It names its base without the path: given, or known to the registry by its fingerprint; another base is refused."""
+    exported(world, tmp_path)
+    store = ["--storage", str(world.storage), "--name", "back"]
+    source = str(tmp_path / "peft")
+    for base in ([], ["--base", str(world.base)]):
+        done = CliRunner().invoke(app, ["prompts", "import", source, *store, *base])
+        assert done.exit_code == 0, done.output
+    found = world.registry.find("back")
+    assert found.version == 1 and found.tag("content_hash") == world.registry.find("spam:1").tag("content_hash")
+    elsewhere = ["--storage", str(tmp_path / "empty"), "--name", "back"]
+    done = CliRunner().invoke(app, ["prompts", "import", source, *elsewhere])
+    assert done.exit_code == 2 and "name it with --base" in done.output
+    done = CliRunner().invoke(app, ["prompts", "import", source, *elsewhere, "--base", "builtin"])
+    assert done.exit_code == 2 and "made for width" in done.output
+
+
+# SECURITY.md's table of readers.
+
+
+def without_a_key(world: SimpleNamespace, folder: Path) -> None:
+    for path, method in routes(world):
+        status = ask(world.url, method, path, key=None)[0]
+        assert status == (200 if path in ("/livez", "/readyz") else 401), path
+    document = ask(world.url, "GET", "/openapi.json", key=None)
+    assert document[0] == 200
+    assert not any(each in document[2].decode() for each in (str(world.storage), str(world.base), "fruits", "spam"))
+
+
+def with_a_key(world: SimpleNamespace, folder: Path) -> None:
+    status, headers, content = ask(world.url, "GET", "/v1/models")
+    models = json.loads(content)["data"]
+    assert status == 200 and {model["id"] for model in models} == set(world.service.catalogue.names)
+    assert all(set(model) == MODEL for model in models)
+    check_public(f"{headers} {[{**model, 'template': None} for model in models]}", world)
+    for path in POSTS:
+        status, headers, content = ask(world.url, "POST", path, body_for(path, "spam:1"))
+        answer = json.loads(content)
+        assert status == 200 and set(answer["answered_by"]) == {"soft_prompt", "content_hash", "base"}
+        assert answer["answered_by"]["base"] == "tiny-llama"
+        check_public(f"{headers} {answer}", world)
+    for method, path in (("GET", "/metrics"), ("POST", "/v1/admin/reload")):
+        assert ask(world.url, method, path)[0] == 403
+
+
+def with_an_admin_key(world: SimpleNamespace, folder: Path) -> None:
+    status, headers, content = ask(world.url, "GET", "/metrics", key=ADMIN)
+    series = set(re.findall(rb"^(\w+)\{", content, re.MULTILINE))
+    assert status == 200 and all(name.startswith(b"ptuning_") for name in series)
+    labels = set(re.findall(rb'(\w+)="', content))
+    assert labels == {b"replica", b"model", b"route", b"status", b"kind", b"le"}
+    check_public(
+        f"{headers} {re.sub(r'^# .*$|^ptuning_', '', content.decode(), flags=re.MULTILINE)}".replace("soft_prompt", ""), world
+    )
+    answer = json.loads(ask(world.url, "POST", "/v1/admin/reload", key=ADMIN)[2])
+    assert set(answer) == {"changed", "served", "refused"}
+    check_public(str(answer), world)
+
+
+def with_an_export(world: SimpleNamespace, folder: Path) -> None:
+    assert set(Card.model_fields) == CARD
+    for name, shown in exported(world, folder).items():
+        check_public(json.dumps([value for key, value in shown.items() if key not in ("template", "experiment")]), world)
+        if name != "peft/adapter_config.json":
+            assert set(shown) == CARD and shown["base"] == "tiny-llama"
+            assert {table: set(values) for table, values in shown["experiment"].items()} == MADE
+        else:
+            assert shown["base_model_name_or_path"] == "tiny-llama"
+    everything = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    for secret in (SECRET, str(world.storage), str(world.base), str(world.storage.parent), "127.0.0.1"):
+        assert secret.encode() not in everything
+
+
+def who_reads_files(world: SimpleNamespace, folder: Path) -> None:
+    """A run's record and what lies beside it. All that commands write is searched in `test_secrets`."""
+    experiment = Experiment.model_validate(written_experiment(world.storage, world.base))
+    write_run(str(folder), experiment, "running")
+    record = json.loads((folder / "run.json").read_text())
+    assert record["experiment"]["compute"]["storage"] == str(world.storage)
+    assert record["experiment"]["tracking"]["uri"] == "http://***@127.0.0.1:9"
+
+
+def who_reads_mlflow(world: SimpleNamespace, folder: Path) -> None:
+    tracker = Tracker(default_uri(world.storage), "x", None, folder / "spool", "run")
+    tracker.params({"tracking": {"uri": URI}, "data": {"train": "/data/x.jsonl"}})
+    tracker.json("experiment.json", {"uri": URI})
+    tracker.dataset("train", f"{URI}/rows.jsonl", "sha256:0", "training", 1)
+    assert tracker.close(60) == 0
+    known = world.registry.client.get_run(tracker.run_id)
+    assert known.data.params == {"tracking.uri": "http://***@127.0.0.1:9", "data.train": "/data/x.jsonl"}
+    assert SECRET not in str(known) + "".join(path.read_text() for path in (folder / "spool").rglob("*") if path.is_file())
+
+
+def who_reads_logs(world: SimpleNamespace, folder: Path) -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logging.getLogger("ptuning").addHandler(handler)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            forgetful(world, patch)
+            assert ask(world.url, "POST", "/v1/admin/reload", key=ADMIN)[0] == 503
+        with pytest.MonkeyPatch.context() as patch:
+            failing("catalogue.find")(world, patch)
+            assert ask(world.url, "POST", CHAT, GOOD)[0] == 500
+    finally:
+        logging.getLogger("ptuning").removeHandler(handler)
+    said = stream.getvalue()
+    assert (
+        "http://***@127.0.0.1:9" in said and "RuntimeError: /private/place" in said and SECRET not in said and KEY not in said
+    )
+
+
+def who_lists_jobs(world: SimpleNamespace, folder: Path) -> None:
+    file = folder / "toy.toml"
+    file.write_text(
+        f'name = "toy"\n[model]\npath = "builtin"\n[data]\ntrain = "/data/x.jsonl"\ninput = "{{text}}"\ntarget = " {{label}}"\n'
+        f'[compute]\nstorage = "/shared"\n[tracking]\nuri = "{URI}"\n'
+    )
+    variables = {"MLFLOW_TRACKING_PASSWORD": SECRET, "PTUNING_API_KEYS": KEY, "HF_TOKEN": SECRET}
+    with pytest.raises(UserError, match="which would lie open in the job"):
+        collect("train", str(file), [], shared=[], env=[], here=variables)
+    file.write_text(file.read_text().replace(f"me:{SECRET}@", ""))
+    job = Job("train", "toy", (), collect("train", str(file), [], shared=[], env=[], here=variables), installed=True)
+    assert set(job.describe()) == {"entrypoint", "metadata", "env", "resources", "files", "overrides", "notes"}
+    assert "/data/x.jsonl" in str(job.describe()) and SECRET not in str(job.describe()) and KEY not in str(job.describe())
+
+
+READERS: dict[str, Callable[[SimpleNamespace, Path], None]] = {
+    "no key": without_a_key,
+    "client key": with_a_key,
+    "admin key": with_an_admin_key,
+    "receiver of an export": with_an_export,
+    "reader of the storage folder": who_reads_files,
+    "reader of MLflow": who_reads_mlflow,
+    "reader of logs": who_reads_logs,
+    "whoever may list jobs on the Ray cluster": who_lists_jobs,
+}
+
+
+def routes(world: SimpleNamespace) -> list[tuple[str, str]]:
+    """Every route with its method, as the application knows them."""
+    paths = world.app.openapi()["paths"].items()
+    return [(path.replace("{name}", "fruits"), method.upper()) for path, methods in paths for method in methods]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_who_can_learn_what(world: SimpleNamespace, tmp_path: Path, reader: str) -> None:
+    READERS[reader](world, tmp_path)
+
+
+@pytest.mark.fast
+def test_the_table_names_these_readers_and_fields() -> None:
+    text = (REPOSITORY / "SECURITY.md").read_text(encoding="utf-8")
+    table = text.partition("## Who can learn what")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")][1:]
+    assert rows == list(READERS)
+    for field in (*MODEL, *CARD, *(key for keys in MADE.values() for key in keys)):
+        assert f"`{field}`" in table, field
