@@ -187,8 +187,9 @@ def public_files(soft_prompt: SoftPrompt, files: Mapping[str, bytes]) -> dict[st
     """The files of a soft prompt as they may be given away, with the public card."""
     adapter = json.loads(files[CONFIG])
     paths = {key: public_base(value) for key, value in adapter.items() if key.endswith("_path") and isinstance(value, str)}
+    public = {**adapter, **paths}
     return {
-        CONFIG: json.dumps({**adapter, **paths}, indent=1).encode(),
+        CONFIG: json.dumps(public, indent=1).encode() if public != adapter else files[CONFIG],
         WEIGHTS: files[WEIGHTS],
         CARD: soft_prompt.card.public().model_dump_json(indent=1).encode(),
     }
