@@ -284,8 +284,6 @@ def complaint(error: ValidationError) -> tuple[str, str | None]:
         return f"{param}: is missing; send it", param
     # Behind the parameter's name stand the fields and places below it, and names of our classes, which are nobody's business.
     where = ".".join([param, *(str(part) for part in problem["loc"][1:] if isinstance(part, int) or part in _FIELDS)])
-    if problem["type"] == "model_type":
-        return f"{where}: input should be an object", param
     if problem["type"] in ("literal_error", "too_long") and param in Body.model_fields:
         return f"{where}: is not supported at this value; remove it", param
     return f"{where}: {message[0].lower()}{message[1:]}", param

@@ -238,6 +238,18 @@ def nameless(world: SimpleNamespace, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Catalogue, "names", property(fails()))
 
 
+def garbled(world: SimpleNamespace, patch: pytest.MonkeyPatch) -> None:
+    """Transformers ends a request with the text of an exception."""
+    router = world.service.engine._manager.output_router
+    ended = router._ended
+
+    def end(output: Any) -> None:
+        output.error = f"RuntimeError: CUDA error in /private/place {URI}"
+        ended(output)
+
+    patch.setattr(router, "_ended", end)
+
+
 def draining(world: SimpleNamespace, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(world.service, "draining", True)
 
@@ -270,6 +282,10 @@ REFUSALS: dict[str, tuple[int, Case]] = {
     "engine broken": (
         500,
         while_(failing("engine.submit"), sent("POST", "/v1/completions", body_for("/v1/completions", "raw"))),
+    ),
+    "generation broken": (
+        500,
+        while_(garbled, sent("POST", "/v1/completions", body_for("/v1/completions", "raw"))),
     ),
     "labels broken": (500, while_(failing("engine.label_logprobs"), sent("POST", CHAT, GOOD))),
     "/v1/models without a key": (401, sent("GET", "/v1/models", key=None)),
