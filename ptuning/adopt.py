@@ -8,11 +8,11 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from ptuning import soft_prompt, storage
-from ptuning.base import Base, find_base
+from ptuning.base import Base, BaseError, find_base
 from ptuning.config import ModelConfig, Template
 from ptuning.publish import publish
 from ptuning.registry import FILES, Registry, Version, check_name
-from ptuning.soft_prompt import CARD, CONFIG, WEIGHTS, Card, SoftPrompt, SoftPromptError
+from ptuning.soft_prompt import CARD, CONFIG, WEIGHTS, Card, SoftPrompt, SoftPromptError, public_base
 
 
 def adopt(
@@ -30,12 +30,22 @@ def adopt(
     check_name(name)
     folder = locate(source)
     loaded = soft_prompt.load(folder)
-    card = new_card(loaded, folder, name, find_named_base(loaded, source, base), template)
+    card = new_card(loaded, folder, name, find_named_base(loaded, source, base or _known_base(registry, loaded.card)), template)
     files = {file: storage.read_file(folder, file) for file in (CONFIG, WEIGHTS)}
     with tempfile.TemporaryDirectory(prefix="ptuning-") as temporary:
         adopted = str(Path(temporary) / "soft_prompt")
         storage.write_folder(adopted, {**files, CARD: card.model_dump_json(indent=1).encode()})
         return publish(registry, name, adopted, None, artifact_root)
+
+
+def _known_base(registry: Registry, card: Card) -> str | None:
+    """Where the base of a card lies that does not tell: an export of ours names a folder's last name only. The registry may
+    know a soft prompt of the same base."""
+    weights = (card.base_fingerprint or {}).get("weights")
+    if weights is None or "/" in card.base or card.base == "builtin":
+        return None
+    same = {each.tag("base") or "" for each in registry.versions() if (each.fingerprint or {}).get("weights") == weights}
+    return next((base for base in sorted(same) if base != card.base and public_base(base) == card.base), None)
 
 
 def locate(source: str) -> str:
@@ -68,12 +78,16 @@ def find_named_base(loaded: SoftPrompt, source: str, base: str | None) -> Base:
     if path is None:
         raise SoftPromptError(f"{source}: does not say which base it was made for; name it with --base")
     local = Path(path).expanduser()
-    found = find_base(
-        ModelConfig(
-            path=str(local.absolute()) if path != "builtin" and local.is_dir() else path,
-            revision=loaded.card.revision if base is None else None,
-        )
+    wanted = ModelConfig(
+        path=str(local.absolute()) if path != "builtin" and local.is_dir() else path,
+        revision=loaded.card.revision if base is None else None,
     )
+    try:
+        found = find_base(wanted)
+    except BaseError as error:
+        if base is not None:
+            raise
+        raise BaseError(f"{source}: {str(error).removeprefix('model.path: ')}, or name it with --base") from None
     soft_prompt.check_base(loaded, source, found.width, found.name, found.fingerprint.model_dump())
     return found
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -288,8 +289,10 @@ def row_ids(encoder: Encoder, fields: dict[str, str], room: int, truncate: bool)
     Raises:
         RequestError, DataError: too long and not to be cut, or without text.
     """
-    if not truncate and (size := len(encoder.input_ids(fields))) > room:
-        raise too_long(size, room)
+    if not truncate or encoder.template.truncate == "error":
+        size = len(encoder.input_ids(fields))
+        if size > room:
+            raise too_long(size, room)
     return encoder.fitted_ids(fields, room)
 
 
@@ -310,9 +313,8 @@ def _conversation(served: Served, request: ChatRequest, room: int) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template may raise what it likes about an order of roles it does not want
-        raise RequestError(
-            f"messages: the chat template refuses them ({str(error)[:200]}); change their order or roles"
-        ) from None
+        said = f" ({' '.join(str(error).split())[:200]})" if type(error) is TemplateError else ""  # what its author wrote
+        raise RequestError(f"messages: the chat template refuses them{said}; change their order or roles") from None
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) > room:
         raise too_long(len(ids), room)

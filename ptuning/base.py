@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from ptuning.config import ModelConfig, Table, UserError, suggest
+from ptuning.config import ModelConfig, Table, UserError, quoted, suggest
 from ptuning.data import tokenizer_fingerprint
 from ptuning.shipped import locate
 
@@ -190,7 +190,7 @@ def _folder(config: ModelConfig) -> Path:
     if folder.is_dir():
         return folder.absolute()
     if config.path.count("/") != 1 or config.path.startswith((".", "/", "~")):
-        fix = suggest(config.path, {"builtin": '"builtin"'}, "correct the path")
+        fix = suggest(config.path, ["builtin"], "correct the path", shown=quoted)
         raise BaseError(f"model.path: {config.path} is no folder here and no Hugging Face id; {fix}")
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     if config.trust_remote_code:

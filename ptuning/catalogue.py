@@ -11,7 +11,6 @@ its reason, and the name stays with the version it had. The last good set lies o
 from __future__ import annotations
 
 import json
-import logging
 import re
 import threading
 import time
@@ -25,17 +24,19 @@ from ptuning.config import Template, UserError, suggest
 from ptuning.data import Encoder
 from ptuning.engine import End, Engine, EngineBusy, EngineStopped, Handle, Request
 from ptuning.publish import retrieve
+from ptuning.redaction import last_name, logger, placeless, redact
 from ptuning.registry import CHAMPION, Registry, Version
 from ptuning.sampling import Token
 from ptuning.soft_prompt import Card, SoftPrompt, SoftPromptError
-from ptuning.spool import redact
 from ptuning.tracking import OFFLINE, TrackingError
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 SNAPSHOT = "served.json"
 AGAIN = 60.0
 """Seconds until a refused version is tried again: its run may have been repaired."""
+LISTED = 160
+"""Most characters of the names that a client is told who has asked for an unknown one."""
 _HASH = re.compile(r"[0-9a-f]{64}")
 RAW = Template(input="{text}", target="{text}", truncate="error")
 
@@ -99,12 +100,12 @@ class Catalogue:
         self._lock = threading.Lock()
         self._loaded: dict[_Entry, Served] = {}
         self._retry: dict[_Entry, float] = {}
-        self.base_id = base.name.rstrip("/").rpartition("/")[2] if base.folder.as_posix() == base.name else base.name
+        self.base_id = soft_prompt.public_base(base.name)
         bare = Served(self.base_id, int(time.time()), Encoder(RAW, base.tokenizer, engine.longest))
         self._names: Mapping[str, Served] = {self.base_id: bare}
         self._champions: dict[str, _Entry] = {}
         self.refused: Mapping[str, str] = {}
-        """Versions that failed a check, with the reason."""
+        """Versions that failed a check, with the reason as clients may know it; the log has all of it."""
         self.patience = 20.0
         """Seconds that a new version waits for a place among the requests before the next look tries again."""
         self.looked = 0.0
@@ -124,10 +125,11 @@ class Catalogue:
         served = self._names.get(model)
         if served is None:
             known = sorted(name for name in self._names if ":" not in name)
-            listed = ", ".join(known[:20]) + (f", ... ({len(known)} in all)" if len(known) > 20 else "")
-            hint = suggest(model, self._names, "")
+            listed = [name for place, name in enumerate(known, 1) if len(", ".join(known[:place])) <= LISTED]
+            more = f", ... ({len(known)} in all)" if len(known) > len(listed) else ""
+            hint = suggest(model, self._names, "/v1/models lists them all")
             raise UnknownModel(
-                f"there is no such model; the known names are {listed}, and their versions as name:3{hint and f'; {hint}'}"
+                f"there is no such model; the known names are {', '.join(listed)}{more}, and their versions as name:3; {hint}"
             )
         return served
 
@@ -201,7 +203,7 @@ class Catalogue:
                 if not isinstance(error, UserError):
                     log.exception("%s could not be loaded", entry)
                 self._retry[entry] = time.monotonic() + AGAIN
-                refused[str(entry)] = str(error)
+                refused[str(entry)] = self._public(entry, error)
                 stays = self._champions.get(entry.name)
                 log.error("%s is refused, %s stays: %s", entry, stays or "nothing", error)
         # A name whose champion was refused stays with the one it had.
@@ -221,6 +223,15 @@ class Catalogue:
             assert served.handle is not None
             self._engine.remove(served.handle)
         return True
+
+    def _public(self, entry: _Entry, error: Exception) -> str:
+        """Why a version is refused, for those who may not know this machine."""
+        if not isinstance(error, UserError):
+            return f"{entry}: could not be loaded; see the server's log"
+        reason = str(error)
+        for place in (self._folder, self._base.name):  # whole: a path with blanks looks like several
+            reason = reason.replace(place, last_name(place))
+        return placeless(reason)
 
     def _publish(self) -> None:
         bare = self._names[self.base_id]

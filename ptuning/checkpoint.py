@@ -7,15 +7,15 @@ written or read: they hold the base, which never changes, and are tied to the nu
 from __future__ import annotations
 
 import json
-import logging
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
 from ptuning import storage
+from ptuning.redaction import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 KEEP = 2
 """Checkpoints that are kept: the newest, and one to fall back to if that is damaged."""

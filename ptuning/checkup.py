@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from ptuning import storage
 from ptuning.base import computes_in_bfloat16, find_base
 from ptuning.config import Experiment, UserError
+from ptuning.redaction import redact
 from ptuning.tracking import asking, connect, database, default_uri
 
 GB = 1_000_000_000
@@ -171,12 +172,12 @@ def _tracker(experiment: Experiment) -> Finding:
         uri = experiment.tracking.uri or default_uri(experiment.compute.storage)
         file = database(uri)
         if file is not None:
-            return Finding("ok", "mlflow", f"{uri}, a file of one machine")
+            return Finding("ok", "mlflow", f"{redact(uri)}, a file of one machine")
         with asking(uri):
             connect(uri).search_experiments(max_results=1)
     except UserError as error:
         return Finding("wrong", "mlflow", str(error), "start the server, or correct tracking.uri")
-    return Finding("ok", "mlflow", f"{uri} answers")
+    return Finding("ok", "mlflow", f"{redact(uri)} answers")
 
 
 def _base(experiment: Experiment) -> tuple[Finding, str | None]:

@@ -8,6 +8,7 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 from contextlib import closing
 from typing import Annotated, NoReturn
 
@@ -19,6 +20,7 @@ from ptuning.cli_options import ExperimentArgument, Json, Overrides, busy, check
 from ptuning.cli_prompts import prompts
 from ptuning.config import Experiment, UserError, read_experiment
 from ptuning.importing import quick_imports
+from ptuning.redaction import redact, redacted
 
 app = typer.Typer(
     name="ptuning",
@@ -127,7 +129,7 @@ def config(
 ) -> None:
     """Print the resolved experiment as JSON.
 
-    Every setting is there, with its default where the file has none.
+    Every setting is there, with its default where the file has none. Passwords are shown as ***.
 
     Example: ptuning config jobs/sentiment.toml train.steps=100
     """
@@ -137,7 +139,7 @@ def config(
         return
     if experiment is None:
         fail("EXPERIMENT is missing; give the path of an experiment file, or --schema", 2)
-    typer.echo(_read(experiment, overrides).model_dump_json(indent=indent))
+    typer.echo(json.dumps(redacted(_read(experiment, overrides).model_dump(mode="json")), indent=indent, ensure_ascii=False))
 
 
 def main() -> None:
@@ -152,6 +154,10 @@ def main() -> None:
         if isinstance(end.code, int):
             code.append(end.code)
         raise
+    except Exception:  # not foreseen: all of it is shown, but for the passwords in addresses
+        code.append(1)
+        typer.echo(redact(traceback.format_exc()), err=True)
+        raise SystemExit(1) from None
 
 
 def _leave(code: list[int]) -> None:

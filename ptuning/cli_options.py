@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ptuning.config import UserError
+from ptuning.redaction import redact, redacted
 
 ExperimentArgument = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Experiment file (TOML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.learning_rate=0.1")]
@@ -24,7 +25,7 @@ BaseOption = Annotated[
 
 def fail(message: str, code: int) -> NoReturn:
     """One sentence on stderr, and the exit code: 1 for a run that failed, 2 for wrong input."""
-    typer.echo(f"ptuning: {message}", err=True)
+    typer.echo(f"ptuning: {redact(message)}", err=True)
     raise typer.Exit(code)
 
 
@@ -90,5 +91,6 @@ def finish(summary: dict[str, Any], as_json: bool) -> None:
     """The last line of stdout: the summary of a run or a search, for people or as JSON."""
     if summary.get("unsent"):
         typer.echo(f"{summary['unsent']} records could not be sent to MLflow yet; the next command sends them", err=True)
-    typer.echo(json.dumps(summary) if as_json else _won(summary) if "winner" in summary else _reached(summary))
+    shown = redacted(summary)
+    typer.echo(json.dumps(shown) if as_json else _won(shown) if "winner" in shown else _reached(shown))
     sys.stdout.flush()

@@ -14,6 +14,7 @@ from ptuning.access import check_address, check_token, keep_ray_on_loopback, rea
 from ptuning.cli_options import BaseOption, ExperimentArgument, Json, Overrides, Storage, Tracking, busy, fail
 from ptuning.config import UserError, read_experiment
 from ptuning.importing import quick_imports
+from ptuning.redaction import redact
 
 KEY = "PTUNING_API_KEY"
 
@@ -104,7 +105,7 @@ def compare(
 
 
 def _say(line: str) -> None:
-    typer.echo(line, err=True)
+    typer.echo(redact(line), err=True)
 
 
 def _complaint(error: urllib.error.HTTPError) -> str:

@@ -10,11 +10,13 @@ import difflib
 import re
 import string
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ptuning.redaction import redact
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 """Names of experiments, runs and soft prompts: safe as a folder, a registry entry and a model id at once."""
@@ -42,15 +44,22 @@ class ExperimentError(UserError):
     """The experiment file or an override is wrong."""
 
 
-def suggest(word: str, known: Iterable[str] | Mapping[str, str], otherwise: str, alike: float = 0.6) -> str:
+def suggest(
+    word: str, known: Iterable[str], otherwise: str, *, alike: float = 0.6, shown: Callable[[str], str] | None = None
+) -> str:
     """How a sentence about an unknown name ends: "did you mean X?" if one that is known is close to it, else `otherwise`.
 
-    A mapping says what is shown for each known name. `alike`: 1 for the same word, 0 for one that has nothing in common.
+    Another case, or something in front as in "openai/NAME", is close. Of a mapping only the keys are looked at: whatever they
+    stand for may not be for the reader. `alike`: 1 for the same word, 0 for one that has nothing in common; `shown`: how a
+    known name is written, if not as it is.
     """
-    shown = known if isinstance(known, Mapping) else {name: name for name in known}
-    lower = {name.lower(): text for name, text in shown.items()}
-    close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=alike)
-    return f"did you mean {lower[close[0]]}?" if close else otherwise
+    names = list(known)
+    lower = {name.lower(): name for name in names} | {name: name for name in names}
+    for wanted in (word, word.lower(), word.lower().rpartition("/")[2]):
+        close = [wanted] if wanted in lower else difflib.get_close_matches(wanted, lower, n=1, cutoff=alike)
+        if close:
+            return f"did you mean {(shown or str)(lower[close[0]])}?"
+    return otherwise
 
 
 class Table(BaseModel):
@@ -461,7 +470,7 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         there = {file.name: str(file) for folder in (Path("jobs"), path.parent) for file in sorted(folder.glob("*.toml"))}
-        fix = suggest(path.name, there, "give the path of an experiment file (.toml)", alike=0.75)
+        fix = suggest(path.name, there, "give the path of an experiment file (.toml)", alike=0.75, shown=there.__getitem__)
         raise ExperimentError(f"{path}: no such file; {fix}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ExperimentError(f"{path}: cannot be read ({error}); give a TOML file") from None
@@ -481,6 +490,11 @@ def parse_experiment(tables: dict[str, Any], source: str = "experiment") -> Expe
 
 
 def _apply(tables: dict[str, Any], override: str) -> None:
+    if redact(override) != override:
+        raise ExperimentError(
+            f"override {redact(override)}: has a password in it, and everybody on this machine may read a command, as may who "
+            "reads Ray's logs; write it into the experiment file, or set the variable that the service knows it by"
+        )
     key, equals, text = override.partition("=")
     keys = key.strip().split(".")
     if not equals or not all(keys):
@@ -510,8 +524,7 @@ def _sentence(error: ValidationError) -> str:
     path = ".".join(where)
     if problem["type"] == "extra_forbidden":
         key, known = str(problem["loc"][-1]), _known_keys(where)
-        full = {name: ".".join([*where, name]) for name in known}
-        fix = suggest(key, full, f"known here: {', '.join(sorted(known))}")
+        fix = suggest(key, known, f"known here: {', '.join(sorted(known))}", shown=lambda name: ".".join([*where, name]))
         return f"{'.'.join([*where, key])}: unknown key; {fix}"
     if problem["type"] == "missing" and isinstance(problem["loc"][-1], str):
         return f"{path}: is missing; set it"
@@ -526,8 +539,13 @@ def _sentence(error: ValidationError) -> str:
     message += "".join(f" or {each['ctx']['expected']}" for each in words)
     expected = [each["ctx"]["expected"] for each in (problem, *words) if each["type"] == "literal_error"]
     choices = re.findall(r"'(.+?)'", " ".join(expected))
-    fix = suggest(str(problem["input"]), {each: f'"{each}"' for each in choices}, "change the value")
+    fix = suggest(str(problem["input"]), choices, "change the value", shown=quoted)
     return f"{path}: {message[0].lower()}{message[1:]} (got {problem['input']!r}); {fix}"
+
+
+def quoted(name: str) -> str:
+    """A text as it is written in TOML, for names without quotes in them."""
+    return f'"{name}"'
 
 
 def _known_keys(tables: Sequence[str]) -> list[str]:

@@ -138,7 +138,7 @@ class Encoder:
         if value not in labels:
             listed = ", ".join(f"'{label}'" for label in labels[:20])
             listed += f", ... ({len(labels)} in all)" if len(labels) > 20 else ""
-            fix = suggest(value, {label: f"'{label}'" for label in labels}, "correct the row or data.labels")
+            fix = suggest(value, labels, "correct the row or data.labels", shown=lambda label: f"'{label}'")
             raise DataError(f"'{value}' is not one of the labels {listed}; {fix}")
         return labels.index(value)
 

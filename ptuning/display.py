@@ -21,6 +21,7 @@ from rich.table import Table
 from ptuning.config import Experiment
 from ptuning.ledger import Entry
 from ptuning.orders import Event
+from ptuning.redaction import redact
 from ptuning.space import INIT, LENGTH, RATE, best_result
 
 EVERY = 10.0
@@ -39,7 +40,7 @@ class Display:
         self._evaluated = ""
 
     def say(self, line: str) -> None:
-        self._console.print(line, style="yellow" if line.startswith("warning") else None, markup=False, soft_wrap=True)
+        self._console.print(redact(line), style="yellow" if line.startswith("warning") else None, markup=False, soft_wrap=True)
         if self._console.is_terminal and not (self._progress or self._waiting):
             self._waiting = waiting(self._console)
 

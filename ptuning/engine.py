@@ -18,7 +18,6 @@ The room knows token ids, not text, and no ray: it runs wherever torch does.
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import uuid
@@ -39,10 +38,11 @@ from ptuning.label_trie import LabelTrie
 from ptuning.model import PromptedModel, plan_labels
 from ptuning.paged_attention import ATTENTION
 from ptuning.plan import PAGE, STEP_TOKENS
+from ptuning.redaction import logger
 from ptuning.sampling import Choice, Sampler, Sampling, Token
 from ptuning.virtual_tokens import VirtualTokens
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 LABEL_TOKENS = 4096
 """Tokens in one pass over labels, about: what generation waits for at most."""
@@ -424,7 +424,7 @@ class Engine:
     def _ended(self, output: GenerationOutput) -> None:
         if output.error is not None:
             log.error("request %s failed: %s", output.request_id, output.error)
-            self._finish(output.request_id, "failed", output.error)
+            self._finish(output.request_id, "failed", "the generation failed; the server's log says why")
         else:
             ended = bool(output.generated_tokens) and output.generated_tokens[-1] == self.end
             self._finish(output.request_id, "stop" if ended else "length")

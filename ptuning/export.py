@@ -270,7 +270,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: Car
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        (temporary / "soft_prompt_card.json").write_text(card.model_dump_json(indent=1), encoding="utf-8")
+        (temporary / "soft_prompt_card.json").write_text(card.public().model_dump_json(indent=1), encoding="utf-8")
         if folder.exists():
             folder.rmdir()  # empty
         temporary.rename(folder)

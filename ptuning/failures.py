@@ -10,6 +10,7 @@ from pathlib import Path
 import ray
 
 from ptuning import storage
+from ptuning.redaction import redact
 
 # Ray's memory monitor ends the newest processes of a node when 95 % of its memory is taken (2.60).
 _MONITOR = re.compile(r"Memory on the node \(IP: ([^,]+),.*?\) was ([\d.]+)GB used / ([\d.]+)GB limit")
@@ -40,7 +41,7 @@ def explain(error: Exception, folder: str, hang: str | None = None) -> str:
     text = "\n".join([str(error), *workers])
     if os.strerror(errno.ENOSPC) in text:
         return disk_full(folder)
-    storage.write_file(folder, "error.log", str(error).encode())
+    storage.write_file(folder, "error.log", redact(str(error)).encode())
     see = f"see {storage.join(folder, 'error.log')}, and Ray's own logs in {ray_logs()}"
     if wanting := memory(text):
         return f"{wanting}; {LESS}; {see}"

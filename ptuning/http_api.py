@@ -8,9 +8,8 @@ JSON cannot hold (lone surrogates, NaN), and refused in one sentence that names 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -55,11 +54,12 @@ from ptuning.openai_api import (
     Usage,
     complaint,
 )
+from ptuning.redaction import logger, placeless
 from ptuning.replies import ChatReply, CompletionReply, Reply, envelope, usage
 from ptuning.sampling import Sampling
 from ptuning.service import Service
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 Asked = TypeVar("Asked", bound=BaseModel)
 BUSY, REFUSED = edge.BUSY.decode(), edge.REFUSED.decode()
@@ -72,41 +72,52 @@ COMPLETION_TOKENS, CHAT_TOKENS = 16, 256
 class Refusal(Exception):
     """A request that is not answered, and how that is said."""
 
-    def __init__(self, status: int, message: str, kind: str, param: str | None = None, **headers: str) -> None:
+    def __init__(
+        self, status: int, message: str, kind: str, param: str | None = None, *, code: str | None = None, **headers: str
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.body = ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=_code(status)))
+        self.body = ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=code or _CODES.get(status)))
 
     def response(self) -> Response:
         return JSONResponse(self.body.model_dump(), self.status, self.headers)
 
 
+_CODES = {401: "invalid_api_key", 413: "body_too_large", 429: "rate_limit_exceeded"}
+_ROUTES = {
+    404: "there is no such route; /openapi.json lists those there are",
+    405: "this route is not asked by this method; /openapi.json lists those there are",
+}
+
+
 def as_refusal(error: Exception) -> Refusal:
-    """Any error as the client is to see it."""
+    """Any error as the client is to see it: never the text of an exception that was not written for people."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, UnknownModel):
-        return Refusal(404, str(error), "invalid_request_error", "model")
+        return Refusal(404, str(error), "invalid_request_error", "model", code="model_not_found")
     if isinstance(error, UserError):
-        return Refusal(400, str(error), "invalid_request_error")
+        return Refusal(400, placeless(str(error)), "invalid_request_error")
     if isinstance(error, EngineBusy):
         return Refusal(429, str(error), "rate_limit_error", retry_after="1")
     if isinstance(error, EngineStopped):
         return Refusal(503, str(error), "server_error", retry_after="5")
     if isinstance(error, TimeoutError):
         # OpenAI's clients repeat what has timed out, twice, unless they are told not to.
-        return Refusal(408, "the answer took longer than serve.deadline_s", "timeout", x_should_retry="false")
+        return Refusal(
+            408,
+            "the answer took longer than is allowed here; ask for less",
+            "timeout",
+            x_should_retry="false",
+        )
     if isinstance(error, HTTPException):
-        return Refusal(error.status_code, f"{error.detail}", "invalid_request_error")
+        message = _ROUTES.get(error.status_code, "the request cannot be answered; change it")
+        return Refusal(error.status_code, message, "invalid_request_error", **_named(error.headers))
     if not isinstance(error, AnswerFailed):
         log.error("a request failed", exc_info=error)
-    message = str(error) if isinstance(error, AnswerFailed) else "something went wrong here; see the server's log"
+    message = placeless(str(error)) if isinstance(error, AnswerFailed) else "something went wrong here; see the server's log"
     return Refusal(500, message, "server_error", x_should_retry="false")
-
-
-def _code(status: int) -> str | None:
-    return {401: "invalid_api_key", 404: "model_not_found", 413: "body_too_large", 429: "rate_limit_exceeded"}.get(status)
 
 
 def build_app(service: Service) -> FastAPI:
@@ -137,6 +148,7 @@ def build_app(service: Service) -> FastAPI:
         return as_refusal(error).response()
 
     app.add_exception_handler(HTTPException, refuse)
+    app.add_exception_handler(Refusal, refuse)
     app.add_exception_handler(Exception, refuse)
     described = app.openapi
 
@@ -172,6 +184,11 @@ class _Counted:
             await self._app(scope, receive, send)
         finally:
             self._service.open -= 1
+
+
+def _named(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """Headers as `Refusal` takes them."""
+    return {name.replace("-", "_"): value for name, value in (headers or {}).items()}
 
 
 class Api:
@@ -234,7 +251,7 @@ class Api:
         tokens = sum(map(len, rows))
         spent = Usage(prompt_tokens=tokens, total_tokens=tokens, virtual_tokens=served.length)
         self._count(served, spent, began, began)
-        answer = Classification(**envelope(served, self._service.base.name, "classify"), data=data, usage=spent)
+        answer = Classification(**envelope(served, self._service.catalogue.base_id, "classify"), data=data, usage=spent)
         return _json(answer)
 
     async def _scores(self, served: Served, rows: list[list[int]], trie: LabelTrie) -> list[list[float]]:
@@ -296,7 +313,7 @@ class Api:
         if n * len(questions) > self._limits.max_answers:
             message = f"n: {n * len(questions)} answers, at most {self._limits.max_answers} to one request; lower it"
             raise Refusal(400, message, "invalid_request_error", "n")
-        reply = kind(served, self._service.base.name, questions[0].sampling.top is not None)
+        reply = kind(served, self._service.catalogue.base_id, questions[0].sampling.top is not None)
         answers: list[Answer] = []
         try:
             for question in questions:
@@ -362,7 +379,7 @@ class Api:
         return Model(
             id=name,
             created=served.created,
-            owned_by="ptuning" if served.handle else self._service.base.name,
+            owned_by="ptuning",
             soft_prompt=served.id if served.handle else None,
             content_hash=served.content_hash,
             length=served.length or None,
@@ -377,7 +394,9 @@ class Api:
         try:
             changed = await asyncio.to_thread(self._service.catalogue.sync)
         except UserError as error:
-            return Refusal(503, str(error), "server_error").response()
+            log.warning("the registry does not answer, what is served stays: %s", error)
+            message = "the registry does not answer, what is served stays; see the server's log"
+            return Refusal(503, message, "server_error", retry_after="5").response()
         catalogue = self._service.catalogue
         return JSONResponse({"changed": changed, "served": sorted(catalogue.names), "refused": dict(catalogue.refused)})
 

@@ -42,8 +42,9 @@ from ptuning.orders import Event, Task
 from ptuning.prepare import absolute, check_name, describe, load_task, write_run
 from ptuning.publish import bring_parent, pin_parent, publish_run
 from ptuning.record import Recorder
+from ptuning.redaction import logger, redacted
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 Show = Callable[[Event], None]
 
@@ -332,6 +333,12 @@ def _spools(store: str) -> Path:
     return Path(store) if storage.is_local(store) else Path.home() / ".cache" / "ptuning" / quote(store, safe="")
 
 
+def for_workers(experiment: Experiment) -> dict[str, Any]:
+    """The tables of an experiment without passwords: Ray keeps what workers are given, and shows it. They need none."""
+    tables = experiment.model_dump(mode="json")
+    return tables | {table: redacted(tables[table]) for table in ("tracking", "compute")}
+
+
 def make_trainer(
     experiment: Experiment, attempt: str, scaling: ray.train.ScalingConfig, config: dict[str, Any]
 ) -> TorchTrainer:
@@ -348,7 +355,7 @@ def make_trainer(
 
     return _Trainer(
         work,
-        train_loop_config={"experiment": experiment.model_dump(mode="json"), "threads": None} | config,
+        train_loop_config={"experiment": for_workers(experiment), "threads": None} | config,
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
             name=uuid.uuid4().hex,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import _thread
 import json
-import logging
 import os
 import signal
 import socket
@@ -25,6 +24,7 @@ import psutil
 
 from ptuning import storage
 from ptuning.config import UserError
+from ptuning.redaction import logger
 from ptuning.spool import locked
 
 FILE = "lease.json"
@@ -33,7 +33,7 @@ BEAT, EXPIRY = 5.0, 30.0
 SETTLE = 1.0
 """Seconds in which two that write to an object store at once see each other."""
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 Record = dict[str, Any]
 
 

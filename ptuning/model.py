@@ -12,7 +12,6 @@ comparisons of a node's children (at most C), U tokens that are compared anywher
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 import os
 from collections.abc import Sequence
@@ -27,9 +26,10 @@ from transformers import PreTrainedModel
 from ptuning.label_trie import LabelTrie
 from ptuning.last_layer import LastLayer
 from ptuning.output_head import OutputHead
+from ptuning.redaction import logger
 from ptuning.segments import ATTENTION, Group, Segments
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 WORTHWHILE = 0.75
 """Share of attention's scores that must be left for a second group of rows to pay: it is called twice as often then."""

@@ -282,10 +282,14 @@ def complaint(error: ValidationError) -> tuple[str, str | None]:
         return f"{param}: is not supported; remove it", param
     if problem["type"] == "missing" and len(problem["loc"]) == 1:
         return f"{param}: is missing; send it", param
-    where = ".".join(printable(str(part)) for part in problem["loc"] if isinstance(part, int) or str(part).isidentifier())
+    # Behind the parameter's name stand the fields and places below it, and names of our classes, which are nobody's business.
+    where = ".".join([param, *(str(part) for part in problem["loc"][1:] if isinstance(part, int) or part in _FIELDS)])
     if problem["type"] in ("literal_error", "too_long") and param in Body.model_fields:
         return f"{where}: is not supported at this value; remove it", param
-    return f"{where or param}: {message[0].lower()}{message[1:]}", param
+    return f"{where}: {message[0].lower()}{message[1:]}", param
+
+
+_FIELDS = {field for shape in (*Shape.__subclasses__(), *Body.__subclasses__()) for field in shape.model_fields}
 
 
 def printable(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ptuning import data, storage
 from ptuning.base import Base
 from ptuning.config import Experiment, ExperimentError, UserError
 from ptuning.orders import Task
+from ptuning.redaction import redact, redacted
 
 RUN = "run.json"
 """In a run's folder: its experiment, its status, and in the end its summary."""
@@ -25,11 +27,28 @@ def absolute(experiment: Experiment) -> Experiment:
         source = tables["data"][split]
         if source and ":" not in source:
             tables["data"][split] = str(Path(source).expanduser().absolute())
+    tables["compute"]["storage"] = _without_credentials(experiment)
     for table, key in (("compute", "storage"), ("prompt", "init_from"), ("model", "path")):
         value = tables[table][key]
         if value and "://" not in value and (key == "storage" or Path(value).expanduser().is_dir()):
             tables[table][key] = str(Path(value).expanduser().absolute())
     return Experiment.model_validate(tables)
+
+
+def _without_credentials(experiment: Experiment) -> str:
+    """The storage's address; credentials in it move to the environment, for the processes that this one starts.
+
+    Raises:
+        UserError: processes of a cluster, which others have started, would get them in the open.
+    """
+    place, variables = storage.split_credentials(experiment.compute.storage)
+    if variables and (experiment.compute.address or os.environ.get("RAY_ADDRESS")):
+        raise UserError(
+            f"compute.storage: {redact(experiment.compute.storage)} has a password in it, which would lie open in the cluster; "
+            f"set {' and '.join(variables)} in the environment of its nodes instead"
+        )
+    os.environ |= variables
+    return place
 
 
 def load_task(experiment: Experiment, base: Base) -> Task:
@@ -91,12 +110,12 @@ def check_name(experiment: Experiment, folder: str, resume: bool, search: bool =
             f"{folder}: was made by ptuning {record.get('kind', 'train')}; resume it with that, or choose another name"
         )
     decisive = ("model", "prompt", "data", "train", *(("search",) if search else ()))
-    now = experiment.model_dump(mode="json")
+    now, before = redacted(experiment.model_dump(mode="json")), redacted(record["experiment"])
     changed = [
         f"{table}.{key}"
         for table in decisive
         for key, value in now[table].items()
-        if record["experiment"].get(table, {}).get(key) != value and f"{table}.{key}" not in FREE
+        if before.get(table, {}).get(key) != value and f"{table}.{key}" not in FREE
     ]
     if changed:
         raise UserError(
@@ -114,4 +133,4 @@ def write_run(
     folder: str, experiment: Experiment, status: str, summary: dict[str, Any] | None = None, kind: str = "train"
 ) -> None:
     record = {"kind": kind, "status": status, "experiment": experiment.model_dump(mode="json"), "summary": summary}
-    storage.write_file(folder, RUN, json.dumps(record, indent=1).encode())
+    storage.write_file(folder, RUN, json.dumps(redacted(record), indent=1).encode())

@@ -10,6 +10,7 @@ from pathlib import Path
 from ptuning import soft_prompt, storage, tracking
 from ptuning.base import Base
 from ptuning.config import Experiment, UserError
+from ptuning.redaction import redact
 from ptuning.registry import FILES, STATE, Registry, RegistryError, Version, check_name, parse_reference
 from ptuning.shipped import SCHEME
 from ptuning.soft_prompt import Card, SoftPrompt
@@ -29,6 +30,7 @@ def publish(registry: Registry, name: str, folder: str, run_id: str | None, arti
     check_name(name)
     loaded = soft_prompt.load(folder)
     files = {file: content for file, content in storage.read_folder(folder).items() if file in FILES}
+    files = soft_prompt.without_passwords(files)
     tags = describe(loaded.card, files)
     for version in registry.versions(name):
         if all(version.tags.get(key) == tags[key] for key in ("ptuning.card_hash", "ptuning.content_hash")):
@@ -76,7 +78,8 @@ def preferred_metrics(card: Card) -> list[str]:
 
 
 def retrieve(registry: Registry, version: Version) -> tuple[SoftPrompt, dict[str, bytes]]:
-    """A version's soft prompt and its files, every hash checked, also against the registry.
+    """A version's soft prompt and its files, every hash checked, also against the registry. Passwords that an earlier version
+    has left in its card are taken out.
 
     Raises:
         UserError: damaged, incomplete, not what was published, or MLflow does not answer.
@@ -89,18 +92,21 @@ def retrieve(registry: Registry, version: Version) -> tuple[SoftPrompt, dict[str
             raise RegistryError(str(error).replace(folder, str(version))) from None
     if loaded.card.content_hash != version.tag("content_hash"):
         raise RegistryError(f"{version}: its run {version.run_id} holds other vectors than were published; delete this version")
-    return loaded, files
+    card_hash = version.tag("card_hash")
+    if card_hash and hashlib.sha256(files.get(soft_prompt.CARD, b"")).hexdigest() != card_hash:
+        raise RegistryError(f"{version}: its run {version.run_id} holds another card than was published; delete this version")
+    return loaded, soft_prompt.without_passwords(files)
 
 
 def fetch(registry: Registry, version: Version, folder: str) -> SoftPrompt:
-    """Copy a version into a folder, bit for bit as it was published.
+    """Write a version to a folder as it may be given away: the vectors bit for bit, the public part of the card.
 
     Raises:
         UserError: damaged, or the folder is in use.
     """
     check_free(folder)
     loaded, files = retrieve(registry, version)
-    storage.write_folder(folder, files)
+    storage.write_folder(folder, soft_prompt.public_files(loaded, files))
     return loaded
 
 
@@ -118,15 +124,17 @@ def check_free(folder: str) -> None:
 
 
 def pin_parent(experiment: Experiment, folder: str) -> Experiment:
-    """The experiment with `prompt.init_from = "name@champion"` replaced by a folder inside the run's folder.
+    """The experiment with `prompt.init_from = "name@champion"` replaced by a folder inside the run's folder, and so an address
+    with a password in it.
 
-    Workers do not talk to MLflow, and a run that is resumed starts from the same parent though the alias may have moved.
+    Workers do not talk to MLflow and learn no passwords, and a run that is resumed starts from the same parent though the alias
+    may have moved.
     """
     source = experiment.prompt.init_from
-    if source is None or _is_folder(source):
+    if source is None or (_is_folder(source) and redact(source) == source):
         return experiment
-    reference = parse_reference(source)
-    prompt = experiment.prompt.model_copy(update={"init_from": storage.join(folder, "parent", str(reference))})
+    kept = hashlib.sha256(redact(source).encode()).hexdigest()[:16] if _is_folder(source) else str(parse_reference(source))
+    prompt = experiment.prompt.model_copy(update={"init_from": storage.join(folder, "parent", kept)})
     return experiment.model_copy(update={"prompt": prompt})
 
 
@@ -140,9 +148,16 @@ def bring_parent(written: Experiment, pinned: Experiment, base: Base) -> None:
     if source is None or folder is None:
         return
     if source != folder and not storage.exists(folder, storage.MANIFEST):
-        registry = Registry(_uri(written))
-        storage.write_folder(folder, retrieve(registry, registry.find(source))[1])
+        storage.write_folder(folder, _parent_files(written, source))
     soft_prompt.check_base(soft_prompt.load(folder), source, base.width, base.name, base.fingerprint.model_dump())
+
+
+def _parent_files(written: Experiment, source: str) -> dict[str, bytes]:
+    if _is_folder(source):
+        soft_prompt.load(source)
+        return soft_prompt.without_passwords(storage.read_folder(source))
+    registry = Registry(_uri(written))
+    return retrieve(registry, registry.find(source))[1]
 
 
 def publish_run(experiment: Experiment, name: str, folder: str, run_id: str | None) -> Version:

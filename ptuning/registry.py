@@ -20,7 +20,7 @@ from typing import Any
 
 from ptuning import tracking
 from ptuning.config import NAME, UserError, suggest
-from ptuning.spool import redact
+from ptuning.redaction import redact
 from ptuning.tracking import TrackingError, asking
 
 CHAMPION = "champion"

@@ -36,6 +36,7 @@ from ptuning.failures import RunFailed, explain
 from ptuning.hub import Hub
 from ptuning.launch import (
     beside_driver,
+    for_workers,
     holding,
     leave_ray,
     make_trainer,
@@ -185,7 +186,7 @@ class _Search:
         self, experiment: Experiment, base: Base, folder: str, tracker: Tracker, show: Show, say: Callable[[str], None]
     ) -> None:
         self.experiment = experiment
-        self.tables = experiment.model_dump(mode="json")
+        self.tables = for_workers(experiment)
         self.folder = folder
         self.tracker = tracker
         self.say = say

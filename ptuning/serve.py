@@ -31,10 +31,11 @@ from ptuning.failures import memory, ray_logs
 from ptuning.http_api import build_app
 from ptuning.launch import leave_ray, start_ray
 from ptuning.prepare import absolute
+from ptuning.redaction import logger
 from ptuning.service import Service
 from ptuning.submit import APPLICATION, PACKAGES
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 DEPLOYMENT = "replica"
 FLUSH = 0.3

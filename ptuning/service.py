@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +17,11 @@ from ptuning.catalogue import Catalogue
 from ptuning.config import Experiment, UserError
 from ptuning.engine import End, Engine, EngineConfig, Request
 from ptuning.gauges import Gauges
+from ptuning.redaction import logger
 from ptuning.registry import Registry
 from ptuning.tracking import TrackingError, default_uri
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Service:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from ptuning.config import Experiment, UserError, read_experiment
+from ptuning.redaction import redact
 from ptuning.shipped import FOLDER, SCHEME
-from ptuning.spool import redact
 from ptuning.tracking import default_uri
 
 Kind = Literal["train", "search", "serve", "doctor"]
@@ -105,6 +105,7 @@ def collect(
     if file is None:
         return shipment
     experiment = read_experiment(file, overrides)
+    _check_passwords(experiment)
     packer = _Packer(shipment, folders)
     _inputs(experiment, kind, packer)
     packer.storage(experiment.compute.storage)
@@ -113,12 +114,33 @@ def collect(
         _serving(experiment, shipment, packer)
     if experiment.compute.address:
         packer.override("compute.address", "auto")  # a job belongs to the cluster that runs it
-    for override in filter(_has_password, shipment.overrides):
-        raise UserError(f"override {redact(override)}: a job's command is no place for a password; {_ELSEWHERE}")
     missing = _secrets(experiment, kind, here)
     if missing:
         shipment.notes.append(f"secrets do not travel; the cluster's nodes need in their environment: {', '.join(missing)}")
     return shipment
+
+
+def _check_passwords(experiment: Experiment) -> None:
+    """The experiment file travels as it was written."""
+    for table, settings in experiment.model_dump(mode="json", exclude=_TEXTS).items():
+        for key, value in settings.items() if isinstance(settings, dict) else ():
+            if isinstance(value, str) and _has_password(value):
+                raise UserError(_open(f"{table}.{key}", value))
+
+
+_TEXTS: dict[str, set[str]] = {"data": {"input", "target", "labels"}, "prompt": {"init_text"}}
+
+
+def _open(key: str, value: str) -> str:
+    """What is said of an address with a password."""
+    fix = {
+        "tracking.uri": "give an MLflow server's address, and its password as MLFLOW_TRACKING_PASSWORD",
+        "compute.storage": "give s3://bucket/folder, and its keys as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    }.get(key, "give the address without it, and the password as a variable of the service")
+    return (
+        f"{key}: {redact(value)} has a password in it, which would lie open in the job; {fix} in the environment of the "
+        "cluster's nodes"
+    )
 
 
 def _has_password(text: str) -> bool:
@@ -226,10 +248,7 @@ def _tracking(experiment: Experiment, shipment: Shipment, packer: _Packer, here:
         default_uri(experiment.compute.storage)  # refuses an object store
         return
     if _has_password(uri):
-        raise UserError(
-            f"tracking.uri: {redact(uri)} has a password in it, which would lie open in the job; give an MLflow server's "
-            "address, and its password as MLFLOW_TRACKING_PASSWORD in the environment of the cluster's nodes"
-        )
+        raise UserError(_open("tracking.uri", uri))
     local = uri.removeprefix("sqlite:///").removeprefix("file://") if uri.startswith(("sqlite:", "file:")) else uri
     if "://" not in local and not Path(local).is_absolute():
         raise UserError(f"tracking.uri: {uri} is a place on this machine; give an MLflow server's address, http://host:port")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,17 +17,28 @@ from typing import Any, Literal
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 from torch import Tensor
 
 from ptuning import storage
 from ptuning.config import Table, Template, UserError
+from ptuning.redaction import last_name, redacted
+from ptuning.shipped import SCHEME
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "card.json"
 TENSOR = "prompt_embeddings"
 VERSIONS = ("ptuning", "torch", "transformers", "deepspeed", "ray")
 LARGEST = 1 << 30
 """Bytes of a weights file beyond which it is no soft prompt."""
+
+PUBLIC_SETTINGS = {
+    "prompt": ("length", "init", "init_text"),
+    "train": (
+        *("learning_rate", "optimizer", "weight_decay", "schedule", "warmup", "clip", "seed"),
+        *("batch_size", "steps", "evaluate_every", "patience", "metric"),
+    ),
+}
+"""Of a card's experiment, what everybody may know who gets the soft prompt. Fixed: a setting that is new is not public."""
 
 Embed = Callable[[list[int]], Tensor]
 """Token ids -> rows of the base's input embedding, `[n, H]` fp32. Goes through the module, so it works on a sharded base."""
@@ -62,6 +73,22 @@ class Card(Table):
     versions: dict[str, str] = {}
     content_hash: str
     """SHA-256 of the vectors."""
+
+    @field_validator("base", "experiment")
+    @classmethod
+    def _without_passwords(cls, value: Any) -> Any:
+        """Also of cards that are read: those of earlier versions may hold some."""
+        return redacted(value)
+
+    def public(self) -> Card:
+        """The card as whoever receives the soft prompt may know it: no path, no setting but what made the vectors."""
+        tables = self.experiment or {}
+        kept = {
+            table: {key: tables[table][key] for key in keys if key in tables[table]}
+            for table, keys in PUBLIC_SETTINGS.items()
+            if isinstance(tables.get(table), dict)
+        }
+        return self.model_copy(update={"base": public_base(self.base), "experiment": kept or None})
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +166,33 @@ def load(folder: str) -> SoftPrompt:
     if (known.length, known.width) != tuple(vectors.shape) or known.content_hash != content_hash(vectors):
         raise SoftPromptError(f"{folder}: the vectors are not those of its card; take another copy of this folder")
     return SoftPrompt(vectors, known)
+
+
+def public_base(name: str) -> str:
+    """A base as everybody may know it: its id or, of a folder, the last name of its path."""
+    local = name.startswith(("/", "~", ".", SCHEME)) or name.count("/") > 1 or "\\" in name
+    return last_name(name.removeprefix(SCHEME).replace("\\", "/")) if local else name
+
+
+def without_passwords(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of a soft prompt, with the card as `load` reads it: one of an earlier version may hold passwords."""
+    if CARD not in files:
+        return dict(files)
+    written = json.loads(files[CARD])
+    clean = {**written, **{key: redacted(written[key]) for key in ("base", "experiment") if key in written}}
+    return {**files, CARD: json.dumps(clean, indent=1).encode()} if clean != written else dict(files)
+
+
+def public_files(soft_prompt: SoftPrompt, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of a soft prompt as they may be given away, with the public card."""
+    adapter = json.loads(files[CONFIG])
+    paths = {key: public_base(value) for key, value in adapter.items() if key.endswith("_path") and isinstance(value, str)}
+    public = {**adapter, **paths}
+    return {
+        CONFIG: json.dumps(public, indent=1).encode() if public != adapter else files[CONFIG],
+        WEIGHTS: files[WEIGHTS],
+        CARD: soft_prompt.card.public().model_dump_json(indent=1).encode(),
+    }
 
 
 def _check_size(folder: str) -> None:

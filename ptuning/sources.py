@@ -141,7 +141,9 @@ def _local_path(source: str) -> Path:
         raise DataError(f"{source}: is a folder; give one file per split")
     if not path.exists():
         there = {file.name: str(file) for file in sorted(path.parent.glob("*")) if file.suffix.lower() in _READERS}
-        fix = suggest(path.name, there, "correct the path", alike=0.85)  # x-train.csv is no good guess for x-test.csv
+        fix = suggest(
+            path.name, there, "correct the path", alike=0.85, shown=there.__getitem__
+        )  # x-train.csv is no good guess for x-test.csv
         raise DataError(f"{source}: no such file in {Path.cwd()}; {fix}")
     return path
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import threading
 import time
 import uuid
@@ -20,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ptuning.redaction import redact
 
 Record = dict[str, Any]
 
@@ -144,9 +145,3 @@ def write_file(path: Path, content: bytes, sync: bool = True) -> None:
         if sync:
             os.fsync(file.fileno())
     fresh.replace(path)
-
-
-def redact(text: str) -> str:
-    """The text with passwords in addresses replaced by ***."""
-    text = re.sub(r"(\w://)[^/\s\"']*@", r"\1***@", text)
-    return re.sub(r"(?i)([?&][^=&\s]*(?:password|passwd|pwd|token|secret)[^=&\s]*=)[^&\s\"']+", r"\1***", text)

@@ -13,10 +13,12 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pyarrow import fs
 
 from ptuning.config import UserError
+from ptuning.redaction import redact
 from ptuning.shipped import locate
 
 MANIFEST = "manifest.json"
@@ -32,8 +34,19 @@ def resolve(storage: str) -> tuple[fs.FileSystem, str]:
         if "://" in storage:
             return fs.FileSystem.from_uri(storage)
     except (OSError, ValueError) as error:
-        raise StorageError(f"{storage}: cannot be opened ({error}); give a folder or s3://bucket/folder") from None
+        reason = redact(str(error))
+        raise StorageError(f"{redact(storage)}: cannot be opened ({reason}); give a folder or s3://bucket/folder") from None
     return fs.LocalFileSystem(), str(locate(storage).absolute())
+
+
+def split_credentials(storage: str) -> tuple[str, dict[str, str]]:
+    """The address of an object store without its credentials, and the variables in which the store's client looks for them."""
+    parts = urlsplit(storage) if storage.startswith("s3://") and "@" in storage else None
+    if parts is None or parts.username is None:
+        return storage, {}
+    given = {"AWS_ACCESS_KEY_ID": parts.username, "AWS_SECRET_ACCESS_KEY": parts.password or ""}
+    place = parts._replace(netloc=parts.netloc.rpartition("@")[2])
+    return urlunsplit(place), {name: unquote(value) for name, value in given.items()}
 
 
 def is_local(storage: str) -> bool:

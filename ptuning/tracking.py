@@ -11,7 +11,6 @@ own time and step, and the run is found again by a key of ours, so an answer tha
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import platform
@@ -30,7 +29,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from ptuning.config import UserError
-from ptuning.spool import Record, Sent, Spool, locked, redact, write_file
+from ptuning.redaction import logger, redact, redacted
+from ptuning.spool import Record, Sent, Spool, locked, write_file
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -42,7 +42,7 @@ BATCH_METRICS, BATCH_TEXTS, BATCH_BYTES = 1000, 100, 500_000
 PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH, DIGEST_LENGTH = 6000, 8000, 250, 36
 RUN_KEY, PARENT_KEY = "ptuning.run_key", "ptuning.parent_key"
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _open: set[str] = set()
 """Keys of the runs that this process tracks."""
@@ -198,7 +198,7 @@ class Tracker:
 
     def json(self, name: str, content: object) -> None:
         """Upload plain data as a JSON file."""
-        self.text(name, json.dumps(content, indent=2, ensure_ascii=False, default=str))
+        self.text(name, json.dumps(redacted(content), indent=2, ensure_ascii=False, default=str))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Upload a table as `MlflowClient.log_table` would: MLflow shows it and `mlflow.load_table` reads it.
@@ -241,7 +241,7 @@ class Tracker:
     def _texts(self, kind: str, values: Mapping[str, str], longest: int) -> None:
         texts = {}
         for name, value in values.items():
-            text = redact(value)
+            text = redact(value)  # before it is cut
             if len(text) > longest:
                 self.json(f"long_values/{_safe(name).replace('/', '_')}.json", {name: text})
                 text = f"{text[: longest - 60]} [... {len(text)} characters, whole in long_values]"
@@ -251,7 +251,7 @@ class Tracker:
 
     def _record(self, record: Record, timestamp_ms: int | None = None, sync: bool = False) -> None:
         record["time"] = timestamp_ms if timestamp_ms is not None else time.time_ns() // 1_000_000
-        line = json.dumps(record).replace(*self._secret) + "\n"
+        line = json.dumps(redacted(record)) + "\n"
         with self._changed:
             idle = self._sent >= self._end
             self._end = self._spool.append(line.encode(), sync)
@@ -440,7 +440,7 @@ class _Shipment:
 
     def _log_dataset(self, record: Record) -> None:
         entities = _mlflow().entities
-        source, hub = redact(record["source"]), record["source"].startswith("hub:")
+        source, hub = record["source"], record["source"].startswith("hub:")
         dataset = entities.Dataset(
             name=record["name"][:500],
             digest=record["fingerprint"].removeprefix("sha256:")[:DIGEST_LENGTH],

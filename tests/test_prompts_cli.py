@@ -156,8 +156,11 @@ def test_import_and_export(store: Path, tmp_path: Path, tiny_base_folder: Path) 
     assert shown["card"]["template"]["labels"] == ["fruit", "tool"]
     assert shown["card"]["init"] is None and shown["card"]["metrics"] == {}
     assert run("export", "kind", str(tmp_path / "back"), *where).stdout == f"kind:1 written to {tmp_path}/back; PEFT loads it\n"
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
+    back, theirs = (tmp_path / "back", tmp_path / "theirs")
+    assert (back / "adapter_model.safetensors").read_bytes() == (theirs / "adapter_model.safetensors").read_bytes()
+    config = json.loads((theirs / "adapter_config.json").read_text())
+    named = {"base_model_name_or_path": Path(config["base_model_name_or_path"] or "").name or None}
+    assert json.loads((back / "adapter_config.json").read_text()) == config | named
     same_logits(find_base(ModelConfig(path=str(tiny_base_folder))), tmp_path / "theirs", tmp_path / "back")
     assert "back: is there already" in refusal("export", "kind", str(tmp_path / "back"), *where)
     facts = answer("export", "kind", str(tmp_path / "merged"), "--format", "merged", *where)

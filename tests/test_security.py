@@ -142,7 +142,7 @@ def test_names_that_are_none_are_not_even_listed(world, caplog):
     assert not any("forged" in version.name for version in world.registry.versions())
 
 
-def test_a_version_that_breaks_in_a_new_way_is_refused_alone(world, tmp_path, monkeypatch):
+def test_a_version_that_breaks_in_a_new_way_is_refused_alone(world, tmp_path, monkeypatch, caplog):
     """Whatever a check did not think of: the next name is served all the same."""
     broken = publish_soft_prompt(world.registry, world.base, tmp_path / "d", "a-broken", 61)
     whole = publish_soft_prompt(world.registry, world.base, tmp_path / "e", "b-whole", 62)
@@ -155,7 +155,8 @@ def test_a_version_that_breaks_in_a_new_way_is_refused_alone(world, tmp_path, mo
 
     monkeypatch.setattr(world.service.engine, "add", fails)
     assert vectors.sync()
-    assert "nobody thought of this" in vectors.refused[broken] and vectors.find(whole).content_hash
+    assert vectors.refused[broken] == f"{broken}: could not be loaded; see the server's log"
+    assert "nobody thought of this" in caplog.text and vectors.find(whole).content_hash
 
 
 def test_a_new_version_waits_for_a_place_and_leaves_nothing(world, tmp_path):

@@ -169,14 +169,14 @@ def test_a_soft_prompt_and_a_base_travel(desk: SimpleNamespace, monkeypatch: pyt
         ),
         ("compute.storage=~/runs", "compute.storage: ~/runs is a folder of this machine; name one"),
         ("compute.storage=s3://b/runs", "compute.storage: s3://b/runs cannot hold the tracking store; set tracking.uri to an"),
-        ("tracking.uri=http://me:hunter2@host", "tracking.uri: http://***@host has a password in it, which would lie open"),
+        ("tracking.uri=http://me:hunter2@host", "override tracking.uri=http://***@host: has a password in it"),
         (
             "tracking.uri=sqlite:///here.db",
             "tracking.uri: sqlite:///here.db is a place on this machine; give an MLflow server's",
         ),
         (
             "data.input=http://me:hunter2@host {text}",
-            "override data.input=http://***@host {{text}}: a job's command is no place",
+            "override data.input=http://***@host {{text}}: has a password in it",
         ),
     ],
 )
@@ -243,6 +243,28 @@ def test_secrets_never_travel(desk: SimpleNamespace) -> None:
     with pytest.raises(UserError, match="--env: NOWHERE is not set here; set it, or write --env NOWHERE=VALUE"):
         desk.collect(env=["NOWHERE"])
     assert desk.collect(env=["MONKEYS=1", "OMP_NUM_THREADS"], here={"OMP_NUM_THREADS": "2"}).env["OMP_NUM_THREADS"] == "2"
+
+
+@fast
+@pytest.mark.parametrize(
+    ("table", "key", "value", "fix"),
+    [
+        ("tracking", "uri", "http://me:hunter2@host", "its password as MLFLOW_TRACKING_PASSWORD"),
+        ("compute", "storage", "s3://AKIA:hun/ter2@bucket/runs", "its keys as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        ("compute", "address", "http://me:hunter2@head:8265", "as a variable of the service"),
+        ("data", "train", "https://host/rows.jsonl?token=hunter2", "as a variable of the service"),
+        ("prompt", "init_from", "s3://AKIA:hunter2@bucket/prompt", "as a variable of the service"),
+    ],
+)
+def test_a_file_with_a_password_does_not_travel(desk: SimpleNamespace, table: str, key: str, value: str, fix: str) -> None:
+    desk.experiment.setdefault(table, {})[key] = value
+    if key == "init_from":
+        desk.experiment["prompt"]["init"] = "soft-prompt"
+    with pytest.raises(
+        UserError, match=rf"^{table}\.{key}: .* has a password in it, which would lie open in the job"
+    ) as refused:
+        desk.collect()
+    assert fix in str(refused.value) and "ter2" not in str(refused.value)
 
 
 @fast

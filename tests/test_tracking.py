@@ -29,7 +29,6 @@ from ptuning.tracking import (
     default_artifact_root,
     default_uri,
     provenance,
-    redact,
     ship_leftovers,
 )
 
@@ -457,21 +456,6 @@ def test_default_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(error.value) == (
         "compute.storage: s3://bucket/x cannot hold the tracking store; set tracking.uri to an MLflow server"
     )
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("http://me:secret@host:5000/x", "http://***@host:5000/x"),
-        ("postgresql://u:p%40ss@db/mlflow", "postgresql://***@db/mlflow"),
-        ("see http://u:p@ss@h/ and mail a@b", "see http://***@h/ and mail a@b"),
-        ("mysql://h/db?password=abc&x=1", "mysql://h/db?password=***&x=1"),
-        ("sqlite:////data/me@home/mlflow.db", "sqlite:////data/me@home/mlflow.db"),
-    ],
-)
-def test_redact(text: str, shown: str) -> None:
-    assert redact(text) == shown
 
 
 @pytest.mark.fast

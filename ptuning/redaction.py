@@ -1,0 +1,73 @@
+"""What may be written, logged or answered of a text: no password of an address, and to those who may not know this machine no
+path either. Knows nothing else of the package."""
+
+from __future__ import annotations
+
+import logging
+import re
+import traceback
+from typing import Any
+
+HIDDEN = "***"
+
+_NAMES = r"password|passwd|pwd|token|secret|signature|credential|api[_-]?key|access[_-]?key|account[_-]?key|odbc_connect"
+_PATTERNS = (
+    # SQLAlchemy takes whatever stands before the "@", slashes too.
+    re.compile(r"(?i)\b((?:postgres|postgresql|mysql|mariadb|mssql|oracle)(?:\+\w+)?://)[^\s\"]*@"),
+    # A password may contain slashes, as those of S3 do; what begins as a port is none.
+    re.compile(r"(\w://)[^\s/:@\"]*:(?!\d{1,5}(?:[/?#\s\"'\])>,;]|$))[^\s@\"]*@"),
+    re.compile(r"(\w://)[^\s/\"]*@"),
+)
+_PARAMETER = re.compile(rf"(?i)([?&;](?:[^=&\s]*(?:{_NAMES})[^=&\s]*|sig|key|auth)=)[^&\s\"']+")
+
+_ADDRESS = re.compile(r"\b[A-Za-z][\w+.-]*:/{2,}[^\s'\",;)\]>]*")
+_PATH = re.compile(r"(?<![\w/.:])(?:~[\w-]*|\.{1,2})?/(?!v1/)[^\s'\",;:)\]>]+")
+
+
+def redact(text: str) -> str:
+    """The text with passwords in addresses replaced by ***."""
+    if "://" not in text and "=" not in text:
+        return text
+    for pattern in _PATTERNS:
+        text = pattern.sub(rf"\1{HIDDEN}@", text)
+    return _PARAMETER.sub(rf"\1{HIDDEN}", text)
+
+
+def redacted(value: Any) -> Any:
+    """Plain data (dicts, lists, texts and numbers) with every text redacted."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {key: redacted(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(each) for each in value]
+    return value
+
+
+def placeless(text: str) -> str:
+    """The text for those who may not know this machine: redacted, without addresses, and of every path only the last name."""
+    text = _ADDRESS.sub(HIDDEN, redact(text))
+    return _PATH.sub(lambda found: last_name(found[0]), text)
+
+
+def last_name(path: str) -> str:
+    """The last name of a path or an address, without its query."""
+    return path.partition("?")[0].rstrip("/").rpartition("/")[2] or HIDDEN
+
+
+def logger(name: str) -> logging.Logger:
+    """The logger of a module: what it writes is redacted, tracebacks included."""
+    found = logging.getLogger(name)
+    if not any(isinstance(each, _Redacting) for each in found.filters):
+        found.addFilter(_Redacting())
+    return found
+
+
+class _Redacting(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact(record.getMessage()), ()
+        if record.exc_info and not isinstance(record.exc_info, bool):
+            # Formatters write this text where it is there, and else the traceback as it is.
+            record.exc_text = redact("".join(traceback.format_exception(*record.exc_info)).rstrip())
+            record.exc_info = None
+        return True
