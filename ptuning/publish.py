@@ -88,7 +88,10 @@ def retrieve(registry: Registry, version: Version) -> tuple[SoftPrompt, dict[str
         except UserError as error:
             raise RegistryError(str(error).replace(folder, str(version))) from None
     if loaded.card.content_hash != version.tag("content_hash"):
-        raise RegistryError(f"{version}: its run {version.run_id} holds other vectors than were published; delete this version")
+        raise RegistryError(
+            f"{version}: its run {version.run_id} holds other vectors than were published; choose another version, or publish "
+            "it again from a copy that is whole"
+        )
     return loaded, files
 
 

@@ -487,3 +487,21 @@ def test_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(provenance()["git_commit"]) == 40 and provenance()["git_dirty"] == "false"
     monkeypatch.setenv("PATH", "")
     assert "git_commit" not in provenance()
+
+
+@pytest.mark.fast
+def test_provenance_runs_no_command_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    marker = tmp_path.with_name(f"{tmp_path.name}-run")
+    (tmp_path / "rows.txt").write_text("one")
+    for command in ("init -q", "add rows.txt", "-c user.name=a -c user.email=a@b commit -q -m x"):
+        subprocess.run(["git", *command.split()], check=True)
+    (tmp_path / ".gitattributes").write_text("* filter=theirs\n")
+    (tmp_path / "rows.txt").write_text("two")  # as long as before: git would compare what the filter makes of it
+    script = f"touch {marker}; cat"
+    settings = {"core.fsmonitor": script, "filter.theirs.clean": script, "filter.theirs.required": "true"}
+    for name, value in settings.items():
+        subprocess.run(["git", "config", name, value], check=True)
+    assert provenance()["git_dirty"] == "true" and not marker.exists()
+    subprocess.run(["git", "status"], check=True, capture_output=True)
+    assert marker.exists(), "nothing was tested"
