@@ -23,6 +23,8 @@ port=${PTUNING_CLUSTER_PORT:-6379}
 dashboard=${PTUNING_DASHBOARD_PORT:-8265}
 python=$(command -v "${PTUNING_PYTHON:-python3}") || { echo "up-local: no ${PTUNING_PYTHON:-python3}; set PTUNING_PYTHON" >&2; exit 2; }
 
+export PYTHONSAFEPATH=1 # what lies where this is typed is no module
+
 die() { echo "up-local: $*" >&2; exit 1; }
 
 environment() {
@@ -33,10 +35,11 @@ start() { # start NAME ARGUMENTS...: a node that ends with the process whose id 
   local name=$1; shift
   mkdir -p "$state/$name"
   # Ports of 0 are free ones: the defaults are the same on every node. --block keeps a node's processes below one that we can end.
-  setsid "$python" -m ray.scripts.scripts start "$@" --block --num-cpus "$cpus" --temp-dir "$state/$name" --disable-usage-stats \
+  # What runs jobs (2.60: JobSupervisor) imports from the folder that its node was started in, before all else: an empty one.
+  (cd "$state/$name"; exec setsid "$python" -m ray.scripts.scripts start "$@" --block --num-cpus "$cpus" --temp-dir "$state/$name" --disable-usage-stats \
     --object-store-memory 200000000 --min-worker-port 0 --max-worker-port 0 \
     --node-manager-port 0 --object-manager-port 0 --dashboard-agent-listen-port 0 --dashboard-agent-grpc-port 0 \
-    --metrics-export-port 0 --runtime-env-agent-port 0 >"$state/$name.log" 2>&1 </dev/null &
+    --metrics-export-port 0 --runtime-env-agent-port 0) >"$state/$name.log" 2>&1 </dev/null &
   echo $! >"$state/$name.pid"
 }
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from ptuning.cli import main
+from ptuning.__main__ import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["serve"]

@@ -284,8 +284,7 @@ class Catalogue:
                     return kept
                 raise SoftPromptError(f"{folder} holds other vectors")
             except UserError as error:
-                log.warning("%s: %s; it is fetched again", entry, error)
-                storage.delete_folder(folder)
+                log.warning("%s: %s; it is fetched again", entry, error)  # and stays until the new copy replaces it
         if version is None:
             raise SoftPromptError(f"{entry}: is not in {self._folder}; start the registry")
         loaded, files = retrieve(self._registry, version)

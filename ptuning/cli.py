@@ -14,9 +14,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ptuning import cli_cluster, cli_serve, cli_submit
+from ptuning import cli_cluster, cli_serve, cli_submit, import_path
 from ptuning.access import keep_ray_on_loopback
-from ptuning.cli_options import ExperimentArgument, Json, Overrides, busy, check_register, fail, finish
+from ptuning.cli_options import ExperimentArgument, Json, Overrides, busy, check_register, fail, finish, non_blank
 from ptuning.cli_prompts import prompts
 from ptuning.config import Experiment, UserError, read_experiment
 from ptuning.importing import quick_imports
@@ -34,7 +34,10 @@ app = typer.Typer(
 app.add_typer(prompts)
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run of this name from its newest checkpoint.")]
 Register = Annotated[
-    str | None, typer.Option("--register", metavar="NAME", help="Publish the result as the newest version of this name.")
+    str | None,
+    typer.Option(
+        "--register", metavar="NAME", callback=non_blank, help="Publish the result as the newest version of this name."
+    ),
 ]
 
 
@@ -81,7 +84,10 @@ def search(
     overrides: Overrides = None,
     resume: Resume = False,
     register: Annotated[
-        str | None, typer.Option("--register", metavar="NAME", help="Publish the winner under this name, not the experiment's.")
+        str | None,
+        typer.Option(
+            "--register", metavar="NAME", callback=non_blank, help="Publish the winner under this name, not the experiment's."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -122,7 +128,9 @@ app.command()(cli_cluster.doctor)
 
 @app.command()
 def config(
-    experiment: Annotated[str | None, typer.Argument(metavar="EXPERIMENT", help="Experiment file (TOML).")] = None,
+    experiment: Annotated[
+        str | None, typer.Argument(metavar="EXPERIMENT", callback=non_blank, help="Experiment file (TOML).")
+    ] = None,
     overrides: Overrides = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of experiment files.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it on one line, as other commands do.")] = False,
@@ -144,6 +152,7 @@ def config(
 
 def main() -> None:
     """Entry point of the `ptuning` command."""
+    import_path.leave_working_folder()
     # Ray's nodes would put this onto our stdout (2.60); a search of eight trials has eight processes on two cores, and may.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     code: list[int] = []

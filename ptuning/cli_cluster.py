@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ptuning import cli_submit
-from ptuning.cli_options import ExperimentArgument, Json, Overrides, busy, fail
+from ptuning.cli_options import ExperimentArgument, Json, Overrides, busy, fail, non_blank
 from ptuning.config import UserError, read_experiment
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ def plan(
         typer.Option("--tflops", min=0.001, help="Tera-operations/s that a worker reaches: 400 with GPUs, else 0.1."),
     ] = None,
     config: Annotated[
-        str | None, typer.Option("--config", metavar="FILE", help="config.json of the base, instead of model.path.")
+        str | None,
+        typer.Option("--config", metavar="FILE", callback=non_blank, help="config.json of the base, instead of model.path."),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option("--tokens", min=2, help="Tokens of a row; else data.max_tokens or the rows.")
@@ -69,12 +70,16 @@ def plan(
 
 
 def doctor(
-    experiment: Annotated[str | None, typer.Argument(metavar="EXPERIMENT", help="Experiment file (TOML).")] = None,
+    experiment: Annotated[
+        str | None, typer.Argument(metavar="EXPERIMENT", callback=non_blank, help="Experiment file (TOML).")
+    ] = None,
     overrides: Overrides = None,
     address: Annotated[
         str | None,
         typer.Option(
-            "--address", help="Ray cluster: its dashboard, http://HEAD:8265, or HEAD:6379 from within, or auto: the one here."
+            "--address",
+            callback=non_blank,
+            help="Ray cluster: its dashboard, http://HEAD:8265, or HEAD:6379 from within, or auto: the one here.",
         ),
     ] = None,
     as_json: Json = False,

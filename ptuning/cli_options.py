@@ -10,23 +10,39 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ptuning.config import UserError
+from ptuning.config import EMPTY, UserError
 from ptuning.redaction import redact, redacted
-
-ExperimentArgument = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Experiment file (TOML).")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.learning_rate=0.1")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
-Storage = Annotated[str, typer.Option("--storage", metavar="FOLDER", help="Storage folder whose tracking store to use.")]
-Tracking = Annotated[str | None, typer.Option("--tracking", metavar="URI", help="MLflow server or database to use instead.")]
-BaseOption = Annotated[
-    str | None, typer.Option("--base", metavar="PATH", help="Where its base lies, if not where its card says.")
-]
 
 
 def fail(message: str, code: int) -> NoReturn:
     """One sentence on stderr, and the exit code: 1 for a run that failed, 2 for wrong input."""
     typer.echo(f"ptuning: {redact(message)}", err=True)
     raise typer.Exit(code)
+
+
+def non_blank(parameter: typer.CallbackParam, value: Any) -> Any:
+    """Refuse blank paths, addresses and names on the command line, as `config.NonBlank` does in an experiment."""
+    for text in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(text, str) and not text.strip():
+            given = parameter.metavar or parameter.name if parameter.param_type_name == "argument" else parameter.opts[0]
+            fail(f"{given}: {EMPTY}", 2)
+    return value
+
+
+ExperimentArgument = Annotated[str, typer.Argument(metavar="EXPERIMENT", callback=non_blank, help="Experiment file (TOML).")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.learning_rate=0.1")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Storage = Annotated[
+    str, typer.Option("--storage", metavar="FOLDER", callback=non_blank, help="Storage folder whose tracking store to use.")
+]
+Tracking = Annotated[
+    str | None,
+    typer.Option("--tracking", metavar="URI", callback=non_blank, help="MLflow server or database to use instead."),
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", metavar="PATH", callback=non_blank, help="Where its base lies, if not where its card says."),
+]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ptuning.cli_options import BaseOption, Json, Storage, Tracking, busy, fail
+from ptuning.cli_options import BaseOption, Json, Storage, Tracking, busy, fail, non_blank
 from ptuning.config import MARGIN, Template, UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ prompts = typer.Typer(
     help="Soft prompts that were kept: list, compare, promote, move.",
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A soft prompt: name, name:3 or name@champion.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", callback=non_blank, help="A soft prompt: name, name:3 or name@champion.")]
 
 
 @prompts.command("list")
@@ -60,9 +60,13 @@ def show(
 
 @prompts.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(metavar="FOLDER|ID", help="A PEFT adapter: a folder, or an id on the Hub.")],
-    name: Annotated[str, typer.Option("--name", metavar="NAME", help="The name to publish it under.")],
-    base: Annotated[str | None, typer.Option("--base", metavar="PATH", help="The base it was made for: folder or id.")] = None,
+    source: Annotated[
+        str, typer.Argument(metavar="FOLDER|ID", callback=non_blank, help="A PEFT adapter: a folder, or an id on the Hub.")
+    ],
+    name: Annotated[str, typer.Option("--name", metavar="NAME", callback=non_blank, help="The name to publish it under.")],
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="PATH", callback=non_blank, help="The base it was made for: folder or id.")
+    ] = None,
     input_: Annotated[str | None, typer.Option("--input", help='Template of the input, as "Message: {text}\\nLabel:".')] = None,
     target: Annotated[str | None, typer.Option("--target", help='Template of the target, as " {label}".')] = None,
     labels: Annotated[str | None, typer.Option("--labels", metavar="A,B", help="Labels of a classification task.")] = None,
@@ -91,7 +95,7 @@ def import_(
 @prompts.command()
 def export(
     name: Name,
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A new folder.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", callback=non_blank, help="A new folder.")],
     format_: Annotated[
         Literal["peft", "merged"],
         typer.Option("--format", help="peft: the artefact; merged: base and soft prompt as one plain checkpoint."),
@@ -155,7 +159,7 @@ def promote(
 
 @prompts.command()
 def rollback(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
+    name: Annotated[str, typer.Argument(metavar="NAME", callback=non_blank)],
     storage: Storage = "runs",
     tracking: Tracking = None,
     as_json: Json = False,
@@ -174,7 +178,7 @@ def rollback(
 
 @prompts.command()
 def delete(
-    name: Annotated[str, typer.Argument(metavar="NAME:VERSION")],
+    name: Annotated[str, typer.Argument(metavar="NAME:VERSION", callback=non_blank)],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     storage: Storage = "runs",
     tracking: Tracking = None,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ptuning.access import check_address, check_token, keep_ray_on_loopback, read_keys
-from ptuning.cli_options import BaseOption, ExperimentArgument, Json, Overrides, Storage, Tracking, busy, fail
+from ptuning.cli_options import BaseOption, ExperimentArgument, Json, Overrides, Storage, Tracking, busy, fail, non_blank
 from ptuning.config import UserError, read_experiment
 from ptuning.importing import quick_imports
 from ptuning.redaction import redact
@@ -48,9 +48,11 @@ def serve(
 
 
 def ask(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Who is asked: a soft prompt, name:3, or the base.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", callback=non_blank, help="Who is asked: a soft prompt, name:3, or the base.")
+    ],
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The text, or a JSON object with the template's fields.")],
-    url: Annotated[str, typer.Option("--url", help="The server.")] = "http://127.0.0.1:8000/v1",
+    url: Annotated[str, typer.Option("--url", callback=non_blank, help="The server.")] = "http://127.0.0.1:8000/v1",
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as one JSON object.")] = False,
 ) -> None:
     """Ask the running server one question. An API key comes from PTUNING_API_KEY.
@@ -73,7 +75,7 @@ def ask(
 
 
 def compare(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A registered name.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", callback=non_blank, help="A registered name.")],
     text: Annotated[str, typer.Option("--text", help="The text, or a JSON object with the template's fields.")],
     storage: Storage = "runs",
     tracking: Tracking = None,

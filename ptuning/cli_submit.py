@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ptuning.cli_options import ExperimentArgument, Json, Overrides, check_register, fail, finish
+from ptuning.cli_options import ExperimentArgument, Json, Overrides, check_register, fail, finish, non_blank
 from ptuning.config import UserError, read_experiment
 
 if TYPE_CHECKING:
@@ -31,10 +31,14 @@ class What(StrEnum):
 Address = Annotated[
     str,
     typer.Option(
-        "--address", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://HEAD:8265."
+        "--address",
+        metavar="URL",
+        envvar="RAY_API_SERVER_ADDRESS",
+        callback=non_blank,
+        help="The cluster's dashboard, http://HEAD:8265.",
     ),
 ]
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id; `ptuning jobs list` shows it.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", callback=non_blank, help="The job's id; `ptuning jobs list` shows it.")]
 
 
 def submit(
@@ -43,16 +47,22 @@ def submit(
     address: Address,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run of this name from its newest checkpoint.")] = False,
-    register: Annotated[str | None, typer.Option("--register", metavar="NAME", help="As for train and search.")] = None,
+    register: Annotated[
+        str | None, typer.Option("--register", metavar="NAME", callback=non_blank, help="As for train and search.")
+    ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="As for serve.")] = False,
     shared: Annotated[
         list[str] | None,
         typer.Option(
-            "--shared", metavar="FOLDER", help="A folder that all nodes see as this machine does: nothing in it travels."
+            "--shared",
+            metavar="FOLDER",
+            callback=non_blank,
+            help="A folder that all nodes see as this machine does: nothing in it travels.",
         ),
     ] = None,
     env: Annotated[
-        list[str] | None, typer.Option("--env", metavar="NAME[=VALUE]", help="One more variable for the job. No secrets.")
+        list[str] | None,
+        typer.Option("--env", metavar="NAME[=VALUE]", callback=non_blank, help="One more variable for the job. No secrets."),
     ] = None,
     installed: Annotated[
         bool, typer.Option("--installed", help="Run the ptuning that the nodes have installed; else this one travels.")

@@ -14,13 +14,25 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ptuning.redaction import redact
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 """Names of experiments, runs and soft prompts: safe as a folder, a registry entry and a model id at once."""
 
+EMPTY = "is empty (an unset shell variable?); give it a value, or leave it out"
+"""What is said of a setting, or an option of a command, that must not be blank."""
+
+
+def _non_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError(EMPTY)
+    return text
+
+
+NonBlank = Annotated[str, AfterValidator(_non_blank)]
+"""A path, address, URI or name. Blank ones would mean the working folder, `/` or whatever comes first."""
 Init = Literal["random", "vocabulary", "text", "labels", "soft-prompt"]
 Metric = Literal["loss", "accuracy", "macro_f1", "exact_match", "token_f1", "rouge_l", "bleu"]
 Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
@@ -69,9 +81,9 @@ class Table(BaseModel):
 class ModelConfig(Table):
     """The frozen base."""
 
-    path: str = "builtin"
+    path: NonBlank = "builtin"
     """"builtin", a Hugging Face id, or a folder."""
-    revision: str | None = None
+    revision: NonBlank | None = None
     """Commit, tag or branch of a Hugging Face id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 for a base that is stored in 16 bits where the hardware computes in it, else float32."""
@@ -87,9 +99,9 @@ class PromptConfig(Table):
     init: Init = "vocabulary"
     """random: normal, with the spread of the base's embeddings; vocabulary: rows of frequent tokens; text: rows of init_text;
     labels: rows of the label words (Lester et al. 2021, section 3.2); soft-prompt: init_from (SPoT, Vu et al. 2022)."""
-    init_text: str | None = None
+    init_text: NonBlank | None = None
     """Text for init = "text"; repeated or cut to the length."""
-    init_from: str | None = None
+    init_from: NonBlank | None = None
     """For init = "soft-prompt": a soft prompt's folder, or name@alias in the registry."""
 
     @model_validator(mode="after")
@@ -142,11 +154,11 @@ class Template(Table):
 class DataConfig(Template):
     """The task. A split is a file (.jsonl, .csv, .parquet), "hub:org/name:split", or "builtin:task/split"."""
 
-    train: str
+    train: NonBlank
     """Rows to learn from."""
-    validation: str | None = None
+    validation: NonBlank | None = None
     """Rows that choose the best step; without them the last step is kept."""
-    test: str | None = None
+    test: NonBlank | None = None
     """Rows read once, at the end, with the best soft prompt."""
 
 
@@ -300,12 +312,12 @@ def is_whole(key: str) -> bool:
 class ServeConfig(Table):
     """The server."""
 
-    host: str = "127.0.0.1"
+    host: NonBlank = "127.0.0.1"
     """Address to listen on. Others than loopback need API keys."""
     port: Annotated[int, Field(ge=0, le=65535, strict=True)] = 8000
-    keys: str | None = None
+    keys: NonBlank | None = None
     """File with one API key per line, "KEY" or "KEY admin". Default: the variable PTUNING_API_KEYS, separated by commas."""
-    soft_prompts: tuple[str, ...] = ()
+    soft_prompts: tuple[NonBlank, ...] = ()
     """Registered names to serve; empty: all that were trained for this base."""
     refresh_s: PositiveNumber = 2.0
     """Seconds between looks at the registry: how late a promotion reaches a replica at most."""
@@ -342,9 +354,9 @@ class ServeConfig(Table):
 class TrackingConfig(Table):
     """MLflow."""
 
-    uri: str | None = None
+    uri: NonBlank | None = None
     """Tracking server or database. Default: sqlite in the storage folder."""
-    experiment: str = "ptuning"
+    experiment: NonBlank = "ptuning"
     """MLflow experiment that the runs belong to."""
 
 
@@ -357,9 +369,9 @@ class ComputeConfig(Table):
     """Default: the machine's cores shared by the workers, at least 1 (a cluster: 1)."""
     gpus_per_worker: Number | None = None
     """Default: 1 if the cluster has GPUs, else 0."""
-    storage: str = "runs"
+    storage: NonBlank = "runs"
     """Folder or s3://bucket/folder for checkpoints, soft prompts and, by default, the tracking store."""
-    address: str | None = None
+    address: NonBlank | None = None
     """Ray cluster to connect to. Default: RAY_ADDRESS, else a cluster of this machine only, for the time of the command."""
     max_failures: Count = 3
     """Worker failures after which the run gives up; each restart continues from the newest checkpoint."""
@@ -382,7 +394,7 @@ class ComputeConfig(Table):
 class Experiment(Table):
     """Everything that decides a result."""
 
-    name: str
+    name: NonBlank
     """Names the run and its folder in the storage."""
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
@@ -556,7 +568,7 @@ def _known_keys(tables: Sequence[str]) -> list[str]:
 def _takes_text(keys: Sequence[str]) -> bool:
     table = _table(keys[:-1])
     field = table.model_fields.get(keys[-1]) if table else None
-    return field is not None and field.annotation in (str, str | None)
+    return field is not None and field.annotation in (str, NonBlank, str | None, NonBlank | None)
 
 
 def _table(tables: Sequence[str]) -> type[BaseModel] | None:

@@ -26,6 +26,7 @@ import psutil
 import ray
 import ray.train
 from ray.exceptions import OutOfMemoryError, RayError
+from ray.job_config import JobConfig
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import BackendSetupCallback
@@ -33,7 +34,7 @@ from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPo
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ptuning import lease, storage, tracking
+from ptuning import import_path, lease, storage, tracking
 from ptuning.base import Base, find_base
 from ptuning.config import Experiment, UserError
 from ptuning.failures import RunFailed, disk_full, explain
@@ -192,6 +193,17 @@ def _asking_nobody() -> type[FixedScalingPolicy]:
     return AskingNobody
 
 
+class _Job(JobConfig):
+    """A job whose workers import what is installed (`import_path`), and nothing from where the command was typed.
+
+    Ray (2.60, _private/worker.py: connect) has them look into the driver's working folder and its script's before all else.
+    """
+
+    def _serialize(self) -> str:
+        self._py_driver_sys_path = []
+        return super()._serialize()
+
+
 def start_ray(experiment: Experiment) -> bool:
     """Connect to the experiment's cluster, or start one of this machine only; True if it was started here."""
     return join_ray(experiment.compute.address or os.environ.get("RAY_ADDRESS"))
@@ -213,17 +225,21 @@ def join_ray(address: str | None) -> bool:
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "120")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not (address or "").startswith("ray://"):  # Ray's client tells its workers no folders
+        options["job_config"] = _Job()
+    if import_path.carried:
+        options["runtime_env"] = {"py_modules": [import_path.PACKAGE], "excludes": ["__pycache__"]}
     _Trainer.own_cluster = not address
     if address:
-        ray.init(address=address, **quiet)
+        ray.init(address=address, **options)
     else:
         # An actor that asks whether a cloud will take the machine away: a second of every start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Not what the last `ray start` here has noted, which may be long gone: Ray would wait for it.
         try:
             with _not_interrupted():
-                ray.init(address="local", include_dashboard=False, **quiet)
+                ray.init(address="local", include_dashboard=False, **options)
         except KeyboardInterrupt:
             ray.shutdown()
             raise

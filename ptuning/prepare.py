@@ -12,6 +12,7 @@ from ptuning.base import Base
 from ptuning.config import Experiment, ExperimentError, UserError
 from ptuning.orders import Task
 from ptuning.redaction import redact, redacted
+from ptuning.tracking import default_uri
 
 RUN = "run.json"
 """In a run's folder: its experiment, its status, and in the end its summary."""
@@ -21,7 +22,11 @@ FREE = ("search.trials", "search.slots", "search.groups", "search.finalists", "s
 
 
 def absolute(experiment: Experiment) -> Experiment:
-    """The experiment with absolute paths: workers run in folders of their own."""
+    """The experiment with absolute paths: workers run in folders of their own.
+
+    Raises:
+        UserError: the storage cannot hold the tracking store that is to be in it.
+    """
     tables = experiment.model_dump()
     for split in ("train", "validation", "test"):
         source = tables["data"][split]
@@ -32,6 +37,8 @@ def absolute(experiment: Experiment) -> Experiment:
         value = tables[table][key]
         if value and "://" not in value and (key == "storage" or Path(value).expanduser().is_dir()):
             tables[table][key] = str(Path(value).expanduser().absolute())
+    if tables["tracking"]["uri"] is None and "://" not in tables["compute"]["storage"]:
+        default_uri(tables["compute"]["storage"])  # refused before anything is written
     return Experiment.model_validate(tables)
 
 

@@ -16,6 +16,8 @@ from ptuning.shipped import SCHEME
 from ptuning.soft_prompt import Card, SoftPrompt
 from ptuning.storage import StorageError
 
+AGAIN = "choose another version, or publish it again from a copy that is whole"
+
 
 def publish(registry: Registry, name: str, folder: str, run_id: str | None, artifact_root: str | None) -> Version:
     """Make the soft prompt in a folder the newest version of a name. The same again is the version it already is.
@@ -91,10 +93,10 @@ def retrieve(registry: Registry, version: Version) -> tuple[SoftPrompt, dict[str
         except UserError as error:
             raise RegistryError(str(error).replace(folder, str(version))) from None
     if loaded.card.content_hash != version.tag("content_hash"):
-        raise RegistryError(f"{version}: its run {version.run_id} holds other vectors than were published; delete this version")
+        raise RegistryError(f"{version}: its run {version.run_id} holds other vectors than were published; {AGAIN}")
     card_hash = version.tag("card_hash")
     if card_hash and hashlib.sha256(files.get(soft_prompt.CARD, b"")).hexdigest() != card_hash:
-        raise RegistryError(f"{version}: its run {version.run_id} holds another card than was published; delete this version")
+        raise RegistryError(f"{version}: its run {version.run_id} holds another card than was published; {AGAIN}")
     return loaded, soft_prompt.without_passwords(files)
 
 

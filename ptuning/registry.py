@@ -232,8 +232,9 @@ class Registry:
     def upload(self, run_id: str, folder: Path) -> None:
         """Put a soft prompt's files into a run; the manifest comes last."""
         with asking(self.uri):
+            store = tracking.artifacts(self.client, run_id)
             for file in sorted(folder.iterdir(), key=lambda file: list(FILES).index(file.name)):
-                self.client.log_artifact(run_id, str(file), ARTIFACT)
+                store.log_artifact(str(file), ARTIFACT)
 
     def create_run(self, name: str, artifact_root: str | None, tags: Mapping[str, str]) -> str:
         """A run for a soft prompt that was made elsewhere; returns its id."""
@@ -251,18 +252,24 @@ class Registry:
         """
         missing = set(FILES)
         with asking(self.uri):
-            for entry in self.client.list_artifacts(version.run_id, ARTIFACT):
+            store = tracking.artifacts(self.client, version.run_id)
+            for entry in store.list_artifacts(ARTIFACT):
                 name = PurePosixPath(entry.path).name
                 if name not in FILES or entry.is_dir or entry.path != f"{ARTIFACT}/{name}":
                     continue
                 if (entry.file_size or 0) > FILES[name]:
-                    raise RegistryError(f"{version}: {name} has {entry.file_size} bytes, too many for a soft prompt; delete it")
-                path = Path(self.client.download_artifacts(version.run_id, entry.path, str(folder)))
+                    raise RegistryError(
+                        f"{version}: {name} has {entry.file_size} bytes, too many for a soft prompt; choose another version"
+                    )
+                path = Path(store.download_artifacts(entry.path, str(folder)))
                 path.replace(folder / name)
                 missing.remove(name)
         if missing:
-            listed = ", ".join(sorted(missing))
-            raise RegistryError(f"{version}: {listed} is missing in its run {version.run_id}; delete this version")
+            place = redact(tracking.artifact_place(self.client, version.run_id))
+            raise RegistryError(
+                f"{version}: {', '.join(sorted(missing))} not found in {place}/{ARTIFACT}; if that place has moved or is not "
+                "mounted, bring it back, or name the storage folder where it is now (--storage, compute.storage)"
+            )
 
     def remove(self, version: Version) -> None:
         """Remove a version from MLflow's registry. `champion.Ledger.forget` must have allowed it. Its run stays."""

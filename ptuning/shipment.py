@@ -38,6 +38,7 @@ PLAIN = (
 PLACES = ("HF_DATASETS_CACHE", "HF_HOME", "HF_HUB_CACHE")
 """Folders: they travel if they lie in a shared one."""
 ALWAYS = {
+    "PYTHONSAFEPATH": "1",  # the job's `python -m ptuning` imports nothing from its working directory
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     # Training stops in order upon SIGINT; then its MLflow run needs time to get its last records and its end.
     "RAY_JOB_STOP_SIGNAL": "SIGINT",
@@ -62,15 +63,22 @@ class Shipment:
     """What the cluster must have for this job to work."""
 
     @property
+    def experiment_name(self) -> str:
+        """Of the experiment file in the job's working directory. Ray has all of a job's processes import from there: a file
+        that is called as a module is would be taken for it."""
+        assert self.experiment is not None
+        return self.experiment.name if self.experiment.suffix == ".toml" else f"{self.experiment.name}.toml"
+
+    @property
     def contents(self) -> dict[str, int]:
         """Path in the job's working directory -> bytes."""
-        listed = {self.experiment.name: self.experiment.stat().st_size} if self.experiment else {}
+        listed = {self.experiment_name: self.experiment.stat().st_size} if self.experiment else {}
         return listed | {target: source.stat().st_size for target, source in self._shipped()}
 
     def pack(self, folder: Path) -> None:
         """Copy everything to where it is uploaded from."""
         if self.experiment:
-            shutil.copyfile(self.experiment, folder / self.experiment.name)
+            shutil.copyfile(self.experiment, folder / self.experiment_name)
         for target, source in self._shipped():
             (folder / target).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / target)

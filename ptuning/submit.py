@@ -77,7 +77,7 @@ class Job:
 
     @property
     def entrypoint(self) -> str:
-        experiment = [self.shipment.experiment.name] if self.shipment.experiment else []
+        experiment = [self.shipment.experiment_name] if self.shipment.experiment else []
         own = {"serve": ["--detach"], "doctor": ["--address", "auto"]}.get(self.kind, [])
         return shlex.join(
             ["python", "-m", "ptuning", self.kind, *experiment, *self.shipment.overrides, *own, *self.flags, "--json"]
@@ -196,7 +196,7 @@ class Cluster:
             return stopped
         with self._explained(job):
             # Needs Ray only, so it works whatever package the application was made with.
-            command = shlex.join(["python", "-c", END])
+            command = shlex.join(["python", "-P", "-c", END])  # -P: whatever lies in the folder where Ray starts it
             ending = self._client.submit_job(entrypoint=command, metadata={KIND: "stop", "experiment": APPLICATION})
         if self.follow(ending, Log(lambda line: None)).status != JobStatus.SUCCEEDED:
             raise ClusterError(f"the application was not ended; see ptuning jobs logs {ending}")

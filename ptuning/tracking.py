@@ -40,6 +40,8 @@ does not grow with them. After a failure it doubles up to the longest."""
 BATCH_METRICS, BATCH_TEXTS, BATCH_BYTES = 1000, 100, 500_000
 """MLflow 3.17 takes 1000 metrics, 100 params and 100 tags in one call of at most 1 MB (mlflow/utils/validation.py)."""
 PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH, DIGEST_LENGTH = 6000, 8000, 250, 36
+ARTIFACTS = "mlartifacts"
+"""Folder of all artifacts in the storage folder."""
 RUN_KEY, PARENT_KEY = "ptuning.run_key", "ptuning.parent_key"
 
 log = logger(__name__)
@@ -65,16 +67,26 @@ def default_uri(storage: str | Path) -> str:
     """The tracking store in the storage folder: sqlite under an absolute path, since Ray changes the working directory.
 
     Raises:
-        UserError: the storage is no local folder.
+        UserError: the storage is no local folder, or one that has no address as a database.
     """
     if "://" in str(storage):
         raise UserError(f"compute.storage: {storage} cannot hold the tracking store; set tracking.uri to an MLflow server")
-    return f"sqlite:///{Path(storage).absolute() / 'mlflow.db'}"
+    folder = Path(storage).expanduser().absolute()
+    # SQLAlchemy (2.1) and MLflow (3.17) do not agree on what these mean in the address of a database: it would lie elsewhere.
+    unclear = re.search(r"\?|%[0-9A-Fa-f]{2}", str(folder))
+    if unclear:
+        raise UserError(
+            f"compute.storage: {folder} has {unclear[0]!r} in its path, which MLflow's database cannot; choose another folder, "
+            "or set tracking.uri to an MLflow server"
+        )
+    return f"sqlite:///{folder / 'mlflow.db'}"
 
 
 def default_artifact_root(storage: str | Path) -> str:
     """Where the runs of `default_uri` keep their artifacts."""
-    return f"{storage}/mlartifacts" if "://" in str(storage) else (Path(storage).absolute() / "mlartifacts").as_uri()
+    if "://" in str(storage):
+        return f"{storage}/{ARTIFACTS}"
+    return (Path(storage).expanduser().absolute() / ARTIFACTS).as_uri()
 
 
 def provenance() -> dict[str, str]:
@@ -92,16 +104,33 @@ def provenance() -> dict[str, str]:
     commit = _git("rev-parse", "HEAD")
     if commit:
         facts["git_commit"] = commit
-        facts["git_dirty"] = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
+        facts["git_dirty"] = str(bool(changed)).lower()
     return facts
 
 
 def _git(*arguments: str) -> str:
+    """What git answers about the working folder; nothing where there is no repository.
+
+    The repository may be anybody's, and its settings name commands that `git status` would run: they are switched off.
+    """
+    known = _run_git("config", "--null", "--name-only", "--get-regexp", r"^filter\..*\.(clean|process|required)$")
+    settings = {"core.fsmonitor": "false", "core.hooksPath": os.devnull} | {name: "" for name in known.split("\0") if name}
+    # For what a partial clone lacks git would ask its remote, by a command of the remote's.
+    given = int(os.environ.get("GIT_CONFIG_COUNT") or 0)
+    environment = {"GIT_ALLOW_PROTOCOL": "", "GIT_NO_LAZY_FETCH": "1", "GIT_CONFIG_COUNT": str(given + len(settings))}
+    for number, (name, value) in enumerate(settings.items(), given):
+        environment |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
+    return _run_git(*arguments, **environment).strip()
+
+
+def _run_git(*arguments: str, **environment: str) -> str:
+    command = ["git", "--no-optional-locks", *arguments]
     try:
-        answer = subprocess.run(["git", "--no-optional-locks", *arguments], capture_output=True, text=True, timeout=5)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, env=os.environ | environment)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return answer.stdout.strip() if answer.returncode == 0 else ""
+    return answer.stdout if answer.returncode == 0 else ""
 
 
 class Tracker:
@@ -328,6 +357,7 @@ class _Shipment:
         self.run_id = spool.sent(uri).run_id
         self.stop = False
         self._params: dict[str, str] | None = None
+        self._store: tuple[str | None, Any] | None = None
 
     def ship(self) -> Iterator[int]:
         """Ship all there is, batch by batch, and yield the offset reached.
@@ -455,7 +485,7 @@ class _Shipment:
         # Not log_artifacts: that of some stores starts a thread pool, and Python waits for its threads when it exits.
         if not path.exists():
             raise _Refused(f"{path} is gone")
-        self._client.log_artifact(self.run_id, str(path), folder or None)
+        self._artifacts.log_artifact(str(path), folder or None)
 
     def _find_or_create_run(self) -> str:
         about = self.spool.about
@@ -500,6 +530,12 @@ class _Shipment:
     def _client(self) -> Any:
         return connect(self.uri)
 
+    @property
+    def _artifacts(self) -> Any:
+        if self._store is None or self._store[0] != self.run_id:  # the run may be made again
+            self._store = self.run_id, artifacts(self._client, str(self.run_id))
+        return self._store[1]
+
     @cached_property
     def _experiment_id(self) -> str:
         return experiment_id(self._client, self.spool.about["experiment"], self.spool.about["artifact_root"])
@@ -542,10 +578,42 @@ def asking(uri: str) -> Iterator[None]:
         raise TrackingError(f"MLflow ({redact(uri)}): {reason}", str(error.error_code)) from None
 
 
+def artifacts(client: Any, run_id: str) -> Any:
+    """MLflow's store of a run's files (`ArtifactRepository`).
+
+    MLflow notes where the files of a run lie as a whole path. The files of the database in a storage folder lie beside it:
+    they are looked for there wherever the folder is by now, moved, copied, or mounted elsewhere.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    uri = client.tracking_uri
+    return get_artifact_repository(artifact_place(client, run_id), tracking_uri=uri, registry_uri=uri)
+
+
+def artifact_place(client: Any, run_id: str) -> str:
+    """Where the files of a run lie."""
+    noted = str(client.get_run(run_id).info.artifact_uri)
+    before, now = _artifact_roots(client)
+    return now + noted.removeprefix(before) if before and noted.startswith(f"{before}/") else noted
+
+
+def _artifact_roots(client: Any) -> tuple[str, str]:
+    """The folder of artifacts as the database in a storage folder has noted it when it was made, and as it is now; nothing for
+    all other stores."""
+    path = database(client.tracking_uri)
+    first = client.get_experiment_by_name("Default") if path else None  # made with the database
+    root, _, number = first.artifact_location.rpartition("/") if first else ("", "", "")
+    if path is None or number != "0" or not root.endswith(f"/{ARTIFACTS}"):
+        return "", ""
+    return root, default_artifact_root(path.parent)
+
+
 def experiment_id(client: Any, name: str, artifact_root: str | None) -> str:
     """Id of the MLflow experiment of this name, which is created if it is not there."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
+        before, now = _artifact_roots(client)
+        artifact_root = before if before and artifact_root == now else artifact_root  # as all of this database: `artifacts`
         try:
             return str(client.create_experiment(name, artifact_root))
         except _mlflow().MlflowException as error:

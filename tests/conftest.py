@@ -14,10 +14,13 @@ import random
 import secrets
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -300,6 +303,24 @@ def _toml(tables: dict[str, Any]) -> str:
     plain = [f"{key} = {json.dumps(value)}" for key, value in tables.items() if not isinstance(value, dict)]
     nested = [f"\n[{key}]\n{_toml(value)}" for key, value in tables.items() if isinstance(value, dict)]
     return "\n".join([*plain, *nested]) + "\n"
+
+
+def set_traps(folder: Path) -> None:
+    """Files in a folder that are called as the modules of Python and of all that is installed are: importing one tells
+    (`sprung`) and fails. Left out is what `python -m` imports from the working folder before its first line is reached."""
+    probe = folder / "probe_of_python"
+    probe.mkdir(parents=True)
+    (probe / "__main__.py").write_text("import sys; print(*sys.modules)")
+    started = subprocess.run([sys.executable, "-m", probe.name], cwd=folder, capture_output=True, text=True, check=True)
+    shutil.rmtree(probe)
+    installed = {name for name in metadata.packages_distributions() if name.isidentifier()} - {"ptuning"}
+    for name in (sys.stdlib_module_names | installed) - set(started.stdout.split()):
+        (folder / f"{name}.py").write_text('open(__file__ + ".run", "w").close()\nraise ImportError("a trap")\n')
+
+
+def sprung(*folders: Path) -> list[str]:
+    """The traps that were imported."""
+    return sorted(path.name for folder in folders for path in folder.glob("*.run"))
 
 
 @pytest.fixture(scope="module")

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pty
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import typer
 from conftest import tiny_config, title
 from typer.testing import CliRunner
 
 from ptuning.cli import app
+from ptuning.cli_options import non_blank
 
 Write = Callable[..., Path]
 
@@ -180,10 +183,47 @@ def test_shells_complete_commands(typed: str, completed: str) -> None:
     assert done.stdout.split() == [completed], done
 
 
+TEXT = {"ask TEXT", "compare --text", "prompts import --input", "prompts import --target", "prompts import --labels"}
+"""What is text and may be blank."""
+
+
+def strings(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every option and argument that takes a free string."""
+    for name, below in getattr(command, "commands", {}).items():
+        yield from strings(below, f"{path}{name} ")
+    for parameter in command.params:
+        if parameter.type_descriptor.annotation in (str, list[str]) and not parameter.name.endswith("_completion"):
+            yield path + (parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[0]), parameter
+
+
+@pytest.mark.fast
+def test_every_path_address_and_name_is_refused_if_blank() -> None:
+    found = dict(strings(typer.main.get_command(app)))
+    checked = {name for name, each in found.items() if inspect.unwrap(each.callback or print) is non_blank}
+    assert {name for name in set(found) - checked if not name.endswith("KEY=VALUE")} == TEXT
+    assert {"train --register", "prompts list --storage", "submit --shared", "doctor --address", "jobs stop JOB"} <= set(found)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("prompts", "list", "--storage="), "--storage"),
+        (("prompts", "export", "a:1", "  "), "FOLDER"),
+        (("submit", "train", "e.toml", "--address=http://x", "--shared=/one", "--shared="), "--shared"),
+        (("submit", "train", "e.toml", "--address", ""), "--address"),
+        (("compare", "a", "--text=", "--base= "), "--base"),
+    ],
+)
+def test_blank_arguments_are_one_sentence(arguments: tuple[str, ...], named: str) -> None:
+    said = f"ptuning: {named}: is empty (an unset shell variable?); give it a value, or leave it out"
+    assert invoke(*arguments) == (2, said)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_whole_command_with_two_workers(toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path) -> None:
-    toy_task.experiment["compute"]["workers"] = 2
+    toy_task.experiment["compute"] |= {"workers": 2, "storage": str(tmp_path / "runs #1 100% a:b äö")}
     toy_task.experiment["prompt"]["length"] = 10
     toy_task.experiment["train"] |= {"steps": 60, "learning_rate": 0.3}
     command = [sys.executable, "-m", "ptuning", "train", str(write_toml(toy_task.experiment)), "--json"]

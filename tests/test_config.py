@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ptuning.config import (
     NAME,
@@ -116,7 +117,6 @@ WRONG = [
     ({"model__lr2": 1}, "model.lr2: unknown key; known here: dtype, path, revision, trust_remote_code"),
     # Values.
     ({"name": "a/b"}, "name: 'a/b' is no name; use letters, digits, '-', '_' and '.', at most 64, no slashes"),
-    ({"name": ""}, "name: '' is no name; use letters, digits, '-', '_' and '.', at most 64, no slashes"),
     ({"name": ".."}, "name: '..' is no name; use letters, digits, '-', '_' and '.', at most 64, no slashes"),
     ({"name": 3}, "name: input should be a valid string (got 3); change the value"),
     ({"tracking": 3}, "tracking: is no table (got 3); write [tracking] and its keys below it"),
@@ -309,27 +309,28 @@ def test_template_fields():
 
 numbers = st.floats(1e-9, 1e9)
 counts = st.integers(1, 10**6)
+names = st.text(min_size=1).filter(str.strip)
 experiments = st.fixed_dictionaries(
     {
         "name": st.from_regex(NAME, fullmatch=True),
         "data": st.fixed_dictionaries(
             {
-                "train": st.text(),
+                "train": names,
                 "input": st.sampled_from(["{text}", "a {b}\n{{c}}", "ünï {text}:"]),
                 "target": st.just(" {label}"),
-                "validation": st.text(),
+                "validation": names,
             },
             optional={
                 "labels": st.lists(st.text(), min_size=2, max_size=5, unique=True),
                 "max_tokens": counts,
                 "truncate": st.sampled_from(["left", "right", "error"]),
-                "test": st.text(),
+                "test": names,
             },
         ),
     },
     optional={
-        "model": st.fixed_dictionaries({}, optional={"path": st.text(), "revision": st.text(), "dtype": st.just("float32")}),
-        "prompt": st.fixed_dictionaries({"init": st.just("text"), "init_text": st.text(min_size=1), "length": counts}),
+        "model": st.fixed_dictionaries({}, optional={"path": names, "revision": names, "dtype": st.just("float32")}),
+        "prompt": st.fixed_dictionaries({"init": st.just("text"), "init_text": names, "length": counts}),
         "train": st.fixed_dictionaries(
             {"batch_size": st.integers(8, 64)},
             optional={"learning_rate": numbers, "patience": counts, "clip": numbers, "warmup": st.floats(0, 0.99)},
@@ -353,7 +354,7 @@ def test_the_resolved_experiment_survives_json(plain):
     assert DataConfig.model_validate_json(experiment.data.model_dump_json()) == experiment.data
 
 
-@given(st.text(st.characters(codec="utf-8"), max_size=80).filter(lambda name: not NAME.fullmatch(name)))
+@given(st.text(st.characters(codec="utf-8"), max_size=80).filter(lambda name: name.strip() and not NAME.fullmatch(name)))
 def test_only_safe_names_are_names(name):
     assert sentence(lambda: parse_experiment(tables(name=name))).startswith(f"experiment: name: {name!r} is no name; ")
 
@@ -361,3 +362,40 @@ def test_only_safe_names_are_names(name):
 def test_a_file_says_the_same_as_its_tables(write_toml):
     plain = tables(data__labels=["a", "b"], train__gradient_checkpointing=True, compute__workers=[1, 2], train__clip=0.5)
     assert read_experiment(write_toml(plain)) == parse_experiment(plain)
+
+
+TEXT = {"data.input", "data.target", "data.labels"}
+"""Strings of an experiment that may be blank: they are text. All others name something."""
+
+
+def takes_text(kind: Any) -> bool:
+    return kind is str or (get_origin(kind) is not Literal and any(map(takes_text, get_args(kind))))
+
+
+def named_by_text(table: type[BaseModel], path: str = "") -> Iterator[str]:
+    """The keys that take a free string."""
+    for name, field in table.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from named_by_text(kind, f"{path}{name}.")
+        elif takes_text(kind) and get_origin(kind) is not dict:
+            yield f"{path}{name}"
+
+
+@pytest.mark.parametrize("key", [key for key in named_by_text(Experiment) if key not in TEXT])
+@pytest.mark.parametrize("blank", ["", "  \t"])
+def test_what_names_something_is_not_blank(key, blank, tmp_path):
+    (tmp_path / "e.toml").write_text(TOML)
+    said = f"{key}: is empty (an unset shell variable?); give it a value, or leave it out"
+    value = [blank] if key == "serve.soft_prompts" else blank
+    assert sentence(partial(parse_experiment, tables(**{key.replace(".", "__"): value}), "e.toml")) == f"e.toml: {said}"
+    if value == blank:
+        assert sentence(partial(read_experiment, tmp_path / "e.toml", [f"{key}={blank}"])).endswith(said)
+
+
+def test_the_keys_that_name_something_are_known():
+    assert set(named_by_text(Experiment)) - TEXT == {
+        *("name", "model.path", "model.revision", "prompt.init_text", "prompt.init_from", "data.train", "data.validation"),
+        *("data.test", "serve.host", "serve.keys", "serve.soft_prompts", "tracking.uri", "tracking.experiment"),
+        *("compute.storage", "compute.address"),
+    }

@@ -25,6 +25,7 @@ from ptuning.config import ModelConfig, Template
 from ptuning.meaning import nearest_words, norms
 from ptuning.publish import retrieve
 from ptuning.registry import Registry
+from ptuning.tracking import default_uri
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -244,6 +245,56 @@ def test_nothing_but_our_own_lines(tmp_path: Path, tiny_base_folder: Path) -> No
             command += ["--base", str(tiny_base_folder)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(line)
+
+
+@pytest.mark.fast
+def test_a_storage_folder_that_has_moved(shelf: SimpleNamespace, store: Path) -> None:  # noqa: F811
+    """Twice: all commands find what is in it, what is new lies in it, too, and nothing is made where it was before."""
+    for place in ("elsewhere", "and farther"):
+        moved = shelf.folder / place / "runs"
+        moved.parent.mkdir()
+        store.rename(moved)
+        where = ("--storage", str(moved))
+        fresh = put(Registry(default_uri(moved)), "toy", prompt(shelf.folder, 7 + len(place), base=shelf.base.name))
+        assert answer("list", *where)["soft_prompts"][-1]["aliases"] == ["champion"]
+        assert answer("show", "toy:2", *where)["version"] == 2
+        for version in (1, fresh.version):
+            run("export", f"toy:{version}", str(shelf.folder / f"{place}-{version}"), *where)
+        assert answer("promote", "toy", "2", "--force", *where)["moved"] and answer("rollback", "toy", *where)["champion"] == 1
+        assert (moved / "mlartifacts" / fresh.run_id / "artifacts" / "soft_prompt" / "card.json").exists()
+        assert not store.exists()
+        store = moved
+    (store / "mlartifacts").rename(store / "away")
+    said = refusal("export", "toy:1", str(shelf.folder / "out"), *where)
+    assert f"not found in file://{store.as_uri().removeprefix('file://')}/mlartifacts/" in said and "--storage" in said
+    assert "delete" not in said and "mounted" in said
+
+
+@pytest.mark.fast
+def test_a_storage_folder_with_an_odd_name_holds_all_that_is_written(tmp_path: Path) -> None:
+    """The database is made there, not copied as in the other tests. Any name: `test_tracking`."""
+    store = tmp_path / "in" / " #100% a:b;c&d=[e]{f}'g'\"h\"\\i~$HOME*!ä日\n"  # noqa: F811
+    source = prompt(tmp_path / "source")
+    put(Registry(default_uri(store)), "toy", source)
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "source"} and list((tmp_path / "in").iterdir()) == [store]
+    assert {"mlflow.db", "mlartifacts"} <= {path.name for path in store.iterdir()}
+    moved = store.rename(tmp_path / "moved")
+    assert len(answer("list", "--storage", str(moved))["soft_prompts"]) == 1
+    run("export", "toy:1", str(tmp_path / "out"), "--storage", str(moved))
+    assert (tmp_path / "out" / "card.json").exists() and not store.exists()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", ["a?b=1", "a%41b"])
+def test_a_storage_folder_that_mlflow_would_take_for_another_is_refused(
+    toy_task: SimpleNamespace, write_toml: Any, name: str
+) -> None:
+    toy_task.experiment["compute"]["storage"] = str(toy_task.folder / "in" / name)
+    for command in (["train"], ["search"], ["serve"], ["doctor"], ["submit", "train", "--address=http://x", "--shared=/"]):
+        done = CliRunner().invoke(app, [*command, str(write_toml(toy_task.experiment))])
+        assert done.exit_code == 2 and f"/{name} has " in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert f"/{name} has " in refusal("list", "--storage", toy_task.experiment["compute"]["storage"])
+    assert not (toy_task.folder / "in").exists()
 
 
 @pytest.mark.slow

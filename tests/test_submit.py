@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, toy_rows
+from conftest import REPOSITORY, set_traps, sprung, toy_rows
 from test_soft_prompt import make
 from test_tracking import free_port
 from typer.testing import CliRunner
@@ -278,6 +278,20 @@ def test_api_keys_never_travel(desk: SimpleNamespace) -> None:
 
 
 @fast
+def test_nothing_that_travels_can_be_imported(desk: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Ray has every process of a job import from its working directory."""
+    packed = tmp_path_factory.mktemp("packed")
+    shutil.copy(desk.folder / "data" / "train.jsonl", desk.folder / "queue.py")
+    desk.experiment["data"]["train"] = "queue.py"
+    desk.collect().pack(packed)
+    (desk.folder / "experiment.toml").rename(desk.folder / "secrets.py")
+    shipped = shipment.collect("train", "secrets.py", ["data.train=data/train.jsonl"], shared=[], env=[], here={})
+    shipped.pack(packed)
+    assert "secrets.py.toml" in shipped.contents and shipped.env["PYTHONSAFEPATH"] == "1"
+    assert {path.name for path in packed.iterdir()} == {"experiment.toml", "secrets.py.toml", "shipped"}
+
+
+@fast
 def test_dry_run_shows_all_and_sends_nothing(desk: SimpleNamespace, write_toml: Write) -> None:
     nobody = f"http://127.0.0.1:{free_port()}"
     command = ["submit", "train", str(write_toml(desk.experiment)), "train.steps=7", "--address", nobody, "--resume"]
@@ -380,7 +394,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
         'import os, sys\n"RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and print("this package travelled", file=sys.stderr)\n'
     )
     desk = folder / "desk"
-    desk.mkdir()
+    set_traps(desk)
     fill(desk)
     port, dashboard = free_pair(), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))} | {
@@ -390,7 +404,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
         "PTUNING_PYTHON": sys.executable,
     }
     script = str(REPOSITORY / "cluster" / "up-local.sh")
-    subprocess.run([script, "up"], env=environment, check=True, timeout=150)
+    subprocess.run([script, "up"], env=environment, cwd=desk, check=True, timeout=150)
     try:
         client = environment | {
             "PYTHONPATH": str(package.parent),
@@ -401,6 +415,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         }
         yield SimpleNamespace(desk=desk, shared=folder / "shared", client=client, base=tiny_base_folder)
+        assert sprung(desk) == []
     finally:
         subprocess.run([script, "down"], env=environment, check=True, timeout=60)
         shutil.rmtree(state.parent)

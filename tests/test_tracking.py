@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,11 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow.utils.file_utils import local_file_uri_to_path
+from sqlalchemy import make_url
 
 from ptuning.config import UserError
 from ptuning.tracking import (
     Tracker,
     _create_database,
+    database,
     default_artifact_root,
     default_uri,
     provenance,
@@ -471,3 +477,38 @@ def test_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(provenance()["git_commit"]) == 40 and provenance()["git_dirty"] == "false"
     monkeypatch.setenv("PATH", "")
     assert "git_commit" not in provenance()
+
+
+@pytest.mark.fast
+def test_provenance_runs_no_command_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    marker = tmp_path.with_name(f"{tmp_path.name}-run")
+    (tmp_path / "rows.txt").write_text("one")
+    for command in ("init -q", "add rows.txt", "-c user.name=a -c user.email=a@b commit -q -m x"):
+        subprocess.run(["git", *command.split()], check=True)
+    (tmp_path / ".gitattributes").write_text("* filter=theirs\n")
+    (tmp_path / "rows.txt").write_text("two")  # as long as before: git would compare what the filter makes of it
+    script = f"touch {marker}; cat"
+    settings = {"core.fsmonitor": script, "filter.theirs.clean": script, "filter.theirs.required": "true"}
+    for name, value in settings.items():
+        subprocess.run(["git", "config", name, value], check=True)
+    assert provenance()["git_dirty"] == "true" and not marker.exists()
+    subprocess.run(["git", "status"], check=True, capture_output=True)
+    assert marker.exists(), "nothing was tested"
+
+
+@pytest.mark.fast
+@given(
+    st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=20)
+    | st.text(" #%4aF?&=:;@$~'\"", min_size=1)
+)
+def test_the_default_store_lies_in_its_storage_folder_or_is_refused(name: str) -> None:
+    """As those read its addresses who open it."""
+    folder = Path("/data") / name
+    try:
+        uri = default_uri(folder)
+    except UserError as error:
+        assert re.search("[?]|%[0-9a-fA-F]{2}", name) and str(folder) in str(error)
+        return
+    assert make_url(uri).database == str(folder / "mlflow.db") and database(uri) == folder / "mlflow.db"
+    assert local_file_uri_to_path(default_artifact_root(folder)) == str(folder / "mlartifacts")
