@@ -46,7 +46,7 @@ def trapped(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
         f'[data]\ntrain = "{beside}/train.jsonl"\nvalidation = "{beside}/validation.jsonl"\ntest = "{beside}/test.jsonl"\n'
         'input = "Text: {text}\\nKind:"\ntarget = " {label}"\nlabels = ["fruit", "tool"]\n'
         "[train]\nsteps = 4\nevaluate_every = 2\nbatch_size = 8\n"
-        "[search]\ntrials = 2\nslots = 2\nlength = [2, 4]\nfinalists = 1\nseeds = 1\n"
+        '[search]\nscheduler = "fifo"\ntrials = 2\nslots = 2\nlength = [2, 4]\nfinalists = 1\nseeds = 1\n'
         f'[compute]\nstorage = "{beside}/runs #1 100% a:b äö"\n'
     )
     assert len(list(here.iterdir())) > 300 and {"datasets.py", "queue.py", "numpy.py"} <= {path.name for path in here.iterdir()}
@@ -96,15 +96,27 @@ def test_what_the_user_has_named_in_pythonpath_stays(tmp_path: Path, given: str 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_search_and_its_server(trapped: SimpleNamespace) -> None:
-    """Driver, hub, trials, workers and their controllers; then Serve's controller, proxy and replica, and the doctor's look."""
+    """Driver, hub, trials, workers and their controllers; then Serve's controller, proxy and replica, and the doctor's look.
+
+    The server finds what the search has made though the storage folder has moved meanwhile.
+    """
     summary = json.loads(run(trapped.here, "search", trapped.experiment, "--json").splitlines()[-1])
     assert summary["trials"] == {"finished": 2} and summary["registered"] == "toy:1"
     assert sprung(trapped.here, trapped.beside) == []
 
+    moved = (trapped.beside / "runs #1 100% a:b äö").rename(trapped.beside / "moved")
     port = free_port()
     log = trapped.beside / "serve.log"
     with log.open("wb") as out:
-        command = [sys.executable, "-m", "ptuning", "serve", trapped.experiment, f"serve.port={port}"]
+        command = [
+            sys.executable,
+            "-m",
+            "ptuning",
+            "serve",
+            trapped.experiment,
+            f"serve.port={port}",
+            f"compute.storage={moved}",
+        ]
         server = subprocess.Popen(command, cwd=trapped.here, stdout=out, stderr=out, start_new_session=True)
     try:
         until = time.monotonic() + 120
