@@ -26,6 +26,7 @@ from ray import tune
 from ray.exceptions import RayError
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.tune.callback import Callback
+from ray.tune.execution import class_cache
 
 from ptuning import figures, leaderboard, lease, space, storage
 from ptuning.base import Base, find_base
@@ -274,6 +275,8 @@ class _Search:
         }
         # A failed trial is told by the leaderboard, not by a traceback.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        # Tune would give them to every trial (2.60), and Ray logs and shows what it gives. Nodes have their own.
+        class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
         hub, tables = self.hub, self.tables
 
         def trial(values: dict[str, Any]) -> None:
