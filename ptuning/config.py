@@ -420,9 +420,9 @@ class Experiment(Table):
             raise ValueError('prompt.init: "labels" needs data.labels; list them or choose another init')
         for key, value in (("objective", self.train.objective == "choice"), ("class_weights", self.train.class_weights)):
             if value and not labels:
-                raise ValueError(f"train.{key}: needs data.labels to choose among; list them or remove it")
+                raise ValueError(f"train.{key}: needs data.labels to choose among; list them")
         if self.train.text_weight and self.objective == "text":
-            raise ValueError('train.text_weight: weighs the text beside a choice, but the objective is "text"; remove it')
+            raise ValueError('train.text_weight: weighs the text beside a choice, but the objective is "text"; set it to 0')
         allowed = CLASSIFICATION_METRICS if labels else GENERATION_METRICS
         if self.train.metric not in (None, *allowed):
             task = "classification" if labels else "generation"

@@ -22,7 +22,8 @@ PACKAGE = REPOSITORY / "ptuning"
 
 FLOORS = {
     "redaction": -1,
-    "config": 0, "cpu_attention": 0, "import_path": 0, "importing": 0, "label_trie": 0, "output_head": 0, "mailbox": 0, "openai_api": 0, "shipped": 0,
+    "config": 0, "cpu_attention": 0, "import_path": 0, "importing": 0, "label_trie": 0,
+    "mailbox": 0, "openai_api": 0, "output_head": 0, "shipped": 0,
     "access": 1, "batches": 1, "edge": 1, "gathering": 1, "gauges": 1, "guard": 1, "hub": 1, "last_layer": 1, "metrics": 1,
     "segments": 1, "sources": 1, "space": 1, "spool": 1, "starts": 1, "storage": 1, "virtual_tokens": 1, "watchdog": 1,
     "workers": 1,
