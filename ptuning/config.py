@@ -174,8 +174,8 @@ class TrainConfig(Table):
     class_weights: Literal["balanced"] | None = None
     """balanced: every label counts the same in the loss, however many rows it has. Probabilities then are those of a world in
     which all labels are equally frequent."""
-    learning_rate: Annotated[float, Field(gt=0, le=1e30, strict=True)] = 0.02
-    """Peak learning rate. Adafactor wants about 0.3 (Lester et al. 2021), AdamW 0.0003 to 0.05."""
+    learning_rate: Annotated[float, Field(gt=0, le=1e30, strict=True)] = 0.1
+    """Peak learning rate. AdamW wants 0.03 to 0.3 with labels and less for text, Adafactor about 0.3 (Lester et al. 2021)."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     weight_decay: Number = 0.0
     starts: Annotated[int, Field(gt=0, le=32, strict=True)] = 1
@@ -223,9 +223,9 @@ class SearchConfig(Table):
 
     trials: Positive = 16
     """Configurations to try."""
-    length: tuple[Positive, ...] = (5, 10, 20, 50)
+    length: tuple[Positive, ...] = (5, 10, 20, 50, 100)
     """Lengths to choose from."""
-    learning_rate: tuple[PositiveNumber, PositiveNumber] = (0.001, 0.1)
+    learning_rate: tuple[PositiveNumber, PositiveNumber] = (0.01, 1.0)
     """[low, high], drawn log-uniformly."""
     init: tuple[Init, ...] = ("random", "vocabulary")
     """Initialisations to choose from."""

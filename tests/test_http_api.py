@@ -38,7 +38,7 @@ from typer.testing import CliRunner
 from ptuning import edge, tracking
 from ptuning.access import read_keys
 from ptuning.answers import TextStream
-from ptuning.base import find_base
+from ptuning.base import Base, find_base
 from ptuning.catalogue import Catalogue
 from ptuning.champion import Ledger
 from ptuning.cli import app
@@ -353,12 +353,33 @@ def test_classification_through_http_is_evaluation(client, world, tmp_path):
         texts = [row["text"] for row in rows[start : start + 12]]
         found = classify(client, texts)["data"]
         assert [entry["label"] for entry in found] == labels[start : start + 12]
-        for entry in found:
+        for entry, row in zip(found, rows[start:], strict=False):
             assert math.isclose(sum(entry["probabilities"].values()), 1) and entry["probability"] >= 0.5
+            place = start + entry["index"]
+            assert entry["probability"] == pytest.approx(expected.predictions[place]["probability"], abs=1e-5)
+            if entry["index"] < 4:
+                assert entry["probabilities"] == pytest.approx(plain_probabilities(base, vectors, encoder, row), abs=1e-5)
         assert [chat(client, text).choices[0].message.content for text in texts] == labels[start : start + 12]
     one = classify(client, rows[0]["text"])
     assert one["answered_by"]["soft_prompt"] == "fruits:1" and one["usage"]["prompt_tokens"] > 3
     assert classify(client, {"first": "saw", "second": "axe"}, "pair")["data"][0]["label"] in LABELS.labels
+
+
+def plain_probabilities(base: Base, vectors: torch.Tensor, encoder: Encoder, row: dict[str, str]) -> dict[str, float]:
+    """Label -> probability in plain torch: the product of the shares among the tokens with which any label may go on."""
+    model = base.load(torch.float32)
+    labels = dict(zip(LABELS.labels, encoder.label_ids, strict=True))
+    found = {}
+    for label, ids in labels.items():
+        text = model.get_input_embeddings()(torch.tensor([*encoder.input_ids(row), *ids]))
+        with torch.no_grad():
+            logits = model(inputs_embeds=torch.cat([vectors, text])[None]).logits[0]
+        found[label] = 1.0
+        for depth, token in enumerate(ids):
+            allowed = sorted({other[depth] for other in labels.values() if other[:depth] == ids[:depth]})
+            shares = torch.softmax(logits[depth - len(ids) - 1][allowed].double(), -1)
+            found[label] *= float(shares[allowed.index(token)])
+    return found
 
 
 def classify(client: OpenAI, texts: Any, model: str = "fruits", **more: Any) -> Any:
