@@ -33,7 +33,7 @@ from ptuning.registry import Registry, RegistryError, Version
 from ptuning.shipment import collect
 from ptuning.soft_prompt import Card
 from ptuning.submit import Job
-from ptuning.tracking import Tracker, default_uri
+from ptuning.tracking import Tracker, default_artifact_root, default_uri
 
 pytestmark = [
     # MLflow 3.17 uses SQLAlchemy's noload, deprecated in 2.1 (store/tracking/sqlalchemy_store.py).
@@ -570,7 +570,7 @@ def who_reads_files(world: SimpleNamespace, folder: Path) -> None:
 
 
 def who_reads_mlflow(world: SimpleNamespace, folder: Path) -> None:
-    tracker = Tracker(default_uri(world.storage), "x", None, folder / "spool", "run")
+    tracker = Tracker(default_uri(world.storage), "x", default_artifact_root(world.storage), folder / "spool", "run")
     tracker.params({"tracking": {"uri": URI}, "data": {"train": "/data/x.jsonl"}})
     tracker.json("experiment.json", {"uri": URI})
     tracker.dataset("train", f"{URI}/rows.jsonl", "sha256:0", "training", 1)
