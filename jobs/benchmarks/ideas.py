@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.measuring import heading, in_turns, line, times_as_long
 from benchmarks.steps import Step, difference, limit, our_step, random_llama, random_rows, random_vectors
 from ptuning import cpu_attention
+from ptuning import model as model_of_passes
 from ptuning.batches import BatchOrder
 from ptuning.model import Plan, PromptedModel, Row, plan_targets
 
@@ -30,8 +31,8 @@ def mixed_rows(batches: int) -> list[Row]:
     return random_rows(lengths.astype(int).tolist())
 
 
-def grouped(rows: list[Row]) -> list[list[Row]]:
-    """An epoch of batches as training orders them: rows of similar length together."""
+def batched(rows: list[Row]) -> list[list[Row]]:
+    """An epoch of batches as training orders them."""
     order = BatchOrder(np.array([len(source) + len(target) for source, target in rows]), BATCH, seed=0)
     return [[rows[index] for index in order.batch(step)] for step in range(len(rows) // BATCH)]
 
@@ -127,7 +128,7 @@ def compiled(dtype: torch.dtype, device: str) -> PromptedModel:
 def sides(dtype: torch.dtype, device: str, length: int, batches: int, compile_too: bool) -> dict[str, Step]:
     """The product's pass, the same without one of its ideas, and with one that it does without."""
     model, vectors, rows = PromptedModel(random_llama(dtype, device=device)), random_vectors(length), mixed_rows(batches)
-    inner = grouped(rows)
+    inner = batched(rows)
     own = epoch(model, vectors, inner)
 
     found: dict[str, Step] = {
@@ -136,8 +137,7 @@ def sides(dtype: torch.dtype, device: str, length: int, batches: int, compile_to
         "... and rows padded (plain concatenation)": epoch(model, vectors, inner, shared_prefix=False),
         "logits at every place": epoch(model, vectors, inner, all_logits),
         "last layer at every place": epoch(model, vectors, inner, whole_last_layer),
-        "batches not grouped by length": epoch(model, vectors, as_they_come(rows)),
-        "... plain concatenation, not grouped": epoch(model, vectors, as_they_come(rows), shared_prefix=False),
+        "rows of all lengths in one group of attention": one_group(own),
     }
     if dtype != torch.float32:
         found["torch's attention"] = torch_attention(own)
@@ -145,6 +145,16 @@ def sides(dtype: torch.dtype, device: str, length: int, batches: int, compile_to
     if compile_too:
         found["with layers compiled (torch.compile)"] = epoch(compiled(dtype, device), vectors, inner)
     return found
+
+
+def one_group(step: Step) -> Step:
+    """The same with the rows of a slot padded to the longest of them in attention, however short the others are."""
+
+    def run() -> Tensor:
+        with patch.object(model_of_passes, "WORTHWHILE", 0.0):
+            return step()
+
+    return run
 
 
 def long_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:

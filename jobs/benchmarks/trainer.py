@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.ideas import BATCH, as_they_come, grouped, mixed_rows
+from benchmarks.ideas import BATCH, as_they_come, batched, mixed_rows
 from benchmarks.measuring import heading, line, settle, times_as_long
 from benchmarks.steps import padded, peft_model, random_llama, random_vectors
 from ptuning.model import PromptedModel, Row, plan_targets
@@ -87,7 +87,7 @@ def epochs(dtype: torch.dtype, device: str, length: int, rows: list[Row]) -> dic
     soft_prompt = nn.Parameter(vectors.to(device, copy=True))
     model, weight = peft_model(random_llama(dtype, device=device), vectors)
     return {
-        "ours": loop_epoch(soft_prompt, grouped(rows), lambda some: ours([soft_prompt], plan_targets([length], [some])).mean()),
+        "ours": loop_epoch(soft_prompt, batched(rows), lambda some: ours([soft_prompt], plan_targets([length], [some])).mean()),
         "PEFT, plain loop": loop_epoch(weight, as_they_come(rows), lambda some: model(**padded(some, device)).loss),
         "PEFT, Trainer": trainer_epoch(model, rows, "random", device),
         "PEFT, Trainer, group_by_length": trainer_epoch(model, rows, "group_by_length", device),
