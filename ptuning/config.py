@@ -223,7 +223,7 @@ class SearchConfig(Table):
 
     trials: Positive = 16
     """Configurations to try."""
-    length: tuple[Positive, ...] = (5, 10, 20, 50, 100)
+    length: tuple[Positive, ...] = (10, 20, 50, 100)
     """Lengths to choose from."""
     learning_rate: tuple[PositiveNumber, PositiveNumber] = (0.01, 1.0)
     """[low, high], drawn log-uniformly."""

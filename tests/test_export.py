@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -248,15 +249,18 @@ def same_logits(base: Base, theirs: Path, back: Path) -> None:
 
 
 def check_round_trip(base: Base, folder: Path, registry: Registry) -> None:  # noqa: F811
-    """PEFT -> import -> export -> the same bytes -> the same logits."""
+    """PEFT -> import -> export -> the same bytes, but for the path of the base -> the same logits."""
     train_with_peft(base, folder / "theirs")
     root = (folder / "artifacts").as_uri()
     version = adopt(registry, str(folder / "theirs"), "peft", base.name, TEMPLATE, root)
     assert version.tag("base.weights") == base.fingerprint.weights and version.tag("metric") is None
     loaded = fetch(registry, version, str(folder / "back"))
     assert loaded.card.template == TEMPLATE and loaded.card.experiment is None and loaded.card.metrics == {}
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (folder / "back" / file).read_bytes() == (folder / "theirs" / file).read_bytes()
+    weights, config = "adapter_model.safetensors", "adapter_config.json"
+    assert (folder / "back" / weights).read_bytes() == (folder / "theirs" / weights).read_bytes()
+    theirs, back = (json.loads((folder / side / config).read_bytes()) for side in ("theirs", "back"))
+    assert theirs["base_model_name_or_path"] == base.name
+    assert back == theirs | {"base_model_name_or_path": Path(base.name).name}, "an export names no path of this machine"
     same_logits(base, folder / "theirs", folder / "back")
 
 

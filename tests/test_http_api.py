@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from openai import OpenAI
 from test_registry import put
 from test_soft_prompt import make
-from test_tracking import free_port, migrated
+from test_tracking import free_port, new_database
 from typer.testing import CliRunner
 
 from ptuning import edge, tracking
@@ -88,7 +88,7 @@ def publish_soft_prompt(registry: Registry, base_folder: Path, folder: Path, nam
 def fill_empty(folder: Path) -> Registry:
     """A new storage folder with an empty registry."""
     folder.mkdir()
-    shutil.copy(migrated(), folder / "mlflow.db")
+    new_database(folder)
     return Registry(tracking.default_uri(folder))
 
 

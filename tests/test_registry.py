@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_soft_prompt import make
-from test_tracking import free_port, migrated, server
+from test_tracking import free_port, migrated, new_database, server
 
 from ptuning import soft_prompt, storage, tracking
 from ptuning.base import find_base
@@ -34,7 +34,7 @@ def store(tmp_path: Path) -> Path:
     """A storage folder with an empty tracking store."""
     folder = tmp_path / "runs"
     folder.mkdir()
-    shutil.copy(migrated(), folder / "mlflow.db")
+    new_database(folder)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -10,6 +11,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -57,9 +59,18 @@ def migrated() -> Path:
     return path
 
 
+def new_database(folder: Path) -> None:
+    """An empty tracking store in a storage folder, as if it had been made there."""
+    shutil.copy(migrated(), folder / "mlflow.db")
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
+        place = f"{default_artifact_root(folder)}/0"
+        changed = database.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0", (place,))
+        assert changed.rowcount == 1
+
+
 @pytest.fixture
 def storage(tmp_path: Path) -> Path:
-    shutil.copy(migrated(), tmp_path / "mlflow.db")
+    new_database(tmp_path)
     return tmp_path
 
 
