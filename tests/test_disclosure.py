@@ -259,7 +259,7 @@ def full(world: SimpleNamespace, patch: pytest.MonkeyPatch) -> None:
 
 
 def halted(world: SimpleNamespace, patch: pytest.MonkeyPatch) -> None:
-    for name in ("submit", "label_logprobs"):
+    for name in ("submit", "choose"):
         patch.setattr(world.service.engine, name, stopped)
 
 
@@ -287,7 +287,7 @@ REFUSALS: dict[str, tuple[int, Case]] = {
         500,
         while_(garbled, sent("POST", "/v1/completions", body_for("/v1/completions", "raw"))),
     ),
-    "labels broken": (500, while_(failing("engine.label_logprobs"), sent("POST", CHAT, GOOD))),
+    "labels broken": (500, while_(failing("engine.choose"), sent("POST", CHAT, GOOD))),
     "/v1/models without a key": (401, sent("GET", "/v1/models", key=None)),
     "/v1/models POST": (405, sent("POST", "/v1/models")),
     "/v1/models broken": (500, while_(nameless, sent("GET", "/v1/models"))),
@@ -459,7 +459,7 @@ def test_another_card_than_was_published_is_refused(world: SimpleNamespace, tmp_
     files = storage.read_folder(there)
     card = json.loads(files["card.json"]) | {"metrics": {"test_accuracy": 1.0}}
     storage.write_folder(there, {**files, "card.json": json.dumps(card).encode()})
-    with pytest.raises(RegistryError, match="changed:1: its run .* holds another card than was published; delete this version"):
+    with pytest.raises(RegistryError, match="changed:1: its run .* holds another card than was published; choose another version"):
         retrieve(world.registry, version)
 
 
