@@ -459,7 +459,9 @@ def test_another_card_than_was_published_is_refused(world: SimpleNamespace, tmp_
     files = storage.read_folder(there)
     card = json.loads(files["card.json"]) | {"metrics": {"test_accuracy": 1.0}}
     storage.write_folder(there, {**files, "card.json": json.dumps(card).encode()})
-    with pytest.raises(RegistryError, match="changed:1: its run .* holds another card than was published; choose another version"):
+    with pytest.raises(
+        RegistryError, match="changed:1: its run .* holds another card than was published; choose another version"
+    ):
         retrieve(world.registry, version)
 
 

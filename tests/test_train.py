@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from conftest import weights_hash
@@ -511,17 +512,27 @@ def test_every_start_is_another_draw(run: Any, toy_task: SimpleNamespace, init: 
     pack.slots.clear()
 
 
+def fewer_tools(toy_task: SimpleNamespace) -> None:
+    """Three quarters of the training rows of one label leave."""
+    rows = toy_task.train.read_text().splitlines(keepends=True)
+    tools = [row for row in rows if '"tool"' in row]
+    toy_task.train.write_text("".join(row for row in rows if row not in tools[: 3 * len(tools) // 4]))
+
+
 def test_balanced_weights_are_scikit_learns(toy_task: SimpleNamespace, base: Base) -> None:
     from sklearn.utils.class_weight import compute_class_weight
 
+    fewer_tools(toy_task)
     task = load_task(experiment(toy_task), base)
-    labels = task.train.rows["label"][:]
-    expected = compute_class_weight("balanced", classes=[0, 1], y=labels)
+    labels = np.asarray(task.train.rows["label"])
+    expected = compute_class_weight("balanced", classes=np.array([0, 1]), y=labels)
+    assert expected[0] < 0.8 < 1.5 < expected[1]
     assert list(training.balanced_weights(task).values()) == pytest.approx(list(expected))
 
 
 def test_class_weights_weigh_each_rows_choice(run: Any, toy_task: SimpleNamespace) -> None:
     events: list[Event] = []
+    fewer_tools(toy_task)
     for changes in ({}, {"train__class_weights": "balanced"}):
         pack = run().pack
         slot = pack.attach(Assignment(experiment(toy_task, train__batch_size=64, **changes), "unused"))
