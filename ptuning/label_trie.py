@@ -136,7 +136,7 @@ class LabelTrie:
         """Log-probabilities of the edges `[..., E]` -> of the labels `[..., L]`, in float64."""
         padded = torch.nn.functional.pad(edge_logprobs.double(), (0, 1))
         sums = padded[..., self._path_edges.to(padded.device)].sum(-1)
-        return sums - sums.logsumexp(-1, keepdim=True)  # 0 but for the rounding of edges in float32: people add probabilities up
+        return sums - sums.logsumexp(-1, keepdim=True)  # 1 in all, whatever float32 has rounded
 
     def token_logprobs(self, label_logprobs: Sequence[float], chosen: int) -> list[dict[int, float]]:
         """For every token of label `chosen`: the tokens that could stand there, with log-probabilities given those before."""
