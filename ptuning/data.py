@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ptuning.config import Template, suggest, template_fields
-from ptuning.label_trie import LabelTrie
+from ptuning.label_trie import LabelTrie, nested_labels
 from ptuning.sources import FORMAT, DataError, cache_folder, fingerprint, quiet, read_source, texts_of
 
 _COLUMNS = Features(
@@ -78,12 +78,10 @@ class Encoder:
                 raise DataError(
                     f"the labels '{label}' and '{labels[tuple(tokens)]}' are the same tokens; rename one in data.labels"
                 )
-        ordered = sorted(labels)
-        for shorter, longer in zip(ordered, ordered[1:], strict=False):
-            if longer[: len(shorter)] == shorter:  # an end token in the middle of a label
-                raise DataError(
-                    f"the label '{labels[longer]}' goes on behind the end of '{labels[shorter]}'; rename one in data.labels"
-                )
+        nested = nested_labels(labels)
+        if nested:  # an end token in the middle of a label
+            shorter, longer = (labels[each] for each in nested)
+            raise DataError(f"the label '{longer}' goes on behind the end of '{shorter}'; rename one in data.labels")
         return ids
 
     @cached_property

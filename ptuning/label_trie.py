@@ -15,7 +15,7 @@ Shapes: L labels, F fed tokens, Q branching nodes, E edges, C children of the wi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,10 +49,9 @@ class LabelTrie:
     def __post_init__(self) -> None:
         if len(self.labels) < 2:
             raise ValueError("a choice needs at least two labels")
-        ordered = sorted(self.labels)
-        for shorter, longer in zip(ordered, ordered[1:], strict=False):
-            if longer[: len(shorter)] == shorter:
-                raise ValueError(f"label {shorter} is the beginning of label {longer}")
+        nested = nested_labels(self.labels)
+        if nested:
+            raise ValueError(f"label {nested[0]} is the beginning of label {nested[1]}")
 
     @cached_property
     def _shape(self) -> tuple[list[Node], list[int], list[int]]:
@@ -152,6 +151,13 @@ class LabelTrie:
                 {token: _log_sum(part) - whole for token, part in parts.items()} if len(parts) > 1 else {label[depth]: 0.0}
             )
         return found
+
+
+def nested_labels(labels: Iterable[Label]) -> tuple[Label, Label] | None:
+    """A label and another one that it is the beginning of, or the same as; None if there are none."""
+    ordered = sorted(labels)
+    pairs = zip(ordered, ordered[1:], strict=False)
+    return next(((shorter, longer) for shorter, longer in pairs if longer[: len(shorter)] == shorter), None)
 
 
 def _log_sum(values: Sequence[float]) -> float:

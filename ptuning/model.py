@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class Plan:
         """Tokens that go through the base."""
         return self.segments.tokens
 
-    @property
+    @cached_property
     def kept(self) -> Tensor:
         """Packed places at which anything is predicted, ascending, each once."""
         return (torch.cat([self.at, self.choices.at]) if self.choices else self.at).unique()

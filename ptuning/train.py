@@ -117,6 +117,8 @@ class Slot:
 
     def halve(self, losses: Sequence[float]) -> None:
         """Let the worse starts go if a round has ended; `losses` of the starts."""
+        if self.keep == len(self.starts):
+            return
         self.starts = survivors(self.starts, list(losses), self.keep)
         for start in self.starts:
             start.loss = 0.0
@@ -338,8 +340,8 @@ def _micro_batches(pack: Pack, rows: list[np.ndarray]) -> list[list[list[Row]]]:
     return [
         [
             part
-            for slot, share in zip(pack.slots, mine, strict=True)
-            for part in [[slot.task.train.row(int(row)) for row in np.array_split(share, passes)[index]]] * len(slot.starts)
+            for slot, own in zip(pack.slots, mine, strict=True)
+            for part in [[slot.task.train.row(int(row)) for row in np.array_split(own, passes)[index]]] * len(slot.starts)
         ]
         for index in range(passes)
     ]
