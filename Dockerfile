@@ -44,12 +44,12 @@ COPY --chown=1000:100 jobs /home/ray/ptuning/jobs
 RUN mkdir -p /home/ray/ptuning/runs; chown 1000:100 /home/ray/ptuning /home/ray/ptuning/runs
 
 # A node without a token must not start: with this mode `ray start` refuses. A job that is stopped gets SIGINT and a
-# minute to save. Serve's proxies are guarded (ptuning/edge.py). Nothing reports home.
+# minute to save. Serve's proxies are guarded (ptuning/serving/proxy.py). Nothing reports home.
 ENV RAY_AUTH_MODE=token \
     RAY_JOB_STOP_SIGNAL=SIGINT \
     RAY_JOB_STOP_WAIT_TIME_S=60 \
     RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 \
-    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=ptuning.edge:guards \
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=ptuning.serving.proxy:guards \
     RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=1 \
     RAY_USAGE_STATS_ENABLED=0 \
     DO_NOT_TRACK=true \

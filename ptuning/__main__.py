@@ -1,12 +1,12 @@
 """`python -m ptuning`: the command line."""
 
-from ptuning import import_path
+from ptuning import sys_path
 
 
 def main() -> None:
     """The `ptuning` command. Nothing but this package is imported before the working folder is off the path."""
-    import_path.leave_working_folder()
-    from ptuning.cli import main as command
+    sys_path.leave_working_folder()
+    from ptuning.cli.app import main as command
 
     command()
 

@@ -18,8 +18,8 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from pyarrow import fs
 
 from ptuning.config import UserError
+from ptuning.paths import locate
 from ptuning.redaction import redact
-from ptuning.shipped import locate
 
 MANIFEST = "manifest.json"
 

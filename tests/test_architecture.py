@@ -1,9 +1,10 @@
-"""The house: which room may know which, and what is forbidden everywhere. Read from the source, nothing is imported."""
+"""The layout: which package may import which, and what is forbidden everywhere. Read from the source, nothing is imported."""
 
 from __future__ import annotations
 
 import ast
 import gc
+import graphlib
 import re
 import subprocess
 import sys
@@ -14,49 +15,65 @@ import pytest
 from conftest import REPOSITORY
 
 from ptuning.config import read_experiment
-from ptuning.importing import quick_imports
+from ptuning.imports import quick_imports
 
 pytestmark = pytest.mark.fast
 
 PACKAGE = REPOSITORY / "ptuning"
 
-FLOORS = {
-    "redaction": -1,
-    "config": 0, "cpu_attention": 0, "import_path": 0, "importing": 0, "label_trie": 0,
-    "mailbox": 0, "openai_api": 0, "output_head": 0, "shipped": 0,
-    "access": 1, "batches": 1, "edge": 1, "gathering": 1, "gauges": 1, "guard": 1, "hub": 1, "last_layer": 1, "metrics": 1,
-    "segments": 1, "sources": 1, "space": 1, "spool": 1, "starts": 1, "storage": 1, "virtual_tokens": 1, "watchdog": 1,
-    "workers": 1,
-    "checkpoint": 2, "data": 2, "figures": 2, "ledger": 2, "model": 2, "paged_attention": 2, "plan": 2, "sampling": 2,
-    "failures": 2, "lease": 2, "orders": 3, "soft_prompt": 2, "tracking": 2, "trial": 2,
-    "base": 3, "chooser": 3, "engine": 3, "evaluate": 3, "leaderboard": 3, "registry": 3, "shipment": 3,
-    "blueprint": 4, "champion": 4, "publish": 4, "submit": 4, "zero": 4,
-    "adopt": 5, "catalogue": 5, "gate": 5, "meaning": 5, "train": 5,
-    "answers": 6, "display": 6, "export": 6, "portrait": 6, "prepare": 6, "record": 6, "slots": 6,
-    "checkup": 7, "compare": 7, "estimate": 7, "replies": 7, "service": 7, "worker": 7,
-    "cli_options": 8, "http_api": 8, "launch": 8,
-    "desk": 9, "doctor": 9, "serve": 9, "cli_prompts": 9, "cli_submit": 9,
-    "cli_cluster": 10, "cli_serve": 10, "search": 10,
-    "cli": 11,
-    "__main__": 12,
-}  # fmt: skip
-"""Imports point downstairs only: a room may import rooms of lower floors."""
+FOUNDATION = ("redaction", "sys_path", "imports", "config", "paths", "storage")
+"""Every package may import these."""
+
+PACKAGES = (
+    "model",
+    "data",
+    "tracking",
+    "inference",
+    "cluster",
+    "planning",
+    "registry",
+    "training",
+    "searching",
+    "serving",
+    "cli",
+)
 
 OWNERS = {
-    "deepspeed": {"zero"},
-    "matplotlib": {"figures"},
-    "mlflow": {"tracking"},
-    "ray": {"chooser", "desk", "doctor", "failures", "hub", "launch", "mailbox", "search", "serve", "submit", "trial"},
-    "fastapi": {"http_api", "serve"},
-    "prometheus_client": {"gauges"},
-    "optuna": {"chooser"},
+    "deepspeed": {"training.zero"},
+    "matplotlib": {"tracking.plots"},
+    "mlflow": {"tracking.tracker"},
+    "ray": {
+        "cluster.doctor",
+        "cluster.failures",
+        "cluster.jobs",
+        "searching.dispatcher",
+        "searching.monitor",
+        "searching.run",
+        "searching.searcher",
+        "searching.trial",
+        "serving.server",
+        "training.event_queue",
+        "training.run",
+    },
+    "fastapi": {"serving.api", "serving.server"},
+    "prometheus_client": {"serving.metrics"},
+    "optuna": {"searching.searcher"},
 }
-"""The only doors to each framework."""
+"""The only modules that import each framework."""
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc", "core"}
 LONG_JOBS = {"demo", "pretrain_builtin"}
 
-MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {
+    module_name(path): ast.parse(path.read_text(encoding="utf-8"))
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__" and path.parent.name != "builtin"
+}
 SOURCES = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "jobs").glob("*.py")]
 
 
@@ -72,42 +89,55 @@ def imported(tree: ast.AST) -> set[str]:
     return names
 
 
-def rooms(tree: ast.AST) -> set[str]:
+def modules(tree: ast.AST) -> set[str]:
     """The modules of the package that a module imports."""
-    return {name.split(".")[1] for name in imported(tree) if name.startswith("ptuning.")}
+    names = {name.removeprefix("ptuning.") for name in imported(tree) if name.startswith("ptuning.")}
+    return {name if name in MODULES else name.rpartition(".")[0] or name for name in names}
+
+
+def package(module: str) -> str:
+    """The package that a module lies in; of the top level, the module itself."""
+    return module.partition(".")[0]
 
 
 def frameworks(tree: ast.AST) -> set[str]:
     return {name.split(".")[0] for name in imported(tree)}
 
 
-def test_every_room_has_a_floor():
-    assert set(MODULES) - set(FLOORS) == set()
+def test_every_module_has_its_place():
+    assert {package(module) for module in MODULES} == {*PACKAGES, *FOUNDATION, "__main__"}
     assert not FORBIDDEN_NAMES & {path.stem for path in SOURCES}
 
 
-@pytest.mark.parametrize("room", MODULES)
-def test_imports_point_downstairs(room):
-    # Strictly lower floors, so there can be no cycle either. The builtin base is data: whoever needs it may have it.
-    upstairs = {name for name in rooms(MODULES[room]) - {"builtin"} if FLOORS[name] >= FLOORS[room]}
-    assert upstairs == set(), f"{room} (floor {FLOORS[room]}) imports upstairs"
+def test_no_circles():
+    known = {module: modules(tree) for module, tree in MODULES.items()}
+    list(graphlib.TopologicalSorter(known).static_order())  # raises a CycleError that names the circle
+
+
+def test_packages_hold_a_docstring_only():
+    """Importing a module runs the `__init__` of its packages: it must cost nothing."""
+    for path in PACKAGE.rglob("__init__.py"):
+        if path.parent.name != "builtin":
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            assert all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body), path
 
 
 def test_the_builtin_base_knows_the_experiment_only():
     for path in (PACKAGE / "builtin").rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        assert rooms(tree) <= {"builtin", "config"}, path
+        names = {name.removeprefix("ptuning.") for name in imported(ast.parse(path.read_text(encoding="utf-8")))}
+        known = {package(name) for name in names if (PACKAGE / package(name)).exists() or name in MODULES}
+        assert known <= {"builtin", "config"}, path
 
 
-@pytest.mark.parametrize("room", MODULES)
-def test_each_framework_has_one_owner(room):
-    trespassed = {name for name in frameworks(MODULES[room]) & set(OWNERS) if room not in OWNERS[name]}
-    assert trespassed == set(), f"{room} opens a door that is not its own"
+@pytest.mark.parametrize("module", MODULES)
+def test_each_framework_has_one_owner(module):
+    foreign = {name for name in frameworks(MODULES[module]) & set(OWNERS) if module not in OWNERS[name]}
+    assert foreign == set(), f"{module} imports what another module owns"
 
 
-def test_transformers_own_door_to_deepspeed_is_used_in_zero_only():
-    through = {room for room, tree in MODULES.items() if any("integrations.deepspeed" in name for name in imported(tree))}
-    assert through <= {"zero"}
+def test_transformers_integration_of_deepspeed_is_used_in_zero_only():
+    users = {module for module, tree in MODULES.items() if any("integrations.deepspeed" in name for name in imported(tree))}
+    assert users <= {"training.zero"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
@@ -126,9 +156,9 @@ def test_jobs_hold_no_logic(path):
 
 
 def test_the_command_line_holds_no_logic():
-    functions = [node for node in ast.walk(MODULES.get("cli", ast.Module([], []))) if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in ast.walk(MODULES["cli.app"]) if isinstance(node, ast.FunctionDef)]
     assert all(node.end_lineno - node.lineno < 40 for node in functions)
-    assert not frameworks(MODULES.get("cli", ast.Module([], []))) & {"torch", "transformers", "datasets", *OWNERS}
+    assert not frameworks(MODULES["cli.app"]) & {"torch", "transformers", "datasets", *OWNERS}
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "jobs").rglob("*.toml")), ids=lambda path: path.name)
@@ -136,12 +166,10 @@ def test_every_experiment_of_the_project_is_valid(path):
     assert read_experiment(path).name == path.stem
 
 
-@pytest.mark.parametrize("room", ["config", "cli"])
-def test_parsing_comes_before_heavy_imports(room):
-    if not Path(PACKAGE / f"{room}.py").exists():
-        pytest.skip(f"ptuning.{room} does not exist yet")
+@pytest.mark.parametrize("module", ["ptuning", "ptuning.config", "ptuning.cli.app"])
+def test_parsing_comes_before_heavy_imports(module):
     heavy = {"torch", "ray", "transformers", "mlflow", "datasets", "deepspeed", "numpy", "sklearn"}
-    code = f"import sys, ptuning.{room}; print(*sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, {module}; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.split() == []
 
@@ -198,15 +226,14 @@ def test_nobody_is_told_to_delete_what_was_only_not_found():
 
 def test_drivers_import_no_code_of_models():
     """It would import scipy and torch's compiler, too: 2 s of every command's start."""
-    script = (
-        "import sys, ptuning.search, ptuning.launch; print(sorted({'transformers.modeling_utils', 'scipy'} & set(sys.modules)))"
-    )
+    heavy = "{'transformers.modeling_utils', 'scipy'}"
+    script = f"import sys, ptuning.searching.run, ptuning.training.run; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_workers_import_no_mlflow():
     """DeepSpeed would, for a part of it that nobody uses. Whoever wants it afterwards has it."""
-    script = "import sys, ptuning.worker; print('mlflow' in sys.modules); import mlflow.version"
+    script = "import sys, ptuning.training.worker; print('mlflow' in sys.modules); import mlflow.version"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptuning.batches import BatchOrder, share
+from ptuning.data.batch_sampler import BatchOrder, share
 
 pytestmark = pytest.mark.fast
 

@@ -11,11 +11,11 @@ from conftest import REPOSITORY
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ptuning import space
-from ptuning.base import find_base
 from ptuning.config import read_experiment
-from ptuning.model import PromptedModel, plan_targets
-from ptuning.prepare import absolute, load_task
+from ptuning.model.base import find_base
+from ptuning.model.prompted_model import PromptedModel, plan_targets
+from ptuning.searching import space
+from ptuning.training.run_setup import absolute, load_task
 
 pytestmark = pytest.mark.fast
 

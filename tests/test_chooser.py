@@ -12,10 +12,10 @@ import pytest
 from conftest import REPOSITORY
 from ray.tune.search import Searcher
 
-from ptuning import leaderboard, space
-from ptuning.chooser import Chooser, make_scheduler
 from ptuning.config import Experiment, ExperimentError, parse_experiment
-from ptuning.ledger import Entry, Ledger
+from ptuning.searching import report, space
+from ptuning.searching.searcher import Chooser, make_scheduler
+from ptuning.searching.trial_store import Entry, Ledger
 
 pytestmark = pytest.mark.fast
 
@@ -168,15 +168,16 @@ def test_leaderboard_budget_and_correlation(toy_task: SimpleNamespace) -> None:
         return Entry(run, run, {"prompt.length": 4}, "f", status=status, step=10 * len(curve), results=results)
 
     entries = [entry("a", 0.5, 0.7), entry("b", 0.6, 0.9), entry("c", 0.7, 0.8), entry("d", status="failed")]
-    columns, rows = leaderboard.table(task, entries)
+    columns, rows = report.table(task, entries)
     assert [row[columns.index("trial")] for row in rows] == ["b", "c", "a", "d"]
-    assert [row["best"] for row in leaderboard.budget_curve(task, entries)] == [0.5, 0.6, 0.7, 0.7, 0.9, 0.9]
-    assert leaderboard.budget_curve(task, entries)[-1]["trial_steps"] == 60
-    assert leaderboard.early_late(task, entries) == {10: (pytest.approx(0.5), 3)}
+    assert [row["best"] for row in report.budget_curve(task, entries)] == [0.5, 0.6, 0.7, 0.7, 0.9, 0.9]
+    assert report.budget_curve(task, entries)[-1]["trial_steps"] == 60
+    assert report.early_late(task, entries) == {10: (pytest.approx(0.5), 3)}
 
 
-@pytest.mark.parametrize("room", ["trial", "hub"])
-def test_trials_never_see_torch(room: str) -> None:
-    code = f"import sys, ptuning.{room}; print(*sorted({{'torch', 'transformers', 'mlflow', 'deepspeed'}} & set(sys.modules)))"
+@pytest.mark.parametrize("module", ["searching.trial", "searching.dispatcher"])
+def test_trials_never_see_torch(module: str) -> None:
+    heavy = "{'torch', 'transformers', 'mlflow', 'deepspeed'}"
+    code = f"import sys, ptuning.{module}; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.split() == []

@@ -20,8 +20,8 @@ import typer
 from conftest import tiny_config, title
 from typer.testing import CliRunner
 
-from ptuning.cli import app
-from ptuning.cli_options import non_blank
+from ptuning.cli.app import app
+from ptuning.cli.options import non_blank
 
 Write = Callable[..., Path]
 
@@ -178,7 +178,7 @@ def test_a_terminal_gets_signs_of_life_and_stdout_the_result_only(tmp_path: Path
 @pytest.mark.parametrize(("typed", "completed"), [("ptuning tra", "train"), ("ptuning prompts pro", "promote")])
 def test_shells_complete_commands(typed: str, completed: str) -> None:
     words = {"_PTUNING_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
-    command = "import sys; sys.argv[0] = 'ptuning'; from ptuning.cli import app; app()"
+    command = "import sys; sys.argv[0] = 'ptuning'; from ptuning.cli.app import app; app()"
     done = subprocess.run([sys.executable, "-c", command], env=os.environ | words, capture_output=True, text=True)
     assert done.stdout.split() == [completed], done
 
@@ -250,7 +250,7 @@ def test_the_whole_command_with_two_workers(toy_task: SimpleNamespace, write_tom
 @pytest.mark.parametrize("stranger, words", [("serve.host=0.0.0.0", "can be reached by others"), (None, "Ray's token")])
 def test_a_server_that_strangers_reach_is_not_begun(toy_task, write_toml: Write, monkeypatch, stranger, words) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token" if stranger else "disabled")
-    monkeypatch.setitem(sys.modules, "ptuning.serve", None)  # what would start it
+    monkeypatch.setitem(sys.modules, "ptuning.serving.server", None)  # what would start it
     code, said = invoke("serve", str(write_toml(toy_task.experiment)), *filter(None, [stranger]))
     assert code == 2 and words in said and "--insecure" in said
 

@@ -23,9 +23,9 @@ import typer
 import yaml
 from conftest import REPOSITORY
 
-from ptuning import cli
-from ptuning.access import VARIABLE
+from ptuning.cli import app
 from ptuning.config import ServeConfig, read_experiment
+from ptuning.serving.auth import VARIABLE
 
 pytestmark = [
     pytest.mark.fast,
@@ -145,7 +145,7 @@ def check_command(words: list[str], folder: Path = REPOSITORY) -> None:
     import mlflow.cli
     from ray.scripts.scripts import cli as ray_cli
 
-    programs: dict[str, Any] = {"ray": ray_cli, "mlflow": mlflow.cli.cli, "ptuning": typer.main.get_command(cli.app)}
+    programs: dict[str, Any] = {"ray": ray_cli, "mlflow": mlflow.cli.cli, "ptuning": typer.main.get_command(app.app)}
     program = programs.get(words[0])
     if program is None:
         assert words[0] in ("python", "pg_isready", "server", "mkdir", "cd", "ulimit"), f"{words[0]} is not in the image"
@@ -368,7 +368,7 @@ def test_a_stopped_job_has_the_time_to_save():
 def test_what_serve_is_configured_with_is_what_the_code_takes(name, monkeypatch):
     from ray.serve.schema import ServeDeploySchema
 
-    from ptuning.serve import APPLICATION, build
+    from ptuning.serving.server import APPLICATION, build
 
     monkeypatch.setenv(VARIABLE, "a-key-of-this-test-only")
     monkeypatch.chdir(REPOSITORY)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ptuning import cpu_attention
-from ptuning.cpu_attention import Mask
-from ptuning.segments import Segments
+from ptuning.model import cpu_attention
+from ptuning.model.cpu_attention import Mask
+from ptuning.model.tree_attention import Segments
 
 pytestmark = pytest.mark.fast
 

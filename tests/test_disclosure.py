@@ -20,20 +20,22 @@ from conftest import REPOSITORY
 from test_http_api import ADMIN, GOOD, HOSTILE, KEY, Running, publish_soft_prompt, serving
 from typer.testing import CliRunner
 
-from ptuning import openai_api, soft_prompt, storage
-from ptuning.catalogue import Catalogue
-from ptuning.cli import app
+from ptuning import storage
+from ptuning.cli.app import app
+from ptuning.cluster.job_package import collect
+from ptuning.cluster.jobs import Job
 from ptuning.config import Experiment, UserError, suggest
-from ptuning.engine import EngineStopped
-from ptuning.export import export_merged
-from ptuning.http_api import build_app
-from ptuning.prepare import check_name, write_run
-from ptuning.publish import describe, fetch, publish, retrieve
-from ptuning.registry import Registry, RegistryError, Version
-from ptuning.shipment import collect
-from ptuning.soft_prompt import Card
-from ptuning.submit import Job
-from ptuning.tracking import Tracker, default_artifact_root, default_uri
+from ptuning.inference.engine import EngineStopped
+from ptuning.model import soft_prompt
+from ptuning.model.soft_prompt import Card
+from ptuning.registry.merged_export import export_merged
+from ptuning.registry.publish import describe, fetch, publish, retrieve
+from ptuning.registry.registry import Registry, RegistryError, Version
+from ptuning.serving import protocol
+from ptuning.serving.api import build_app
+from ptuning.serving.served_models import Catalogue
+from ptuning.tracking.tracker import Tracker, default_artifact_root, default_uri
+from ptuning.training.run_setup import check_name, write_run
 
 pytestmark = [
     # MLflow 3.17 uses SQLAlchemy's noload, deprecated in 2.1 (store/tracking/sqlalchemy_store.py).
@@ -160,7 +162,7 @@ def whole(status: int, headers: dict[str, str], content: bytes, world: SimpleNam
     return str(message)
 
 
-OPENAI = {name for shape in vars(openai_api).values() if hasattr(shape, "model_fields") for name in shape.model_fields}
+OPENAI = {name for shape in vars(protocol).values() if hasattr(shape, "model_fields") for name in shape.model_fields}
 SETTINGS = {
     f"{table}.{key}"
     for table, field in Experiment.model_fields.items()
@@ -353,7 +355,7 @@ def test_every_status_is_among_the_refusals(world: SimpleNamespace) -> None:
 
 
 def test_an_error_in_a_stream_tells_nothing_either(world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ptuning.answers.TextStream.push", fails())
+    monkeypatch.setattr("ptuning.serving.completion.TextStream.push", fails())
     body = json.dumps({**json.loads(body_for("/v1/completions", "raw")), "stream": True}).encode()
     status, headers, content = ask(world.url, "POST", "/v1/completions", body)
     assert status == 200

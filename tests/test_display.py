@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from ptuning import display
-from ptuning.display import Display
-from ptuning.orders import Event
+from ptuning.cli import display
+from ptuning.cli.display import Display
+from ptuning.training.messages import Event
 
 pytestmark = pytest.mark.fast
 

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
-from ptuning import checkup, doctor
-from ptuning.checkup import look
+from ptuning.cluster import doctor, node_checks
+from ptuning.cluster.node_checks import look
 from ptuning.config import UserError, parse_experiment
-from ptuning.prepare import absolute
+from ptuning.training.run_setup import absolute
 
 Write = Callable[..., Path]
 
@@ -76,22 +76,22 @@ def test_a_package_that_is_too_old_or_missing_is_wrong(monkeypatch: pytest.Monke
     monkeypatch.setattr(
         metadata, "requires", lambda name: ["numpy>=1.26", "torch>=99", "nowhere-to-be-found", "peft; extra == 'x'"]
     )
-    [finding] = checkup.versions()
+    [finding] = node_checks.versions()
     assert finding.state == "wrong" and finding.fix == "pip install -c constraints.txt ptuning"
     assert finding.text == f"torch {metadata.version('torch')} is not >=99, nowhere-to-be-found is missing"
 
 
 @pytest.mark.fast
 def test_versions_that_were_not_tested_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [finding.state for finding in checkup.versions()] == ["ok"]
-    monkeypatch.setattr(checkup, "pins", lambda: {"numpy": "0.1"})
-    [finding] = checkup.versions()
+    assert [finding.state for finding in node_checks.versions()] == ["ok"]
+    monkeypatch.setattr(node_checks, "pins", lambda: {"numpy": "0.1"})
+    [finding] = node_checks.versions()
     assert finding.state == "warn" and finding.text.startswith("numpy ") and "(tested: 0.1)" in finding.text
 
 
 @pytest.mark.fast
 def test_the_tested_versions_are_those_of_the_constraints() -> None:
-    pins = checkup.pins()
+    pins = node_checks.pins()
     assert pins["ray"] == metadata.version("ray") and len(pins) > 100
 
 

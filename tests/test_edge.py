@@ -14,8 +14,8 @@ import pytest
 import uvicorn
 from test_tracking import free_port
 
-from ptuning import edge
-from ptuning.edge import Bounded, Screen
+from ptuning.serving import proxy
+from ptuning.serving.proxy import Bounded, Screen
 
 pytestmark = [pytest.mark.fast, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -38,7 +38,7 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     patch = pytest.MonkeyPatch()
-    patch.setattr(edge, "HEAD_S", HEAD_S)
+    patch.setattr(proxy, "HEAD_S", HEAD_S)
     port = free_port()
     server = uvicorn.Server(
         uvicorn.Config(
@@ -127,7 +127,7 @@ def test_heads_and_trailers_without_end(port: int) -> None:
 
 def test_rays_own_headers_do_not_reach_ray(port: int) -> None:
     with connected(port) as client:
-        client.sendall(GET + b"".join(name + b": 0\r\n" for name in edge.CONTROLS) + b"x-request-id: mine\r\n\r\n")
+        client.sendall(GET + b"".join(name + b": 0\r\n" for name in proxy.CONTROLS) + b"x-request-id: mine\r\n\r\n")
         assert client.recv(1000).endswith(b"0 ['host', 'x-request-id']")
     with connected(port) as client:
         client.sendall(GET + b"x-request-id: \xff\r\n\r\n")
@@ -136,12 +136,12 @@ def test_rays_own_headers_do_not_reach_ray(port: int) -> None:
 
 def test_what_a_full_replica_says_is_repeated_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a moment, on its path only, to small requests only, and with Ray's id left out; the next one tells how many."""
-    monkeypatch.setattr(edge, "BUSY_S", 0.3)
+    monkeypatch.setattr(proxy, "BUSY_S", 0.3)
     asked: list[dict[bytes, bytes]] = []
 
     async def replica(scope: Any, receive: Any, send: Any) -> None:
         asked.append(dict(scope["headers"]))
-        told = {"/full": [(edge.BUSY, b"1")]}.get(scope["path"], [])
+        told = {"/full": [(proxy.BUSY, b"1")]}.get(scope["path"], [])
         headers = [(b"retry-after", b"1"), (b"x-request-id", b"first"), *told]
         await send({"type": "http.response.start", "status": 429, "headers": headers})
         await send({"type": "http.response.body", "body": b"all places", "more_body": True})
@@ -164,18 +164,18 @@ def test_what_a_full_replica_says_is_repeated_for_it(monkeypatch: pytest.MonkeyP
 
     async def story() -> None:
         first, content, _ = await ask("/full")
-        assert (b"x-request-id", b"first") in first and edge.BUSY not in dict(first) and content == b"all places are taken"
+        assert (b"x-request-id", b"first") in first and proxy.BUSY not in dict(first) and content == b"all places are taken"
         for _ in range(3):
             headers, content, unread = await ask("/full")
             assert headers == [(b"retry-after", b"1")] and content == b"all places are taken" and not unread
         assert len(asked) == 1
-        await ask("/full", size=edge.SMALL_BYTES + 1)
+        await ask("/full", size=proxy.SMALL_BYTES + 1)
         await ask("/full", (b"content-length", b"no number"))
         await ask("/other"), await ask("/other")
         assert len(asked) == 5
         await asyncio.sleep(0.35)
-        await ask("/full", (edge.REFUSED, b"1000"))
+        await ask("/full", (proxy.REFUSED, b"1000"))
         assert len(asked) == 6
 
     asyncio.run(story())
-    assert [headers.get(edge.REFUSED) for headers in asked] == [None, b"3", None, None, None, None]
+    assert [headers.get(proxy.REFUSED) for headers in asked] == [None, b"3", None, None, None, None]

@@ -17,11 +17,11 @@ import torch
 from conftest import ARCHITECTURES, CONCATENATED, tiny_base
 from torch import Tensor
 
-from ptuning.engine import PAGE, End, Engine, EngineBusy, EngineConfig, EngineStopped, Handle, Request, RequestError
-from ptuning.label_trie import LabelTrie
-from ptuning.model import Objective, PromptedModel, plan_labels, plan_targets
-from ptuning.sampling import Sampling, Token, draw
-from ptuning.virtual_tokens import ROWS, VirtualTokens
+from ptuning.inference.engine import PAGE, End, Engine, EngineBusy, EngineConfig, EngineStopped, Handle, Request, RequestError
+from ptuning.inference.sampling import Sampling, Token, draw
+from ptuning.inference.virtual_tokens import ROWS, VirtualTokens
+from ptuning.model.label_trie import LabelTrie
+from ptuning.model.prompted_model import Objective, PromptedModel, plan_labels, plan_targets
 
 pytestmark = pytest.mark.fast
 

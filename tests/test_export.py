@@ -15,17 +15,18 @@ from test_soft_prompt import make
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-from ptuning import evaluate, soft_prompt
-from ptuning.adopt import adopt, locate
-from ptuning.base import Base, find_base
 from ptuning.config import ModelConfig, Template, UserError
-from ptuning.data import Encoder
-from ptuning.export import ExportError, Merged, export_merged, write_merged
-from ptuning.guard import Guard
-from ptuning.model import PromptedModel, plan_targets
-from ptuning.publish import fetch
-from ptuning.registry import Registry
-from ptuning.soft_prompt import SoftPrompt
+from ptuning.data.dataset import Encoder
+from ptuning.model import soft_prompt
+from ptuning.model.base import Base, find_base
+from ptuning.model.prompted_model import PromptedModel, plan_targets
+from ptuning.model.soft_prompt import SoftPrompt
+from ptuning.registry.merged_export import ExportError, Merged, export_merged, write_merged
+from ptuning.registry.peft_import import adopt, locate
+from ptuning.registry.publish import fetch
+from ptuning.registry.registry import Registry
+from ptuning.registry.token_suppression import Guard
+from ptuning.training import evaluate
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore:TypedStorage")]
 

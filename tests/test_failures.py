@@ -11,7 +11,7 @@ import pytest
 import torch
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from ptuning import failures
+from ptuning.cluster import failures
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

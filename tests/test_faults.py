@@ -31,13 +31,15 @@ import pytest
 import ray
 from conftest import REPOSITORY
 
-from ptuning import search, soft_prompt, storage
+from ptuning import storage
+from ptuning.cluster.failures import RunFailed
 from ptuning.config import parse_experiment
-from ptuning.failures import RunFailed
-from ptuning.launch import run_training
-from ptuning.ledger import Entry
-from ptuning.orders import Event
-from ptuning.search import run_search
+from ptuning.model import soft_prompt
+from ptuning.searching import run as search_run
+from ptuning.searching.run import run_search
+from ptuning.searching.trial_store import Entry
+from ptuning.training.messages import Event
+from ptuning.training.run import run_training
 
 pytestmark = pytest.mark.slow
 
@@ -468,7 +470,7 @@ def test_a_lost_node_is_told_of_and_another_one_waited_for(
 def test_a_search_counts_trials_whose_process_dies_or_hangs_once(
     tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "HUNG", 5.0)
+    monkeypatch.setattr(search_run, "HUNG", 5.0)
     for split in ("train", "validation"):
         tables["data"][split] = tables["data"]["train"]
     tables["train"] |= {"steps": 1000, "evaluate_every": 250}

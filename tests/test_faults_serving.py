@@ -39,10 +39,10 @@ from test_serve import Command
 from test_tracking import free_port, server
 from transformers import PreTrainedTokenizerFast
 
-from ptuning.access import read_keys
-from ptuning.champion import Ledger
 from ptuning.config import parse_experiment
-from ptuning.service import Service
+from ptuning.registry.promotions import Ledger
+from ptuning.serving.auth import read_keys
+from ptuning.serving.service import Service
 
 pytestmark = [
     pytest.mark.slow,
@@ -438,7 +438,7 @@ def test_a_registry_that_comes_and_goes(tmp_path, base):
         time.sleep(1)
         assert service.alive and dict(service.catalogue.names) == first, "what is served stays"
         with server(home, port) as uri:
-            from ptuning.registry import Registry
+            from ptuning.registry.registry import Registry
 
             ledger = Ledger(Registry(uri), "fruits")
             ledger.promote(2, ledger.state())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ptuning.figures import MOST_TOKENS, confusion, curves, landscape, neighbours
+from ptuning.tracking.plots import MOST_TOKENS, confusion, curves, landscape, neighbours
 
 pytestmark = pytest.mark.fast
 
@@ -48,7 +48,7 @@ def test_curves_of_little_or_strange_data(history: dict[str, list[tuple[int, flo
 
 
 def test_smoothing_follows_the_mean() -> None:
-    from ptuning.figures import _moving_average
+    from ptuning.tracking.plots import _moving_average
 
     assert _moving_average(np.full(100, 2.0)).tolist() == [2.0] * 100
     assert _moving_average(np.arange(100.0))[50] == 50

@@ -14,9 +14,9 @@ import torch
 from conftest import tiny_base
 from test_soft_prompt import make, rewrite
 
-from ptuning import soft_prompt
-from ptuning.base import find_base
 from ptuning.config import ModelConfig, UserError
+from ptuning.model import soft_prompt
+from ptuning.model.base import find_base
 
 pytestmark = pytest.mark.fast
 

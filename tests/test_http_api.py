@@ -35,22 +35,23 @@ from test_soft_prompt import make
 from test_tracking import free_port, new_database
 from typer.testing import CliRunner
 
-from ptuning import edge, tracking
-from ptuning.access import read_keys
-from ptuning.answers import TextStream
-from ptuning.base import Base, find_base
-from ptuning.catalogue import Catalogue
-from ptuning.champion import Ledger
-from ptuning.cli import app
+from ptuning.cli.app import app
 from ptuning.config import ModelConfig, Template, parse_experiment
-from ptuning.data import Encoder, load_split
-from ptuning.engine import Engine, EngineConfig
-from ptuning.evaluate import evaluate
-from ptuning.http_api import build_app
-from ptuning.model import PromptedModel
-from ptuning.registry import Registry
-from ptuning.service import Service
-from ptuning.workers import Workers
+from ptuning.data.dataset import Encoder, load_split
+from ptuning.inference.engine import Engine, EngineConfig
+from ptuning.model.base import Base, find_base
+from ptuning.model.prompted_model import PromptedModel
+from ptuning.registry.promotions import Ledger
+from ptuning.registry.registry import Registry
+from ptuning.serving import proxy
+from ptuning.serving.api import build_app
+from ptuning.serving.auth import read_keys
+from ptuning.serving.completion import TextStream
+from ptuning.serving.served_models import Catalogue
+from ptuning.serving.service import Service
+from ptuning.tracking import tracker
+from ptuning.training.distributed import Workers
+from ptuning.training.evaluate import evaluate
 
 pytestmark = [
     # MLflow 3.17 uses SQLAlchemy's noload, deprecated in 2.1 (store/tracking/sqlalchemy_store.py).
@@ -89,7 +90,7 @@ def fill_empty(folder: Path) -> Registry:
     """A new storage folder with an empty registry."""
     folder.mkdir()
     new_database(folder)
-    return Registry(tracking.default_uri(folder))
+    return Registry(tracker.default_uri(folder))
 
 
 def fill_storage(folder: Path, base_folder: Path) -> Registry:
@@ -548,14 +549,14 @@ def test_when_all_places_are_taken_no_body_is_read(world, monkeypatch):
     monkeypatch.setattr(type(world.service.engine), "full", True)
     for path in ("/v1/completions", "/v1/chat/completions"):
         status, headers, _ = raw(world.url, path, b"nonsense")
-        assert status == 429 and headers[edge.BUSY.decode()] == "1"
+        assert status == 429 and headers[proxy.BUSY.decode()] == "1"
         assert raw(world.url, path, b"nonsense", key="nobody")[0] == 401
     assert raw(world.url, "/v1/classify", b"nonsense")[0] == 400
 
     counted = re.compile(r'ptuning_requests_total\{model="none",replica="\w+",route="chat",status="429"\} (\S+)')
     before = float(counted.findall(world.service.gauges.text().decode())[0])
     raw(
-        world.url, "/v1/chat/completions", b"nonsense", **{edge.REFUSED.decode(): "40"}
+        world.url, "/v1/chat/completions", b"nonsense", **{proxy.REFUSED.decode(): "40"}
     )  # the proxy has refused so many by itself
     assert float(counted.findall(world.service.gauges.text().decode())[0]) == before + 41
 

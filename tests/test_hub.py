@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptuning.hub import Board, Hub
+from ptuning.searching.dispatcher import Board, Hub
 
 pytestmark = pytest.mark.fast
 

@@ -80,8 +80,8 @@ def test_scripts_for_jobs(trapped: SimpleNamespace, script: str) -> None:
 )
 def test_what_the_user_has_named_in_pythonpath_stays(tmp_path: Path, given: str | None, left: str | None) -> None:
     code = (
-        "import json, os, sys; from ptuning import import_path; import_path.leave_working_folder()\n"
-        "print(json.dumps([sys.path, os.environ.get('PYTHONPATH'), os.environ['PYTHONSAFEPATH'], import_path.carried]))"
+        "import json, os, sys; from ptuning import sys_path; sys_path.leave_working_folder()\n"
+        "print(json.dumps([sys.path, os.environ.get('PYTHONPATH'), os.environ['PYTHONSAFEPATH'], sys_path.carried]))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if given is not None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptuning.label_trie import LabelTrie
+from ptuning.model.label_trie import LabelTrie
 
 pytestmark = pytest.mark.fast
 

@@ -18,11 +18,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ptuning import launch, soft_prompt, storage
+from ptuning import storage
+from ptuning.cluster.failures import RunFailed
 from ptuning.config import Experiment, UserError, parse_experiment
-from ptuning.failures import RunFailed
-from ptuning.launch import run_training
-from ptuning.orders import Event
+from ptuning.model import soft_prompt
+from ptuning.training import run as training_run
+from ptuning.training.messages import Event
+from ptuning.training.run import run_training
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -93,7 +95,8 @@ def test_train_gives_a_soft_prompt_and_an_mlflow_run_that_holds_everything(table
 
 
 def test_a_cluster_that_is_gone_is_not_waited_for(tables: dict[str, Any]) -> None:
-    start = "from ptuning import config, launch; import ray; launch.start_ray(config.Experiment.model_validate({tables}))"
+    imports = "import ray; from ptuning.config import Experiment; from ptuning.training.run import start_ray"
+    start = imports + "; start_ray(Experiment.model_validate({tables}))"
     with tempfile.TemporaryDirectory() as folder:  # short, sockets lie in it
         (Path(folder) / "ray").mkdir()
         (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")  # as `ray start` leaves it behind
@@ -136,12 +139,12 @@ def test_more_workers_than_the_cluster_has_is_a_sentence(tables: dict[str, Any])
 def test_offloading_needs_gpus(tables: dict[str, Any]) -> None:
     tables["zero"] = {"offload": True}
     with pytest.raises(UserError, match="zero.offload: the workers have no GPU whose memory it could spare; remove it"):
-        launch.scale(parse_experiment(tables))
+        training_run.scale(parse_experiment(tables))
 
 
 def test_workers_may_be_a_range(tables: dict[str, Any]) -> None:
     tables["compute"]["workers"] = (1, 2)
-    scaling = launch.scale(parse_experiment(tables))
+    scaling = training_run.scale(parse_experiment(tables))
     assert scaling.num_workers == (1, 2) and scaling.resources_per_worker == {"CPU": 1}
 
 
@@ -151,7 +154,7 @@ def test_experiments_travel_with_absolute_paths(
     monkeypatch.chdir(tmp_path)
     tables["data"]["train"] = "toy/train.jsonl"
     tables["compute"]["storage"] = "runs"
-    resolved: Experiment = launch.absolute(parse_experiment(tables))
+    resolved: Experiment = training_run.absolute(parse_experiment(tables))
     assert resolved.data.train == str(tmp_path / "toy/train.jsonl") and resolved.compute.storage == str(tmp_path / "runs")
 
 
@@ -159,9 +162,9 @@ def test_a_process_that_locks_up_at_its_end_is_ended() -> None:
     """It has said farewell to Ray, which no longer counts it, and yet it is there."""
     script = """
 import atexit, os, time, ray
-from ptuning import launch
+from ptuning.training import run
 
-launch.join_ray(None)
+run.join_ray(None)
 
 @ray.remote(num_cpus=0)
 class Stuck:
@@ -176,7 +179,7 @@ stuck = Stuck.remote()
 print(ray.get(stuck.pid.remote()))
 stuck.leave.remote()
 time.sleep(2)
-launch.leave_ray()
+run.leave_ray()
 """
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)

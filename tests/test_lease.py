@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from ptuning import lease, storage
+from ptuning import storage
 from ptuning.config import UserError
+from ptuning.training import lease
 
 pytestmark = pytest.mark.fast
 
 HOLD = """
 import sys, time
-from ptuning import lease
+from ptuning.training import lease
 with lease.held(sys.argv[1], print):
     print("held", flush=True)
     time.sleep(60)

@@ -11,7 +11,7 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptuning.mailbox import Mailbox, Pile, Post
+from ptuning.training.event_queue import Mailbox, Pile, Post
 
 
 @pytest.mark.fast

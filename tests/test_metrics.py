@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import corpus_bleu
 
-from ptuning.metrics import classification, generation, token_f1
+from ptuning.training.metrics import classification, generation, token_f1
 
 pytestmark = pytest.mark.fast
 

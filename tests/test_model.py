@@ -24,9 +24,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ptuning.label_trie import LabelTrie
-from ptuning.model import Objective, Plan, PromptedModel, Row, plan_labels, plan_targets
-from ptuning.segments import Segments
+from ptuning.model.label_trie import LabelTrie
+from ptuning.model.prompted_model import Objective, Plan, PromptedModel, Row, plan_labels, plan_targets
+from ptuning.model.tree_attention import Segments
 
 pytestmark = pytest.mark.fast
 
@@ -492,7 +492,7 @@ def test_shapes_that_come_once_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> 
     script = """
 import psutil, torch
 from conftest import tiny_base
-from ptuning.model import PromptedModel
+from ptuning.model.prompted_model import PromptedModel
 PromptedModel(tiny_base("llama"))
 weight, process = torch.randn(256, 256, dtype=torch.bfloat16), psutil.Process()
 before = process.memory_info().rss

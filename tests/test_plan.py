@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from ptuning.blueprint import Blueprint, read_config
-from ptuning.cli import app
-from ptuning.gathering import Sharing, gather, live_numbers, node_copies_fit, share_numbers
-from ptuning.model import PromptedModel, plan_targets
-from ptuning.plan import Machine, Settings, Training, Workload
+from ptuning.cli.app import app
+from ptuning.model.prompted_model import PromptedModel, plan_targets
+from ptuning.planning.capacity import Machine, Settings, Training, Workload
+from ptuning.planning.meta_model import Blueprint, read_config
+from ptuning.planning.zero3_simulator import Sharing, gather, live_numbers, node_copies_fit, share_numbers
 
 SHAPES = REPOSITORY / "tests" / "data" / "shapes"
 GB = 10**9

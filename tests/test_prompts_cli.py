@@ -18,14 +18,14 @@ from test_registry import fill, http, prompt, put, registry, store  # noqa: F401
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from ptuning.base import find_base
-from ptuning.champion import Ledger
-from ptuning.cli import app
+from ptuning.cli.app import app
 from ptuning.config import ModelConfig, Template
-from ptuning.meaning import nearest_words, norms
-from ptuning.publish import retrieve
-from ptuning.registry import Registry
-from ptuning.tracking import default_uri
+from ptuning.model.base import find_base
+from ptuning.model.nearest_tokens import nearest_words, norms
+from ptuning.registry.promotions import Ledger
+from ptuning.registry.publish import retrieve
+from ptuning.registry.registry import Registry
+from ptuning.tracking.tracker import default_uri
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

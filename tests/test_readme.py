@@ -20,7 +20,7 @@ from conftest import REPOSITORY
 from test_cluster import check_command, shell
 from typer.testing import CliRunner, Result
 
-from ptuning.cli import app
+from ptuning.cli.app import app
 from ptuning.config import parse_experiment
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:mlflow.*", "ignore:.*type hint")

@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 from test_soft_prompt import make
 from test_tracking import free_port, migrated, new_database, server
 
-from ptuning import soft_prompt, storage, tracking
-from ptuning.base import find_base
-from ptuning.champion import Ledger, Move, MovedMeanwhile, State, delete
+from ptuning import storage
 from ptuning.config import ModelConfig, Template, UserError, parse_experiment
-from ptuning.gate import GateError, promote
-from ptuning.publish import bring_parent, fetch, pin_parent, publish, retrieve
-from ptuning.registry import Reference, Registry, RegistryError, Version, check_name, parse_reference
+from ptuning.model import soft_prompt
+from ptuning.model.base import find_base
+from ptuning.registry.gate import GateError, promote
+from ptuning.registry.promotions import Ledger, Move, MovedMeanwhile, State, delete
+from ptuning.registry.publish import bring_parent, fetch, pin_parent, publish, retrieve
+from ptuning.registry.registry import Reference, Registry, RegistryError, Version, check_name, parse_reference
+from ptuning.tracking import tracker
 
 # MLflow 3.17 uses SQLAlchemy's noload, deprecated in 2.1 (store/tracking/sqlalchemy_store.py).
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -40,7 +42,7 @@ def store(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def registry(store: Path) -> Registry:
-    return Registry(tracking.default_uri(store))
+    return Registry(tracker.default_uri(store))
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +184,7 @@ def test_what_is_not_there(registry: Registry, tmp_path: Path) -> None:
 
 @pytest.mark.fast
 def test_looking_creates_nothing(tmp_path: Path) -> None:
-    registry = Registry(tracking.default_uri(tmp_path / "none"))
+    registry = Registry(tracker.default_uri(tmp_path / "none"))
     assert registry.versions() == [] and not (tmp_path / "none").exists()
 
 
@@ -456,6 +458,6 @@ def test_everything_over_http(http: str, tmp_path: Path) -> None:
 
 @pytest.mark.fast
 def test_a_server_that_does_not_answer_is_a_sentence() -> None:
-    with pytest.raises(tracking.TrackingError, match="MLflow .http://127.0.0.1:9. does not answer; is it running") as refusal:
+    with pytest.raises(tracker.TrackingError, match="MLflow .http://127.0.0.1:9. does not answer; is it running") as refusal:
         Registry("http://127.0.0.1:9").versions()
     assert "\n" not in str(refusal.value)

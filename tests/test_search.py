@@ -18,11 +18,11 @@ import ray
 import torch
 from conftest import worker_killed
 
-from ptuning import soft_prompt
+from ptuning.cluster.failures import RunFailed
 from ptuning.config import parse_experiment
-from ptuning.failures import RunFailed
-from ptuning.ledger import Entry
-from ptuning.search import run_search
+from ptuning.model import soft_prompt
+from ptuning.searching.run import run_search
+from ptuning.searching.trial_store import Entry
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 

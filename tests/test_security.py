@@ -22,12 +22,12 @@ import torch
 from conftest import REPOSITORY, tiny_base
 from test_http_api import ADMIN, GOOD, KEY, publish_soft_prompt, raw, serving, settings
 
-from ptuning import access
-from ptuning.access import AccessError, read_keys, scope_of
-from ptuning.base import find_base
 from ptuning.config import ModelConfig, ServeConfig, UserError, parse_experiment
-from ptuning.engine import EngineBusy, Request
-from ptuning.registry import FORMAT
+from ptuning.inference.engine import EngineBusy, Request
+from ptuning.model.base import find_base
+from ptuning.registry.registry import FORMAT
+from ptuning.serving import auth
+from ptuning.serving.auth import AccessError, read_keys, scope_of
 
 pytestmark = [
     # MLflow 3.17 uses SQLAlchemy's noload, deprecated in 2.1 (store/tracking/sqlalchemy_store.py).
@@ -88,7 +88,7 @@ def test_mlflow_opens_no_pickle_whatever_the_environment_says(tmp_path):
     (model / "MLmodel").write_text(json.dumps({"flavors": {"python_function": flavor}, "model_uuid": "0"}))
     torch.save(Canary(tmp_path / "opened"), model / "python_model.pkl", _use_new_zipfile_serialization=False)
     code = f"""
-import ptuning.tracking, mlflow.pyfunc
+import ptuning.tracking.tracker, mlflow.pyfunc
 try:
     mlflow.pyfunc.load_model({str(model)!r})
 except Exception as error:
@@ -216,10 +216,10 @@ def test_a_base_brings_no_code(tmp_path, tiny_tokenizer):
 
 
 def test_keys_are_compared_whole_and_in_constant_time(monkeypatch):
-    keys = {access._digest(f"a-key-of-some-length-{number}"): "inference" for number in range(5)}
+    keys = {auth._digest(f"a-key-of-some-length-{number}"): "inference" for number in range(5)}
     compared = []
     real = hmac.compare_digest
-    monkeypatch.setattr(access.hmac, "compare_digest", lambda one, two: compared.append(1) or real(one, two))
+    monkeypatch.setattr(auth.hmac, "compare_digest", lambda one, two: compared.append(1) or real(one, two))
     for header in ("Bearer a-key-of-some-length-0", "Bearer a-key-of-some-length-9", None, "Basic x"):
         compared.clear()
         assert (scope_of(header, keys) is not None) == (header == "Bearer a-key-of-some-length-0")
@@ -227,7 +227,7 @@ def test_keys_are_compared_whole_and_in_constant_time(monkeypatch):
 
 
 def test_keys_are_nowhere(world, tmp_path, caplog):
-    from ptuning.serve import application
+    from ptuning.serving.server import application
 
     experiment = parse_experiment(settings(world.storage, world.base))
     keys = read_keys(str(world.storage / "keys"))
@@ -269,24 +269,24 @@ def test_requests_write_no_lines_of_their_own_into_the_log(world, caplog):
 
 
 def test_loopback_unless_told_otherwise():
-    assert access.is_loopback(ServeConfig().host)
+    assert auth.is_loopback(ServeConfig().host)
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", ""):
         with pytest.raises(AccessError, match="can be reached by others and there are no API keys"):
-            access.check_address(host, {}, insecure=False)
+            auth.check_address(host, {}, insecure=False)
 
 
 def test_without_rays_token_nothing_is_served(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(AccessError, match="whoever reaches this machine can run code in a replica; set it to token"):
-        access.check_token(insecure=False)
-    access.check_token(insecure=True)
+        auth.check_token(insecure=False)
+    auth.check_token(insecure=True)
     monkeypatch.delenv("RAY_AUTH_MODE")  # Ray then switches it on by itself where it is started
-    access.check_token(insecure=False)
+    auth.check_token(insecure=False)
 
 
 def test_a_parcel_takes_no_link_out_of_its_folder(tmp_path, tiny_base_folder):
     """A folder of somebody else's may hold links; only names of its own patterns travel, never a hidden file or a folder."""
-    from ptuning.shipment import collect
+    from ptuning.cluster.job_package import collect
 
     base = tmp_path / "base"
     shutil.copytree(tiny_base_folder, base)

@@ -27,7 +27,7 @@ from ray.serve.schema import ServeDeploySchema
 from test_http_api import GOOD, HOSTILE, LABELS, chat, fill_storage, publish_soft_prompt, raw, settings
 from test_tracking import free_port
 
-from ptuning.champion import Ledger
+from ptuning.registry.promotions import Ledger
 
 pytestmark = [
     pytest.mark.slow,
@@ -255,7 +255,7 @@ def test_an_open_address_without_keys_is_refused(world):
 def test_the_config_file_of_serve():
     tables = yaml.safe_load((REPOSITORY / "jobs" / "serve.yaml").read_text(encoding="utf-8"))
     (application,) = ServeDeploySchema.model_validate(tables).applications
-    assert application.import_path == "ptuning.serve:build" and (REPOSITORY / application.args["experiment"]).is_file()
+    assert application.import_path == "ptuning.serving.server:build" and (REPOSITORY / application.args["experiment"]).is_file()
 
 
 def test_stopping_answers_what_has_begun(world):

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor
 
-from ptuning import soft_prompt
 from ptuning.config import Template
-from ptuning.model import PromptedModel, plan_targets
-from ptuning.soft_prompt import Card, SoftPrompt, SoftPromptError
+from ptuning.model import soft_prompt
+from ptuning.model.prompted_model import PromptedModel, plan_targets
+from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
 from ptuning.storage import StorageError
 
 pytestmark = pytest.mark.fast

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptuning import checkpoint, storage
+from ptuning import storage
 from ptuning.storage import StorageError
+from ptuning.training import checkpoint
 
 pytestmark = pytest.mark.fast
 

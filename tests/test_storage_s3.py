@@ -17,10 +17,12 @@ import pytest
 import torch
 from pyarrow import fs
 
-from ptuning import checkpoint, lease, soft_prompt, storage
+from ptuning import storage
 from ptuning.config import UserError, parse_experiment
-from ptuning.launch import run_training
+from ptuning.model import soft_prompt
 from ptuning.storage import StorageError
+from ptuning.training import checkpoint, lease
+from ptuning.training.run import run_training
 
 pytestmark = pytest.mark.slow
 

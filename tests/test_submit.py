@@ -27,15 +27,16 @@ from test_soft_prompt import make
 from test_tracking import free_port
 from typer.testing import CliRunner
 
-from ptuning import shipment, soft_prompt
-from ptuning.base import find_base
-from ptuning.cli import app
+from ptuning.cli.app import app
+from ptuning.cluster import job_package
+from ptuning.cluster.job_package import Shipment
 from ptuning.config import ModelConfig, UserError, read_experiment
-from ptuning.prepare import absolute
-from ptuning.publish import pin_parent
-from ptuning.shipment import Shipment
-from ptuning.shipped import locate
-from ptuning.sources import read_source
+from ptuning.data.sources import read_source
+from ptuning.model import soft_prompt
+from ptuning.model.base import find_base
+from ptuning.paths import locate
+from ptuning.registry.publish import pin_parent
+from ptuning.training.run_setup import absolute
 
 Write = Callable[..., Path]
 fast = pytest.mark.fast
@@ -84,7 +85,7 @@ def desk(tmp_path: Path, tiny_base_folder: Path, write_toml: Write, monkeypatch:
 
     def collect(*overrides: str, kind: Any = "train", **options: Any) -> Shipment:
         chosen: dict[str, Any] = {"shared": (), "env": (), "here": {}} | options
-        return shipment.collect(kind, str(write_toml(experiment)), overrides, **chosen)
+        return job_package.collect(kind, str(write_toml(experiment)), overrides, **chosen)
 
     return SimpleNamespace(folder=tmp_path, base=base, experiment=experiment, collect=collect)
 
@@ -190,7 +191,7 @@ def test_what_the_cluster_cannot_have_is_refused(desk: SimpleNamespace, override
 @fast
 def test_large_files_are_refused_and_shared_ones_stay(desk: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     with (desk.base / "model.safetensors").open("ab") as weights:
-        weights.truncate(shipment.LIMIT + 1)  # takes no space
+        weights.truncate(job_package.LIMIT + 1)  # takes no space
     with pytest.raises(UserError) as refused:
         desk.collect()
     assert str(refused.value).startswith("model.path: base (100 MB) is with what travels already, 100 MB, too large to travel")
@@ -227,7 +228,7 @@ def test_secrets_never_travel(desk: SimpleNamespace) -> None:
         "SSH_AUTH_SOCK": "/hunter2",
     }
     shipped = desk.collect("model.path=org/model", "compute.storage=s3://bucket/runs", here=here)
-    assert shipped.env == shipment.ALWAYS | {"AWS_ENDPOINT_URL": "http://store:9000"}
+    assert shipped.env == job_package.ALWAYS | {"AWS_ENDPOINT_URL": "http://store:9000"}
     assert "tracking.uri=http://mlflow:5000" in shipped.overrides
     assert shipped.notes == [
         "secrets do not travel; the cluster's nodes need in their environment: HF_TOKEN, AWS_SECRET_ACCESS_KEY, "
@@ -285,7 +286,7 @@ def test_nothing_that_travels_can_be_imported(desk: SimpleNamespace, tmp_path_fa
     desk.experiment["data"]["train"] = "queue.py"
     desk.collect().pack(packed)
     (desk.folder / "experiment.toml").rename(desk.folder / "secrets.py")
-    shipped = shipment.collect("train", "secrets.py", ["data.train=data/train.jsonl"], shared=[], env=[], here={})
+    shipped = job_package.collect("train", "secrets.py", ["data.train=data/train.jsonl"], shared=[], env=[], here={})
     shipped.pack(packed)
     assert "secrets.py.toml" in shipped.contents and shipped.env["PYTHONSAFEPATH"] == "1"
     assert {path.name for path in packed.iterdir()} == {"experiment.toml", "secrets.py.toml", "shipped"}
@@ -335,7 +336,7 @@ def test_wrong_commands_are_one_sentence(desk: SimpleNamespace, write_toml: Writ
 def test_exit_codes_and_reasons() -> None:
     from ray.job_submission import JobDetails, JobStatus, JobType
 
-    from ptuning.submit import exit_code, failure
+    from ptuning.cluster.jobs import exit_code, failure
 
     def ended(status: str, code: int | None = None, message: str | None = None) -> JobDetails:
         return JobDetails(
@@ -357,7 +358,7 @@ def test_exit_codes_and_reasons() -> None:
 
 @fast
 def test_the_result_is_the_last_line_and_only_there() -> None:
-    from ptuning.submit import Log
+    from ptuning.cluster.jobs import Log
 
     said: list[str] = []
     log = Log(said.append)

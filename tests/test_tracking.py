@@ -30,7 +30,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy import make_url
 
 from ptuning.config import UserError
-from ptuning.tracking import (
+from ptuning.tracking.tracker import (
     Tracker,
     _create_database,
     database,
@@ -287,7 +287,7 @@ def test_a_killed_process_loses_nothing_and_is_closed_as_killed(storage: Path) -
     script = f"""
         import os, signal
         from pathlib import Path
-        from ptuning.tracking import *
+        from ptuning.tracking.tracker import *
         storage = Path({str(storage)!r})
         tracker = Tracker(default_uri(storage), "tests", None, storage / "run" / "tracking", "run")
         for step in range(100):
@@ -320,7 +320,7 @@ def test_two_processes_create_one_database_and_one_experiment(tmp_path: Path) ->
     script = f"""
         import sys
         from pathlib import Path
-        from ptuning.tracking import *
+        from ptuning.tracking.tracker import *
         storage = Path({str(tmp_path)!r})
         name = sys.argv[1]
         tracker = Tracker(default_uri(storage), "tests", default_artifact_root(storage), storage / name, name)
@@ -388,7 +388,7 @@ def test_server_that_never_answers_costs_only_the_deadline(tmp_path: Path) -> No
         script = f"""
             import time
             from pathlib import Path
-            from ptuning.tracking import *
+            from ptuning.tracking.tracker import *
             uri, spool = "http://me:hunter2@127.0.0.1:{port}", Path({str(tmp_path / "run")!r})
             tracker = Tracker(uri, "tests", None, spool, "run")
             tracker.flush(4)

@@ -19,16 +19,18 @@ import torch
 from conftest import weights_hash
 from hypothesis import strategies as st
 
-from ptuning import checkpoint, soft_prompt, storage, zero
-from ptuning import train as training
-from ptuning.base import Base, find_base
+from ptuning import storage
 from ptuning.config import Experiment, ModelConfig, TrainConfig, ZeroConfig, parse_experiment
-from ptuning.evaluate import label_scores
-from ptuning.model import Objective, PromptedModel, plan_targets
-from ptuning.orders import Assignment, Detachment, Event, Order
-from ptuning.prepare import load_task
-from ptuning.train import Pack, Slot, learning_rate, train
-from ptuning.workers import Workers
+from ptuning.model import soft_prompt
+from ptuning.model.base import Base, find_base
+from ptuning.model.prompted_model import Objective, PromptedModel, plan_targets
+from ptuning.training import checkpoint, zero
+from ptuning.training import loop as training
+from ptuning.training.distributed import Workers
+from ptuning.training.evaluate import label_scores
+from ptuning.training.loop import Pack, Slot, learning_rate, train
+from ptuning.training.messages import Assignment, Detachment, Event, Order
+from ptuning.training.run_setup import load_task
 
 pytestmark = pytest.mark.fast
 

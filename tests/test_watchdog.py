@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from ptuning.watchdog import FIRST, HUNG, LEAST, SIGNS, TIMES, Watchdog, verdict
+from ptuning.training.watchdog import FIRST, HUNG, LEAST, SIGNS, TIMES, Watchdog, verdict
 
 pytestmark = pytest.mark.fast
 
 SCRIPT = """
 import time
-from ptuning.watchdog import Watchdog
+from ptuning.training.watchdog import Watchdog
 dog = Watchdog(lambda words: print(words, flush=True), limit_s=1.0)
 dog.beat()
 print("begins", flush=True)

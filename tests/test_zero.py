@@ -18,18 +18,18 @@ import torch.multiprocessing
 from benchmarks.bare import count_gathered
 from conftest import weights_hash
 
-from ptuning import soft_prompt
-from ptuning.base import find_base
-from ptuning.blueprint import Blueprint
 from ptuning.config import ModelConfig, ZeroConfig, parse_experiment
-from ptuning.evaluate import evaluate, greedy
-from ptuning.gathering import Sharing, gather, prefetch_numbers
-from ptuning.model import PromptedModel, plan_targets
-from ptuning.orders import Assignment, Event
-from ptuning.plan import Workload
-from ptuning.prepare import load_task
-from ptuning.train import Pack, train
-from ptuning.workers import Workers
+from ptuning.model import soft_prompt
+from ptuning.model.base import find_base
+from ptuning.model.prompted_model import PromptedModel, plan_targets
+from ptuning.planning.capacity import Workload
+from ptuning.planning.meta_model import Blueprint
+from ptuning.planning.zero3_simulator import Sharing, gather, prefetch_numbers
+from ptuning.training.distributed import Workers
+from ptuning.training.evaluate import evaluate, greedy
+from ptuning.training.loop import Pack, train
+from ptuning.training.messages import Assignment, Event
+from ptuning.training.run_setup import load_task
 
 LENGTHS = (5, 3)
 LIVE = 1000
@@ -99,7 +99,7 @@ def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:
     )
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    from ptuning import zero
+    from ptuning.training import zero
 
     workers = Workers.current()
     base = find_base(ModelConfig(path=tables["model"]["path"]))
@@ -169,7 +169,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> An
 
 @pytest.fixture(scope="module")
 def alone(tiny_base_folder: Path) -> Any:
-    from ptuning import zero
+    from ptuning.training import zero
 
     base = find_base(ModelConfig(path=str(tiny_base_folder)))
     return base, zero.load(base, ZeroConfig(stage=0), torch.float32)
@@ -291,8 +291,8 @@ def test_workers_whose_texts_end_at_different_tokens_wait_for_each_other(pair: A
 
 
 def test_weights_that_are_not_the_files_are_refused(alone: Any, tmp_path: Path, tiny_base_folder: Path) -> None:
-    from ptuning import zero
-    from ptuning.base import BaseError
+    from ptuning.model.base import BaseError
+    from ptuning.training import zero
 
     base, _ = alone
     loaded = base.load(torch.float32)
@@ -302,7 +302,7 @@ def test_weights_that_are_not_the_files_are_refused(alone: Any, tmp_path: Path, 
 
 
 def test_derived_settings_fit_a_frozen_base(alone: Any) -> None:
-    from ptuning import zero
+    from ptuning.training import zero
 
     config = zero.derive_config(ZeroConfig(live_parameters=123, offload=True), alone[0], torch.bfloat16)
     partition = config["zero_optimization"]
@@ -315,7 +315,7 @@ def test_no_compiled_operation_is_loaded(alone: Any) -> None:
     """DeepSpeed would compile C++ on the first use, on machines that have no compiler."""
     import deepspeed.ops
 
-    from ptuning import zero
+    from ptuning.training import zero
 
     zero._skip_compiled_collectives()
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False

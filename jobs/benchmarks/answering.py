@@ -12,10 +12,10 @@ from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptuning.base import Base, find_base
 from ptuning.config import ModelConfig
-from ptuning.engine import Engine, EngineConfig, Request
-from ptuning.sampling import Token
+from ptuning.inference.engine import Engine, EngineConfig, Request
+from ptuning.inference.sampling import Token
+from ptuning.model.base import Base, find_base
 
 CLIENTS, REQUESTS, ROUNDS, LENGTH = 16, 64, 5, 20
 Answers = list[list[int]]

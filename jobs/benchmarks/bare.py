@@ -19,13 +19,13 @@ import torch.distributed
 import torch.multiprocessing
 
 from benchmarks.measuring import typical
-from ptuning import train, zero
-from ptuning.base import find_base
 from ptuning.config import Experiment
-from ptuning.orders import Assignment, Event
-from ptuning.prepare import absolute, load_task
-from ptuning.train import Pack, Slot
-from ptuning.workers import Workers
+from ptuning.model.base import find_base
+from ptuning.training import loop, zero
+from ptuning.training.distributed import Workers
+from ptuning.training.loop import Pack, Slot
+from ptuning.training.messages import Assignment, Event
+from ptuning.training.run_setup import absolute, load_task
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _train(experiment: str, folder: str) -> None:
     ends: list[int] = []
     gathered: list[int] = []
     saving: list[float] = []
-    save = train.save_checkpoint
+    save = loop.save_checkpoint
 
     def timed_save(pack: Pack, slot: Slot) -> None:
         began = time.perf_counter()
@@ -112,13 +112,13 @@ def _train(experiment: str, folder: str) -> None:
             ends.append(event.time_ms)
             gathered.append(counter[0])
 
-    train.save_checkpoint = timed_save  # `train.train` looks it up at each call
+    loop.save_checkpoint = timed_save  # `train.train` looks it up at each call
     settings = Experiment.model_validate_json(experiment)
     base = find_base(settings.model)
     model = zero.load(base, settings.zero, base.dtype(settings.model.dtype))
     workers = Workers.current()
     pack = Pack(model, base, workers, lambda experiment: load_task(experiment, base))
     assignments = iter([[Assignment(settings, f"{folder}/run")]])
-    train.train(pack, lambda free: next(assignments, None), report)
+    loop.train(pack, lambda free: next(assignments, None), report)
     if workers.first:
         Path(folder, "steps.json").write_text(json.dumps({"ends_ms": ends, "gathered": gathered, "saving_s": saving}))

@@ -2,9 +2,9 @@
 
 The table is made once: every configuration of the experiment's grid (`search.trials` points) is trained to its end, packed,
 and evaluated every few steps. A search is then a walk through the table, which costs nothing, so it is repeated with many
-seeds. Random, TPE and ASHA are the product's own (`ptuning.chooser`: Optuna's samplers, Ray Tune's ASHAScheduler), told what
-a search would tell them. Learning rates are places on the table's scale, in their order. `grid` is nested loops in a random
-order of the axes: a shuffled grid would be random search here.
+seeds. Random, TPE and ASHA are the product's own (`ptuning.searching.searcher`: Optuna's samplers, Ray Tune's ASHAScheduler),
+told what a search would tell them. Learning rates are places on the table's scale, in their order. `grid` is nested loops in
+a random order of the axes: a shuffled grid would be random search here.
 
 Budget is counted in trial-steps. Wall time: trial-steps and evaluations at the speed measured with one and with all slots;
 what it takes to start a trial is left out, which favours those that train one at a time.
@@ -31,18 +31,19 @@ import torch
 from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from benchmarks.text_prompts import cut
-from ptuning import figures, space
-from ptuning.base import find_base
-from ptuning.chooser import Chooser, make_scheduler
 from ptuning.config import Experiment, read_experiment
-from ptuning.ledger import Entry, Ledger
-from ptuning.model import PromptedModel
-from ptuning.orders import Assignment, Event
-from ptuning.prepare import absolute, load_task
-from ptuning.space import INIT, LENGTH, RATE
-from ptuning.train import Pack, evaluate_slots, step
-from ptuning.train import train as train_slots
-from ptuning.workers import Workers
+from ptuning.model.base import find_base
+from ptuning.model.prompted_model import PromptedModel
+from ptuning.searching import space
+from ptuning.searching.searcher import Chooser, make_scheduler
+from ptuning.searching.space import INIT, LENGTH, RATE
+from ptuning.searching.trial_store import Entry, Ledger
+from ptuning.tracking import plots
+from ptuning.training.distributed import Workers
+from ptuning.training.loop import Pack, evaluate_slots, step
+from ptuning.training.loop import train as train_slots
+from ptuning.training.messages import Assignment, Event
+from ptuning.training.run_setup import absolute, load_task
 
 SHARES = (0.05, 0.1, 0.2, 0.33, 0.5)
 PATIENCE = 20
@@ -306,7 +307,7 @@ def budget(arguments: argparse.Namespace) -> None:
             cells = [f"{each[1]:.3f} [{each[0]:.3f}, {each[2]:.3f}]" if each else "-" for each in shares]
             print(f"| {name} | {' | '.join(cells)} |")
             results["methods"].setdefault(name, {})[unit] = points
-        picture = figures.curves(
+        picture = plots.curves(
             lines,
             f"{experiment.name}: median of {arguments.seeds} searches on the same {len(made['curves'])} configurations",
             f"best validation {made['metric']}",

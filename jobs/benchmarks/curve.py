@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.answering import CLIENTS, Answers, Asked, Bench, Peft, Static
-from ptuning import figures
-from ptuning.engine import Engine, Handle, Request
-from ptuning.sampling import Token
+from ptuning.inference.engine import Engine, Handle, Request
+from ptuning.inference.sampling import Token
+from ptuning.tracking import plots
 
 RATES = (2.5, 5, 10, 20, 40, 60, 80, 100)
 """Requests per second."""
@@ -135,4 +135,4 @@ def summary(told: Sequence[Told], streams: bool) -> list[float | None]:
 def picture(result: dict[str, Any]) -> bytes:
     """Latency (p50) over the requests per second that were asked."""
     lines = {name: [(float(rate), row[3] / 1000) for rate, row in rows.items()] for name, rows in result.items()}
-    return figures.curves(lines, "Latency over load", "whole answer (p50), seconds", "requests per second")
+    return plots.curves(lines, "Latency over load", "whole answer (p50), seconds", "requests per second")

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from benchmarks.measuring import heading, in_turns, line, times_as_long
 from benchmarks.steps import Step, difference, limit, our_step, random_llama, random_rows, random_vectors
-from ptuning import cpu_attention
-from ptuning import model as model_of_passes
-from ptuning.batches import BatchOrder
-from ptuning.model import Plan, PromptedModel, Row, plan_targets
+from ptuning.data.batch_sampler import BatchOrder
+from ptuning.model import cpu_attention
+from ptuning.model import prompted_model as model_of_passes
+from ptuning.model.prompted_model import Plan, PromptedModel, Row, plan_targets
 
 BATCH = 16
 

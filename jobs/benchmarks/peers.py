@@ -18,14 +18,14 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.steps import padded
-from ptuning.base import Base
 from ptuning.config import Experiment
-from ptuning.data import Split
-from ptuning.evaluate import evaluate
-from ptuning.model import Objective, PromptedModel, Row, plan_targets
-from ptuning.orders import Task
-from ptuning.train import learning_rate
-from ptuning.workers import Workers
+from ptuning.data.dataset import Split
+from ptuning.model.base import Base
+from ptuning.model.prompted_model import Objective, PromptedModel, Row, plan_targets
+from ptuning.training.distributed import Workers
+from ptuning.training.evaluate import evaluate
+from ptuning.training.loop import learning_rate
+from ptuning.training.messages import Task
 
 RATES = {"lora": (1e-3, 5e-3), "full": (2e-4, 1e-3)}
 """Learning rates of which the first seed chooses one on the validation rows."""

@@ -19,15 +19,15 @@ import torch.multiprocessing
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.bare import spawn
-from ptuning import zero
-from ptuning.base import BUILTIN, find_base
-from ptuning.blueprint import Blueprint, read_config
 from ptuning.config import parse_experiment
-from ptuning.orders import Assignment
-from ptuning.plan import Machine, Settings, Training, TrainingPlan
-from ptuning.prepare import load_task
-from ptuning.train import Pack, step
-from ptuning.workers import Workers
+from ptuning.model.base import BUILTIN, find_base
+from ptuning.planning.capacity import Machine, Settings, Training, TrainingPlan
+from ptuning.planning.meta_model import Blueprint, read_config
+from ptuning.training import zero
+from ptuning.training.distributed import Workers
+from ptuning.training.loop import Pack, step
+from ptuning.training.messages import Assignment
+from ptuning.training.run_setup import load_task
 
 MIB = 1 << 20
 SHAPES: dict[str, dict[str, Any]] = {

@@ -22,15 +22,15 @@ import torch
 
 from benchmarks.peers import RATES, Learned, prompt_tuning, weights
 from benchmarks.text_prompts import cut, text_prompts
-from ptuning.base import Base, find_base
 from ptuning.config import Experiment, read_experiment
-from ptuning.model import PromptedModel
-from ptuning.orders import Assignment, Event, Task
-from ptuning.prepare import RUN, absolute, load_task
-from ptuning.space import trial_tables
-from ptuning.train import Pack
-from ptuning.train import train as train_slots
-from ptuning.workers import Workers
+from ptuning.model.base import Base, find_base
+from ptuning.model.prompted_model import PromptedModel
+from ptuning.searching.space import trial_tables
+from ptuning.training.distributed import Workers
+from ptuning.training.loop import Pack
+from ptuning.training.loop import train as train_slots
+from ptuning.training.messages import Assignment, Event, Task
+from ptuning.training.run_setup import RUN, absolute, load_task
 
 METHODS = ("text", "peft", "ours", "lora", "full")
 NEAR = 0.9

@@ -22,9 +22,9 @@ import torch
 from benchmarks.bare import Steps, train_bare
 from benchmarks.measuring import heading, line, tell_machine, tell_part, typical, write
 from benchmarks.plan import SHAPES, make_base
-from ptuning import figures
-from ptuning.base import find_base
 from ptuning.config import Experiment, read_experiment
+from ptuning.model.base import find_base
+from ptuning.tracking import plots
 
 WORKER = "RayTrainWorker"
 """In the title of a worker's process."""
@@ -206,7 +206,7 @@ def tell_phases(instants: list[dict[str, float]]) -> dict[str, float]:
         found[phase] = statistics.median(end - begin for end, begin in zip(ends, before, strict=True))
         line(words, f"{found[phase]:.1f}")
         before = ends
-    imports = "import ptuning.launch, ptuning.train"
+    imports = "import ptuning.training.run, ptuning.training.loop"
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", imports], check=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
     found["imports"] = time.perf_counter() - began
@@ -241,7 +241,7 @@ def picture(rows: list[dict[str, Any]]) -> bytes:
     history: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         history.setdefault(f"ZeRO stage {row['stage']}", []).append((row["workers"], row["step_s"]))
-    return figures.curves(history, "The same global batch on more workers", "seconds per step", "workers")
+    return plots.curves(history, "The same global batch on more workers", "seconds per step", "workers")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

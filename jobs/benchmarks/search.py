@@ -17,13 +17,14 @@ from typing import Any
 import psutil
 
 from benchmarks.bare import count_gathered, spawn
-from ptuning import figures, zero
-from ptuning.base import find_base
 from ptuning.config import read_experiment
-from ptuning.orders import Assignment
-from ptuning.prepare import absolute, load_task
-from ptuning.train import Pack, step
-from ptuning.workers import Workers
+from ptuning.model.base import find_base
+from ptuning.tracking import plots
+from ptuning.training import zero
+from ptuning.training.distributed import Workers
+from ptuning.training.loop import Pack, step
+from ptuning.training.messages import Assignment
+from ptuning.training.run_setup import absolute, load_task
 
 
 def pack_worker(path: str, overrides: list[str], folder: str) -> None:
@@ -87,26 +88,26 @@ def nested_worker(path: str, overrides: list[str], trials: list[dict[str, Any]],
     from ray import tune
     from ray.train.torch import TorchTrainer
 
-    from ptuning import launch
-    from ptuning.mailbox import Mailbox
-    from ptuning.space import trial_tables
+    from ptuning.searching.space import trial_tables
+    from ptuning.training import run as training_run
+    from ptuning.training.event_queue import Mailbox
 
     experiment = absolute(read_experiment(path, overrides))
     if settings == "ours":
-        launch.start_ray(experiment)
+        training_run.start_ray(experiment)
     else:
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     tables, folder = experiment.model_dump(mode="json"), f"{experiment.compute.storage}/nested"
-    scaling = launch.scale(experiment, spare=0.25)
+    scaling = training_run.scale(experiment, spare=0.25)
 
     def work(config: dict[str, Any]) -> None:
-        from ptuning import worker
+        from ptuning.training import worker
 
         worker.work(config)
 
     def trial(config: dict[str, Any]) -> None:
         from ptuning.config import Experiment
-        from ptuning.launch import make_trainer
+        from ptuning.training.run import make_trainer
 
         number = config["number"]
         mine = Experiment.model_validate(trial_tables(tables, f"t{number}", trials[number]))
@@ -175,7 +176,7 @@ def pack(arguments: argparse.Namespace) -> None:
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(results, indent=1))
         speeds = {"2 workers": [(row["slots"], row["trial_steps_per_s"]) for row in results]}
-        picture = figures.curves(speeds, "A pack of soft prompts", "trial-steps per second", "slots")
+        picture = plots.curves(speeds, "A pack of soft prompts", "trial-steps per second", "slots")
         Path(arguments.out).with_suffix(".png").write_bytes(picture)
 
 

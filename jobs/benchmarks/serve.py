@@ -39,12 +39,13 @@ from torch import Tensor
 from benchmarks.answering import CLIENTS, LENGTH, REQUESTS, ROUNDS, Answers, Bench, Peft, Static, drive
 from benchmarks.curve import curve, picture
 from benchmarks.measuring import in_turns, interval, write
-from ptuning import storage, tracking
-from ptuning.engine import Request
-from ptuning.publish import publish
-from ptuning.registry import Registry
-from ptuning.soft_prompt import Card, SoftPrompt, content_hash
-from ptuning.sources import read_source
+from ptuning import storage
+from ptuning.data.sources import read_source
+from ptuning.inference.engine import Request
+from ptuning.model.soft_prompt import Card, SoftPrompt, content_hash
+from ptuning.registry.publish import publish
+from ptuning.registry.registry import Registry
+from ptuning.tracking import tracker
 
 EXPERIMENT = """
 name = "bench"
@@ -267,7 +268,7 @@ def put(bench: Bench, runs: Path, name: str, vectors: Tensor) -> None:
     )
     folder = storage.join(str(runs), "published")
     SoftPrompt(vectors, card).save(folder, layers=4, heads=4)
-    publish(Registry(tracking.default_uri(runs)), name, folder, None, tracking.default_artifact_root(runs))
+    publish(Registry(tracker.default_uri(runs)), name, folder, None, tracker.default_artifact_root(runs))
 
 
 @contextmanager

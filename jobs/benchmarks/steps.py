@@ -12,7 +12,7 @@ from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from ptuning.model import PromptedModel, Row, plan_targets
+from ptuning.model.prompted_model import PromptedModel, Row, plan_targets
 
 warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)  # peft 0.21
 

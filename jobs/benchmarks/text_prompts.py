@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from ptuning import metrics
-from ptuning.base import Base
 from ptuning.config import Experiment, template_fields
-from ptuning.data import Encoder, Split
-from ptuning.evaluate import greedy
-from ptuning.model import PromptedModel, plan_labels
-from ptuning.orders import Task
-from ptuning.sources import read_source
+from ptuning.data.dataset import Encoder, Split
+from ptuning.data.sources import read_source
+from ptuning.model.base import Base
+from ptuning.model.prompted_model import PromptedModel, plan_labels
+from ptuning.training import metrics
+from ptuning.training.evaluate import greedy
+from ptuning.training.messages import Task
 
 WRITTEN = Path(__file__).with_name("text_prompts.json")
 ROWS_TO_CHOOSE = 200

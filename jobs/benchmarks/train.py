@@ -33,8 +33,8 @@ from benchmarks.steps import (
     random_rows,
     random_vectors,
 )
-from ptuning import figures
-from ptuning.model import PromptedModel
+from ptuning.model.prompted_model import PromptedModel
+from ptuning.tracking import plots
 
 LENGTHS, TEXTS, VOCABULARIES = (1, 20, 100), (16, 32, 128, 512), (4_000, 150_000)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -243,7 +243,7 @@ def picture(found: list[dict[str, Any]], value: str, title: str) -> bytes:
     for one in found:
         if one["vocabulary"] == found[0]["vocabulary"]:
             history.setdefault(f"{one['dtype']}, P = {one['length']}", []).append((one["text"], one[value]))
-    return figures.curves(history, title, value.replace("_", " "), "text tokens")
+    return plots.curves(history, title, value.replace("_", " "), "text tokens")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from benchmarks.ideas import BATCH, as_they_come, batched, mixed_rows
 from benchmarks.measuring import heading, line, settle, times_as_long
 from benchmarks.steps import padded, peft_model, random_llama, random_vectors
-from ptuning.model import PromptedModel, Row, plan_targets
+from ptuning.model.prompted_model import PromptedModel, Row, plan_targets
 
 Epoch = Callable[[], float]
 """Seconds of an epoch: its steps with their batches, clipping and updates, without what stands before the first one."""

@@ -109,7 +109,7 @@ def prepare_loading(worker: ModuleType) -> None:
     worker.find_base = finding  # type: ignore[attr-defined]
 
 
-PREPARE = {"ptuning.train": prepare, "ptuning.worker": prepare_loading}
+PREPARE = {"ptuning.training.loop": prepare, "ptuning.training.worker": prepare_loading}
 
 
 class Finder(importlib.abc.MetaPathFinder):

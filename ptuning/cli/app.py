@@ -1,0 +1,197 @@
+"""The command line. It parses first and imports torch and ray later: `--help` answers at once."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import shlex
+import sys
+import traceback
+from contextlib import closing
+from typing import Annotated, NoReturn
+
+import typer
+
+from ptuning import sys_path
+from ptuning.cli import jobs, plan, serve
+from ptuning.cli.options import ExperimentArgument, Json, Overrides, busy, check_register, fail, finish, non_blank
+from ptuning.cli.prompts import prompts
+from ptuning.config import Experiment, UserError, read_experiment
+from ptuning.imports import quick_imports
+from ptuning.redaction import redact, redacted
+from ptuning.serving.auth import keep_ray_on_loopback
+
+app = typer.Typer(
+    name="ptuning",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Prompt tuning of large frozen language models: one frozen model, many soft prompts.",
+)
+
+app.add_typer(prompts)
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run of this name from its newest checkpoint.")]
+Register = Annotated[
+    str | None,
+    typer.Option(
+        "--register", metavar="NAME", callback=non_blank, help="Publish the result as the newest version of this name."
+    ),
+]
+
+
+@app.callback()
+def ptuning() -> None:
+    pass
+
+
+@app.command()
+def train(
+    experiment: ExperimentArgument,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    register: Register = None,
+    as_json: Json = False,
+) -> None:
+    """Train one soft prompt on a frozen base, evaluate it and track it.
+
+    Example: ptuning train jobs/sms-spam.toml train.learning_rate=0.05 compute.workers=2
+    """
+    settings = _read(experiment, overrides)
+    check_register(register)
+    keep_ray_on_loopback(settings.compute.address)
+    with busy("starting"), quick_imports():
+        from ptuning.cli.display import Display
+        from ptuning.cluster.failures import RunFailed
+        from ptuning.training.run import run_training
+
+    try:
+        with closing(Display()) as display:
+            summary = run_training(settings, resume=resume, show=display, say=display.say, register=register)
+    except RunFailed as error:
+        fail(str(error), 1)
+    except UserError as error:
+        fail(str(error), 2)
+    except KeyboardInterrupt:
+        _stopped("train", experiment, overrides, settings)
+    finish(summary, as_json)
+
+
+@app.command()
+def search(
+    experiment: ExperimentArgument,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    register: Annotated[
+        str | None,
+        typer.Option(
+            "--register", metavar="NAME", callback=non_blank, help="Publish the winner under this name, not the experiment's."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Search over soft prompts that train side by side on one base.
+
+    The winner is tested and registered.
+
+    Example: ptuning search jobs/sentiment.toml search.trials=16 'search.length=[5,20]'
+    """
+    settings = _read(experiment, overrides)
+    check_register(register)
+    keep_ray_on_loopback(settings.compute.address)
+    with busy("starting"), quick_imports():
+        from ptuning.cli.display import SearchDisplay
+        from ptuning.cluster.failures import RunFailed
+        from ptuning.searching.run import run_search
+
+    try:
+        with closing(SearchDisplay(settings)) as display:
+            summary = run_search(settings, resume=resume, show=display, say=display.say, register=register or settings.name)
+    except RunFailed as error:
+        fail(str(error), 1)
+    except UserError as error:
+        fail(str(error), 2)
+    except KeyboardInterrupt:
+        _stopped("search", experiment, overrides, settings)
+    finish(summary, as_json)
+
+
+app.command()(serve.serve)
+app.command()(serve.ask)
+app.command()(serve.compare)
+app.command()(jobs.submit)
+app.add_typer(jobs.jobs)
+app.command()(plan.plan)
+app.command()(plan.doctor)
+
+
+@app.command()
+def config(
+    experiment: Annotated[
+        str | None, typer.Argument(metavar="EXPERIMENT", callback=non_blank, help="Experiment file (TOML).")
+    ] = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of experiment files.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it on one line, as other commands do.")] = False,
+) -> None:
+    """Print the resolved experiment as JSON.
+
+    Every setting is there, with its default where the file has none. Passwords are shown as ***.
+
+    Example: ptuning config jobs/sentiment.toml train.steps=100
+    """
+    indent = None if as_json else 1
+    if schema:
+        typer.echo(json.dumps(Experiment.model_json_schema(), indent=indent))
+        return
+    if experiment is None:
+        fail("EXPERIMENT is missing; give the path of an experiment file, or --schema", 2)
+    typer.echo(json.dumps(redacted(_read(experiment, overrides).model_dump(mode="json")), indent=indent, ensure_ascii=False))
+
+
+def main() -> None:
+    """Entry point of the `ptuning` command."""
+    sys_path.leave_working_folder()
+    # Ray's nodes would put this onto our stdout (2.60); a search of eight trials has eight processes on two cores, and may.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    code: list[int] = []
+    atexit.register(_leave, code)  # first, so that it is called last
+    try:
+        app()
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            code.append(end.code)
+        raise
+    except Exception:  # not foreseen: all of it is shown, but for the passwords in addresses
+        code.append(1)
+        typer.echo(redact(traceback.format_exc()), err=True)
+        raise SystemExit(1) from None
+
+
+def _leave(code: list[int]) -> None:
+    """End the process without taking apart what torch, transformers and MLflow have imported: that takes Python 2 s.
+
+    Threads have been waited for, and everybody else's farewell (`atexit`) has been said.
+    """
+    if code:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code[0])
+
+
+def _stopped(command: str, experiment: str, overrides: list[str] | None, settings: Experiment) -> NoReturn:
+    """Say how to go on: what was stopped before it began has nothing to resume."""
+    from ptuning.training.run_setup import has_begun
+
+    resume = ["--resume"] if has_begun(settings) else []
+    fail(f"stopped; continue with: {shlex.join(['ptuning', command, experiment, *(overrides or []), *resume])}", 130)
+
+
+def _read(path: str, overrides: list[str] | None) -> Experiment:
+    try:
+        return read_experiment(path, overrides or [])
+    except UserError as error:
+        fail(str(error), 2)

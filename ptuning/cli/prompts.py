@@ -1,0 +1,336 @@
+"""`ptuning prompts`: the registry on the command line. Parses first; MLflow and torch are imported inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ptuning.cli.options import BaseOption, Json, Storage, Tracking, busy, fail, non_blank
+from ptuning.config import MARGIN, Template, UserError
+
+if TYPE_CHECKING:
+    from ptuning.registry.registry import Registry, Version
+
+prompts = typer.Typer(
+    name="prompts",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Soft prompts that were kept: list, compare, promote, move.",
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", callback=non_blank, help="A soft prompt: name, name:3 or name@champion.")]
+
+
+@prompts.command("list")
+def list_(storage: Storage = "runs", tracking: Tracking = None, as_json: Json = False) -> None:
+    """List every version of every soft prompt.
+
+    Example: ptuning prompts list --storage runs
+    """
+    with _sentences():
+        with busy("reading the registry"):
+            rows = [_row(version) for version in _registry(storage, tracking).versions()]
+        if not rows:
+            typer.echo("no soft prompts yet; publish one with: ptuning train EXPERIMENT --register NAME", err=True)
+        _say({"soft_prompts": rows}, _table(rows) if rows else "", as_json)
+
+
+@prompts.command()
+def show(
+    name: Name, storage: Storage = "runs", tracking: Tracking = None, base: BaseOption = None, as_json: Json = False
+) -> None:
+    """Show a soft prompt: card, lineage, nearest words.
+
+    Example: ptuning prompts show sentiment:1
+    """
+    with _sentences():
+        with busy("reading the soft prompt and its base's words"):
+            from ptuning.registry.inspection import portrait, portrait_lines
+
+            shown = portrait(_registry(storage, tracking), name, base)
+        _say(shown, "\n".join(portrait_lines(shown)), as_json)
+
+
+@prompts.command("import")
+def import_(
+    source: Annotated[
+        str, typer.Argument(metavar="FOLDER|ID", callback=non_blank, help="A PEFT adapter: a folder, or an id on the Hub.")
+    ],
+    name: Annotated[str, typer.Option("--name", metavar="NAME", callback=non_blank, help="The name to publish it under.")],
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="PATH", callback=non_blank, help="The base it was made for: folder or id.")
+    ] = None,
+    input_: Annotated[str | None, typer.Option("--input", help='Template of the input, as "Message: {text}\\nLabel:".')] = None,
+    target: Annotated[str | None, typer.Option("--target", help='Template of the target, as " {label}".')] = None,
+    labels: Annotated[str | None, typer.Option("--labels", metavar="A,B", help="Labels of a classification task.")] = None,
+    storage: Storage = "runs",
+    tracking: Tracking = None,
+    as_json: Json = False,
+) -> None:
+    """Publish a soft prompt made elsewhere, as with PEFT.
+
+    Example: ptuning prompts import adapter --name mine --base builtin --input "{text} Mood:" --target " {label}"
+    """
+    with _sentences():
+        from ptuning.registry.peft_import import adopt, locate
+        from ptuning.registry.registry import check_name
+        from ptuning.tracking.tracker import database, default_artifact_root
+
+        check_name(name)
+        template = _template(input_, target, labels) or _ask_template(locate(source))
+        registry = _registry(storage, tracking)
+        local = database(registry.uri)  # a server decides itself where artifacts lie
+        with busy("importing"):
+            version = adopt(registry, source, name, base, template, default_artifact_root(local.parent) if local else None)
+        _say(_row(version), f"imported as {version}; make it champion with: ptuning prompts promote {version}", as_json)
+
+
+@prompts.command()
+def export(
+    name: Name,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", callback=non_blank, help="A new folder.")],
+    format_: Annotated[
+        Literal["peft", "merged"],
+        typer.Option("--format", help="peft: the artefact; merged: base and soft prompt as one plain checkpoint."),
+    ] = "peft",
+    base: BaseOption = None,
+    storage: Storage = "runs",
+    tracking: Tracking = None,
+    as_json: Json = False,
+) -> None:
+    """Write a soft prompt to a folder, for PEFT or any server.
+
+    Example: ptuning prompts export sentiment:1 plain --format merged
+    """
+    with _sentences():
+        with busy("exporting"):
+            from ptuning.registry.publish import fetch
+
+            registry = _registry(storage, tracking)
+            version = registry.find(name)
+            if format_ == "peft":
+                fetch(registry, version, folder)
+            else:
+                from ptuning.registry.merged_export import export_merged
+
+                merged = export_merged(registry, version, folder, base)
+        if format_ == "peft":
+            _say({"name": str(version), "folder": folder}, f"{version} written to {folder}; PEFT loads it", as_json)
+            return
+        _say({"name": str(version), "folder": folder, **merged.facts()}, "\n".join(merged.lines(str(version), folder)), as_json)
+
+
+@prompts.command()
+def promote(
+    name: Name,
+    number: Annotated[int | None, typer.Argument(metavar="VERSION", help="The version, if NAME does not say it.")] = None,
+    margin: Annotated[float, typer.Option("--margin", min=0, help="How much worse than the champion it may be.")] = MARGIN,
+    force: Annotated[bool, typer.Option("--force", help="Promote it though it does not pass; a tag says so.")] = False,
+    base: BaseOption = None,
+    storage: Storage = "runs",
+    tracking: Tracking = None,
+    as_json: Json = False,
+) -> None:
+    """Make a version champion, if it passes the gate.
+
+    The champion is what is served under the name.
+
+    Example: ptuning prompts promote sentiment 2
+    """
+    with _sentences():
+        with busy("checking"):
+            from ptuning.registry import gate
+
+            done = gate.promote(_registry(storage, tracking), _one(name, number), base=base, margin=margin, force=force)
+        facts = {"name": done.version.name, "champion": done.version.version}
+        before = f", before it was {done.previous}" if done.previous else ""
+        line = f"{done.version} is champion{before}" if done.moved else f"{done.version} is champion already"
+        for finding in done.findings:
+            typer.echo(f"forced though {finding}", err=True)
+        _say(facts | {"previous": done.previous, "moved": done.moved, "forced": done.findings}, line, as_json)
+
+
+@prompts.command()
+def rollback(
+    name: Annotated[str, typer.Argument(metavar="NAME", callback=non_blank)],
+    storage: Storage = "runs",
+    tracking: Tracking = None,
+    as_json: Json = False,
+) -> None:
+    """Make the previous champion champion again.
+
+    Example: ptuning prompts rollback sentiment
+    """
+    with _sentences():
+        with busy("rolling back"):
+            from ptuning.registry.promotions import Ledger
+
+            state = Ledger(_registry(storage, tracking), name).rollback()
+        _say({"name": name, "champion": state.champion}, f"{name}:{state.champion} is champion again", as_json)
+
+
+@prompts.command()
+def delete(
+    name: Annotated[str, typer.Argument(metavar="NAME:VERSION", callback=non_blank)],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    storage: Storage = "runs",
+    tracking: Tracking = None,
+    as_json: Json = False,
+) -> None:
+    """Delete a version that is not champion.
+
+    Its run stays in MLflow.
+
+    Example: ptuning prompts delete sentiment:1 --yes
+    """
+    with _sentences():
+        from ptuning.registry import promotions
+
+        reference = _one(name, None)
+        if not yes:
+            if not sys.stdin.isatty():
+                raise UserError(f"{reference}: deleting asks for confirmation, and there is no terminal; repeat it with --yes")
+            typer.confirm(f"Delete {reference}?", abort=True)
+        version = promotions.delete(_registry(storage, tracking), reference)
+        _say({"deleted": str(version)}, f"{version} is deleted; its run {version.run_id} stays", as_json)
+
+
+@prompts.command()
+def similar(name: Name, storage: Storage = "runs", tracking: Tracking = None, as_json: Json = False) -> None:
+    """Rank the other soft prompts of the same base by similarity.
+
+    They are candidates for prompt.init_from.
+
+    Example: ptuning prompts similar sentiment
+    """
+    with _sentences():
+        with busy("comparing"):
+            from ptuning.model import nearest_tokens
+            from ptuning.registry.registry import parse_reference
+
+            found = nearest_tokens.similar(_registry(storage, tracking), parse_reference(name))
+        rows = [{"name": str(version), "cosine": round(cosine, 4)} for version, cosine in found]
+        if not rows:
+            typer.echo("no other soft prompt of this base", err=True)
+        _say({"similar": rows}, "\n".join(f"{row['cosine']:7.4f}  {row['name']}" for row in rows), as_json)
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """A user's error is one sentence and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        fail(str(error), 2)
+
+
+def _registry(storage: str, uri: str | None) -> Registry:
+    from ptuning.registry.registry import Registry
+    from ptuning.tracking.tracker import default_uri
+
+    return Registry(uri or default_uri(storage))
+
+
+def _one(name: str, number: int | None) -> Any:
+    """The reference to a single version: NAME VERSION or NAME:VERSION."""
+    from ptuning.registry.registry import Reference, check_name, parse_reference
+
+    if number is not None:
+        return Reference(check_name(name), number)
+    reference = parse_reference(name)
+    if reference.version is None and reference.alias is None:
+        raise UserError(f"{name}: which version? write {name}:N; see ptuning prompts list")
+    return reference
+
+
+def _template(text: str | None, target: str | None, labels: str | None) -> Template | None:
+    if text is None and target is None and labels is None:
+        return None
+    if text is None or target is None:
+        raise UserError("--input and --target: a template needs both; give the one that is missing")
+    listed = tuple(label.strip() for label in labels.split(",")) if labels else None
+    try:
+        return Template(input=text.replace("\\n", "\n"), target=target.replace("\\n", "\n"), labels=listed)
+    except ValueError as error:
+        reason = str(error).split("Value error, ")[-1].split(" [type=")[0]
+        raise UserError(f"template: {reason}") from None
+
+
+def _ask_template(folder: str) -> Template | None:
+    """On a terminal, ask for what an adapter without a card does not know; elsewhere it stays unknown."""
+    from ptuning import storage
+    from ptuning.model import soft_prompt
+
+    if storage.exists(folder, soft_prompt.CARD):
+        return None
+    if not sys.stdin.isatty():
+        typer.echo("its template stays unknown; --input and --target would tell it", err=True)
+        return None
+    typer.echo('It has no card. How does a row become text? Fields in braces, as in "Message: {text}\\nLabel:".', err=True)
+    text = typer.prompt("Input template (empty: unknown)", default="", show_default=False)
+    if not text:
+        return None
+    target = typer.prompt('Target template, as " {label}"')
+    labels = typer.prompt("Labels, with commas between (empty: free text)", default="", show_default=False)
+    return _template(text, target, labels or None)
+
+
+def _row(version: Version) -> dict[str, Any]:
+    return {
+        "name": version.name,
+        "version": version.version,
+        "aliases": list(version.aliases),
+        "base": version.tag("base"),
+        "length": _whole(version.tag("length")),
+        "metric": version.tag("metric"),
+        "value": version.number("value"),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(version.created_ms / 1000)),
+        "age_s": round(version.age_s),
+        "bytes": _whole(version.tag("bytes")),
+        "state": version.tag("state"),
+        "parent": version.tag("parent"),
+        "run_id": version.run_id,
+        "content_hash": version.tag("content_hash"),
+    }
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text else None
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "NAME": lambda row: row["name"],
+    "VERSION": lambda row: str(row["version"]),
+    "ALIAS": lambda row: ",".join(row["aliases"]) or "-",
+    "BASE": lambda row: Path(row["base"]).name if row["base"] else "-",
+    "LENGTH": lambda row: str(row["length"] or "-"),
+    "METRIC": lambda row: f"{row['metric'].replace('_', ' ')} {row['value']:.4f}" if row["metric"] else "-",
+    "AGE": lambda row: _age(row["age_s"]),
+    "SIZE": lambda row: f"{row['bytes'] / 1024:.0f} KiB" if row["bytes"] else "-",
+}
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _age(seconds: int) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+def _say(facts: dict[str, Any], text: str, as_json: bool) -> None:
+    if as_json or text:
+        typer.echo(json.dumps(facts) if as_json else text)
+    sys.stdout.flush()

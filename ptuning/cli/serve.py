@@ -1,0 +1,118 @@
+"""`ptuning serve`, `ask` and `compare`: parse first, import ray and torch inside."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from typing import Annotated, Any
+
+import typer
+
+from ptuning.cli.options import BaseOption, ExperimentArgument, Json, Overrides, Storage, Tracking, busy, fail, non_blank
+from ptuning.config import UserError, read_experiment
+from ptuning.imports import quick_imports
+from ptuning.redaction import redact
+from ptuning.serving.auth import check_address, check_token, keep_ray_on_loopback, read_keys
+
+KEY = "PTUNING_API_KEY"
+
+
+def serve(
+    experiment: ExperimentArgument,
+    overrides: Overrides = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen where others can reach it, without API keys.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Have the cluster go on serving, and return.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Serve the registered soft prompts of a base, as OpenAI's API.
+
+    Example: ptuning serve jobs/sentiment.toml serve.port=9000
+    """
+    try:
+        settings = read_experiment(experiment, overrides or [])
+        check_address(settings.serve.host, read_keys(settings.serve.keys), insecure)  # before seconds of imports
+        check_token(insecure)
+        keep_ray_on_loopback(settings.compute.address)
+        with busy("starting"), quick_imports():
+            from ptuning.serving.server import deploy, run_server
+
+        if detach:
+            served = deploy(settings, insecure=insecure, say=_say)
+            typer.echo(json.dumps(served) if as_json else f"serving at {served['url']}")
+        else:
+            run_server(settings, insecure=insecure, say=_say)
+    except UserError as error:
+        fail(str(error), 2)
+
+
+def ask(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", callback=non_blank, help="Who is asked: a soft prompt, name:3, or the base.")
+    ],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The text, or a JSON object with the template's fields.")],
+    url: Annotated[str, typer.Option("--url", callback=non_blank, help="The server.")] = "http://127.0.0.1:8000/v1",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as one JSON object.")] = False,
+) -> None:
+    """Ask the running server one question. An API key comes from PTUNING_API_KEY.
+
+    Example: ptuning ask sentiment "This movie was terrible."
+    """
+    body = {"model": name, "messages": [{"role": "user", "content": text}]}
+    headers = {"content-type": "application/json"}
+    if os.environ.get(KEY):
+        headers["authorization"] = f"Bearer {os.environ[KEY]}"
+    question = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    try:
+        with busy("asking"), urllib.request.urlopen(question, timeout=600) as response:
+            answer = json.load(response)
+    except urllib.error.HTTPError as error:
+        fail(_complaint(error), 2)
+    except (OSError, ValueError) as error:
+        fail(f"{url}: no server answers ({error}); start one with: ptuning serve EXPERIMENT", 1)
+    typer.echo(json.dumps(answer) if as_json else answer["choices"][0]["message"]["content"])
+
+
+def compare(
+    name: Annotated[str, typer.Argument(metavar="NAME", callback=non_blank, help="A registered name.")],
+    text: Annotated[str, typer.Option("--text", help="The text, or a JSON object with the template's fields.")],
+    storage: Storage = "runs",
+    tracking: Tracking = None,
+    base: BaseOption = None,
+    as_json: Json = False,
+) -> None:
+    """Ask the base, the hand-written text and every version.
+
+    All are asked the same thing, side by side. No server is needed.
+
+    Example: ptuning compare sentiment --text "This movie was terrible."
+    """
+    try:
+        with busy("asking"):
+            from ptuning.registry.registry import Registry
+            from ptuning.serving.compare import compare as ask_all
+            from ptuning.tracking.tracker import default_uri
+
+            opinions = ask_all(Registry(tracking or default_uri(storage)), name, text, base)
+    except UserError as error:
+        fail(str(error), 2)
+    if as_json:
+        typer.echo(json.dumps({"opinions": [vars(opinion) for opinion in opinions]}))
+        return
+    width = max(len(opinion.who) for opinion in opinions)
+    for opinion in opinions:
+        sure = f"  {opinion.probability:.3f}" if opinion.probability is not None else ""
+        typer.echo(f"{opinion.who:{width}}  {opinion.answer}{sure}")
+
+
+def _say(line: str) -> None:
+    typer.echo(redact(line), err=True)
+
+
+def _complaint(error: urllib.error.HTTPError) -> str:
+    try:
+        answer: Any = json.load(error)
+        return str(answer["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered {error.code} {error.reason}"

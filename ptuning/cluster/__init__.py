@@ -1,0 +1,1 @@
+"""The connection to Ray, jobs on a cluster, checks of its nodes."""

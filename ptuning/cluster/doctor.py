@@ -1,0 +1,172 @@
+"""`ptuning doctor`: this machine, or every node of a Ray cluster, looked at by a small task on each."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ptuning import storage
+from ptuning.cluster import node_checks
+from ptuning.cluster.node_checks import Finding
+from ptuning.config import Experiment, UserError
+from ptuning.training.run import join_ray
+from ptuning.training.run_setup import absolute
+
+ANSWER_S = 120.0
+"""Seconds that a node has to answer: a new process imports torch first."""
+SKEW_S = 2.0
+"""Seconds that clocks may differ: so late is a promotion noticed anyway, and events are ordered by the driver."""
+
+
+def examine(experiment: Experiment | None, address: str | None) -> list[Finding]:
+    """Look at this machine, or with `address` at all nodes of that cluster.
+
+    Raises:
+        UserError: no cluster answers there.
+    """
+    written = absolute(experiment) if experiment else None
+    tables = written.model_dump(mode="json") if written else None
+    if address is None:
+        findings = [Finding(**fields) for fields in node_checks.look(tables)["findings"]]
+        return [replace(finding, where="here") for finding in [*findings, _auth(1)]]
+    connected_here = _connect(address)
+    try:
+        return list(_cluster(written, tables))
+    finally:
+        if connected_here:
+            ray.shutdown()
+
+
+def _connect(address: str) -> bool:
+    """Join a cluster; True if this process was in none before.
+
+    Raises:
+        UserError: nobody answers, or not to us.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():  # ray.init would try for minutes
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise UserError(f"--address: nobody answers at {address} ({error}); start the cluster, or correct it") from None
+    try:
+        return join_ray(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--address: {address} is no cluster that lets us in ({reason}); check it and the token") from None
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _look(tables: dict[str, Any] | None, probe: str | None) -> dict[str, Any]:
+    return node_checks.look(tables, probe)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _clock() -> float:
+    return time.time()
+
+
+def _cluster(experiment: Experiment | None, tables: dict[str, Any] | None) -> Iterator[Finding]:
+    nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeManagerAddress"]))
+    names = _names(nodes)
+    resources = ray.cluster_resources()
+    shown = ", ".join(f"{resources[kind]:g} {kind}" for kind in ("CPU", "GPU") if resources.get(kind))
+    yield Finding("ok", "ray", f"{ray.__version__}, {len(nodes)} node{'s' * (len(nodes) > 1)}, {shown}", where="cluster")
+    yield replace(_auth(len(nodes)), where="cluster")
+    folder = f".doctor-{uuid.uuid4().hex[:12]}"
+    asked = {node["NodeID"]: _on(node, _look).remote(tables, f"{folder}/{node['NodeID']}") for node in nodes}
+    facts: dict[str, dict[str, Any]] = {}
+    for node, answer in asked.items():
+        try:
+            found = ray.get(answer, timeout=ANSWER_S)
+        except Exception as error:  # whatever keeps a node from answering is the finding
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            yield Finding("wrong", "node", reason, "install the same image or packages on it, or restart it", names[node])
+            continue
+        facts[node] = found["facts"]
+        yield from (replace(Finding(**fields), where=names[node]) for fields in found["findings"])
+        yield replace(_skew(node, nodes), where=names[node])
+    yield from _differences(facts, names)
+    if experiment:
+        yield from _sharing(experiment, folder, facts, names)
+
+
+def _on(node: dict[str, Any], function: Any) -> Any:
+    return function.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+
+
+def _names(nodes: list[dict[str, Any]]) -> dict[str, str]:
+    """A node is called by its address, several of one machine also by the beginning of their id."""
+    addresses = [str(node["NodeManagerAddress"]) for node in nodes]
+    return {
+        node["NodeID"]: address if addresses.count(address) == 1 else f"{address}/{node['NodeID'][:6]}"
+        for node, address in zip(nodes, addresses, strict=True)
+    }
+
+
+def _skew(node: str, nodes: list[dict[str, Any]]) -> Finding:
+    """Clocks, by a task on a process that is there already; the half of its way is what we cannot know."""
+    [there] = [each for each in nodes if each["NodeID"] == node]
+    before = time.time()
+    try:
+        found = float(ray.get(_on(there, _clock).remote(), timeout=ANSWER_S))
+    except Exception as error:
+        return Finding("wrong", "clock", f"does not answer ({type(error).__name__})", "restart the node")
+    after = time.time()
+    skew = found - (before + after) / 2
+    certain = max(0.0, abs(skew) - (after - before) / 2)
+    text = f"{certain:.1f} s apart from here" if certain > 0.05 else "as here"
+    return Finding("warn", "clock", text, "run a time service (chrony)") if certain > SKEW_S else Finding("ok", "clock", text)
+
+
+def _differences(facts: dict[str, dict[str, Any]], names: dict[str, str]) -> Iterator[Finding]:
+    """What must be the same everywhere: versions, and the base's bytes."""
+    for fact in sorted({name for each in facts.values() for name in each}):
+        values = {node: each.get(fact) for node, each in facts.items()}
+        if len(set(values.values())) > 1:
+            said = ", ".join(f"{names[node]} {str(value)[:20]}" for node, value in values.items())
+            yield Finding("wrong", fact, f"differs between nodes: {said}", "install the same everywhere", "cluster")
+
+
+def _sharing(experiment: Experiment, folder: str, facts: dict[str, Any], names: dict[str, str]) -> Iterator[Finding]:
+    """Whether what every node wrote can be seen from here: is it one storage, or a folder of the same name on each?"""
+    store = experiment.compute.storage
+    place = storage.join(store, folder)
+    try:
+        unseen = [names[node] for node in facts if not storage.exists(place, node)]
+        storage.delete_folder(place)
+    except (UserError, OSError) as error:
+        yield Finding("wrong", "shared storage", str(error), "choose another folder", "cluster")
+        return
+    if unseen and len(facts) > 1:
+        yield Finding(
+            "wrong",
+            "shared storage",
+            f"what {', '.join(unseen)} wrote to {store} is not there from here",
+            "set compute.storage to a shared folder or s3://...",
+            "cluster",
+        )
+    elif len(facts) > 1:
+        yield Finding("ok", "shared storage", f"every node sees {store}", where="cluster")
+    if len({node_name.split("/")[0] for node_name in names.values()}) > 1 and not (experiment.tracking.uri or "").startswith(
+        "http"
+    ):
+        yield Finding(
+            "warn", "mlflow", "a file of one machine", "replicas on other nodes need tracking.uri, an MLflow server", "cluster"
+        )
+
+
+def _auth(nodes: int) -> Finding:
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    if mode == "token" or (not mode and nodes == 1):
+        return Finding("ok", "ray auth", "token" if mode else "default: clusters of this machine make a token of their own")
+    text = f"RAY_AUTH_MODE is {mode or 'not set'}"
+    return Finding("warn", "ray auth", text, "set RAY_AUTH_MODE=token and one token on all nodes; Ray runs any code it is sent")

@@ -1,0 +1,309 @@
+"""What travels with a job: exactly the files that its experiment names, and what of the environment is no secret.
+
+The folder where the command was typed does not travel. Nothing in it is needed but what the experiment names, and it may be
+large (runs, data, environments) or private (`.env`). What a job gets can be read by everybody who may look at the cluster's
+jobs, so neither keys nor passwords travel: they belong into the environment of the cluster's nodes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ptuning.config import Experiment, UserError, read_experiment
+from ptuning.paths import FOLDER, SCHEME
+from ptuning.redaction import redact
+from ptuning.tracking.tracker import default_uri
+
+Kind = Literal["train", "search", "serve", "doctor"]
+
+LIMIT = 100_000_000
+"""Bytes that travel with a job at most. Ray keeps them in the head's memory and on every node's disk."""
+
+BASE = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+SOFT_PROMPT = ("*.json", "*.safetensors")
+
+PLAIN = (
+    *("AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "MLFLOW_S3_ENDPOINT_URL"),
+    *("HF_DATASETS_OFFLINE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"),
+    *("DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY"),
+    *("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"),
+)
+"""Variables that travel if they are set here."""
+PLACES = ("HF_DATASETS_CACHE", "HF_HOME", "HF_HUB_CACHE")
+"""Folders: they travel if they lie in a shared one."""
+ALWAYS = {
+    "PYTHONSAFEPATH": "1",  # the job's `python -m ptuning` imports nothing from its working directory
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # Training stops in order upon SIGINT; then its MLflow run needs time to get its last records and its end.
+    "RAY_JOB_STOP_SIGNAL": "SIGINT",
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(^|_)(API)?KEYS?($|_)", re.IGNORECASE)
+
+
+@dataclass
+class Shipment:
+    """What one job gets."""
+
+    experiment: Path | None
+    """The experiment file as it was written; a doctor may come without."""
+    overrides: list[str]
+    """`key=value` for the job: the user's, then what replaces paths of this machine."""
+    env: dict[str, str]
+    files: dict[str, list[tuple[str, Path]]] = field(default_factory=dict)
+    """Name in the folder of shipped files -> path below it ("" for a file) and where it lies here."""
+    notes: list[str] = field(default_factory=list)
+    """What the cluster must have for this job to work."""
+
+    @property
+    def experiment_name(self) -> str:
+        """Of the experiment file in the job's working directory. Ray has all of a job's processes import from there: a file
+        that is called as a module is would be taken for it."""
+        assert self.experiment is not None
+        return self.experiment.name if self.experiment.suffix == ".toml" else f"{self.experiment.name}.toml"
+
+    @property
+    def contents(self) -> dict[str, int]:
+        """Path in the job's working directory -> bytes."""
+        listed = {self.experiment_name: self.experiment.stat().st_size} if self.experiment else {}
+        return listed | {target: source.stat().st_size for target, source in self._shipped()}
+
+    def pack(self, folder: Path) -> None:
+        """Copy everything to where it is uploaded from."""
+        if self.experiment:
+            shutil.copyfile(self.experiment, folder / self.experiment_name)
+        for target, source in self._shipped():
+            (folder / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / target)
+
+    def _shipped(self) -> Iterable[tuple[str, Path]]:
+        for name, parts in self.files.items():
+            for part, source in parts:
+                yield "/".join(filter(None, (FOLDER, name, part))), source
+
+
+def collect(
+    kind: Kind,
+    file: str | None,
+    overrides: Sequence[str],
+    *,
+    shared: Sequence[str],
+    env: Sequence[str],
+    here: Mapping[str, str],
+) -> Shipment:
+    """Find out what a job needs of this machine.
+
+    Args:
+        shared: folders that this machine and all nodes of the cluster see under the same path.
+        env: more variables for the job, as NAME (its value here) or NAME=VALUE.
+        here: the environment of this process.
+
+    Raises:
+        UserError: the experiment is wrong, or names something that the cluster cannot have: too large, secret, or nowhere.
+    """
+    folders = [Path(folder).expanduser().resolve() for folder in shared]
+    shipment = Shipment(Path(file) if file else None, list(overrides), _environment(folders, env, here))
+    if file is None:
+        return shipment
+    experiment = read_experiment(file, overrides)
+    _check_passwords(experiment)
+    packer = _Packer(shipment, folders)
+    _inputs(experiment, kind, packer)
+    packer.storage(experiment.compute.storage)
+    _tracking(experiment, shipment, packer, here)
+    if kind == "serve":
+        _serving(experiment, shipment, packer)
+    if experiment.compute.address:
+        packer.override("compute.address", "auto")  # a job belongs to the cluster that runs it
+    missing = _secrets(experiment, kind, here)
+    if missing:
+        shipment.notes.append(f"secrets do not travel; the cluster's nodes need in their environment: {', '.join(missing)}")
+    return shipment
+
+
+def _check_passwords(experiment: Experiment) -> None:
+    """The experiment file travels as it was written."""
+    for table, settings in experiment.model_dump(mode="json", exclude=_TEXTS).items():
+        for key, value in settings.items() if isinstance(settings, dict) else ():
+            if isinstance(value, str) and _has_password(value):
+                raise UserError(_open(f"{table}.{key}", value))
+
+
+_TEXTS: dict[str, set[str]] = {"data": {"input", "target", "labels"}, "prompt": {"init_text"}}
+
+
+def _open(key: str, value: str) -> str:
+    """What is said of an address with a password."""
+    fix = {
+        "tracking.uri": "give an MLflow server's address, and its password as MLFLOW_TRACKING_PASSWORD",
+        "compute.storage": "give s3://bucket/folder, and its keys as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    }.get(key, "give the address without it, and the password as a variable of the service")
+    return (
+        f"{key}: {redact(value)} has a password in it, which would lie open in the job; {fix} in the environment of the "
+        "cluster's nodes"
+    )
+
+
+def _has_password(text: str) -> bool:
+    return redact(text) != text
+
+
+_ELSEWHERE = "set it in the environment of the cluster's nodes"
+
+
+class _Packer:
+    """Decides about each path: it is shared, it travels, or it is the cluster's."""
+
+    def __init__(self, shipment: Shipment, shared: Sequence[Path]) -> None:
+        self._shipment = shipment
+        self._shared = shared
+        self._bytes = 0
+
+    def file(self, key: str, source: str) -> None:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            raise UserError(f"{key}: {source} is a folder; give one file per split")
+        if not path.is_file():
+            self._theirs(key, source)
+        elif not self._is_shared(key, path):
+            self._ship(key, path, [("", path)], path.suffix)
+
+    def folder(self, key: str, source: str, patterns: Sequence[str]) -> None:
+        path = Path(source).expanduser()
+        if not path.is_dir():
+            self._theirs(key, source)
+        elif not self._is_shared(key, path):
+            names = {found.name for pattern in patterns for found in path.glob(pattern) if found.is_file()}
+            parts = [(name, path / name) for name in sorted(names) if not name.startswith(".")]
+            if not parts:
+                raise UserError(f"{key}: {source} holds none of {', '.join(patterns)}; correct the path")
+            self._ship(key, path, parts)
+
+    def storage(self, storage: str) -> None:
+        """Results must be where every node, and whoever asks for them later, sees them."""
+        if "://" in storage or self._is_shared("compute.storage", Path(storage).expanduser()):
+            return
+        if not Path(storage).is_absolute():
+            raise UserError(
+                f"compute.storage: {storage} is a folder of this machine; name one that every node of the cluster sees, as "
+                "compute.storage=/mnt/shared/runs or s3://bucket/runs, or add --shared FOLDER if they see FOLDER, too"
+            )
+        self._theirs("compute.storage", storage)
+
+    def override(self, key: str, value: str) -> None:
+        self._shipment.overrides.append(f"{key}={value}")
+
+    def _is_shared(self, key: str, path: Path) -> bool:
+        whole = path.resolve()
+        if not any(whole.is_relative_to(folder) for folder in self._shared):
+            return False
+        self.override(key, str(whole))
+        return True
+
+    def _theirs(self, key: str, source: str) -> None:
+        if not Path(source).is_absolute():
+            raise UserError(f"{key}: {source} is not in {Path.cwd()}; correct the path, or give an absolute one of the cluster")
+        self._shipment.notes.append(f"{key}: every node must see {source}")
+
+    def _ship(self, key: str, path: Path, parts: list[tuple[str, Path]], suffix: str = "") -> None:
+        size = sum(part.stat().st_size for _, part in parts)
+        self._bytes += size
+        if self._bytes > LIMIT:
+            among = "" if self._bytes == size else f" with what travels already, {self._bytes / 1e6:.0f} MB,"
+            raise UserError(
+                f"{key}: {path} ({size / 1e6:.0f} MB) is{among} too large to travel with a job (at most {LIMIT / 1e6:.0f} MB); "
+                f"put it where every node sees it and name that path, or add --shared {path.absolute().parent} if they see that"
+            )
+        digest = hashlib.sha256()
+        for name, part in parts:
+            with part.open("rb") as content:
+                digest.update(f"{name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+        stem = re.sub(r"[^A-Za-z0-9._-]", "-", path.absolute().name.removesuffix(suffix) if suffix else path.absolute().name)
+        name = f"{stem}-{digest.hexdigest()[:12]}{suffix}"
+        self._shipment.files[name] = parts
+        self.override(key, SCHEME + name)
+
+
+def _inputs(experiment: Experiment, kind: Kind, packer: _Packer) -> None:
+    """What a job reads. One that serves takes its soft prompts from the registry."""
+    if kind != "serve":
+        for split in ("train", "validation", "test"):
+            source = getattr(experiment.data, split)
+            if source and ":" not in source:
+                packer.file(f"data.{split}", source)
+        init_from = experiment.prompt.init_from
+        if init_from and "://" not in init_from and ("/" in init_from or Path(init_from).expanduser().is_dir()):
+            packer.folder("prompt.init_from", init_from, SOFT_PROMPT)
+    path = experiment.model.path
+    hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    if path != "builtin" and (not hub_id or Path(path).is_dir()):
+        packer.folder("model.path", path, BASE + (("*.py",) if experiment.model.trust_remote_code else ()))
+
+
+def _tracking(experiment: Experiment, shipment: Shipment, packer: _Packer, here: Mapping[str, str]) -> None:
+    uri, variable = experiment.tracking.uri, here.get("MLFLOW_TRACKING_URI", "")
+    if uri is None and variable.startswith(("http://", "https://")):
+        uri = variable
+        packer.override("tracking.uri", uri)
+    if uri is None:
+        default_uri(experiment.compute.storage)  # refuses an object store
+        return
+    if _has_password(uri):
+        raise UserError(_open("tracking.uri", uri))
+    local = uri.removeprefix("sqlite:///").removeprefix("file://") if uri.startswith(("sqlite:", "file:")) else uri
+    if "://" not in local and not Path(local).is_absolute():
+        raise UserError(f"tracking.uri: {uri} is a place on this machine; give an MLflow server's address, http://host:port")
+    if re.search(r"//(localhost|127\.)", uri):
+        shipment.notes.append(f"tracking.uri: {uri} is, on every node, an address of that node")
+
+
+def _serving(experiment: Experiment, shipment: Shipment, packer: _Packer) -> None:
+    keys = experiment.serve.keys
+    if keys and not packer._is_shared("serve.keys", Path(keys).expanduser()):
+        if Path(keys).expanduser().exists() or not Path(keys).is_absolute():
+            raise UserError(
+                f"serve.keys: {keys} does not travel, since others may read what does; name a file that every node has, or set "
+                "PTUNING_API_KEYS in the environment of the cluster's nodes"
+            )
+        packer._theirs("serve.keys", keys)
+
+
+def _environment(shared: Sequence[Path], wanted: Sequence[str], here: Mapping[str, str]) -> dict[str, str]:
+    """The variables of the job, on all nodes."""
+    env = {name: here[name] for name in PLAIN if here.get(name)}
+    for name in PLACES:
+        if here.get(name) and any(Path(here[name]).expanduser().resolve().is_relative_to(folder) for folder in shared):
+            env[name] = here[name]
+    for each in wanted:
+        name, given, value = each.partition("=")
+        if not given and name not in here:
+            raise UserError(f"--env: {name} is not set here; set it, or write --env {name}=VALUE")
+        env[name] = value if given else here[name]
+        if SECRET.search(name):
+            raise UserError(f"--env: {name} looks like a secret, and a job's variables can be read by others; {_ELSEWHERE}")
+    for name, value in env.items():
+        if _has_password(value):
+            raise UserError(
+                f"{name}: {redact(value)} has a password in it, and a job's variables can be read by others; {_ELSEWHERE}"
+            )
+    return ALWAYS | env
+
+
+def _secrets(experiment: Experiment, kind: Kind, here: Mapping[str, str]) -> list[str]:
+    """Secrets that are set here and that this experiment seems to use."""
+    data = [experiment.data.train, experiment.data.validation, experiment.data.test] if kind != "serve" else []
+    hub = any(source and source.startswith("hub:") for source in data) or "/" in experiment.model.path
+    used = {
+        ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"): hub,
+        ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"): "s3:" in experiment.compute.storage,
+        ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"): True,
+        ("PTUNING_API_KEYS",): kind == "serve" and not experiment.serve.keys,
+    }
+    return [name for names, needed in used.items() if needed for name in names if here.get(name)]

@@ -1,0 +1,1 @@
+"""Generation and label choice with many soft prompts over one base."""

@@ -1,0 +1,1 @@
+"""The frozen base, soft prompts, and one forward pass over packed rows."""

@@ -1,0 +1,97 @@
+"""What soft prompts say: the words nearest to their vectors, their norms, and which of them resemble each other.
+
+Shapes: P virtual tokens, H width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ptuning.model.base import Base, BaseError, StoredTensor, stored_tensors, stored_values
+from ptuning.registry.publish import retrieve
+from ptuning.registry.registry import CHAMPION, Reference, Registry, RegistryError, Version
+
+ROWS = 8192
+"""Rows of the vocabulary that are looked at at once."""
+
+
+def nearest_words(vectors: Tensor, base: Base, most: int = 3) -> list[list[tuple[str, float]]]:
+    """The words of the vocabulary nearest to each virtual token, by cosine (Lester et al. 2021, section 7).
+
+    Reads the embedding from the base's files; nothing is loaded besides.
+    """
+    unit = torch.nn.functional.normalize(vectors.float(), dim=1)
+    best, ids = torch.full((len(vectors), most), -2.0), torch.zeros((len(vectors), most), dtype=torch.long)
+    words = len(base.tokenizer)
+    for first, rows in _embedding_rows(base):
+        rows = rows[: max(0, words - first)]  # behind the words come rows that only fill up
+        cosines = unit @ torch.nn.functional.normalize(rows, dim=1).T
+        together = torch.cat([best, cosines], dim=1)
+        places = torch.cat([ids, torch.arange(first, first + cosines.shape[1]).expand(len(vectors), -1)], dim=1)
+        best, kept = together.topk(most, dim=1)
+        ids = places.gather(1, kept)
+    return [
+        [(str(base.tokenizer.decode([word])), round(cosine, 4)) for word, cosine in zip(row, values, strict=True)]
+        for row, values in zip(ids.tolist(), best.tolist(), strict=True)
+    ]
+
+
+def norms(vectors: Tensor, base: Base | None) -> dict[str, float]:
+    """Mean and largest length of the virtual tokens and, to compare with, the mean length of the base's own rows."""
+    lengths = vectors.float().norm(dim=1)
+    found = {"mean": float(lengths.mean()), "largest": float(lengths.max())}
+    if base:
+        own = torch.cat([rows.norm(dim=1) for _, rows in _embedding_rows(base)])
+        found["vocabulary_mean"] = float(own.mean())
+    return found
+
+
+def _embedding_rows(base: Base) -> Iterator[tuple[int, Tensor]]:
+    """The input embedding `[V, H]` in pieces, each with the number of its first row."""
+    tensor = _embedding(base)
+    count, width = tensor.shape
+    for first in range(0, count, ROWS):
+        rows = min(ROWS, count - first)
+        yield first, stored_values(tensor, first * width, rows * width).view(rows, width)
+
+
+def _embedding(base: Base) -> StoredTensor:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base.config, trust_remote_code=base.trust_remote_code)
+    weight = model.get_input_embeddings().weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is weight)
+    for tensor in stored_tensors(base.folder):
+        # Some checkpoints were saved without their model's outermost prefix.
+        if tensor.shape == tuple(weight.shape) and (f".{name}".endswith(f".{tensor.name}") or tensor.name.endswith(f".{name}")):
+            return tensor
+    raise BaseError(f"{base.name}: its files name no input embedding {name}; the nearest words cannot be found")
+
+
+def similar(registry: Registry, reference: Reference) -> list[tuple[Version, float]]:
+    """Other soft prompts of the same base, the most similar first: candidates to start from (SPoT, Vu et al. 2022).
+
+    Similarity is the cosine of the averaged vectors, the paper's first measure (section 4.1). Of every name the champion is
+    looked at, or the newest version.
+
+    Raises:
+        UserError: not there, or its base is unknown.
+    """
+    wanted = registry.find(reference)
+    base = (wanted.fingerprint or {}).get("weights")
+    if base is None:
+        raise RegistryError(f"{wanted}: its base is unknown; import it again with --base")
+    chosen: dict[str, Version] = {}
+    for version in registry.versions():
+        fits = version.name != wanted.name and (version.fingerprint or {}).get("weights") == base
+        if fits and (version.name not in chosen or CHAMPION in version.aliases):
+            chosen[version.name] = version
+    own = retrieve(registry, wanted)[0].vectors.mean(0)
+    found = [
+        (version, float(torch.nn.functional.cosine_similarity(own, retrieve(registry, version)[0].vectors.mean(0), dim=0)))
+        for version in chosen.values()
+    ]
+    return sorted(found, key=lambda pair: -pair[1])

@@ -1,0 +1,305 @@
+"""A soft prompt: `[P, H]` vectors and the card that says what they fit. Initialisers, saving, loading.
+
+The folder is a PEFT prompt-tuning adapter (`PeftModel.from_pretrained` reads it as it is) and carries a card beside it. Only
+safetensors and JSON are opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import ValidationError, field_validator
+from torch import Tensor
+
+from ptuning import storage
+from ptuning.config import Table, Template, UserError
+from ptuning.paths import SCHEME
+from ptuning.redaction import last_name, redacted
+
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "card.json"
+TENSOR = "prompt_embeddings"
+VERSIONS = ("ptuning", "torch", "transformers", "deepspeed", "ray")
+LARGEST = 1 << 30
+"""Bytes of a weights file beyond which it is no soft prompt."""
+
+PUBLIC_SETTINGS = {
+    "prompt": ("length", "init", "init_text"),
+    "train": (
+        *("learning_rate", "optimizer", "weight_decay", "schedule", "warmup", "clip", "seed"),
+        *("batch_size", "steps", "evaluate_every", "patience", "metric"),
+    ),
+}
+"""Of a card's experiment, what everybody may know who gets the soft prompt. Fixed: a setting that is new is not public."""
+
+Embed = Callable[[list[int]], Tensor]
+"""Token ids -> rows of the base's input embedding, `[n, H]` fp32. Goes through the module, so it works on a sharded base."""
+
+
+class SoftPromptError(UserError):
+    """A folder that is no soft prompt, or one that does not fit."""
+
+
+class Card(Table):
+    """Where a soft prompt came from and what it fits."""
+
+    format: Literal[1] = 1
+    name: str
+    base: str
+    """The base as the experiment named it."""
+    revision: str | None = None
+    base_fingerprint: dict[str, str] | None = None
+    """SHA-256 of the base's config, tokenizer and weights; None: unknown (made elsewhere)."""
+    length: int
+    width: int
+    template: Template | None = None
+    max_new_tokens: int | None = None
+    """Longest target of the training rows, in tokens with the end token."""
+    init: str | None = None
+    metrics: dict[str, float] = {}
+    data: dict[str, str] = {}
+    """Fingerprint of each split."""
+    experiment: dict[str, Any] | None = None
+    parent: str | None = None
+    """Content hash of the soft prompt this one started from."""
+    versions: dict[str, str] = {}
+    content_hash: str
+    """SHA-256 of the vectors."""
+
+    @field_validator("base", "experiment")
+    @classmethod
+    def _without_passwords(cls, value: Any) -> Any:
+        """Also of cards that are read: those of earlier versions may hold some."""
+        return redacted(value)
+
+    def public(self) -> Card:
+        """The card as whoever receives the soft prompt may know it: no path, no setting but what made the vectors."""
+        tables = self.experiment or {}
+        kept = {
+            table: {key: tables[table][key] for key in keys if key in tables[table]}
+            for table, keys in PUBLIC_SETTINGS.items()
+            if isinstance(tables.get(table), dict)
+        }
+        return self.model_copy(update={"base": public_base(self.base), "experiment": kept or None})
+
+
+@dataclass(frozen=True, eq=False)
+class SoftPrompt:
+    """Vectors `[P, H]` fp32 and their card."""
+
+    vectors: Tensor
+    card: Card
+
+    def save(self, folder: str, *, layers: int = 0, heads: int = 0) -> None:
+        """Write the folder, whole or not at all. `layers` and `heads` of the base are only there for PEFT's config."""
+        adapter = {
+            "peft_type": "PROMPT_TUNING",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.card.base,
+            "revision": self.card.revision,
+            "inference_mode": True,
+            "num_virtual_tokens": self.card.length,
+            "token_dim": self.card.width,
+            "num_transformer_submodules": 1,
+            "num_attention_heads": heads,
+            "num_layers": layers,
+            "prompt_tuning_init": "RANDOM",
+        }
+        vectors = self.vectors.detach().float().cpu().contiguous()
+        storage.write_folder(
+            folder,
+            {
+                CONFIG: json.dumps(adapter, indent=1).encode(),
+                WEIGHTS: safetensors.torch.save({TENSOR: vectors}, {"format": "pt"}),
+                CARD: self.card.model_dump_json(indent=1).encode(),
+            },
+        )
+
+
+def content_hash(vectors: Tensor) -> str:
+    """SHA-256 of the vectors' shape and fp32 bytes."""
+    whole = vectors.detach().float().cpu().contiguous()
+    return hashlib.sha256(str(tuple(whole.shape)).encode() + whole.numpy().tobytes()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a soft prompt."""
+    return {name: version(name) for name in VERSIONS}
+
+
+def load(folder: str) -> SoftPrompt:
+    """Read a soft prompt of ours, or a PEFT prompt-tuning adapter made elsewhere (its card is then mostly empty).
+
+    Raises:
+        SoftPromptError, StorageError: not a soft prompt, damaged, or not finite.
+    """
+    _check_size(folder)
+    if storage.exists(folder, storage.MANIFEST):
+        files = storage.read_folder(folder)
+        config, weights, card = (files.get(name) for name in (CONFIG, WEIGHTS, CARD))
+        if config is None or weights is None:
+            raise SoftPromptError(f"{folder}: its manifest names no {CONFIG} and {WEIGHTS}; it is no soft prompt")
+    else:
+        config, weights = storage.read_file(folder, CONFIG), _read_weights(folder)
+        card = storage.read_file(folder, CARD) if storage.exists(folder, CARD) else None
+    adapter = _parse_adapter(folder, config)
+    vectors = _parse_weights(folder, weights, adapter)
+    if card is None:
+        name = Path(folder.rstrip("/")).name
+        base = str(adapter.get("base_model_name_or_path") or "unknown")
+        own = Card(name=name, base=base, length=len(vectors), width=vectors.shape[1], content_hash=content_hash(vectors))
+        return SoftPrompt(vectors, own)
+    try:
+        known = Card.model_validate_json(card)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise SoftPromptError(f"{folder}: {CARD} is not valid ({where}: {problem['msg']}); take another copy") from None
+    if (known.length, known.width) != tuple(vectors.shape) or known.content_hash != content_hash(vectors):
+        raise SoftPromptError(f"{folder}: the vectors are not those of its card; take another copy of this folder")
+    return SoftPrompt(vectors, known)
+
+
+def public_base(name: str) -> str:
+    """A base as everybody may know it: its id or, of a folder, the last name of its path."""
+    local = name.startswith(("/", "~", ".", SCHEME)) or name.count("/") > 1 or "\\" in name
+    return last_name(name.removeprefix(SCHEME).replace("\\", "/")) if local else name
+
+
+def without_passwords(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of a soft prompt, with the card as `load` reads it: one of an earlier version may hold passwords."""
+    if CARD not in files:
+        return dict(files)
+    written = json.loads(files[CARD])
+    clean = {**written, **{key: redacted(written[key]) for key in ("base", "experiment") if key in written}}
+    return {**files, CARD: json.dumps(clean, indent=1).encode()} if clean != written else dict(files)
+
+
+def public_files(soft_prompt: SoftPrompt, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of a soft prompt as they may be given away, with the public card."""
+    adapter = json.loads(files[CONFIG])
+    paths = {key: public_base(value) for key, value in adapter.items() if key.endswith("_path") and isinstance(value, str)}
+    public = {**adapter, **paths}
+    return {
+        CONFIG: json.dumps(public, indent=1).encode() if public != adapter else files[CONFIG],
+        WEIGHTS: files[WEIGHTS],
+        CARD: soft_prompt.card.public().model_dump_json(indent=1).encode(),
+    }
+
+
+def _check_size(folder: str) -> None:
+    """Before anything is read into memory."""
+    system, path = storage.resolve(folder)
+    size = system.get_file_info(f"{path}/{WEIGHTS}").size or 0
+    if size > LARGEST:
+        raise SoftPromptError(f"{folder}: {WEIGHTS} has {size} bytes, too many for a soft prompt")
+
+
+def _read_weights(folder: str) -> bytes:
+    if not storage.exists(folder, WEIGHTS):
+        raise SoftPromptError(f"{folder}: has no {WEIGHTS}, and nothing else is opened; save the adapter as safetensors")
+    return storage.read_file(folder, WEIGHTS)
+
+
+def _parse_adapter(folder: str, content: bytes) -> dict[str, Any]:
+    try:
+        adapter: dict[str, Any] = json.loads(content)
+        kind = adapter["peft_type"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise SoftPromptError(f"{folder}: {CONFIG} is no PEFT config; it is no soft prompt") from None
+    if kind != "PROMPT_TUNING":
+        raise SoftPromptError(f"{folder}: is a PEFT adapter of type {kind}, not PROMPT_TUNING; train a soft prompt instead")
+    return adapter
+
+
+def _parse_weights(folder: str, content: bytes, adapter: dict[str, Any]) -> Tensor:
+    try:
+        # Given twice, a tensor could be one thing to this reader and another to the next.
+        json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")], object_pairs_hook=_each_once)
+        tensors = safetensors.torch.load(content)
+    except (safetensors.SafetensorError, ValueError, KeyError, RecursionError) as error:
+        raise SoftPromptError(f"{folder}: {WEIGHTS} is no safetensors file ({error}); take another copy") from None
+    if set(tensors) != {TENSOR}:
+        raise SoftPromptError(f"{folder}: {WEIGHTS} must hold the one tensor {TENSOR}, not {sorted(tensors)}")
+    vectors = tensors[TENSOR]
+    expected = (adapter.get("num_virtual_tokens"), adapter.get("token_dim"))
+    if vectors.ndim != 2 or tuple(vectors.shape) != expected or not vectors.is_floating_point() or not len(vectors):
+        raise SoftPromptError(
+            f"{folder}: {TENSOR} is {vectors.dtype} {tuple(vectors.shape)}, {CONFIG} says {expected}; take another copy"
+        )
+    vectors = vectors.float()
+    if not bool(torch.isfinite(vectors).all()):
+        raise SoftPromptError(f"{folder}: {TENSOR} is not finite; train it again with a lower learning rate")
+    return vectors
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key is given twice")
+    return dict(pairs)
+
+
+def check_base(soft_prompt: SoftPrompt, folder: str, width: int, base: str, fingerprint: dict[str, str] | None) -> None:
+    """Refuse a soft prompt that was made for another base.
+
+    Raises:
+        SoftPromptError: names both sides and what differs.
+    """
+    card = soft_prompt.card
+    if card.width != width:
+        raise SoftPromptError(
+            f"{folder}: made for width {card.width} ({card.base}), but {base} has width {width}; use its base"
+        )
+    if card.base_fingerprint is None or fingerprint is None:
+        return
+    differ = [part for part, value in fingerprint.items() if card.base_fingerprint.get(part) != value]
+    if differ:
+        ours = ", ".join(f"{part} {card.base_fingerprint.get(part, '?')[:12]}" for part in differ)
+        theirs = ", ".join(f"{part} {fingerprint[part][:12]}" for part in differ)
+        raise SoftPromptError(f"{folder}: made for {card.base} ({ours}), but {base} has {theirs}; use the base it was made for")
+
+
+def random_rows(length: int, sample: Tensor, generator: torch.Generator) -> Tensor:
+    """`[P, H]` normal numbers with mean and spread, per dimension, of the sampled embedding rows `[n, H]`.
+
+    A unit normal, PEFT's default, is some fifty times wider than a trained embedding.
+    """
+    noise = torch.randn(length, sample.shape[1], generator=generator)
+    return sample.mean(0) + noise * sample.std(0)
+
+
+def vocabulary_rows(length: int, frequent: Sequence[int], embed: Embed, generator: torch.Generator) -> Tensor:
+    """`[P, H]` embeddings of tokens drawn from the most frequent ones (Lester et al. 2021, section 3.2)."""
+    order = torch.randperm(len(frequent), generator=generator).tolist()
+    drawn = [frequent[order[place % len(order)]] for place in range(length)]
+    return embed(drawn)
+
+
+def text_rows(length: int, ids: Sequence[int], embed: Embed) -> Tensor:
+    """`[P, H]` embeddings of a text's tokens, repeated or cut to the length."""
+    return embed([ids[place % len(ids)] for place in range(length)])
+
+
+def label_rows(
+    length: int, labels: Sequence[Sequence[int]], frequent: Sequence[int], embed: Embed, generator: torch.Generator
+) -> Tensor:
+    """`[P, H]`: one row per label, the mean of its tokens' embeddings; the rest from the vocabulary (section 3.2)."""
+    means = torch.stack([embed(list(ids)).mean(0) for ids in labels])[:length]
+    if len(means) == length:
+        return means
+    return torch.cat([means, vocabulary_rows(length - len(means), frequent, embed, generator)])
+
+
+def transferred_rows(length: int, source: Tensor, frequent: Sequence[int], embed: Embed, generator: torch.Generator) -> Tensor:
+    """`[P, H]` rows of another soft prompt (SPoT, Vu et al. 2022), cut, or filled up from the vocabulary."""
+    if len(source) >= length:
+        return source[:length].clone()
+    return torch.cat([source, vocabulary_rows(length - len(source), frequent, embed, generator)])

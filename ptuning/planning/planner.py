@@ -1,0 +1,210 @@
+"""From an experiment and some numbers about a machine to plans of training and serving. Reads rows and a config, no weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import PretrainedConfig
+
+from ptuning.config import Experiment, UserError
+from ptuning.model.base import computes_in_bfloat16, find_base
+from ptuning.planning.capacity import (
+    MOST_SLOTS,
+    Machine,
+    ServingPlan,
+    Settings,
+    Shape,
+    Training,
+    TrainingPlan,
+    plan_serving,
+    sharing,
+)
+from ptuning.planning.meta_model import Blueprint, read_config
+from ptuning.training.run_setup import load_task
+
+GB = 1_000_000_000
+GPU = {"memory_gb": 80.0, "bandwidth_gb": 50.0, "tflops": 400.0}
+"""An H100: 80 GB, a 400 Gb/s link of its own, 40 % of its dense bf16 peak."""
+INSIDE_GB = 300.0
+"""GB/s that a GPU receives where all gathers stay inside a node: two thirds of an H100's NVLink."""
+CPU = {"bandwidth_gb": 1.0, "tflops": 0.1}
+LABEL_TOKENS, FREE_SHARE, MOST_RANKS = 4, 4, 1024
+"""Where no rows can be counted: tokens of a label with its end token; free text is a quarter of a row."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Everything that `ptuning plan` knows."""
+
+    name: str
+    base: str
+    dtype: str
+    shape: Shape
+    machine: Machine
+    settings: Settings
+    training: TrainingPlan
+    """With one slot."""
+    slots: int
+    """Soft prompts that fit side by side; 0: not even one."""
+    packed: TrainingPlan | None
+    """With all of them."""
+    serving: ServingPlan
+    advice: list[str]
+
+    @property
+    def fits(self) -> bool:
+        return self.slots > 0
+
+    @property
+    def serves(self) -> bool:
+        return self.serving.peak <= self.machine.memory and self.serving.running > 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; bytes and seconds."""
+        found = asdict(self) | {"fits": self.fits, "serves": self.serves}
+        for name, plan in (("training", self.training), ("packed", self.packed), ("serving", self.serving)):
+            if plan is not None:
+                found[name]["peak"] = plan.peak
+        return found
+
+
+def estimate(
+    experiment: Experiment,
+    *,
+    gpus: int,
+    memory_gb: float | None = None,
+    per_node: int = 8,
+    bandwidth_gb: float | None = None,
+    tflops: float | None = None,
+    config: str | None = None,
+    tokens: int | None = None,
+) -> Estimate:
+    """Plan an experiment on `gpus` GPUs, or with 0 on `compute.workers` CPU workers of this machine.
+
+    Raises:
+        UserError: no such base, rows that cannot be counted, or a batch that is too small for so many workers.
+    """
+    ranks = gpus or experiment.compute.most_workers
+    if experiment.train.batch_size < ranks:
+        raise UserError(
+            f"train.batch_size: {experiment.train.batch_size} rows cannot be shared by {ranks} workers; "
+            f"plan with train.batch_size={ranks}, or fewer workers"
+        )
+    usual = GPU if gpus else CPU | {"memory_gb": psutil.virtual_memory().total / GB / ranks}
+    machine = Machine(
+        ranks,
+        int((memory_gb or usual["memory_gb"]) * GB),
+        min(per_node, ranks),
+        (bandwidth_gb or usual["bandwidth_gb"]) * GB,
+        (tflops or usual["tflops"]) * 1e12,
+        bool(gpus),
+    )
+    described, dtype, settings = _read(experiment, config, tokens, bool(gpus))
+    text = described.get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or 2**31
+    if settings.length + settings.tokens > context:
+        raise UserError(
+            f"data.max_tokens: {settings.length} virtual tokens and {settings.tokens} of text exceed the {context} positions "
+            f"of the base; at most {context - settings.length}"
+        )
+    blueprint = Blueprint(described, dtype, checkpoint_gradients=experiment.train.gradient_checkpointing)
+    inside = ranks <= per_node or sharing(blueprint.shape, settings, machine).per_node
+    if gpus and inside and bandwidth_gb is None:
+        machine = replace(machine, bandwidth=INSIDE_GB * GB)
+    training = _training(blueprint, settings, machine)
+    slots = training.most_slots(MOST_SLOTS)
+    serving = plan_serving(
+        blueprint.shape,
+        settings,
+        machine,
+        blueprint.evaluation,
+        cache=experiment.serve.cache_mb << 20,
+        running=experiment.serve.running,
+        resident=max(1, len(experiment.serve.soft_prompts)),
+        new=max(settings.targets, settings.new_tokens),
+    )
+    found = Estimate(
+        experiment.name,
+        config or experiment.model.path,
+        str(dtype).removeprefix("torch."),
+        blueprint.shape,
+        machine,
+        settings,
+        training.plan(1),
+        slots,
+        training.plan(slots) if slots else None,
+        serving,
+        [],
+    )
+    advice = [] if found.fits else [_more_for_training(blueprint, dtype, settings, machine)]
+    advice += [] if found.serves else [_more_for_serving(found)]
+    return replace(found, advice=advice)
+
+
+def _read(
+    experiment: Experiment, config: str | None, tokens: int | None, gpus: bool
+) -> tuple[PretrainedConfig, torch.dtype, Settings]:
+    """The base's config, the dtype it will compute in, and the size of the rows."""
+    folder = Path(experiment.model.path).expanduser()
+    bare = folder.suffix == ".json" or (folder.is_dir() and not any(folder.glob("*.safetensors")))
+    tokens = tokens or experiment.data.max_tokens
+    if config or bare:
+        described = read_config(config or folder, experiment.model.trust_remote_code)
+        wanted = experiment.model.dtype
+        half = str(getattr(described, "dtype", None)) in ("torch.bfloat16", "torch.float16")
+        dtype = torch.bfloat16 if half and (gpus or computes_in_bfloat16()) else torch.float32
+        dtype = dtype if wanted == "auto" else getattr(torch, wanted)
+        if tokens is None:
+            raise UserError("data.max_tokens: is not set, and a config alone has no tokenizer to count with; give --tokens")
+        return described, dtype, _settings(experiment, tokens)
+    base = find_base(experiment.model)
+    if tokens is not None:
+        return base.config, base.dtype(experiment.model.dtype), _settings(experiment, tokens)
+    split = load_task(experiment, base).train
+    settings = Settings.of_rows(experiment, split.lengths.tolist(), split.target_lengths.tolist())
+    return base.config, base.dtype(experiment.model.dtype), settings
+
+
+def _settings(experiment: Experiment, tokens: int) -> Settings:
+    targets = LABEL_TOKENS if experiment.data.labels else max(1, tokens // FREE_SHARE)
+    return Settings.read(experiment, tokens, min(targets, tokens - 1))
+
+
+def _training(blueprint: Blueprint, settings: Settings, machine: Machine) -> Training:
+    return Training(blueprint.shape, settings, machine, blueprint.training, blueprint.evaluation)
+
+
+def _more_for_training(blueprint: Blueprint, dtype: torch.dtype, settings: Settings, machine: Machine) -> str:
+    """What would have to change for one soft prompt to fit."""
+    small = replace(settings, micro_batch=1)
+    recomputing = Blueprint(blueprint.model.base.config, dtype, checkpoint_gradients=True)
+    ways = [
+        ("train.micro_batch_size=1", blueprint, small),
+        ("train.gradient_checkpointing=true", recomputing, settings),
+        ("train.gradient_checkpointing=true train.micro_batch_size=1", recomputing, small),
+    ]
+    for words, way, changed in ways:
+        if _training(way, changed, machine).most_slots(1):
+            return f"training: fits with {words}"
+    kind, ranks = "GPUs" if machine.gpus else "workers", 2 * machine.ranks
+    while ranks <= MOST_RANKS:
+        wider = replace(machine, ranks=ranks)
+        changed = replace(small, batch=max(ranks, settings.batch))
+        if _training(recomputing, changed, wider).most_slots(1):
+            memory = f"of {machine.memory / GB:g} GB each"
+            return f"training: {ranks} {kind} {memory} would do, with {ways[-1][0]}"
+        ranks *= 2
+    needed = _training(recomputing, replace(small, batch=MOST_RANKS), replace(machine, ranks=MOST_RANKS)).plan(1).needed
+    return f"training: even {MOST_RANKS} {kind} need {needed / GB:.1f} GB each; take larger ones, or a smaller base"
+
+
+def _more_for_serving(found: Estimate) -> str:
+    serving = found.serving
+    if serving.peak > found.machine.memory:
+        place = "one GPU" if found.machine.gpus else "one worker"
+        return f"serving: a replica needs {serving.peak / GB:.1f} GB on {place}; take a larger one, or a smaller base"
+    return "serving: not one request fits into serve.cache_mb; raise it"

@@ -1,0 +1,1 @@
+"""Versions of soft prompts: publishing, promotion, import, export."""

@@ -1,0 +1,280 @@
+"""A base and one soft prompt as a plain Hugging Face checkpoint, for servers that do not know what a soft prompt is.
+
+The vocabulary grows by the virtual tokens `<|NAME:0|>` ..., whose embeddings are the soft prompt's vectors. The tokenizer
+puts them in front of every text, before the special tokens it puts there itself, as in our own pass; so does the chat template,
+whose last user message fills the field of the card's template. `guard` keeps virtual tokens from being generated.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tokenizers import AddedToken, processors
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ptuning.config import Template, UserError, template_fields
+from ptuning.data.dataset import Encoder
+from ptuning.model import soft_prompt
+from ptuning.model.base import STORED_DTYPES, Base, stored_tensors
+from ptuning.model.soft_prompt import Card, SoftPrompt
+from ptuning.registry import token_suppression
+from ptuning.registry.gate import base_of, next_logits
+from ptuning.registry.publish import check_free, retrieve
+from ptuning.registry.registry import Registry, Version
+from ptuning.registry.token_suppression import Guard
+
+PROBES = ("This is a test.", "a", "Two  words, 3 numbers\nand äöü!")
+TOLERANCE = 1e-4
+"""Most that the logits may change, relative to the largest: scaling an embedding down and up again rounds."""
+
+
+class ExportError(UserError):
+    """This soft prompt cannot be merged into its base."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What became of a merged export."""
+
+    tokens: int
+    """Virtual tokens."""
+    vocabulary: int
+    untied: bool
+    """The base shared one matrix between input and output; the export has two."""
+    guard: Guard
+    """What keeps virtual tokens from being generated."""
+    prepends: bool
+    """The tokenizer puts the virtual tokens in front of every text."""
+    chat: bool
+    """There is a chat template."""
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self, name: str, folder: str) -> list[str]:
+        """What a person should know."""
+        lines = [f"{name} merged into {folder}: {self.tokens} virtual tokens, vocabulary {self.vocabulary}"]
+        if self.untied:
+            lines.append("the output head is now a matrix of its own; engines that always tie this architecture cannot load it")
+        if not self.guard.safe:
+            lines.append(
+                f"warning: of tokens drawn at temperature 2, a share of {self.guard.mean:.0e} would be virtual ones where an "
+                "engine ignores suppress_tokens of the generation config (transformers does not); suppress them there"
+            )
+        if not self.prepends:
+            lines.append("warning: this tokenizer cannot put the virtual tokens in front; begin every text with all of them")
+        if not self.chat:
+            lines.append("no chat template: the card has no template, or this tokenizer would split its text differently")
+        return lines
+
+
+def export_merged(registry: Registry, version: Version, folder: str, base_path: str | None = None) -> Merged:
+    """Write a version and its base as one checkpoint into a new folder, whole or not at all.
+
+    Raises:
+        UserError: damaged, not for this base, or this architecture cannot be merged.
+    """
+    check_free(folder)
+    loaded, _ = retrieve(registry, version)
+    base = base_of(loaded.card, str(version), base_path)
+    soft_prompt.check_base(loaded, str(version), base.width, base.name, base.fingerprint.model_dump())
+    return write_merged(loaded, base, version.name, Path(folder).expanduser().absolute())
+
+
+def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Merged:
+    """As `export_merged`, for a soft prompt at hand."""
+    dtype = _stored_dtype(base)
+    vectors = loaded.vectors.to(dtype)
+    if not bool(torch.isfinite(vectors).all()):
+        raise ExportError(f"{name}: its vectors are not finite in {dtype}, in which its base is stored; it cannot be merged")
+    plain = base.tokenizer
+    front = _in_front(plain)
+    tokens = [f"<|{name}:{place}|>" for place in range(len(vectors))]
+    model = base.load(dtype).eval()
+    probe = torch.tensor([plain(PROBES[0])["input_ids"]])
+    expected = next_logits(model, loaded.vectors, probe)
+    first = cast(list[int], plain.convert_tokens_to_ids(front))
+    states = token_suppression.hidden_states(model, loaded.vectors, first, len(plain))
+    tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=base.trust_remote_code)  # a fresh one to change
+    ids = _add_tokens(tokenizer, tokens, name)
+    untied = _grow(model, ids, vectors)
+    guarded = token_suppression.close(model, ids, states)
+    _check_logits(model, ids, probe, expected, name)
+    tokenizer.padding_side = "left"  # generation goes on at the right end
+    prepends = _prepend(tokenizer, tokens, ids)
+    chat = _chat(tokenizer, plain, loaded.card.template, [*tokens, *front], ids)
+    model.generation_config = _generation(model, base, ids, loaded.card)
+    _write(model, tokenizer, loaded.card, folder)
+    if prepends and not _prepends(AutoTokenizer.from_pretrained(folder), plain, ids):
+        prepends = False
+    return Merged(len(tokens), int(model.config.get_text_config().vocab_size), untied, guarded, prepends, chat)
+
+
+def _stored_dtype(base: Base) -> torch.dtype:
+    """The dtype of a base's files; float32 if they mix several."""
+    stored = {tensor.dtype for tensor in stored_tensors(base.folder) if tensor.dtype in STORED_DTYPES}
+    return STORED_DTYPES[stored.pop()] if len(stored) == 1 else torch.float32
+
+
+def _in_front(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The special tokens that the tokenizer puts in front of a text."""
+    ids = Encoder(Template(input="{text}", target="{text}"), tokenizer, 2**31).input_ids({"text": "a"})
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(ids[: len(ids) - len(bare)])]
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str], name: str) -> list[int]:
+    """Add the virtual tokens as special ones: never split, and left out when text is decoded."""
+    known = tokenizer.get_vocab()
+    if any(token in known for token in tokens):
+        raise ExportError(f"{name}: its base has tokens called {tokens[0]} already; publish the soft prompt under another name")
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+    numbers = tokenizer.get_vocab()
+    return [numbers[token] for token in tokens]
+
+
+@torch.no_grad()
+def _grow(model: PreTrainedModel, ids: list[int], vectors: Tensor) -> bool:
+    """Give the virtual tokens rows of the input embedding and of the head, which gets its own matrix. True if it was tied."""
+    scale = _scale(model)
+    head, embedding = model.get_output_embeddings(), cast(nn.Embedding, model.get_input_embeddings())
+    if head is None:
+        raise ExportError(f"{type(model).__name__}: has no output head of its own; it cannot be merged")
+    tied = head.weight is embedding.weight
+    if tied:
+        for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+        head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
+    if max(ids) >= embedding.num_embeddings:
+        embedding = model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    embedding.weight.data[ids] = (vectors / scale).to(model.dtype)
+    return tied
+
+
+def _scale(model: PreTrainedModel) -> float:
+    """What the embedding multiplies its rows with; Gemma 3's is the root of the width, almost all others' is 1."""
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
+    ids = torch.arange(min(64, embedding.num_embeddings))
+    given, rows = embedding(ids).float(), embedding.weight[ids].float()
+    scale = float((given * rows).sum() / rows.square().sum())
+    if not torch.allclose(given, scale * rows, rtol=1e-2, atol=1e-6):
+        raise ExportError(f"{type(model).__name__}: its embedding is more than a table; the soft prompt cannot be merged")
+    return scale
+
+
+def _check_logits(model: PreTrainedModel, ids: list[int], probe: Tensor, expected: Tensor, name: str) -> None:
+    """The merged model, fed with ids, must say what base and soft prompt said."""
+    together = torch.cat([torch.tensor([ids]), probe], dim=1)
+    with torch.no_grad():
+        logits = model(input_ids=together, use_cache=False).logits[0, -1]
+    real = torch.ones(len(logits), dtype=torch.bool)
+    real[ids] = False
+    real[len(expected) :] = False
+    before, after = expected[real[: len(expected)]].float(), logits[real].float()
+    close = 1e-2 if model.dtype != torch.float32 else TOLERANCE
+    if not bool((before - after).abs().max() <= close * before.abs().max()):
+        raise ExportError(f"{name}: {type(model).__name__} treats ids and vectors differently; it cannot be merged")
+
+
+def _prepend(tokenizer: PreTrainedTokenizerBase, tokens: list[str], ids: list[int]) -> bool:
+    """Let the tokenizer put the virtual tokens in front of every text; False for one written in Python."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    # One piece that stands for all of them; a piece's own name must not contain a colon.
+    front: Any = {"id": "soft_prompt", "ids": ids, "tokens": tokens}
+    virtual = processors.TemplateProcessing(
+        single=["soft_prompt", "$A"], pair=["soft_prompt", "$A", "$B:1"], special_tokens=[front]
+    )
+    own = backend.post_processor
+    backend.post_processor = processors.Sequence([own, virtual]) if own is not None else virtual
+    return True
+
+
+def _prepends(tokenizer: PreTrainedTokenizerBase, plain: PreTrainedTokenizerBase, ids: list[int]) -> bool:
+    return all(tokenizer(text)["input_ids"] == [*ids, *plain(text)["input_ids"]] for text in PROBES)
+
+
+def _chat(
+    tokenizer: PreTrainedTokenizerBase, plain: PreTrainedTokenizerBase, template: Template | None, front: Sequence[str],
+    ids: list[int],
+) -> bool:  # fmt: skip
+    """Set a chat template that renders to the ids of our own pass; False if there is none, or none that does."""
+    tokenizer.chat_template = None
+    if template is None:
+        return False
+    encoder = Encoder(template, plain, 2**31)
+    fields = template_fields(template.input)
+    for space in ("", " "):  # some tokenizers put a space in front of a text, but not behind a special token
+        tokenizer.chat_template = _jinja("".join(front) + space, template)
+        if all(
+            _rendered(tokenizer, _message(template, text)) == [*ids, *encoder.input_ids(dict.fromkeys(fields, text))]
+            for text in PROBES
+        ):
+            return True
+    tokenizer.chat_template = None
+    return False
+
+
+def _message(template: Template, text: str) -> str:
+    fields = template_fields(template.input)
+    return text if len(fields) == 1 else template.input.format_map(dict.fromkeys(fields, text))
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
+    text = tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _jinja(front: str, template: Template) -> str:
+    """The last user message in the place of the field; with several fields it is the whole input."""
+    before, behind = "", ""
+    fields = template_fields(template.input)
+    if len(fields) == 1:
+        mark = uuid.uuid4().hex
+        before, _, behind = template.input.format_map({fields[0]: mark}).partition(mark)
+        behind = behind.replace(mark, "")
+    return (
+        "{%- set last = messages | selectattr('role', 'equalto', 'user') | list | last -%}"
+        f"{{{{- {json.dumps(front + before, ensure_ascii=False)} + last['content']"
+        f" + {json.dumps(behind, ensure_ascii=False)} -}}}}"
+    )
+
+
+def _generation(model: PreTrainedModel, base: Base, ids: list[int], card: Card) -> GenerationConfig:
+    """The base's own settings, its end token, and the virtual tokens suppressed for engines that honour it."""
+    settings = model.generation_config or GenerationConfig()
+    settings.eos_token_id = base.tokenizer.eos_token_id
+    settings.pad_token_id = base.tokenizer.eos_token_id if settings.pad_token_id is None else settings.pad_token_id
+    settings.suppress_tokens = [*(settings.suppress_tokens or []), *ids]
+    if card.max_new_tokens:
+        settings.max_new_tokens = card.max_new_tokens
+    return settings
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: Card, folder: Path) -> None:
+    # save_pretrained imports DeepSpeed wherever it is installed, and that looks for an accelerator and warns of what it finds.
+    # Through our own door it is told first.
+    from ptuning.training import zero  # noqa: F401
+
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "soft_prompt_card.json").write_text(card.public().model_dump_json(indent=1), encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()  # empty
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

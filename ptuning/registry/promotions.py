@@ -1,0 +1,276 @@
+"""Who is champion: promotions of a name, one after another, whoever asks and from wherever.
+
+MLflow's `set_registered_model_alias` overwrites blindly: it has no compare-and-set. What it does have, on every SQL store and
+through its server, is an append-only log with a total order: versions of a registered model are numbered by its database, under
+a primary key, and a number is never given twice. So each name has a ledger, the registered model `NAME~promotions` (no soft
+prompt can be called so), and a promotion is an entry in it:
+
+    request: "version 5, and the last move I saw was number 7"
+
+An entry counts if its `seen` is the number of the last move that counted before it, and otherwise never happened. Everybody
+who reads the ledger comes to the same list of moves, so of two promotions that saw the same state exactly one wins. There is
+no lock, hence no lease to expire: a promoter that dies before its entry has done nothing, and one that dies behind it has won.
+
+The alias `champion` is then written from the ledger, and written again until the ledger did not move meanwhile; the last
+writer wrote what the last move says. If a promoter dies within these milliseconds the alias is late, until the next
+promotion, rollback, deletion, or repetition of the same promotion of this name. An alias moved by hand in MLflow is put back
+at the same occasions: move it with `ptuning prompts promote`.
+"""
+
+from __future__ import annotations
+
+import getpass
+import random
+import socket
+import time
+import uuid
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ptuning.registry.registry import CHAMPION, Reference, Registry, RegistryError, Version, check_name
+from ptuning.tracking.tracker import TrackingError, asking
+
+Kind = Literal["promote", "rollback", "delete"]
+PATIENCE = 30.0
+"""Seconds: MLflow gives up numbering a version after three collisions (CREATE_MODEL_VERSION_RETRIES); we ask again."""
+DESCRIPTION = "Promotions of {name}, one per version, in order. Written by ptuning only: the alias champion follows from it."
+
+
+class MovedMeanwhile(RegistryError):
+    """Another promotion was faster."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """One entry of a ledger."""
+
+    number: int
+    kind: Kind
+    version: int
+    seen: int
+    request: str
+    by: str
+    time_ms: int
+    forced: str | None
+
+
+@dataclass(frozen=True)
+class State:
+    """What a ledger says up to some move."""
+
+    name: str
+    champion: int | None = None
+    earlier: tuple[int, ...] = ()
+    """Champions before, the last one at the end; a rollback takes from here."""
+    deleted: frozenset[int] = frozenset()
+    moves: tuple[Move, ...] = ()
+    """The moves that counted, deletions included."""
+    last: int = 0
+    """Number of the last promotion or rollback that counted."""
+
+    def after(self, move: Move) -> State:
+        """The state behind an entry; the same state if the entry does not count."""
+        if any(move.request == other.request for other in self.moves):
+            return self  # an append that was repeated because its answer got lost
+        if move.kind == "delete":
+            if move.version == self.champion:
+                return self
+            return replace(self, deleted=self.deleted | {move.version}, moves=(*self.moves, move))
+        if move.seen != self.last or move.version in self.deleted or move.version == self.champion:
+            return self
+        earlier = self.earlier if self.champion is None else (*self.earlier, self.champion)
+        if move.kind == "rollback":
+            if move.version not in self.earlier:
+                return self
+            earlier = self.earlier[: _last_index(self.earlier, move.version)]
+        return replace(self, champion=move.version, earlier=earlier, moves=(*self.moves, move), last=move.number)
+
+    def has(self, request: str) -> bool:
+        return any(move.request == request for move in self.moves)
+
+
+class Ledger:
+    """The promotions of one name."""
+
+    def __init__(self, registry: Registry, name: str) -> None:
+        self.registry = registry
+        self.name = check_name(name)
+        self.model = f"{name}~promotions"
+
+    def state(self) -> State:
+        """What holds now."""
+        return self._read(self._born())
+
+    def promote(self, version: int, seen: State, forced: str | None = None) -> State:
+        """Make a version champion, if nobody moved the champion since `seen`. Returns the state behind.
+
+        Raises:
+            MovedMeanwhile: somebody did; nothing was changed.
+            RegistryError: the version is not there.
+        """
+        self.registry.find(Reference(self.name, version))
+        return self._move("promote", version, seen, forced)
+
+    def rollback(self) -> State:
+        """Make the champion before the present one champion again.
+
+        Raises:
+            MovedMeanwhile: somebody moved the champion at this moment; nothing was changed.
+            RegistryError: there is none.
+        """
+        seen = self.state()
+        there = {version.version for version in self.registry.versions(self.name)} - seen.deleted
+        target = next((version for version in reversed(seen.earlier) if version in there), None)
+        if seen.champion is None or target is None:
+            raise RegistryError(f"{self.name}: has no earlier champion to go back to; promote a version instead")
+        return self._move("rollback", target, seen, None)
+
+    def forget(self, version: int) -> None:
+        """Allow the removal of a version: from now on it cannot be promoted.
+
+        Raises:
+            RegistryError: it is champion.
+        """
+        champion = RegistryError(f"{self.name}:{version}: is the champion; promote another version first, then delete this one")
+        state = self.state()
+        if version == state.champion:
+            raise champion
+        if version not in state.deleted:
+            request = self._append("delete", version, state.last, None)
+            if not self.state().has(request):
+                raise champion
+
+    def settle(self) -> State:
+        """Write the alias from the ledger, until the ledger did not move meanwhile.
+
+        Raises:
+            RegistryError: the champion was removed from MLflow by other means.
+        """
+        born = self._born()
+        state = self._read(born)
+        while state.champion is not None:
+            try:
+                with asking(self.registry.uri):
+                    self.registry.client.set_registered_model_alias(self.name, CHAMPION, str(state.champion))
+            except TrackingError as error:
+                if error.code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                raise RegistryError(
+                    f"{self.name}:{state.champion}: is the champion, but was removed from MLflow; promote another version"
+                ) from None
+            newer = self._read(born)
+            if newer.last == state.last:
+                break
+            state = newer
+        return state
+
+    def _move(self, kind: Kind, version: int, seen: State, forced: str | None) -> State:
+        request = self._append(kind, version, seen.last, forced)
+        state = self.state()
+        if not state.has(request):
+            if version in state.deleted:
+                raise RegistryError(f"{self.name}:{version}: was deleted; choose another version")
+            raise MovedMeanwhile(
+                f"{self.name}: its champion moved from {seen.champion or 'none'} to {state.champion} meanwhile, nothing was "
+                "changed; look at it with ptuning prompts list, and decide again"
+            )
+        return self.settle()
+
+    def _append(self, kind: Kind, version: int, seen: int, forced: str | None) -> str:
+        """Write an entry, surely and as often as need be once; returns its request id."""
+        request = uuid.uuid4().hex
+        born = self._born()
+        self._create()
+        tags = {"kind": kind, "version": str(version), "seen": str(seen), "request": request, "born": born, "by": _who()}
+        if forced:
+            tags["forced"] = forced[:4000]
+        deadline, attempt = time.monotonic() + PATIENCE, 0
+        while True:
+            try:
+                with asking(self.registry.uri):
+                    self.registry.client.create_model_version(
+                        self.model,
+                        f"models:/{self.name}/{version}",
+                        await_creation_for=0,
+                        tags={f"ptuning.{key}": value for key, value in tags.items()},
+                    )
+                return request
+            except TrackingError as error:
+                if error.code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE") or time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(0, 0.02 * 2 ** min(attempt, 6)))
+            attempt += 1
+            if any(move.request == request for move in self._entries(born)):
+                return request  # it was written, only the answer got lost
+
+    def _create(self) -> None:
+        try:
+            with asking(self.registry.uri):
+                description = DESCRIPTION.format(name=self.name)
+                self.registry.client.create_registered_model(self.model, {"ptuning.ledger": self.name}, description)
+        except TrackingError as error:
+            if error.code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _born(self) -> str:
+        """When the name was created: a name that was deleted in MLflow and created again begins with an empty ledger."""
+        try:
+            with asking(self.registry.uri):
+                return str(self.registry.client.get_registered_model(self.name).creation_timestamp)
+        except TrackingError as error:
+            if error.code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise self.registry.unknown(self.name) from None
+
+    def _read(self, born: str) -> State:
+        state = State(self.name)
+        for move in self._entries(born):
+            state = state.after(move)
+        return state
+
+    def _entries(self, born: str) -> list[Move]:
+        found = self.registry.pages("search_model_versions", f"name = '{self.model}'", 200_000)
+        mine = [entry for entry in found if entry.tags.get("ptuning.born") == born]
+        return sorted(map(_entry, mine), key=lambda move: move.number)
+
+
+def delete(registry: Registry, reference: Reference) -> Version:
+    """Remove a version that is not champion; the run that made it stays.
+
+    Raises:
+        RegistryError: not there, champion, or no version was named.
+    """
+    if reference.version is None:
+        raise RegistryError(f"{reference}: names no single version; write {reference.name}:N to delete version N")
+    version = registry.find(reference)
+    ledger = Ledger(registry, version.name)
+    ledger.forget(version.version)
+    registry.remove(version)
+    ledger.settle()  # MLflow has removed the aliases that pointed to it
+    return version
+
+
+def _entry(entry: Any) -> Move:
+    tags = entry.tags
+    return Move(
+        number=int(entry.version),
+        kind=tags["ptuning.kind"],
+        version=int(tags["ptuning.version"]),
+        seen=int(tags["ptuning.seen"]),
+        request=tags["ptuning.request"],
+        by=tags["ptuning.by"],
+        time_ms=int(entry.creation_timestamp),
+        forced=tags.get("ptuning.forced"),
+    )
+
+
+def _last_index(values: tuple[int, ...], value: int) -> int:
+    return len(values) - 1 - values[::-1].index(value)
+
+
+def _who() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"

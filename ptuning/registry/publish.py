@@ -1,0 +1,181 @@
+"""Soft prompts into the registry and out of it: as folders, whole and checked, and described by the tags that `list` shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+from ptuning import storage
+from ptuning.config import Experiment, UserError
+from ptuning.model import soft_prompt
+from ptuning.model.base import Base
+from ptuning.model.soft_prompt import Card, SoftPrompt
+from ptuning.paths import SCHEME
+from ptuning.redaction import redact
+from ptuning.registry.registry import FILES, STATE, Registry, RegistryError, Version, check_name, parse_reference
+from ptuning.storage import StorageError
+from ptuning.tracking import tracker
+
+AGAIN = "choose another version, or publish it again from a copy that is whole"
+
+
+def publish(registry: Registry, name: str, folder: str, run_id: str | None, artifact_root: str | None) -> Version:
+    """Make the soft prompt in a folder the newest version of a name. The same again is the version it already is.
+
+    Args:
+        run_id: the MLflow run that made it; without one, a run is created that only holds it.
+        artifact_root: where a local tracking store keeps the artifacts of that new run.
+
+    Raises:
+        UserError: a bad name, no soft prompt, or MLflow does not answer.
+    """
+    check_name(name)
+    loaded = soft_prompt.load(folder)
+    files = {file: content for file, content in storage.read_folder(folder).items() if file in FILES}
+    files = soft_prompt.without_passwords(files)
+    tags = describe(loaded.card, files)
+    for version in registry.versions(name):
+        if all(version.tags.get(key) == tags[key] for key in ("ptuning.card_hash", "ptuning.content_hash")):
+            return version
+    if run_id is None:
+        run_id = registry.create_run(name, artifact_root, {"content_hash": loaded.card.content_hash})
+    with tempfile.TemporaryDirectory(prefix="ptuning-") as temporary:
+        whole = Path(temporary) / "whole"
+        storage.write_folder(str(whole), files)  # with its manifest
+        registry.upload(run_id, whole)
+    return registry.create(name, run_id, tags)
+
+
+def describe(card: Card, files: dict[str, bytes]) -> dict[str, str]:
+    """The tags of a version. What is not known is left out."""
+    metric = headline(card)
+    known = {
+        "base": card.base,
+        "revision": card.revision,
+        **{f"base.{part}": value for part, value in (card.base_fingerprint or {}).items()},
+        "length": str(card.length),
+        "width": str(card.width),
+        "metric": metric,
+        "value": repr(card.metrics[metric]) if metric else None,
+        "data": json.dumps(card.data, sort_keys=True) if card.data else None,
+        "content_hash": card.content_hash,
+        "card_hash": hashlib.sha256(files[soft_prompt.CARD]).hexdigest(),
+        "parent": card.parent,
+        "bytes": str(sum(map(len, files.values()))),
+    }
+    return {f"ptuning.{key}": value for key, value in known.items() if value} | {STATE: "new"}
+
+
+def headline(card: Card) -> str | None:
+    """The metric that stands for a soft prompt in a list: on the test rows if there were any."""
+    names = [f"{split}_{metric}" for split in ("test", "validation") for metric in preferred_metrics(card)]
+    return next((name for name in names if name in card.metrics), None)
+
+
+def preferred_metrics(card: Card) -> list[str]:
+    """What a soft prompt is judged by: the metric that chose its best step, then the loss."""
+    chosen = (card.experiment or {}).get("train", {}).get("metric")
+    default = "accuracy" if card.template and card.template.labels else "loss"
+    return [chosen or default, "loss"]
+
+
+def retrieve(registry: Registry, version: Version) -> tuple[SoftPrompt, dict[str, bytes]]:
+    """A version's soft prompt and its files, every hash checked, also against the registry. Passwords that an earlier version
+    has left in its card are taken out.
+
+    Raises:
+        UserError: damaged, incomplete, not what was published, or MLflow does not answer.
+    """
+    with tempfile.TemporaryDirectory(prefix="ptuning-") as folder:  # readable by us only
+        registry.download(version, Path(folder))
+        try:
+            loaded, files = soft_prompt.load(folder), storage.read_folder(folder)
+        except UserError as error:
+            raise RegistryError(str(error).replace(folder, str(version))) from None
+    if loaded.card.content_hash != version.tag("content_hash"):
+        raise RegistryError(f"{version}: its run {version.run_id} holds other vectors than were published; {AGAIN}")
+    card_hash = version.tag("card_hash")
+    if card_hash and hashlib.sha256(files.get(soft_prompt.CARD, b"")).hexdigest() != card_hash:
+        raise RegistryError(f"{version}: its run {version.run_id} holds another card than was published; {AGAIN}")
+    return loaded, soft_prompt.without_passwords(files)
+
+
+def fetch(registry: Registry, version: Version, folder: str) -> SoftPrompt:
+    """Write a version to a folder as it may be given away: the vectors bit for bit, the public part of the card.
+
+    Raises:
+        UserError: damaged, or the folder is in use.
+    """
+    check_free(folder)
+    loaded, files = retrieve(registry, version)
+    storage.write_folder(folder, soft_prompt.public_files(loaded, files))
+    return loaded
+
+
+def check_free(folder: str) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        StorageError: something is there.
+    """
+    _, path = storage.resolve(folder)
+    if storage.is_local(folder) and Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())):
+        raise StorageError(f"{folder}: is there already; choose a folder that is new or empty")
+    if storage.exists(folder, storage.MANIFEST):
+        raise StorageError(f"{folder}: is there already; choose another one")
+
+
+def pin_parent(experiment: Experiment, folder: str) -> Experiment:
+    """The experiment with `prompt.init_from = "name@champion"` replaced by a folder inside the run's folder, and so an address
+    with a password in it.
+
+    Workers do not talk to MLflow and learn no passwords, and a run that is resumed starts from the same parent though the alias
+    may have moved.
+    """
+    source = experiment.prompt.init_from
+    if source is None or (_is_folder(source) and redact(source) == source):
+        return experiment
+    kept = hashlib.sha256(redact(source).encode()).hexdigest()[:16] if _is_folder(source) else str(parse_reference(source))
+    prompt = experiment.prompt.model_copy(update={"init_from": storage.join(folder, "parent", kept)})
+    return experiment.model_copy(update={"prompt": prompt})
+
+
+def bring_parent(written: Experiment, pinned: Experiment, base: Base) -> None:
+    """Copy the parent from the registry to where `pin_parent` said, unless an earlier start of this run did, and check it.
+
+    Raises:
+        UserError: no such soft prompt, MLflow does not answer, or it was made for another base.
+    """
+    source, folder = written.prompt.init_from, pinned.prompt.init_from
+    if source is None or folder is None:
+        return
+    if source != folder and not storage.exists(folder, storage.MANIFEST):
+        storage.write_folder(folder, _parent_files(written, source))
+    soft_prompt.check_base(soft_prompt.load(folder), source, base.width, base.name, base.fingerprint.model_dump())
+
+
+def _parent_files(written: Experiment, source: str) -> dict[str, bytes]:
+    if _is_folder(source):
+        soft_prompt.load(source)
+        return soft_prompt.without_passwords(storage.read_folder(source))
+    registry = Registry(_uri(written))
+    return retrieve(registry, registry.find(source))[1]
+
+
+def publish_run(experiment: Experiment, name: str, folder: str, run_id: str | None) -> Version:
+    """Publish what a run made, where the run is tracked.
+
+    Raises:
+        UserError: as `publish`.
+    """
+    return publish(Registry(_uri(experiment)), name, folder, run_id, tracker.default_artifact_root(experiment.compute.storage))
+
+
+def _uri(experiment: Experiment) -> str:
+    return experiment.tracking.uri or tracker.default_uri(experiment.compute.storage)
+
+
+def _is_folder(source: str) -> bool:
+    return "/" in source or source.startswith(SCHEME) or Path(source).expanduser().is_dir()

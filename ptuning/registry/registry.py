@@ -1,0 +1,286 @@
+"""The registry: every published soft prompt is a version of a name in MLflow's model registry, and aliases point to versions.
+
+    name            its champion, or its newest version while it has none
+    name:3          a version
+    name@champion   what an alias points to
+
+A version's source is the raw folder `soft_prompt/` among the artifacts of its run: no model flavour, no pickle. What `list`
+shows stands in the version's tags, so that a thousand versions are two calls. Imports neither torch nor MLflow.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ptuning.config import NAME, UserError, suggest
+from ptuning.redaction import redact
+from ptuning.tracking import tracker
+from ptuning.tracking.tracker import TrackingError, asking
+
+CHAMPION = "champion"
+"""The alias of the version that is served. Moved by `champion.Ledger` only."""
+ARTIFACT = "soft_prompt"
+"""Folder of the soft prompt among the artifacts of its run."""
+FILES = {"adapter_config.json": 1 << 20, "adapter_model.safetensors": 1 << 30, "card.json": 1 << 24, "manifest.json": 1 << 20}
+"""The files that are ever downloaded, and the most bytes of each."""
+FORMAT = "ptuning.format"
+STATE, FORCED = "ptuning.state", "ptuning.forced"
+EXPERIMENT = "ptuning imports"
+"""MLflow experiment of the runs that hold imported soft prompts."""
+PAGE = 5000
+
+_REFERENCE = re.compile(
+    rf"(?P<name>{NAME.pattern})(?::(?P<version>[1-9][0-9]{{0,8}})|@(?P<alias>[A-Za-z][A-Za-z0-9_-]{{0,63}}))?"
+)
+
+
+class RegistryError(UserError):
+    """No such name, version or alias, or what was asked is not allowed."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`name`, `name:3` or `name@alias`."""
+
+    name: str
+    version: int | None = None
+    alias: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.version}" if self.version else f"{self.name}@{self.alias}" if self.alias else self.name
+
+
+def parse_reference(text: str) -> Reference:
+    """Read a reference.
+
+    Raises:
+        RegistryError: it is none.
+    """
+    match = _REFERENCE.fullmatch(text)
+    if not match:
+        raise RegistryError(f"{text[:80]!r} names no soft prompt; write name, name:3 or name@champion")
+    version = match["version"]
+    return Reference(match["name"], int(version) if version else None, match["alias"])
+
+
+def check_name(name: str) -> str:
+    """The name, if it can be that of a soft prompt.
+
+    Raises:
+        RegistryError: it cannot.
+    """
+    if not NAME.fullmatch(name):
+        raise RegistryError(f"{name[:80]!r} is no name; use letters, digits, '-', '_' and '.', at most 64, no slashes")
+    return name
+
+
+@dataclass(frozen=True)
+class Version:
+    """A published soft prompt, as its tags describe it."""
+
+    name: str
+    version: int
+    run_id: str
+    created_ms: int
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.version}"
+
+    def tag(self, key: str) -> str | None:
+        """The value of the tag `ptuning.<key>`; None if it is not known."""
+        return self.tags.get(f"ptuning.{key}") or None
+
+    def number(self, key: str) -> float | None:
+        text = self.tag(key)
+        return float(text) if text else None
+
+    @property
+    def age_s(self) -> float:
+        return max(0.0, time.time() - self.created_ms / 1000)
+
+    @property
+    def fingerprint(self) -> dict[str, str] | None:
+        """Fingerprint of its base; None: unknown."""
+        parts = {part: self.tag(f"base.{part}") for part in ("config", "tokenizer", "weights")}
+        return {part: value for part, value in parts.items() if value} or None
+
+
+class Registry:
+    """The published soft prompts of one MLflow.
+
+    Raises:
+        TrackingError: MLflow cannot be asked. Any method may.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    @cached_property
+    def client(self) -> Any:
+        with asking(self.uri):
+            return tracker.connect(self.uri)
+
+    @property
+    def is_there(self) -> bool:
+        """False: the database's file does not exist (yet, or any more)."""
+        path = tracker.database(self.uri)
+        return path is None or path.exists()  # looking must not create a database
+
+    def versions(self, name: str | None = None) -> list[Version]:
+        """All versions, or those of one name; by name, the newest first. As many calls for one as for a thousand."""
+        if not self.is_there:
+            return []
+        names = f"name = '{check_name(name)}'" if name else None
+        ours = " and ".join(filter(None, (names, f"tags.`{FORMAT}` = '1'")))
+        aliases: dict[tuple[str, int], list[str]] = {}
+        for model in self.pages("search_registered_models", names, 1000):
+            for alias, number in model.aliases.items():
+                aliases.setdefault((model.name, int(number)), []).append(alias)
+        found = [
+            Version(
+                entry.name,
+                int(entry.version),
+                entry.run_id,
+                int(entry.creation_timestamp),
+                tuple(sorted(aliases.get((entry.name, int(entry.version)), ()))),
+                dict(entry.tags),
+            )
+            for entry in self.pages("search_model_versions", ours, PAGE)
+            if NAME.fullmatch(entry.name)  # by others MLflow may be given any name: line breaks, look-alikes
+        ]
+        return sorted(found, key=lambda version: (version.name, -version.version))
+
+    def with_content(self, content_hash: str) -> list[Version]:
+        """The versions that hold these vectors."""
+        if not self.is_there or not re.fullmatch(r"[0-9a-f]{64}", content_hash):
+            return []
+        entries = self.pages("search_model_versions", f"tags.`ptuning.content_hash` = '{content_hash}'", PAGE)
+        wanted = {(entry.name, int(entry.version)) for entry in entries}
+        return [
+            version
+            for name in sorted({name for name, _ in wanted})
+            for version in self.versions(name)
+            if (version.name, version.version) in wanted
+        ]
+
+    def pages(self, method: str, condition: str | None, size: int) -> Iterator[Any]:
+        """All results of one of the client's searches."""
+        token: str | None = None
+        while True:
+            with asking(self.uri):
+                page = getattr(self.client, method)(condition, max_results=size, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def find(self, reference: str | Reference) -> Version:
+        """What a reference points to.
+
+        Raises:
+            RegistryError: nothing.
+        """
+        wanted = parse_reference(reference) if isinstance(reference, str) else reference
+        versions = self.versions(wanted.name)
+        if not versions:
+            raise self.unknown(wanted.name)
+        if wanted.version:
+            fitting = [version for version in versions if version.version == wanted.version]
+        else:
+            fitting = [version for version in versions if (wanted.alias or CHAMPION) in version.aliases]
+            if not fitting and not wanted.alias:
+                fitting = versions[:1]
+        if not fitting:
+            known = ", ".join(sorted({alias for version in versions for alias in version.aliases})) or "no alias"
+            raise RegistryError(
+                f"{wanted}: is not there; {wanted.name} has the versions {_numbers(versions)} and {known}, choose one of these"
+            )
+        return fitting[0]
+
+    def unknown(self, name: str) -> RegistryError:
+        """What to say of a name that nobody has published."""
+        fix = suggest(name, {version.name for version in self.versions()}, "see ptuning prompts list")
+        return RegistryError(f"{name}: no soft prompt of this name in {redact(self.uri)}; {fix}")
+
+    def create(self, name: str, run_id: str, tags: Mapping[str, str]) -> Version:
+        """A new version whose source is the artifact folder of a run."""
+        check_name(name)
+        with asking(self.uri):
+            try:
+                self.client.create_registered_model(name)
+            except Exception as error:
+                if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            source = f"{self.client.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
+            entry = self.client.create_model_version(name, source, run_id, tags={FORMAT: "1", **tags}, await_creation_for=0)
+        return Version(name, int(entry.version), run_id, int(entry.creation_timestamp), (), dict(entry.tags))
+
+    def tag(self, version: Version, tags: Mapping[str, str]) -> None:
+        """Set tags of a version."""
+        with asking(self.uri):
+            for key, value in tags.items():
+                self.client.set_model_version_tag(version.name, str(version.version), key, value)
+
+    def upload(self, run_id: str, folder: Path) -> None:
+        """Put a soft prompt's files into a run; the manifest comes last."""
+        with asking(self.uri):
+            store = tracker.artifacts(self.client, run_id)
+            for file in sorted(folder.iterdir(), key=lambda file: list(FILES).index(file.name)):
+                store.log_artifact(str(file), ARTIFACT)
+
+    def create_run(self, name: str, artifact_root: str | None, tags: Mapping[str, str]) -> str:
+        """A run for a soft prompt that was made elsewhere; returns its id."""
+        with asking(self.uri):
+            experiment = tracker.experiment_id(self.client, EXPERIMENT, artifact_root)
+            run_id = str(self.client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id)
+            self.client.set_terminated(run_id)
+        return run_id
+
+    def download(self, version: Version, folder: Path) -> None:
+        """Bring the files of a version into a folder. Nothing but these four is ever fetched.
+
+        Raises:
+            RegistryError: too large, or not there.
+        """
+        missing = set(FILES)
+        with asking(self.uri):
+            store = tracker.artifacts(self.client, version.run_id)
+            for entry in store.list_artifacts(ARTIFACT):
+                name = PurePosixPath(entry.path).name
+                if name not in FILES or entry.is_dir or entry.path != f"{ARTIFACT}/{name}":
+                    continue
+                if (entry.file_size or 0) > FILES[name]:
+                    raise RegistryError(
+                        f"{version}: {name} has {entry.file_size} bytes, too many for a soft prompt; choose another version"
+                    )
+                path = Path(store.download_artifacts(entry.path, str(folder)))
+                path.replace(folder / name)
+                missing.remove(name)
+        if missing:
+            place = redact(tracker.artifact_place(self.client, version.run_id))
+            raise RegistryError(
+                f"{version}: {', '.join(sorted(missing))} not found in {place}/{ARTIFACT}; if that place has moved or is not "
+                "mounted, bring it back, or name the storage folder where it is now (--storage, compute.storage)"
+            )
+
+    def remove(self, version: Version) -> None:
+        """Remove a version from MLflow's registry. `champion.Ledger.forget` must have allowed it. Its run stays."""
+        try:
+            with asking(self.uri):
+                self.client.delete_model_version(version.name, str(version.version))
+        except TrackingError as error:
+            if error.code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+
+
+def _numbers(versions: list[Version]) -> str:
+    listed = [str(version.version) for version in versions[:8]]
+    return ", ".join(listed) + (", ..." if len(versions) > 8 else "")

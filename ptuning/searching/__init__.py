@@ -1,0 +1,1 @@
+"""The search: Ray Tune trials in slots of running worker groups."""

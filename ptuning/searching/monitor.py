@@ -1,0 +1,163 @@
+"""The driver's desk of a search: takes what the workers report to the ledger, the tracker and the screen."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+
+from ptuning.config import Experiment
+from ptuning.model.base import Base
+from ptuning.searching.trial_store import Entry, Ledger
+from ptuning.tracking.tracker import Status, Tracker
+from ptuning.training.messages import Event
+from ptuning.training.run import open_tracker
+from ptuning.training.run_tracking import Recorder
+
+Show = Callable[[list[Entry]], None]
+ENDED: dict[str, Status] = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "running": "KILLED"}
+
+
+class Desk:
+    """Follows the hub in a thread."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        base: Base,
+        hub: Any,
+        ledger: Ledger,
+        tracker: Tracker,
+        show: Show,
+        say: Callable[[str], None],
+    ) -> None:
+        self.summary: dict[str, Any] = {}
+        """What the parent run reached: the winner's test."""
+        self._experiment = experiment
+        self._hub = hub
+        self._ledger = ledger
+        self._tracker = tracker
+        self._show = show
+        self._say = say
+        self._parent = Recorder(tracker, self.summary, base=base)
+        self._children: dict[str, tuple[Tracker, Recorder]] = {}
+        self._closing = ThreadPoolExecutor(1)
+        self._unsent: list[Any] = []
+        self._afterwards: deque[tuple[str, Callable[[Entry], None]]] = deque()
+        self._stopped = threading.Event()
+        self.trouble: BaseException | None = None
+        self._thread = threading.Thread(target=self._follow, name="ptuning-search", daemon=True)
+        self._thread.start()
+
+    def wait(self, done: Callable[[], bool], alive: Callable[[], bool], most_s: float = math.inf) -> None:
+        """Until `done`, or nobody works any more, or for so many seconds."""
+        until = time.monotonic() + most_s
+        while not done() and alive() and self.trouble is None and time.monotonic() < until:
+            time.sleep(0.05)
+        if self.trouble:
+            raise self.trouble
+
+    @property
+    def hang(self) -> str | None:
+        """Which worker hung last, if none has trained since."""
+        return self._parent.hang
+
+    def stop(self, deadline_s: float) -> int:
+        """Take what is left, end the children's runs; returns how many records could not be sent."""
+        self._stopped.set()
+        self._thread.join()
+        self._ledger.flush()
+        for run in list(self._children):
+            self._close(run)
+        until = time.monotonic() + deadline_s
+        return sum(each.result(max(0.1, until - time.monotonic()) + 30) for each in self._unsent)
+
+    def then(self, run: str, change: Callable[[Entry], None]) -> None:
+        """Change a record once everything has been taken that the workers have reported so far: a trial that Tune has stopped
+        must not be on disk as stopped before the result that it was stopped for."""
+        self._afterwards.append((run, change))
+
+    def _follow(self) -> None:
+        last = False
+        taken = recorded = 0
+        try:
+            while not last:
+                last = self._stopped.wait(0.25)
+                many = len(self._afterwards)
+                events = ray.get(self._hub.call.remote("take", recorded))
+                for fields in events:
+                    self._take(fields)
+                taken += len(events)
+                for _ in range(many):
+                    self._ledger.change(*self._afterwards.popleft())
+                if self._ledger.save():
+                    recorded = taken
+                self._show(list(self._ledger.entries.values()))
+        except Exception as error:  # the main thread raises it
+            self.trouble = error
+
+    def _take(self, fields: dict[str, Any]) -> None:
+        if fields["run"] == self._experiment.name:
+            if fields["kind"] != "attached":
+                event = Event(**fields)
+                self._parent(event)
+                if event.kind in ("stuck", "broken") and "message" in event.details:
+                    self._say(f"warning: {event.details['message']}")
+            return
+        run = fields["run"].partition("-")[0]  # a trial's later stays have a suffix
+        if fields["kind"] == "attached":
+            self._ledger.change(run, lambda entry: _attached(entry, fields["details"]))
+            return
+        event = Event(**fields)
+        self._ledger.change(run, lambda entry: _changed(entry, event))
+        self._child(run)(event)
+        if event.kind in ("finished", "failed"):
+            self._ledger.flush()
+            self._close(run)
+
+    def _child(self, run: str) -> Recorder:
+        if run not in self._children:
+            entry = self._ledger.entries[run]
+            name = self._experiment.name
+            tracker = open_tracker(self._experiment, f"{name}-{run}", f"{name}/trials/{run}", self._tracker.run_key)
+            tracker.params(entry.values)
+            tracker.tags(
+                {"ptuning.trial": run, "ptuning.trial_key": entry.key, "ptuning.finalist": str(entry.finalist).lower()}
+            )
+            # A picture takes a quarter of a second of the core that the trials train on; MLflow draws a trial's curves itself.
+            self._children[run] = tracker, Recorder(tracker, {}, pictures=entry.finalist)
+        return self._children[run][1]
+
+    def _close(self, run: str) -> None:
+        tracker, _ = self._children.pop(run)
+        tracker.tags({"ptuning.state": self._ledger.entries[run].status})
+        tracker.finish(ENDED[self._ledger.entries[run].status])
+        self._unsent.append(self._closing.submit(tracker.close, 20))
+
+
+def _attached(entry: Entry, details: dict[str, Any]) -> None:
+    if entry.folder != details["folder"]:  # a later stay: goes on from another trial's checkpoint
+        entry.results = []
+    entry.folder, entry.values = details["folder"], details["values"]
+
+
+def _changed(entry: Entry, event: Event) -> None:
+    entry.step = event.step
+    if event.kind == "evaluation":
+        if event.step > max((each["step"] for each in entry.results), default=0):
+            entry.results.append({"step": event.step, "values": event.values, "time_ms": event.time_ms})
+    elif event.kind == "failed":
+        entry.status, entry.message = "failed", event.details["message"]
+    elif event.kind == "finished":
+        if not (event.details["early"] and entry.status == "stopped"):
+            entry.status = "finished"
+        entry.measured, entry.soft_prompt = event.values, event.details["soft_prompt"]
+        if event.values and not entry.results:  # it went on from another one's last checkpoint: nothing was left but to end
+            best = {name.removeprefix("validation_"): value for name, value in event.values.items()}
+            entry.results = [{"step": event.step, "values": best, "time_ms": event.time_ms}]

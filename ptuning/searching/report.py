@@ -1,0 +1,111 @@
+"""What a search found out, from its ledger: the order of the trials, the best metric over budget, and whether stopping early
+makes sense on this task."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptuning.config import Experiment
+from ptuning.searching.space import LENGTH, best_result, score
+from ptuning.searching.trial_store import Entry
+
+
+def value_of(experiment: Experiment, entry: Entry) -> tuple[float, float] | None:
+    """Score and negative loss of a trial's best evaluation; larger is better. None if it was never evaluated."""
+    best = best_result(experiment, entry.results, entry.values[LENGTH])
+    if best is None:
+        return None
+    return score(experiment, best["values"], entry.values[LENGTH]), -best["values"]["loss"]
+
+
+def ranked(experiment: Experiment, entries: Sequence[Entry]) -> list[Entry]:
+    """Best first; those that failed or were never evaluated are left out."""
+    valued = [(value_of(experiment, entry), entry) for entry in entries if entry.status != "failed"]
+    known = [(value, entry) for value, entry in valued if value is not None]
+    return [entry for _, entry in sorted(known, key=lambda pair: pair[0], reverse=True)]
+
+
+def table(experiment: Experiment, entries: Sequence[Entry]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of the leaderboard; failed trials stand at the end with their reason."""
+    keys = list(dict.fromkeys(key for entry in entries for key in entry.values))
+    order = ranked(experiment, entries)
+    columns = ["rank", "trial", *keys, "step", "state", experiment.metric, "loss", "score", "message"]
+    rows: list[list[Any]] = []
+    for entry in [*order, *(entry for entry in entries if entry not in order)]:
+        best = best_result(experiment, entry.results, entry.values[LENGTH]) if entry in order else None
+        numbers = best["values"] if best else {}
+        found = value_of(experiment, entry) if best else None
+        rows.append(
+            [
+                len(rows) + 1 if best else None,
+                entry.run,
+                *(entry.values.get(key) for key in keys),
+                entry.step,
+                entry.status,
+                numbers.get(experiment.metric),
+                numbers.get("loss"),
+                found[0] if found else None,
+                entry.message,
+            ]
+        )
+    return columns, rows
+
+
+def budget_curve(experiment: Experiment, entries: Sequence[Entry]) -> list[dict[str, float]]:
+    """Best metric over what was spent: at each evaluation the trial-steps of all trials until then, and the best so far."""
+    events = sorted(
+        (result["time_ms"], entry.run, result["step"], result["values"]) for entry in entries for result in entry.results
+    )
+    steps: dict[str, int] = {}
+    rows: list[dict[str, float]] = []
+    lower = experiment.metric == "loss"
+    best = None
+    for time_ms, run, step, values in events:
+        steps[run] = step
+        value = values[experiment.metric]
+        best = value if best is None else min(best, value) if lower else max(best, value)
+        rows.append({"trial_steps": sum(steps.values()), "seconds": (time_ms - events[0][0]) / 1000, "best": best})
+    return rows
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return out.getvalue()
+
+
+def early_late(experiment: Experiment, entries: Sequence[Entry]) -> dict[int, tuple[float, int]]:
+    """For each evaluation step before the last: Spearman's rank correlation of the metric there with that at the end, over the
+    trials that were trained to the end, and their number. Below 0.6, stopping early is unreliable."""
+    whole = [entry for entry in entries if entry.status == "finished" and entry.results]
+    curves = [{result["step"]: result["values"][experiment.metric] for result in entry.results} for entry in whole]
+    found = {}
+    for step in sorted({step for curve in curves for step in curve})[:-1]:
+        pairs = [(curve[step], curve[max(curve)]) for curve in curves if step in curve and max(curve) > step]
+        if len(pairs) > 2 and (value := spearman(*np.array(pairs, dtype=np.float64).T)) is not None:
+            found[step] = (value, len(pairs))
+    return found
+
+
+def spearman(one: NDArray[np.float64], two: NDArray[np.float64]) -> float | None:
+    """Rank correlation with mean ranks for ties; None if all are equal."""
+    first, second = _ranks(one), _ranks(two)
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(count)
+    means: NDArray[np.float64] = (ends - (count - 1) / 2)[place]
+    return means

@@ -1,0 +1,84 @@
+"""How many soft prompts train side by side: as many as memory holds, until more no longer trains more in the same time."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+
+import psutil
+import torch
+
+from ptuning.config import Experiment, UserError
+from ptuning.planning.capacity import MOST_SLOTS, Machine, Settings, Training
+from ptuning.planning.meta_model import Blueprint
+from ptuning.searching.space import LENGTH, trial_tables
+from ptuning.training.loop import Pack, step
+from ptuning.training.messages import Assignment
+
+GAIN = 1.1
+"""Twice the slots must train at least this much more per second."""
+
+
+def count_slots(pack: Pack, experiment: Experiment) -> int:
+    """`search.slots`, or what a short measurement says; the same on all workers.
+
+    Raises:
+        UserError: so many slots do not fit into memory.
+    """
+    search = experiment.search
+    wanted = search.slots if isinstance(search.slots, int) else MOST_SLOTS
+    most = min(wanted, search.trials)
+    fitting = _fitting(pack, experiment, most)
+    if isinstance(search.slots, int):
+        if fitting < most:
+            raise UserError(f"search.slots: {most} do not fit into memory, {fitting} would; lower it or set data.max_tokens")
+        return most
+    best, rate, size = 1, 0.0, 1
+    while size <= max(1, fitting):
+        seconds = _seconds(pack, experiment, size)
+        if size / seconds < GAIN * rate:
+            break
+        best, rate, size = size, size / seconds, 2 * size
+    return best
+
+
+def _fitting(pack: Pack, experiment: Experiment, limit: int) -> int:
+    """Slots that fit beside the base, by the arithmetic of `ptuning plan`, with the longest soft prompts of the search."""
+    split = pack.load_task(experiment).train
+    size = pack.workers.size
+    settings = Settings.of_rows(experiment, split.lengths.tolist(), split.target_lengths.tolist())
+    settings = replace(settings, length=max(experiment.search.length))
+    # The model that is there may be sharded, its blueprint is whole.
+    blueprint = Blueprint(
+        pack.base.config, next(pack.model.parameters()).dtype, checkpoint_gradients=experiment.train.gradient_checkpointing
+    )
+    room = min(pack.workers.gather(_room(size)))
+    machine = Machine(size, room, int(os.environ.get("LOCAL_WORLD_SIZE", size)), 1.0, 1.0, torch.cuda.is_available())
+    training = Training(blueprint.shape, settings, machine, blueprint.training, blueprint.evaluation)
+    return int(pack.workers.from_first(training.most_slots_in(room, limit)))
+
+
+def _seconds(pack: Pack, experiment: Experiment, size: int) -> float:
+    """Seconds of a step with so many of the longest soft prompts, on all workers the first one's."""
+    tables = experiment.model_dump(mode="json")
+    longest = max(experiment.search.length)
+    for number in range(size):
+        measured = trial_tables(tables, f"measure-{number}", {LENGTH: longest, "prompt.init": "vocabulary"})
+        pack.attach(Assignment(Experiment.model_validate(measured), "/nonexistent/ptuning"))
+    step(pack, lambda event: None)
+    seconds = []
+    for _ in range(3):  # the best of them: what else the machine does only adds to it
+        began = time.perf_counter()
+        step(pack, lambda event: None)
+        seconds.append(time.perf_counter() - began)
+    pack.slots.clear()
+    pack.called = True
+    return float(pack.workers.from_first(min(seconds)))
+
+
+def _room(workers: int) -> int:
+    """Bytes that this worker may still take; those of one machine share its memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", workers))

@@ -1,0 +1,73 @@
+"""A Ray Tune trial: asks the hub for a slot, hears what is measured there, and tells Tune. It never sees torch."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from ptuning import storage
+from ptuning.config import Experiment
+from ptuning.searching.space import LENGTH, best_result, score, trial_tables
+
+STATE = "state.json"
+
+
+class TrialFailed(RuntimeError):
+    """The soft prompt could not be trained; Tune marks the trial."""
+
+
+def run_trial(values: dict[str, Any], hub: Any, tables: dict[str, Any], checkpoints: bool) -> None:
+    """Follow one configuration to its end. `checkpoints`: hand them to Tune, for schedulers that let one trial go on
+    from another."""
+    experiment = Experiment.model_validate(tables)
+    me = tune.get_context().get_trial_id()
+    run, folder = ray.get(hub.call.remote("enter", me))
+    inherited = tune.get_checkpoint()
+    if inherited:
+        _inherit(Path(inherited.path), folder)
+    ray.get(hub.call.remote("attach", me, run, folder, trial_tables(tables, run, values), values))
+    seen: list[Any] = []
+    while True:
+        for event in ray.get(hub.results.remote(me, run)):
+            if event["kind"] == "failed":
+                raise TrialFailed(event["details"]["message"])
+            if event["kind"] in ("finished", "released"):
+                return
+            seen.append(event)
+            best = best_result(experiment, seen, values[LENGTH])
+            assert best is not None
+            metrics = {"step": event["step"], "score": score(experiment, best["values"], values[LENGTH])}
+            if checkpoints:
+                _report_with_checkpoint(metrics, storage.join(folder, "checkpoints"))
+            else:
+                tune.report(metrics)
+
+
+def _report_with_checkpoint(metrics: dict[str, Any], folder: str) -> None:
+    """Hand over the newest checkpoint, a few rows of numbers, as soon as that of this evaluation is written."""
+    deadline = time.monotonic() + 10
+    while not (names := storage.list_folders(folder)) or names[-1] < f"step-{metrics['step']:09d}":
+        if time.monotonic() > deadline:
+            tune.report(metrics)
+            return
+        time.sleep(0.02)
+    with tempfile.TemporaryDirectory() as temporary:
+        for file, content in storage.read_folder(storage.join(folder, names[-1])).items():
+            (Path(temporary) / file).write_bytes(content)
+        tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(temporary))
+
+
+def _inherit(source: Path, folder: str) -> None:
+    """Go on from another trial's checkpoint. Its curve stays its own."""
+    files = {path.name: path.read_bytes() for path in source.iterdir() if path.name.startswith("state.")}
+    if STATE not in files:
+        return
+    state = json.loads(files[STATE])
+    files[STATE] = json.dumps(state | {"events": []}).encode()
+    storage.write_folder(storage.join(folder, "checkpoints", f"step-{state['step']:09d}"), files)

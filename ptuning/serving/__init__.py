@@ -1,0 +1,1 @@
+"""Soft prompts behind an OpenAI-compatible API, on Ray Serve."""

@@ -1,0 +1,94 @@
+"""The same text through the base, through a text in front of it, and through every version of a soft prompt, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ptuning.config import ModelConfig, UserError
+from ptuning.data.dataset import Encoder
+from ptuning.inference.engine import End, Engine, EngineConfig, Handle, Request
+from ptuning.inference.sampling import Token
+from ptuning.model.base import find_base
+from ptuning.model.soft_prompt import SoftPrompt, check_base
+from ptuning.registry.publish import retrieve
+from ptuning.registry.registry import Registry, RegistryError
+from ptuning.serving.completion import fields_of, probabilities, row_ids
+
+NEW_TOKENS = 64
+"""Most new tokens where the card does not say."""
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What one of them says."""
+
+    who: str
+    answer: str
+    probability: float | None = None
+    """Among the labels; None for free text."""
+
+
+def compare(registry: Registry, name: str, text: str, base_path: str | None = None) -> list[Opinion]:
+    """Ask the base, the text that the first version began as (if it did), and every version, oldest first.
+
+    All are asked with the newest version's template and decide greedily.
+
+    Raises:
+        UserError: no such name, no template, text that does not fit, or a base that the newest version was not made for.
+    """
+    versions = sorted(registry.versions(name), key=lambda version: version.version)
+    if not versions:
+        registry.find(name)  # says so
+    loaded = {str(version): retrieve(registry, version)[0] for version in versions}
+    newest = list(loaded.values())[-1]
+    card = newest.card
+    if card.template is None:
+        raise RegistryError(f"{versions[-1]}: has no template; import it again with --input and --target")
+    base = find_base(ModelConfig(path=base_path or card.base, revision=None if base_path else card.revision))
+    check_base(newest, str(versions[-1]), base.width, base.name, base.fingerprint.model_dump())
+    engine = Engine(base.load(torch.float32), base.tokenizer.eos_token_id, EngineConfig(context=base.context))
+    try:
+        longest = max(soft_prompt.card.length for soft_prompt in loaded.values())
+        encoder = Encoder(card.template, base.tokenizer, engine.longest - longest)
+        new = card.max_new_tokens or NEW_TOKENS
+        room = encoder.input_room if encoder.label_ids else encoder.limit - new
+        ids = row_ids(encoder, fields_of(encoder, text), room, truncate=False)
+        opinions = [_ask(engine, encoder, "the base alone", ids, None, new)]
+        written = _written(loaded)
+        if written:
+            front: list[int] = base.tokenizer(written, add_special_tokens=False)["input_ids"]
+            opinions.append(_ask(engine, encoder, f"the text {written!r}", [*front, *ids], None, new))
+        for who, soft_prompt in loaded.items():
+            try:
+                check_base(soft_prompt, who, base.width, base.name, base.fingerprint.model_dump())
+                handle = engine.add(soft_prompt.vectors, soft_prompt.card.content_hash)
+            except UserError as error:
+                opinions.append(Opinion(who, f"({error})"))
+                continue
+            opinions.append(_ask(engine, encoder, who, ids, handle, new))
+        return opinions
+    finally:
+        engine.close()
+
+
+def _written(loaded: dict[str, SoftPrompt]) -> str | None:
+    """The text that somebody wrote as the beginning of a soft prompt, the oldest first."""
+    prompts = ((soft_prompt.card.experiment or {}).get("prompt") or {} for soft_prompt in loaded.values())
+    return next((prompt["init_text"] for prompt in prompts if prompt.get("init_text")), None)
+
+
+def _ask(engine: Engine, encoder: Encoder, who: str, ids: list[int], handle: Handle | None, new: int) -> Opinion:
+    labels = encoder.template.labels
+    if labels:
+        (scores,) = engine.choose(handle, [ids], encoder.label_trie).result()
+        shares = probabilities(scores, labels)
+        label = max(shares, key=lambda each: shares[each])
+        return Opinion(who, label, shares[label])
+    events = list(engine.generate(Request(ids, handle, new)))
+    end = events[-1]
+    if isinstance(end, End) and end.reason == "failed":
+        return Opinion(who, f"({end.message})")
+    tokens = [event.id for event in events if isinstance(event, Token)]
+    return Opinion(who, str(encoder.tokenizer.decode(tokens, skip_special_tokens=True)).strip())

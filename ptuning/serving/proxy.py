@@ -1,0 +1,185 @@
+"""What Ray Serve's proxy does not do by itself: it bounds what a stranger can make it hold before any key has been looked at.
+
+Ray 2.60 reads requests with uvicorn and httptools, which keep a request's head in memory however long it grows and wait for its
+end for ever; it lets clients switch limits off by headers; and a header that is not UTF-8 makes it answer 500. Ray calls
+`guards` when a proxy starts if `VARIABLES` stand in the environment of the cluster's processes: `ptuning serve` sets them for
+a cluster that it starts, the image has them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn.config
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+VARIABLES = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ptuning.serving.proxy:guards",
+    # A proxy that has died is missed after three looks: with the default of 10 s nobody is answered for half a minute.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+}
+"""Environment variables of Ray (2.60, serve/_private/constants.py)."""
+HEAD_BYTES = 64 * 1024
+"""Most bytes of a request's head, or of anything behind it that is not body, give or take one read of the socket."""
+HEAD_S = 20.0
+"""Seconds in which the head of a request must have come, from the first byte or the beginning of the connection."""
+
+BUSY = b"x-all-places-taken"
+"""A replica's header on an answer that says so: for `BUSY_S` seconds the proxy repeats it to others by itself. To have Ray
+pass a request on, only to be refused, costs a replica some ten milliseconds of what it answers others with."""
+BUSY_S = 0.2
+REFUSED = b"x-refused-meanwhile"
+"""The proxy's header on the next request that it passes on: how many it has refused by itself, for the replica's metrics."""
+SMALL_BYTES, SMALL_S = 64 * 1024, 1.0
+"""The largest body that the proxy reads to its end by itself, and the seconds in which it must be there."""
+
+CONTROLS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve_multiplexed_model_id", REFUSED})
+"""Headers by which a client would steer Ray Serve, or what stands behind it."""
+
+
+def guards() -> list[Middleware]:
+    """Called by Ray in a proxy's process, before it listens."""
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{Bounded.__name__}"  # Ray gives uvicorn no choice of protocol
+    return [Middleware(Screen)]
+
+
+class Bounded(HttpToolsProtocol):
+    """HTTP/1.1 whose heads are bounded in bytes and in time."""
+
+    _silent = 0
+    _moved = False
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._arrived()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._moved = False
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        between = self.cycle is None or self.cycle.response_complete
+        self._silent = 0 if self._moved else self._silent + len(data)
+        if self._silent > HEAD_BYTES:
+            if between:
+                self.send_400_response("The head of the request is too large.")
+            else:
+                self.transport.abort()  # behind a body: an answer may be on its way
+        elif between and self._late is None and self.timeout_keep_alive_task is None:
+            self._wait()
+
+    def on_headers_complete(self) -> None:
+        self._moved = True
+        self._arrived()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._moved = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._moved = True
+        super().on_message_complete()
+
+    def _wait(self) -> None:
+        self._late = self.loop.call_later(HEAD_S, self.transport.abort)
+
+    def _arrived(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+
+class Screen:
+    """Takes Ray's own controls out of requests, refuses headers that Ray cannot read and connections that are not HTTP, and
+    spares the replicas what they would refuse."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._full: dict[str, _Full] = {}  # by path: only of those where a replica has said so
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] == "http":
+            headers: list[tuple[bytes, bytes]] = scope["headers"]
+            if not all(name.isascii() and value.isascii() for name, value in headers):
+                await _refuse(send, "the headers must be plain ASCII; change them")
+                return
+            full = self._full.get(scope["path"])
+            if full and time.monotonic() < full.until and await _read(headers, receive):
+                full.refused += 1
+                for message in full.answer:
+                    await send(message)
+                return
+            headers = [header for header in headers if header[0] not in CONTROLS]
+            if full and full.refused:
+                headers.append((REFUSED, b"%d" % full.refused))
+                full.refused = 0
+            scope = {**scope, "headers": headers}
+            send = self._listening(scope["path"], send)
+        await self._app(scope, receive, send)
+
+    def _listening(self, path: str, send: Send) -> Send:
+        """Remembers an answer by which a replica says that all its places are taken."""
+        full = _Full()
+
+        async def listen(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [header for header in message["headers"] if header[0] != BUSY]
+                if len(headers) < len(message["headers"]):
+                    message = {**message, "headers": headers}
+                    # Ray's id of this one request is not that of the others.
+                    kept = [header for header in headers if header[0] != b"x-request-id"]
+                    full.answer = [{**message, "headers": kept}]
+            elif full.answer:
+                full.answer.append(message)
+                if not message.get("more_body"):
+                    full.refused = self._full[path].refused if path in self._full else 0
+                    full.until = time.monotonic() + BUSY_S
+                    self._full[path] = full
+            await send(message)
+
+        return listen
+
+
+@dataclass
+class _Full:
+    """What a replica without a free place has answered, until when it holds, and how many were told."""
+
+    answer: list[Message] = field(default_factory=list)
+    until: float = 0.0
+    refused: int = 0
+
+
+async def _read(headers: list[tuple[bytes, bytes]], receive: Receive) -> bool:
+    """Read a small body to its end; False if there is none to be had, and then nothing was read."""
+    size = dict(headers).get(b"content-length", b"")
+    if not size.isdigit() or int(size) > SMALL_BYTES:
+        return False
+    with suppress(TimeoutError):  # the answer may then be lost, with a client that did not listen
+        async with asyncio.timeout(SMALL_S):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body"):
+                pass
+    return True
+
+
+async def _refuse(send: Send, message: str) -> None:
+    error: dict[str, Any] = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    content = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content)), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

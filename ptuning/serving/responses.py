@@ -1,0 +1,141 @@
+"""Answers as OpenAI's clients expect them: whole, or chunk by chunk."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from ptuning.serving.completion import Answer, Piece, TokenText
+from ptuning.serving.protocol import (
+    Answered,
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatMessage,
+    ChunkChoice,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Delta,
+    Envelope,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+from ptuning.serving.served_models import Served
+
+
+def envelope(served: Served, base: str, prefix: str) -> dict[str, Any]:
+    """What every answer carries: its id, when it was made, and who made it."""
+    soft_prompt = served.id if served.handle else None
+    answered = Answered(soft_prompt=soft_prompt, content_hash=served.content_hash, base=base)
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "created": int(time.time()),
+        "model": served.id,
+        "system_fingerprint": (served.content_hash or "base")[:16],
+        "answered_by": answered,
+    }
+
+
+def usage(served: Served, answers: Sequence[Answer], n: int) -> Usage:
+    """Tokens of a request. Each prompt counts once, whatever n."""
+    prompt = sum(answer.prompt_tokens for answer in answers[::n])
+    completion = sum(answer.completion_tokens for answer in answers)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        virtual_tokens=served.length,
+        prompt_tokens_details={"cached_tokens": sum(answer.cached_tokens for answer in answers)},
+    )
+
+
+class CompletionReply:
+    """/v1/completions."""
+
+    def __init__(self, served: Served, base: str, told: bool) -> None:
+        self._envelope = envelope(served, base, "cmpl")
+        self._told = told
+
+    def whole(self, answers: Sequence[Sequence[Piece]], spent: Usage) -> Envelope:
+        choices = [self._choice(index, pieces) for index, pieces in enumerate(answers)]
+        return Completion(**self._envelope, choices=choices, usage=spent)
+
+    def first(self, index: int) -> Envelope | None:
+        """What a stream begins with."""
+        return None
+
+    def chunk(self, index: int, piece: Piece) -> Envelope:
+        return Completion(**self._envelope, choices=[self._choice(index, [piece])])
+
+    def last(self, spent: Usage) -> Envelope:
+        return Completion(**self._envelope, choices=[], usage=spent)
+
+    def _choice(self, index: int, pieces: Sequence[Piece]) -> CompletionChoice:
+        tokens = [token for piece in pieces for token in piece.tokens]
+        logprobs = CompletionLogprobs(
+            tokens=[token.text for token in tokens],
+            token_logprobs=[token.logprob for token in tokens],
+            top_logprobs=[dict(token.top) for token in tokens],
+            text_offset=[token.offset for token in tokens],
+        )
+        return CompletionChoice(
+            index=index,
+            text="".join(piece.text for piece in pieces),
+            finish_reason=pieces[-1].finish,
+            logprobs=logprobs if self._told else None,
+        )
+
+
+class ChatReply:
+    """/v1/chat/completions."""
+
+    def __init__(self, served: Served, base: str, told: bool) -> None:
+        self._envelope = envelope(served, base, "chatcmpl")
+        self._told = told
+
+    def whole(self, answers: Sequence[Sequence[Piece]], spent: Usage) -> Envelope:
+        choices = [
+            ChatChoice(
+                index=index,
+                message=ChatMessage(content="".join(piece.text for piece in pieces)),
+                finish_reason=pieces[-1].finish,
+                logprobs=self._logprobs(pieces),
+            )
+            for index, pieces in enumerate(answers)
+        ]
+        return ChatCompletion(**self._envelope, choices=choices, usage=spent)
+
+    def first(self, index: int) -> Envelope | None:
+        delta = Delta(role="assistant", content="")
+        return ChatChunk(**self._envelope, choices=[ChunkChoice(index=index, delta=delta)])
+
+    def chunk(self, index: int, piece: Piece) -> Envelope:
+        choice = ChunkChoice(
+            index=index, delta=Delta(content=piece.text), finish_reason=piece.finish, logprobs=self._logprobs([piece])
+        )
+        return ChatChunk(**self._envelope, choices=[choice])
+
+    def last(self, spent: Usage) -> Envelope:
+        return ChatChunk(**self._envelope, choices=[], usage=spent)
+
+    def _logprobs(self, pieces: Sequence[Piece]) -> ChatLogprobs | None:
+        if not self._told:
+            return None
+        return ChatLogprobs(content=[_chat_logprob(token) for piece in pieces for token in piece.tokens])
+
+
+Reply = ChatReply | CompletionReply
+
+
+def _chat_logprob(token: TokenText) -> TokenLogprob:
+    top = [TopLogprob(token=text, logprob=logprob, bytes=_bytes(text)) for text, logprob in token.top]
+    return TokenLogprob(token=token.text, logprob=token.logprob, bytes=_bytes(token.text), top_logprobs=top)
+
+
+def _bytes(text: str) -> list[int]:
+    return list(text.encode())

@@ -1,0 +1,315 @@
+"""What is served under which name: the registry's versions, checked, resident in the engine, and kept on disk.
+
+The replica looks at the registry again and again, instead of being told through Serve's `user_config`: a promotion is a word
+to MLflow from any machine, by people who need not know which clusters serve, and there is nothing that could be forgotten
+between the two. The price is that replicas may differ for `serve.refresh_s`; every answer says which version gave it.
+
+Whoever answers takes one immutable entry and keeps it to the end. A version that fails a check is refused, loudly and with
+its reason, and the name stays with the version it had. The last good set lies on disk: a server starts without its registry.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptuning import storage
+from ptuning.config import Template, UserError, suggest
+from ptuning.data.dataset import Encoder
+from ptuning.inference.engine import End, Engine, EngineBusy, EngineStopped, Handle, Request
+from ptuning.inference.sampling import Token
+from ptuning.model import soft_prompt
+from ptuning.model.base import Base
+from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
+from ptuning.redaction import last_name, logger, placeless, redact
+from ptuning.registry.publish import retrieve
+from ptuning.registry.registry import CHAMPION, Registry, Version
+from ptuning.tracking.tracker import OFFLINE, TrackingError
+
+log = logger(__name__)
+
+SNAPSHOT = "served.json"
+AGAIN = 60.0
+"""Seconds until a refused version is tried again: its run may have been repaired."""
+LISTED = 160
+"""Most characters of the names that a client is told who has asked for an unknown one."""
+_HASH = re.compile(r"[0-9a-f]{64}")
+RAW = Template(input="{text}", target="{text}", truncate="error")
+
+
+class UnknownModel(UserError):
+    """No such name."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What answers under a name. `handle` None: the bare base."""
+
+    id: str
+    created: int
+    """Unix seconds."""
+    raw: Encoder
+    """For text that comes as it is."""
+    handle: Handle | None = None
+    card: Card | None = None
+    encoder: Encoder | None = None
+    """For rows of the template; None without one."""
+
+    @property
+    def length(self) -> int:
+        return len(self.handle.ids) if self.handle else 0
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return (self.encoder.template.labels or ()) if self.encoder else ()
+
+    @property
+    def content_hash(self) -> str | None:
+        return self.handle.content_hash if self.handle else None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A version as the registry or the snapshot names it."""
+
+    name: str
+    version: int
+    created_ms: int
+    content_hash: str
+    card_hash: str
+    fits: bool = field(default=True, compare=False)
+    """False: its tags say that it was made for another base."""
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.version}"
+
+
+class Catalogue:
+    """The served names of one replica. `find` may be called from any thread, `sync` from one at a time."""
+
+    def __init__(self, base: Base, engine: Engine, registry: Registry, folder: str, only: Iterable[str] = ()) -> None:
+        self._base = base
+        self._engine = engine
+        self._registry = registry
+        self._only = frozenset(only)
+        self._folder = storage.join(folder, base.fingerprint.weights[:16])
+        self._lock = threading.Lock()
+        self._loaded: dict[_Entry, Served] = {}
+        self._retry: dict[_Entry, float] = {}
+        self.base_id = soft_prompt.public_base(base.name)
+        bare = Served(self.base_id, int(time.time()), Encoder(RAW, base.tokenizer, engine.longest))
+        self._names: Mapping[str, Served] = {self.base_id: bare}
+        self._champions: dict[str, _Entry] = {}
+        self.refused: Mapping[str, str] = {}
+        """Versions that failed a check, with the reason as clients may know it; the log has all of it."""
+        self.patience = 20.0
+        """Seconds that a new version waits for a place among the requests before the next look tries again."""
+        self.looked = 0.0
+        """When the registry was last read, in Unix seconds."""
+
+    @property
+    def names(self) -> Mapping[str, Served]:
+        """Every id that answers: the base, each name (its champion), each version."""
+        return self._names
+
+    def find(self, model: str) -> Served:
+        """Who answers under an id.
+
+        Raises:
+            UnknownModel: nobody; names who does.
+        """
+        served = self._names.get(model)
+        if served is None:
+            known = sorted(name for name in self._names if ":" not in name)
+            listed = [name for place, name in enumerate(known, 1) if len(", ".join(known[:place])) <= LISTED]
+            more = f", ... ({len(known)} in all)" if len(known) > len(listed) else ""
+            hint = suggest(model, self._names, "/v1/models lists them all")
+            raise UnknownModel(
+                f"there is no such model; the known names are {', '.join(listed)}{more}, and their versions as name:3; {hint}"
+            )
+        return served
+
+    def sync(self) -> bool:
+        """Bring the served set to what the registry says; True if anything changed.
+
+        Raises:
+            TrackingError: MLflow does not answer; everything stays as it is.
+        """
+        with self._lock:
+            if not self._registry.is_there and (self._loaded or storage.exists(self._folder, SNAPSHOT)):
+                raise TrackingError(
+                    f"{redact(self._registry.uri)} has gone; put it back", OFFLINE
+                )  # not the same as an empty one
+            versions = [version for version in self._registry.versions() if not self._only or version.name in self._only]
+            self.looked = time.time()
+            champions: dict[str, _Entry] = {}
+            entries: dict[_Entry, Version] = {}
+            for version in versions:  # the newest of each name first
+                entry = self._entry(version)
+                entries[entry] = version
+                if version.name not in champions or CHAMPION in version.aliases:
+                    champions[version.name] = entry
+            return self._bring(champions, entries)
+
+    def restore(self) -> bool:
+        """Serve the last good set from disk; True if there was one."""
+        with self._lock:
+            if not storage.exists(self._folder, SNAPSHOT):
+                return False
+            try:
+                snapshot: dict[str, Any] = json.loads(storage.read_file(self._folder, SNAPSHOT))
+                entries = [_Entry(**entry) for entry in snapshot["versions"]]
+                snapshot["champions"].items()
+            except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                log.error("%s/%s is damaged, nothing of it is served: %s", self._folder, SNAPSHOT, error)
+                return False
+            wanted = [entry for entry in entries if not self._only or entry.name in self._only]
+            by_id = {str(entry): entry for entry in wanted}
+            champions = {name: by_id[version] for name, version in snapshot["champions"].items() if version in by_id}
+            return self._bring(champions, dict.fromkeys(wanted))
+
+    def _entry(self, version: Version) -> _Entry:
+        ours, theirs = self._base.fingerprint.model_dump(), version.fingerprint or {}
+        return _Entry(
+            version.name,
+            version.version,
+            version.created_ms,
+            version.tag("content_hash") or "",
+            version.tag("card_hash") or "",
+            all(ours.get(part) == value for part, value in theirs.items()),
+        )
+
+    def _bring(self, champions: Mapping[str, _Entry], entries: Mapping[_Entry, Version | None]) -> bool:
+        """Load what is new, champions first; publish; let go of what has left."""
+        before = (dict(self._loaded), dict(self._champions), dict(self.refused))
+        refused = {str(entry): self.refused[str(entry)] for entry in entries if str(entry) in self.refused}
+        for entry in dict.fromkeys([*champions.values(), *entries]):
+            if entry in self._loaded or time.monotonic() < self._retry.get(entry, 0):
+                continue
+            if not entry.fits and entry.name not in self._only and entry.name not in self._champions:
+                continue  # somebody else's, for another base
+            try:
+                self._loaded[entry] = self._load(entry, entries[entry])
+                refused.pop(str(entry), None)
+            except TrackingError:
+                raise
+            except (EngineBusy, EngineStopped):
+                raise
+            except Exception as error:  # whatever is wrong with it, the others are served
+                if not isinstance(error, UserError):
+                    log.exception("%s could not be loaded", entry)
+                self._retry[entry] = time.monotonic() + AGAIN
+                refused[str(entry)] = self._public(entry, error)
+                stays = self._champions.get(entry.name)
+                log.error("%s is refused, %s stays: %s", entry, stays or "nothing", error)
+        # A name whose champion was refused stays with the one it had.
+        self._champions = {
+            name: entry if entry in self._loaded else self._champions[name]
+            for name, entry in champions.items()
+            if entry in self._loaded or name in self._champions
+        }
+        kept = {*entries, *self._champions.values()}
+        left = [entry for entry in self._loaded if entry not in kept]
+        gone = [self._loaded.pop(entry) for entry in left]
+        self.refused = refused
+        if (self._loaded, self._champions, refused) == before:
+            return False
+        self._publish()
+        for served in gone:
+            assert served.handle is not None
+            self._engine.remove(served.handle)
+        return True
+
+    def _public(self, entry: _Entry, error: Exception) -> str:
+        """Why a version is refused, for those who may not know this machine."""
+        if not isinstance(error, UserError):
+            return f"{entry}: could not be loaded; see the server's log"
+        reason = str(error)
+        for place in (self._folder, self._base.name):  # whole: a path with blanks looks like several
+            reason = reason.replace(place, last_name(place))
+        return placeless(reason)
+
+    def _publish(self) -> None:
+        bare = self._names[self.base_id]
+        names = {str(entry): served for entry, served in sorted(self._loaded.items(), key=lambda pair: str(pair[0]))}
+        self._names = {**{name: self._loaded[entry] for name, entry in self._champions.items()}, **names, self.base_id: bare}
+        keys = ("name", "version", "created_ms", "content_hash", "card_hash")
+        snapshot = {
+            "champions": {name: str(entry) for name, entry in self._champions.items()},
+            "versions": [{key: getattr(entry, key) for key in keys} for entry in self._loaded],
+        }
+        try:
+            storage.write_file(self._folder, SNAPSHOT, json.dumps(snapshot, indent=1).encode())
+        except OSError as error:  # a full disk is no reason not to serve
+            log.error("%s could not be written, a start without the registry would serve an older set: %s", SNAPSHOT, error)
+
+    def _load(self, entry: _Entry, version: Version | None) -> Served:
+        """A version, from disk or from its run, checked in every way and tried once.
+
+        Raises:
+            UserError: why it cannot be served.
+            TrackingError: MLflow does not answer.
+        """
+        # The hashes are tags that anybody with access to MLflow writes, and they name a folder.
+        if not _HASH.fullmatch(entry.content_hash) or not _HASH.fullmatch(entry.card_hash):
+            raise SoftPromptError(f"{entry}: its tags hold no SHA-256 of vectors and card; publish it again")
+        loaded = self._bytes(entry, version)
+        base, card = self._base, loaded.card
+        soft_prompt.check_base(loaded, str(entry), base.width, base.name, base.fingerprint.model_dump())
+        room = self._engine.longest - card.length
+        if room < 3:
+            raise SoftPromptError(f"{entry}: {card.length} virtual tokens leave no room in {self._engine.longest} positions")
+        encoder = Encoder(card.template, base.tokenizer, room) if card.template else None
+        if encoder is not None and card.template is not None and card.template.labels:
+            self._engine.check_room(card.length, 1, max(map(len, encoder.label_ids)))
+        handle = self._engine.add(loaded.vectors, card.content_hash)
+        try:
+            self._try(entry, handle)
+        except BaseException:
+            self._engine.remove(handle)
+            raise
+        raw = Encoder(RAW, base.tokenizer, room)
+        return Served(str(entry), entry.created_ms // 1000, raw, handle, card, encoder)
+
+    def _bytes(self, entry: _Entry, version: Version | None) -> SoftPrompt:
+        folder = storage.join(self._folder, f"{entry.content_hash}-{entry.card_hash[:16]}")
+        if storage.exists(folder, storage.MANIFEST):
+            try:
+                kept = soft_prompt.load(folder)
+                if kept.card.content_hash == entry.content_hash:
+                    return kept
+                raise SoftPromptError(f"{folder} holds other vectors")
+            except UserError as error:
+                log.warning("%s: %s; it is fetched again", entry, error)  # and stays until the new copy replaces it
+        if version is None:
+            raise SoftPromptError(f"{entry}: is not in {self._folder}; start the registry")
+        loaded, files = retrieve(self._registry, version)
+        try:
+            storage.write_folder(folder, files)
+        except OSError as error:
+            log.error("%s could not be kept on disk, a start without the registry would not serve it: %s", entry, error)
+        return loaded
+
+    def _try(self, entry: _Entry, handle: Handle) -> None:
+        """Two real tokens. They also bring the soft prompt's keys and values into the cache: one would not, since
+        transformers 5.23 keeps nothing of a request that ends with its prefill (PagedAttentionCache.mark_complete_blocks)."""
+        for event in self._trial(Request([0], handle, 2, ignore_end=True)):
+            if isinstance(event, End) and event.reason == "failed":
+                raise SoftPromptError(f"{entry}: {event.message}; train it again with a lower learning rate")
+
+    def _trial(self, request: Request) -> Iterator[Token | End]:
+        """A request that stands in the queue like any other, and under load comes back until there is a place."""
+        until = time.monotonic() + self.patience
+        while True:
+            try:
+                yield from self._engine.generate(request)
+                return
+            except EngineBusy:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.02)

@@ -1,0 +1,305 @@
+"""One Ray Serve application: replicas of a service behind Serve's HTTP proxy.
+
+Serve's defaults are not those of production (2.60): a queue without end, no time limit, and clients that may switch off
+what limits there are by a header. So the limits that matter are kept inside the replica (`http_api`, `engine`), and what
+is set here lets requests reach it. What strangers can do to the proxy in front is bounded in `edge`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
+from ray.serve.schema import LoggingConfig
+
+from ptuning.cluster.failures import memory, ray_logs
+from ptuning.cluster.jobs import APPLICATION, PACKAGES
+from ptuning.config import Experiment, UserError, read_experiment
+from ptuning.redaction import logger
+from ptuning.serving.api import build_app
+from ptuning.serving.auth import Scope, check_address, is_loopback, read_keys
+from ptuning.serving.proxy import VARIABLES
+from ptuning.serving.service import Service
+from ptuning.training.run import leave_ray, start_ray
+from ptuning.training.run_setup import absolute
+
+log = logger(__name__)
+
+DEPLOYMENT = "replica"
+FLUSH = 0.3
+"""Seconds for the proxies to pass on the last bytes."""
+LOOK = 2.0
+"""Seconds between looks at a replica's state, for the people who watch the command."""
+
+
+@serve.ingress()
+class Replica:
+    """One copy of the base with all soft prompts."""
+
+    def __init__(self, experiment: dict[str, Any], keys: dict[str, Scope]) -> None:
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._service = Service(Experiment.model_validate(experiment), keys, self._id)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self._service)
+
+    async def check_health(self) -> None:
+        """Called by Serve; raising has this replica replaced."""
+        if not self._service.alive:
+            raise RuntimeError("the engine has stopped")
+
+    async def drain(self) -> tuple[str, int]:
+        """From now on nothing new is answered (503). Tells which replica this is and how many requests it still answers."""
+        self._service.draining = True
+        return self._id, self._service.open
+
+    def state(self) -> dict[str, Any]:
+        """What is served, and what was refused and why."""
+        catalogue = self._service.catalogue
+        served = {name: served.id for name, served in catalogue.names.items() if ":" not in name}
+        return {"served": served, "refused": dict(catalogue.refused)}
+
+    def __del__(self) -> None:
+        service = getattr(self, "_service", None)
+        if service:
+            service.close()
+
+
+def application(experiment: Experiment, keys: Mapping[str, Scope], surge: int = 0) -> serve.Application:
+    """The application of an experiment with absolute paths. `surge`: percent of the replicas that a rollout may have on top."""
+    limits = experiment.serve
+    places = limits.running + limits.waiting
+    scaled: dict[str, Any] = {"num_replicas": limits.replicas}
+    if isinstance(limits.replicas, tuple):
+        least, most = limits.replicas
+        scaled = {
+            "autoscaling_config": {
+                "min_replicas": least,
+                "max_replicas": most,
+                "target_ongoing_requests": limits.running,
+            }
+        }
+    deployment: Any = serve.deployment(  # typed as if it took a class only
+        name=DEPLOYMENT,
+        ray_actor_options={"num_cpus": limits.cpus_per_replica, "num_gpus": limits.gpus_per_replica},
+        # The replica itself says 429 when its places are taken; this is for what does not even reach it.
+        max_ongoing_requests=2 * places,
+        max_queued_requests=2 * places,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        graceful_shutdown_timeout_s=limits.drain_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        max_constructor_retry_count=2,
+        max_surge_percent=surge,
+        logging_config=LoggingConfig(enable_access_log=False),
+        **scaled,
+    )(Replica)
+    return deployment.bind(experiment.model_dump(mode="json"), dict(keys))
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """For Serve's config files: `import_path: ptuning.serving.server:build` with the args `experiment` (a path on the cluster's
+    nodes) and `overrides`.
+
+    Raises:
+        UserError: the experiment or the keys are wrong. Without keys nothing is built: a cluster is no loopback.
+    """
+    experiment = absolute(read_experiment(args["experiment"], args.get("overrides", ())))
+    keys = read_keys(experiment.serve.keys)
+    check_address("0.0.0.0", keys, bool(args.get("insecure")))
+    return application(experiment, keys)
+
+
+def run_server(experiment: Experiment, *, insecure: bool, say: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then drain.
+
+    Raises:
+        UserError: the keys or the base are wrong, the address is open without keys, or the cluster lacks resources.
+    """
+    experiment, keys = _prepared(experiment, insecure)
+    for name, value in VARIABLES.items():
+        os.environ.setdefault(name, value)  # for the processes of a cluster that is started here
+    started_here = start_ray(experiment)
+    try:
+        say("starting; a replica loads the base first")
+        handle = _run(experiment, keys)
+        if not keys:
+            say("without API keys: whoever reaches this address may ask")
+        say(f"serving at {_url(experiment)}, stop with Ctrl-C")
+        _follow(handle, say)
+        say("stopping")
+        _drain(handle, experiment.serve.drain_s)
+    finally:
+        if started_here:
+            leave_ray()
+        else:
+            with suppress(Exception):  # it never started, or the cluster has gone: what matters is said already
+                serve.delete(APPLICATION)
+
+
+def deploy(experiment: Experiment, *, insecure: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Have a cluster serve, and return: the application lives on, whatever becomes of this process and its job.
+
+    On loopback there is one proxy, on the head node; on other addresses there is one on every node with a replica.
+
+    Raises:
+        UserError: as `run_server`, or there is no cluster: one that is started here would end with this process.
+    """
+    experiment, keys = _prepared(experiment, insecure)
+    if not (experiment.compute.address or os.environ.get("RAY_ADDRESS")):
+        raise UserError("compute.address: there is no cluster that could go on serving; set it, or serve without --detach")
+    start_ray(experiment)
+    try:
+        keep = _keep_package()
+        state = _run(experiment, keys).state.remote().result(timeout_s=60)
+        keep()
+    finally:
+        ray.shutdown()
+    for line in _news({}, state):
+        say(line)
+    return {"url": _url(experiment), "application": APPLICATION, "served": sorted(state["served"])}
+
+
+def _prepared(experiment: Experiment, insecure: bool) -> tuple[Experiment, dict[str, Scope]]:
+    experiment = absolute(experiment)
+    keys = read_keys(experiment.serve.keys)
+    check_address(experiment.serve.host, keys, insecure)
+    return experiment, keys
+
+
+def _run(experiment: Experiment, keys: Mapping[str, Scope]) -> Any:
+    """Start the application on the cluster that this process is connected to, or replace it, and wait until it is ready.
+
+    One that cannot start takes nothing away: what was served before goes on if there was room for both.
+    """
+    _check_resources(experiment)
+    logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)  # its level is set anew
+    limits = experiment.serve
+    serve.start(
+        proxy_location=ProxyLocation.HeadOnly if is_loopback(limits.host) else ProxyLocation.EveryNode,
+        http_options=HTTPOptions(host=limits.host, port=limits.port, request_timeout_s=limits.deadline_s + 30),
+    )
+    try:
+        return serve.run(application(experiment, keys, _surge(experiment)), name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise UserError(f"the server did not start: {_reason(error)}; Ray's own logs are in {ray_logs()}") from None
+
+
+def _url(experiment: Experiment) -> str:
+    return f"http://{experiment.serve.host}:{experiment.serve.port}/v1"
+
+
+def _drain(handle: Any, most_s: float) -> None:
+    """Have every replica refuse what is new with a 503 and answer what has begun.
+
+    Deleting the application would do the latter, too, but Serve's proxies answer 404 from that moment on (2.60), which clients
+    take for an error of theirs and do not repeat. The handle asks the replica with the least to do; so whoever is asked last
+    has nothing to do, and all are asked.
+    """
+    left: dict[str, int] = {}
+    until = time.monotonic() + most_s
+    while time.monotonic() < until:
+        try:
+            replica, left_there = handle.drain.remote().result(timeout_s=5)
+            states: Any = serve.status().applications[APPLICATION].deployments[DEPLOYMENT].replica_states
+        except Exception as error:  # a replica that is replaced, or a controller that starts again
+            log.debug("a replica was not reached: %s", error)
+        else:
+            left[replica] = left_there
+            if len(left) >= states.get("RUNNING", 0) and not any(left.values()):
+                break
+        time.sleep(0.05)
+    time.sleep(FLUSH)
+
+
+class _Keeper:
+    """Does nothing, and lives as long as the application.
+
+    Ray 2.60 keeps the files of a job while the job, or an actor that may outlive it, uses them. Between the end of the only
+    replica and the start of the next one there would be none: the files go, and only nodes that have them unpacked can go on.
+    """
+
+
+def _keep_package() -> Callable[[], None]:
+    """Keep the files of this job for replicas to come; what is returned lets go of those of earlier deployments."""
+    before = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == PACKAGES]
+    name = uuid.uuid4().hex
+    ray.remote(num_cpus=0)(_Keeper).options(name=name, namespace=PACKAGES, lifetime="detached", max_restarts=-1).remote()
+
+    def let_go() -> None:
+        for each in before:
+            with suppress(ValueError):  # it has ended meanwhile
+                ray.kill(ray.get_actor(**each))
+
+    return let_go
+
+
+def _follow(handle: Any, say: Callable[[str], None]) -> None:
+    """Say what is served and refused whenever it changes, until a signal."""
+    stopped = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    known: dict[str, Any] = {}
+    try:
+        while not stopped.is_set():
+            try:
+                state = handle.state.remote().result(timeout_s=10)
+            except Exception as error:  # a replica that is replaced at this moment; Serve sees to it
+                log.debug("no replica told its state: %s", error)
+            else:
+                for line in _news(known, state):
+                    say(line)
+                known = state
+            stopped.wait(LOOK)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _news(known: dict[str, Any], state: dict[str, Any]) -> list[str]:
+    before, refused = known.get("served", {}), known.get("refused", {})
+    lines = [f"{name}: {who}" for name, who in state["served"].items() if before.get(name) != who]
+    lines += [f"{name}: is no longer served" for name in before if name not in state["served"]]
+    return lines + [f"refused: {why}" for who, why in state["refused"].items() if refused.get(who) != why]
+
+
+def _check_resources(experiment: Experiment) -> None:
+    """Serve would wait for them for ever."""
+    limits, have = experiment.serve, ray.cluster_resources()
+    least = limits.replicas if isinstance(limits.replicas, int) else limits.replicas[0]
+    for kind, each in (("CPU", limits.cpus_per_replica), ("GPU", limits.gpus_per_replica)):
+        if least * each > have.get(kind, 0):
+            raise UserError(
+                f"serve.replicas: {least} replicas with {each:g} {kind} each need {least * each:g}, the cluster has "
+                f"{have.get(kind, 0):g}; lower serve.replicas or serve.{kind.lower()}s_per_replica"
+            )
+
+
+def _surge(experiment: Experiment) -> int:
+    """New replicas begin before old ones end if there is room for one more; without room, Serve (2.60) would wait for ever."""
+    limits, free = experiment.serve, ray.available_resources()
+    fits = limits.cpus_per_replica <= free.get("CPU", 0) and limits.gpus_per_replica <= free.get("GPU", 0)
+    return 100 if fits else 0
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last line that a person wrote: by a replica, which Serve (2.60) keeps beside its error, or by Serve."""
+    application = serve.status().applications.get(APPLICATION)
+    told = [deployment.message for deployment in application.deployments.values()] if application else []
+    text = "\n".join([str(error), *told])
+    lines = [line.strip() for line in text.splitlines() if "Error: " in line]
+    return memory(text) or (lines[-1].partition("Error: ")[2] if lines else text.splitlines()[0])

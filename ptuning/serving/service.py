@@ -1,0 +1,115 @@
+"""One replica: the base, the engine, what is served, and the thread that keeps it up to date. No HTTP and no ray here."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import PreTrainedModel
+
+from ptuning import storage
+from ptuning.config import Experiment, UserError
+from ptuning.inference.engine import End, Engine, EngineConfig, Request
+from ptuning.model.base import find_base
+from ptuning.redaction import logger
+from ptuning.registry.registry import Registry
+from ptuning.serving.auth import Scope
+from ptuning.serving.metrics import Gauges
+from ptuning.serving.served_models import Catalogue
+from ptuning.tracking.tracker import TrackingError, default_uri
+
+log = logger(__name__)
+
+
+class Service:
+    """Everything that answers. `experiment` has absolute paths.
+
+    Raises:
+        UserError: the base cannot be served.
+    """
+
+    def __init__(self, experiment: Experiment, keys: Mapping[str, Scope], replica: str) -> None:
+        self.limits = experiment.serve
+        self.keys = dict(keys)
+        self.base = find_base(experiment.model)
+        model: torch.nn.Module = self.base.load(self.base.dtype(experiment.model.dtype))
+        self.engine = Engine(
+            cast(PreTrainedModel, model.to("cuda" if torch.cuda.is_available() else "cpu")),
+            self.base.tokenizer.eos_token_id,
+            EngineConfig(
+                running=self.limits.running,
+                waiting=self.limits.waiting,
+                cache_bytes=self.limits.cache_mb << 20,
+                context=self.base.context,
+            ),
+        )
+        store = experiment.compute.storage
+        registry = Registry(experiment.tracking.uri or default_uri(store))
+        cache = storage.join(store, "served") if storage.is_local(store) else str(Path.home() / ".cache" / "ptuning" / "served")
+        self.catalogue = Catalogue(self.base, self.engine, registry, cache, self.limits.soft_prompts)
+        self.gauges = Gauges(replica)
+        self.gauges.watch(
+            {
+                "busy": ("Requests that run or wait, and texts that wait for labels.", lambda: self.engine.busy),
+                "soft_prompts": ("Resident soft prompts.", lambda: self.engine.residents),
+                "soft_prompt_bytes": ("Memory that they take.", lambda: self.engine.resident_bytes),
+                "refused": ("Versions that failed a check.", lambda: len(self.catalogue.refused)),
+                "registry_read_seconds": ("When the registry was last read, in Unix seconds.", lambda: self.catalogue.looked),
+                "steps_total": ("Steps of the engine.", lambda: self.engine.stats.steps),
+                "batched_total": ("Requests in all steps together: divided by the steps, the batch.", self._batched),
+                "prompt_tokens_total": ("Tokens of text and soft prompts that requests began with.", self._prompted),
+                "cached_tokens_total": ("Of these, tokens that were found in the cache.", self._cached),
+            }
+        )
+        self.ready = False
+        self.draining = False
+        """Nothing new is answered any more."""
+        self.open = 0
+        """HTTP requests that have begun and whose answer is not out yet."""
+        self._stopped = threading.Event()
+        self._look(first=True)
+        *_, end = self.engine.generate(Request([self.base.tokenizer.eos_token_id], None, 1, ignore_end=True))
+        if not isinstance(end, End) or end.reason != "length":
+            raise UserError(f"model.path: {self.base.name} generated nothing ({end}); choose another base")
+        self.ready = True
+        self._watcher = threading.Thread(target=self._watch, name="ptuning-registry", daemon=True)
+        self._watcher.start()
+
+    @property
+    def alive(self) -> bool:
+        """False if this replica must be replaced."""
+        return self.engine.alive and self._watcher.is_alive()
+
+    def close(self) -> None:
+        """Stop at once."""
+        self._stopped.set()
+        self._watcher.join()
+        self.engine.close()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self.limits.refresh_s):
+            self._look()
+
+    def _look(self, first: bool = False) -> None:
+        """Look at the registry. If it does not answer, what is served stays, or comes from disk."""
+        try:
+            if self.catalogue.sync():
+                log.info("serving %s", ", ".join(self.catalogue.names))
+        except TrackingError as error:
+            log.warning("the registry does not answer, what is served stays: %s", error)
+            if first and not self.catalogue.restore():
+                log.error("no soft prompts are served until the registry answers")
+        except Exception:  # whatever it is must not end the thread: the next look may succeed
+            log.exception("what is served could not be renewed")
+
+    def _batched(self) -> float:
+        return self.engine.stats.batched
+
+    def _prompted(self) -> float:
+        return self.engine.stats.prompt_tokens
+
+    def _cached(self) -> float:
+        return self.engine.stats.cached_tokens

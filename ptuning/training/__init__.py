@@ -1,0 +1,1 @@
+"""The training loop on the workers, and the run on the driver."""

@@ -1,0 +1,211 @@
+"""What a soft prompt is worth: label likelihoods, generated text, loss on targets. Rows are shared by the workers.
+
+All workers run the same number of passes (a sharded base needs all of them in every layer) and end with the same numbers.
+
+Shapes: K soft prompts, n rows of the split, L labels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptuning.data.dataset import Encoder, Split
+from ptuning.model.prompted_model import PromptedModel, plan_labels, plan_targets
+from ptuning.planning.capacity import LOGITS, TOKENS
+from ptuning.training import metrics
+from ptuning.training.distributed import Workers
+from ptuning.training.metrics import Classification
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of one soft prompt on one split; predictions row by row, as `text`, `target`, `prediction`, and with labels
+    `probability`."""
+
+    metrics: dict[str, float]
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    classification: Classification | None = None
+    """What a classification task shows beyond single numbers."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: PromptedModel,
+    soft_prompts: Sequence[Tensor],
+    split: Split,
+    encoder: Encoder,
+    workers: Workers,
+    max_new_tokens: int | None = None,
+) -> list[Evaluation]:
+    """Evaluate K soft prompts side by side.
+
+    A classification task gives loss (NLL of the label), accuracy, macro-F1 and expected calibration error. A generation task
+    gives loss and perplexity, and with `max_new_tokens` also greedy text and its metrics.
+    """
+    if encoder.template.labels:
+        return _classify(model, soft_prompts, split, encoder, workers)
+    return _generate(model, soft_prompts, split, encoder, workers, max_new_tokens)
+
+
+def label_scores(
+    model: PromptedModel, soft_prompts: Sequence[Tensor], split: Split, encoder: Encoder, workers: Workers
+) -> Tensor:
+    """Log-probability of every label behind every row's input: `[K, n, L]` float64."""
+    trie = encoder.label_trie
+    scores = torch.zeros(len(soft_prompts), len(split.lengths), len(trie.labels), dtype=torch.float64)
+    sizes = [len(soft_prompt) for soft_prompt in soft_prompts]
+    numbers = len(trie.nodes) * len(trie.ids)
+    for rows, real in _passes(split, workers, len(sizes), len(trie.tokens), numbers):
+        inputs = [split.row(row)[0] for row in rows]
+        nll = model(soft_prompts, plan_labels(sizes, [inputs] * len(sizes), trie)).double().cpu()
+        if real:
+            scores[:, rows] = trie.label_logprobs(-nll.view(len(sizes), len(rows), -1))
+    return workers.sum(scores)
+
+
+def _classify(
+    model: PromptedModel, soft_prompts: Sequence[Tensor], split: Split, encoder: Encoder, workers: Workers
+) -> list[Evaluation]:
+    scores = label_scores(model, soft_prompts, split, encoder, workers).numpy()
+    truth = np.asarray(split.rows["label"])
+    names = encoder.template.labels or ()
+    evaluations = []
+    for slot in scores:
+        if not np.isfinite(slot).all():  # this soft prompt has diverged; the others are none the worse
+            evaluations.append(Evaluation({"loss": math.nan, "accuracy": 0.0, "macro_f1": 0.0, "ece": math.nan}))
+            continue
+        measured = metrics.classification(slot, truth)
+        predicted = slot.argmax(1)
+        predictions = [
+            {"text": text, "target": names[label], "prediction": names[guess], "probability": math.exp(logprob)}
+            for text, label, guess, logprob in zip(split.rows["text"], truth, predicted, slot.max(1), strict=True)
+        ]
+        numbers = {
+            "loss": measured["loss"],
+            "accuracy": measured["accuracy"],
+            "macro_f1": measured["macro_f1"],
+            "ece": measured["ece"],
+        }
+        evaluations.append(Evaluation(numbers, predictions, measured))
+    return evaluations
+
+
+def _generate(
+    model: PromptedModel,
+    soft_prompts: Sequence[Tensor],
+    split: Split,
+    encoder: Encoder,
+    workers: Workers,
+    max_new_tokens: int | None,
+) -> list[Evaluation]:
+    losses = _target_losses(model, soft_prompts, split, workers)
+    if max_new_tokens is None:
+        return [Evaluation({"loss": loss, "perplexity": _perplexity(loss)}) for loss in losses]
+    evaluations = []
+    for soft_prompt, loss in zip(soft_prompts, losses, strict=True):
+        texts = generate_rows(model, soft_prompt, split, encoder, workers, max_new_tokens)
+        measured = metrics.generation(texts, list(split.rows["references"]))
+        predictions = [
+            {"text": text, "target": target.strip(), "prediction": guess}
+            for text, target, guess in zip(split.rows["text"], split.rows["target_text"], texts, strict=True)
+        ]
+        evaluations.append(Evaluation({"loss": loss, "perplexity": _perplexity(loss), **measured}, predictions))
+    return evaluations
+
+
+def _target_losses(model: PromptedModel, soft_prompts: Sequence[Tensor], split: Split, workers: Workers) -> list[float]:
+    """Mean negative log-likelihood per target token of each soft prompt."""
+    sums = torch.zeros(len(soft_prompts) + 1, dtype=torch.float64)
+    sizes = [len(soft_prompt) for soft_prompt in soft_prompts]
+    longest = int(split.lengths.max())
+    for rows, real in _passes(split, workers, len(sizes), 0, longest * _vocabulary(model)):
+        batch = [split.row(row) for row in rows]
+        plan = plan_targets(sizes, [batch] * len(sizes))
+        nll = model(soft_prompts, plan).double().cpu()
+        if real:
+            sums[:-1] += torch.stack([part.sum() for part in nll.split(plan.per_slot)])
+            sums[-1] += plan.per_slot[0]
+    totals = workers.sum(sums).tolist()
+    return [total / totals[-1] for total in totals[:-1]]
+
+
+def generate_rows(
+    model: PromptedModel, soft_prompt: Tensor, split: Split, encoder: Encoder, workers: Workers, max_new_tokens: int
+) -> list[str]:
+    """Greedy text for every row, until the end token or `max_new_tokens`; in the order of the split."""
+    own: list[tuple[int, str]] = []
+    for rows, real in _passes(split, workers, 1, max_new_tokens, _vocabulary(model)):
+        inputs = [split.row(row)[0] for row in rows]
+        texts = greedy(model, soft_prompt, inputs, encoder, max_new_tokens, together=workers.size > 1)
+        if real:
+            own += zip(rows, texts, strict=True)
+    everything = sorted(pair for part in workers.gather(own) for pair in part)
+    return [text for _, text in everything]
+
+
+@torch.no_grad()
+def greedy(
+    model: PromptedModel,
+    soft_prompt: Tensor,
+    inputs: Sequence[list[int]],
+    encoder: Encoder,
+    max_new_tokens: int,
+    *,
+    together: bool = False,
+) -> list[str]:
+    """Greedy continuations of `inputs` behind one soft prompt, by transformers' `generate`; stripped text.
+
+    `together`: workers that share a base go on until the last of them has finished, as each layer needs all of them.
+    """
+    embed = model.base.get_input_embeddings()
+    device = model.base.device
+    # One call for all rows: a sharded base gathers at every call, and workers may have different numbers of rows.
+    text = embed(torch.tensor([token for ids in inputs for token in ids], device=device))
+    rows = [torch.cat([soft_prompt.to(text), row]) for row in text.split([len(ids) for ids in inputs])]
+    longest = max(len(row) for row in rows)
+    # Padding stands on the left: generate continues at the right end.
+    embeds = torch.stack([torch.cat([row.new_zeros(longest - len(row), row.shape[1]), row]) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    end = encoder.tokenizer.eos_token_id
+    ids = model.base.generate(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=end,
+        # Found out by transformers itself only while an HfDeepSpeedConfig lives (generation/utils.py).
+        synced_gpus=together,
+    )
+    return [text.strip() for text in encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def _passes(split: Split, workers: Workers, slots: int, extra: int, logits: int) -> Iterator[tuple[list[int], bool]]:
+    """This worker's rows of each pass, longest rows first; False for a pass that only keeps the others company.
+
+    `extra` tokens come on top of each row's own, `logits` numbers are computed per row.
+    """
+    order = np.argsort(-split.lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        tokens = slots * (int(split.lengths[order[start]]) + extra)
+        fitting = max(1, min(TOKENS // tokens, LOGITS // (slots * logits)))
+        chunk = order[start : start + fitting * workers.size]
+        start += len(chunk)
+        mine = chunk[workers.rank :: workers.size].tolist()
+        yield (mine, True) if mine else ([int(chunk[0])], False)
+
+
+def _vocabulary(model: PromptedModel) -> int:
+    return int(model.base.config.get_text_config().vocab_size)
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))

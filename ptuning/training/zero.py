@@ -1,0 +1,269 @@
+"""The only door to DeepSpeed: the frozen base spread over the data-parallel workers (ZeRO stage 3).
+
+DeepSpeed partitions, gathers and releases the base. It gets no optimiser: the only trained numbers are the soft prompts, a
+few thousand, which stay whole on every rank, with plain torch optimisers and one small all-reduce per step. That keeps
+every slot independent of the others (own optimiser, own clipping, own arrival and end; DeepSpeed clips one global norm and
+flattens all groups, on which Adafactor cannot work), keeps checkpoints free of the number of workers, and saves what
+stage 3 does around a step: its `step()` releases and re-gathers every persistent tensor of a base that never changed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptuning.config import ZeroConfig
+from ptuning.imports import hidden
+from ptuning.model.base import STORED_DTYPES, Base, BaseError, stored_tensors, stored_values
+from ptuning.model.prompted_model import PromptedModel
+from ptuning.planning.zero3_simulator import live_numbers, node_copies_fit, prefetch_numbers, share_bytes
+from ptuning.training.distributed import Workers
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # detection by DeepSpeed may find mps on a Mac, which ZeRO cannot use
+
+# Its autotuner, of no use here, imports MLflow if it can (0.19, autotuning/autotuner.py): 0.4 s and 45 MB of every worker.
+with hidden("mlflow"):
+    import deepspeed  # reads DS_ACCELERATOR when it is imported
+import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.zero.linear import zero3_linear_wrap  # noqa: E402
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config  # noqa: E402
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of glibc's settings (malloc.h)."""
+SAMPLES = 8
+"""Numbers per tensor and rank that are compared with the file after loading."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What one rank holds of the base after loading, in bytes."""
+
+    held: int
+    whole: int
+
+
+def derive_config(zero: ZeroConfig, base: Base, dtype: torch.dtype, micro_batch: int = 1) -> dict[str, Any]:
+    """DeepSpeed's configuration for a frozen base; `micro_batch` is only there because DeepSpeed insists on one."""
+    parameters = base.numbers
+    layers = max(1, int(getattr(base.config.get_text_config(), "num_hidden_layers", 1)))
+    workers, local = _workers()
+    free, whole = _free(local), parameters * dtype.itemsize
+    copies = zero.stage == 3 and node_copies_fit(whole, workers, local, free)
+    share = 0 if zero.offload else share_bytes(whole, workers, local if copies else 0)
+    live = zero.live_parameters or live_numbers(free, share, dtype.itemsize)
+    partition: dict[str, Any] = {
+        "stage": zero.stage,
+        # The default of 5e8 numbers would be allocated for gradients that do not exist here.
+        "reduce_bucket_size": 1_000_000,
+        "stage3_param_persistence_threshold": zero.persistent_below,
+        "stage3_prefetch_bucket_size": prefetch_numbers(parameters, layers, live),
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": live,
+        "overlap_comm": torch.cuda.is_available(),
+    }
+    if copies:
+        # Several nodes: a second copy per node of weights that never change keeps all later gathers inside the node
+        # (ZeRO++, arXiv 2306.10209, section 3.2).
+        partition["zero_hpz_partition_size"] = local
+    if zero.offload:
+        partition["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "zero_optimization": partition,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "steps_per_print": 2**31,
+    }
+
+
+def _workers() -> tuple[int, int]:
+    """Workers in all, and those of this node."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return (dist.get_world_size() if dist.is_initialized() else 1), local
+
+
+def _free(local: int) -> int:
+    """Bytes that this worker may take before the base is there; the least of all workers, whose passes must be the same."""
+    gpu = torch.cuda.is_available()
+    free = int(torch.cuda.mem_get_info()[0]) if gpu else int(psutil.virtual_memory().available) // local
+    return int(min(Workers.current().gather(free)))
+
+
+def load(
+    base: Base,
+    zero: ZeroConfig,
+    dtype: torch.dtype,
+    *,
+    checkpoint_gradients: bool = False,
+    progress: Callable[[float], None] = lambda share: None,
+) -> PromptedModel:
+    """The base on this rank, ready to run: partitioned while it is loaded (stage 3), or whole (stage 0).
+
+    Needs an initialised process group for stage 3. Collective: every rank calls it. The first rank alone reads the files,
+    tensor by tensor, and sends them to the others; `progress` hears the share of the numbers that has arrived.
+
+    Raises:
+        BaseError: what was loaded is not what the files hold.
+    """
+    if zero.stage == 0:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        model = PromptedModel(base.load(dtype))
+        _check_weights(model.base, base)
+        model.to(device)
+    else:
+        config = derive_config(zero, base, dtype)
+        _skip_compiled_collectives()
+        deepspeed.init_distributed(verbose=False)
+        with _telling(progress, base.numbers), _freed_at_once():
+            loaded = _load_partitioned(lambda: base.load(dtype), config)
+        model = PromptedModel(loaded)
+        _check_weights(model.base, base)
+        deepspeed.initialize(model=model, config=config)  # installs the hooks that gather and release
+        torch.nn.functional.linear = _linear  # type: ignore[assignment]  # in the place of DeepSpeed's
+    if checkpoint_gradients:
+        model.checkpoint_gradients()
+    return model
+
+
+def _load_partitioned(load_base: Callable[[], PreTrainedModel], config: dict[str, Any]) -> PreTrainedModel:
+    """transformers builds the model under `zero.Init` as long as an HfDeepSpeedConfig lives."""
+    keep_alive = HfDeepSpeedConfig(config)
+    try:
+        return load_base()
+    finally:
+        del keep_alive
+        unset_hf_deepspeed_config()
+
+
+@contextmanager
+def _telling(progress: Callable[[float], None], numbers: int) -> Iterator[None]:
+    """transformers gathers a module's tensors to fill them in (integrations/deepspeed.py): the only sign of how far it is."""
+    original, arrived = deepspeed.zero.GatheredParameters, 0
+
+    class Counting(original):  # type: ignore[misc, valid-type]
+        def __exit__(self, *error: Any) -> None:
+            nonlocal arrived
+            super().__exit__(*error)
+            arrived += sum(parameter.ds_numel for parameter in self.params) if self.enabled else 0
+            progress(min(1.0, arrived / numbers))
+
+    deepspeed.zero.GatheredParameters = Counting
+    try:
+        yield
+    finally:
+        deepspeed.zero.GatheredParameters = original
+
+
+@contextmanager
+def _freed_at_once() -> Iterator[None]:
+    """Large blocks get pages of their own (glibc), which leave with them.
+
+    While a base is partitioned, every tensor is there whole, then its part is made behind it: in the heap the whole ones leave
+    holes between the parts, in which no tensor of the same size fits (measured: a rank with half of 388 MiB took 546).
+    Afterwards the heap is as it would be anyway: pages of its own for every activation would cost a step half its time more.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None or "MALLOC_MMAP_THRESHOLD_" in os.environ:  # whoever sets it knows what they want
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # what glibc's own rule ends at when such blocks are freed, and twice that
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A linear map whose weights are frozen and partitioned between passes.
+
+    torch's own would hold on to the gathered weights until its backward pass. DeepSpeed's (runtime/zero/linear.py) holds the
+    parameter instead, which is empty in between, but also the input, which only a weight's gradient would need: a third of
+    all that a Llama layer keeps. This one holds the parameter alone.
+    """
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        context.save_for_backward(weight)
+        result = values.matmul(weight.t())
+        return result if bias is None else result.add_(bias)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        [weight] = context.saved_tensors
+        return gradients[0].matmul(weight), None, None
+
+
+def _linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return zero3_linear_wrap(values, weight, bias)
+    return _FrozenLinear.apply(values, weight, bias)
+
+
+def _skip_compiled_collectives() -> None:
+    """On CPU DeepSpeed 0.19 compiles a shared-memory all-reduce when it is initialised, and dies where there is no compiler.
+
+    Only its inference engine uses it (deepspeed/comm/torch.py, `inference_all_reduce`), so it is declared absent.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def sharding(model: nn.Module) -> Sharding:
+    """Bytes of the base that this rank holds, and bytes of the whole base."""
+    held = whole = 0
+    for parameter in model.parameters():
+        own = _own_share(parameter)
+        held += max(own.numel(), parameter.data.numel()) * own.element_size()
+        whole += _numbers(_whole_shape(parameter)) * own.element_size()
+    return Sharding(held, whole)
+
+
+def _own_share(parameter: nn.Parameter) -> torch.Tensor:
+    """What stays on this rank between passes: the flattened part of a partitioned tensor, or a whole one."""
+    share: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
+    return share.detach()
+
+
+def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _check_weights(model: PreTrainedModel, base: Base) -> None:
+    """Compare sampled numbers of every tensor with the file, in this rank's own share, without communication.
+
+    Under ZeRO-3 transformers 5 does not report mismatched keys (integrations/deepspeed.py), and a base that is silently
+    random trains without any error.
+    """
+    stored = {tensor.name: tensor for tensor in stored_tensors(base.folder)}
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    compared = 0
+    for name, parameter in model.named_parameters():
+        file = stored.get(name) or stored.get(name.removeprefix(f"{model.base_model_prefix}."))
+        shape = _whole_shape(parameter)
+        if file is None or file.shape != shape or file.dtype not in STORED_DTYPES:
+            continue  # renamed or merged while loading, or tied: nothing to compare with
+        local = _own_share(parameter).flatten()
+        first = rank * local.numel() if hasattr(parameter, "ds_tensor") else 0
+        count = min(local.numel(), _numbers(shape) - first)
+        for at in range(0, max(count, 0), max(1, count // SAMPLES)):
+            expected = stored_values(file, first + at, 1).to(local.dtype)
+            if not torch.equal(local[at : at + 1].cpu(), expected):
+                raise BaseError(f"model.path: {base.name} was not loaded as it is stored (tensor {name}); report this")
+            compared += 1
+    if not compared:
+        raise BaseError(f"model.path: no tensor of {base.name} could be compared with its file; convert the checkpoint")
+
+
+def _numbers(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
