@@ -6,16 +6,16 @@ and the fix, before anything starts.
 
 from __future__ import annotations
 
-import difflib
 import re
 import string
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ptuning.errors import UserError, suggest
 from ptuning.redaction import redact
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
@@ -33,45 +33,31 @@ def _non_blank(text: str) -> str:
 
 NonBlank = Annotated[str, AfterValidator(_non_blank)]
 """A path, address, URI or name. Blank ones would mean the working folder, `/` or whatever comes first."""
+
 Init = Literal["random", "vocabulary", "text", "labels", "soft-prompt"]
+
 Metric = Literal["loss", "accuracy", "macro_f1", "exact_match", "token_f1", "rouge_l", "bleu"]
+
 Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
+
 Positive = Annotated[int, Field(gt=0, strict=True)]
+
 Count = Annotated[int, Field(ge=0, strict=True)]
+
 PositiveNumber = Annotated[float, Field(gt=0, strict=True)]
+
 Number = Annotated[float, Field(ge=0, strict=True)]
 
 CLASSIFICATION_METRICS: tuple[Metric, ...] = ("loss", "accuracy", "macro_f1")
+
 GENERATION_METRICS: tuple[Metric, ...] = ("loss", "exact_match", "token_f1", "rouge_l", "bleu")
 
 MARGIN = 0.01
 """How much worse than the champion's a metric may be: of accuracies and the like as they are, of losses as a share."""
 
 
-class UserError(ValueError):
-    """Bad input. The message is one sentence that names the place and the fix; the command line shows it as it is."""
-
-
 class ExperimentError(UserError):
     """The experiment file or an override is wrong."""
-
-
-def suggest(
-    word: str, known: Iterable[str], otherwise: str, *, alike: float = 0.6, shown: Callable[[str], str] | None = None
-) -> str:
-    """How a sentence about an unknown name ends: "did you mean X?" if one that is known is close to it, else `otherwise`.
-
-    Another case, or something in front as in "openai/NAME", is close. Of a mapping only the keys are looked at: whatever they
-    stand for may not be for the reader. `alike`: 1 for the same word, 0 for one that has nothing in common; `shown`: how a
-    known name is written, if not as it is.
-    """
-    names = list(known)
-    lower = {name.lower(): name for name in names} | {name: name for name in names}
-    for wanted in (word, word.lower(), word.lower().rpartition("/")[2]):
-        close = [wanted] if wanted in lower else difflib.get_close_matches(wanted, lower, n=1, cutoff=alike)
-        if close:
-            return f"did you mean {(shown or str)(lower[close[0]])}?"
-    return otherwise
 
 
 class Table(BaseModel):

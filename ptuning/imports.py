@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ def quick_imports() -> Iterator[None]:
 
 
 @contextmanager
-def hidden(module: str) -> Iterator[None]:
+def without_module(module: str) -> Iterator[None]:
     """Inside, packages that import `module` only where it is installed do without it, unless it has been imported before."""
     if module in sys.modules:
         yield
@@ -34,3 +35,14 @@ def hidden(module: str) -> Iterator[None]:
         yield
     finally:
         del sys.modules[module]
+
+
+def load_deepspeed() -> None:
+    """Import DeepSpeed before anything else does: told which accelerator there is, and without MLflow."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # detection by DeepSpeed may find mps on a Mac, which ZeRO cannot use
+    # Its autotuner, of no use here, imports MLflow if it can (0.19, autotuning/autotuner.py): 0.4 s and 45 MB of every worker.
+    with without_module("mlflow"):
+        import deepspeed  # noqa: F401  # reads DS_ACCELERATOR when it is imported

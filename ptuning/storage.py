@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pyarrow import fs
 
-from ptuning.config import UserError
+from ptuning.errors import UserError
 from ptuning.paths import locate
 from ptuning.redaction import redact
 

@@ -21,41 +21,49 @@ pytestmark = pytest.mark.fast
 
 PACKAGE = REPOSITORY / "ptuning"
 
-FOUNDATION = ("redaction", "sys_path", "imports", "config", "paths", "storage")
-"""Every package may import these."""
+FOUNDATION = ("redaction", "errors", "sys_path", "imports", "config", "paths", "storage")
+"""Every package may import these; they import only those before them."""
 
-PACKAGES = (
-    "model",
-    "data",
-    "tracking",
-    "inference",
-    "cluster",
-    "planning",
-    "registry",
-    "training",
-    "searching",
-    "serving",
-    "cli",
-)
+DIRECTIONS = {
+    "model": set(),
+    "data": {"model"},
+    "tracking": set(),
+    "inference": {"model"},
+    "cluster": {"model", "tracking"},
+    "planning": {"model", "data"},
+    "registry": {"model", "data", "tracking"},
+    "training": {"model", "data", "tracking", "planning", "registry", "cluster"},
+    "searching": {"model", "data", "tracking", "planning", "cluster", "training"},
+    "serving": {"model", "data", "tracking", "registry", "inference", "cluster"},
+    "cli": {"model", "tracking", "planning", "registry", "cluster", "training", "searching", "serving"},
+}
+"""The packages that each package may import, besides the foundation and the built-in base, which is data."""
+
+WITHOUT_RAY = {"model", "data", "tracking", "planning", "registry", "inference"}
 
 OWNERS = {
-    "deepspeed": {"training.zero"},
+    "deepspeed": {"imports", "training.zero"},
     "matplotlib": {"tracking.plots"},
-    "mlflow": {"tracking.tracker"},
+    "mlflow": {"tracking.client"},
     "ray": {
+        "cluster.connection",
         "cluster.doctor",
         "cluster.failures",
         "cluster.jobs",
         "searching.dispatcher",
+        "searching.finals",
         "searching.monitor",
         "searching.run",
         "searching.searcher",
         "searching.trial",
+        "searching.tuning",
+        "serving.deployment",
         "serving.server",
         "training.event_queue",
+        "training.ray_trainer",
         "training.run",
     },
-    "fastapi": {"serving.api", "serving.server"},
+    "fastapi": {"serving.api", "serving.app", "serving.deployment", "serving.http_request", "serving.responses"},
     "prometheus_client": {"serving.metrics"},
     "optuna": {"searching.searcher"},
 }
@@ -105,13 +113,25 @@ def frameworks(tree: ast.AST) -> set[str]:
 
 
 def test_every_module_has_its_place():
-    assert {package(module) for module in MODULES} == {*PACKAGES, *FOUNDATION, "__main__"}
+    assert {package(module) for module in MODULES} == {*DIRECTIONS, *FOUNDATION, "__main__"}
     assert not FORBIDDEN_NAMES & {path.stem for path in SOURCES}
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_packages_import_in_the_allowed_directions(module):
+    own = package(module)
+    if own in FOUNDATION:
+        allowed = set(FOUNDATION[: FOUNDATION.index(own)])
+    elif own == "__main__":
+        allowed = {"cli", "sys_path"}
+    else:
+        allowed = DIRECTIONS[own] | {own, *FOUNDATION, "builtin"}
+    assert {name for name in modules(MODULES[module]) if package(name) not in allowed} == set()
+
+
 def test_no_circles():
-    known = {module: modules(tree) for module, tree in MODULES.items()}
-    list(graphlib.TopologicalSorter(known).static_order())  # raises a CycleError that names the circle
+    for packages in (DIRECTIONS, {module: modules(tree) for module, tree in MODULES.items()}):
+        list(graphlib.TopologicalSorter(packages).static_order())  # raises a CycleError that names the circle
 
 
 def test_packages_hold_a_docstring_only():
@@ -120,6 +140,11 @@ def test_packages_hold_a_docstring_only():
         if path.parent.name != "builtin":
             body = ast.parse(path.read_text(encoding="utf-8")).body
             assert all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body), path
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if package(module) in WITHOUT_RAY])
+def test_these_packages_run_without_ray(module):
+    assert "ray" not in frameworks(MODULES[module])
 
 
 def test_the_builtin_base_knows_the_experiment_only():

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptuning.data.batch_sampler import BatchOrder, share
+from ptuning.data.batch_sampler import BatchSampler, shard
 
 pytestmark = pytest.mark.fast
 
 LENGTHS = np.random.PCG64(0).random_raw(1000) % 300 + 1
 
 
-def order(rows: int = 1000, batch_size: int = 8, seed: int = 0) -> BatchOrder:
-    return BatchOrder(LENGTHS[:rows], batch_size, seed)
+def order(rows: int = 1000, batch_size: int = 8, seed: int = 0) -> BatchSampler:
+    return BatchSampler(LENGTHS[:rows], batch_size, seed)
 
 
 def test_a_batch_depends_on_the_step_alone() -> None:
@@ -33,7 +33,7 @@ def test_a_batch_depends_on_the_step_alone() -> None:
 
 def test_the_order_never_changes() -> None:
     # Pinned, because a run resumed after an update must go on with the rows that it would have seen.
-    pinned = BatchOrder(np.arange(10) % 3, 4, 7)
+    pinned = BatchSampler(np.arange(10) % 3, 4, 7)
     rows = [[6, 3, 9, 4], [0, 7, 2, 8], [3, 1, 1, 5], [7, 4, 2, 8]]
     assert [pinned.batch(step).tolist() for step in range(4)] == rows
 
@@ -79,17 +79,17 @@ def test_a_batch_is_a_fair_draw_of_all_lengths() -> None:
 def test_shares_are_fair_and_complete(size: int, world: int, seed: int) -> None:
     batches = order(batch_size=size, seed=seed)
     batch = batches.batch(0)
-    shares = [share(batch, rank, world) for rank in range(world)]
+    shares = [shard(batch, rank, world) for rank in range(world)]
     assert sorted(np.concatenate(shares)) == sorted(batch)
     sizes = [len(rows) for rows in shares]
     assert max(sizes) - min(sizes) <= 1
     tokens = [int(batches.lengths[rows].sum()) for rows in shares]
     assert max(tokens) - min(tokens) <= batches.lengths[batch].max()
-    assert share(batch, 0, 1).tolist() == batch.tolist()
+    assert shard(batch, 0, 1).tolist() == batch.tolist()
 
 
 def test_a_step_costs_a_batch_and_not_the_data() -> None:
-    batches = BatchOrder(np.resize(LENGTHS, 1_000_000), 64, 0)
+    batches = BatchSampler(np.resize(LENGTHS, 1_000_000), 64, 0)
     batches.batch(0)
     start = time.monotonic()
     for step in range(250):

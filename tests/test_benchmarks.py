@@ -11,11 +11,13 @@ from conftest import REPOSITORY
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ptuning.cluster.local_paths import absolute
 from ptuning.config import read_experiment
+from ptuning.data.task import load_task
 from ptuning.model.base import find_base
-from ptuning.model.prompted_model import PromptedModel, plan_targets
+from ptuning.model.packing import pack_targets
+from ptuning.model.prompted_model import PromptedModel
 from ptuning.searching import space
-from ptuning.training.run_setup import absolute, load_task
 
 pytestmark = pytest.mark.fast
 
@@ -87,7 +89,7 @@ def test_the_peers_of_all_weights_train_on_the_loss_that_transformers_computes(e
     parameters = list(model.base.parameters())
 
     def loss(rows):
-        return model([torch.zeros(0, base.width)], plan_targets([0], [rows])).mean()
+        return model([torch.zeros(0, base.width)], pack_targets([0], [rows])).mean()
 
     agree(base, parameters, loss, rows)
     with pytest.raises(AssertionError, match="differ"):

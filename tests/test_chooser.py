@@ -14,8 +14,8 @@ from ray.tune.search import Searcher
 
 from ptuning.config import Experiment, ExperimentError, parse_experiment
 from ptuning.searching import report, space
-from ptuning.searching.searcher import Chooser, make_scheduler
-from ptuning.searching.trial_store import Entry, Ledger
+from ptuning.searching.searcher import OptunaSearcher, make_scheduler
+from ptuning.searching.trial_store import TrialRecord, TrialStore
 
 pytestmark = pytest.mark.fast
 
@@ -24,10 +24,12 @@ def experiment(toy_task: SimpleNamespace, **search: Any) -> Experiment:
     return parse_experiment(toy_task.experiment | {"search": {"trials": 5, "length": [2, 4]} | search})
 
 
-def chooser(task: Experiment, folder: Path) -> tuple[Chooser, Ledger, list[str]]:
-    ledger = Ledger(str(folder))
+def chooser(task: Experiment, folder: Path) -> tuple[OptunaSearcher, TrialStore, list[str]]:
+    ledger = TrialStore(str(folder))
     announced: list[str] = []
-    found = Chooser(task, task.model_dump(mode="json"), str(folder), ledger, lambda trial, entry: announced.append(entry.run))
+    found = OptunaSearcher(
+        task, task.model_dump(mode="json"), str(folder), ledger, lambda trial, entry: announced.append(entry.run)
+    )
     return found, ledger, announced
 
 
@@ -89,11 +91,11 @@ def test_every_trial_is_on_disk_before_tune_hears_of_it(toy_task: SimpleNamespac
     found, _, announced = chooser(task, tmp_path / "s")
     for number in range(5):
         values = found.suggest(f"tune{number}")
-        last = list(Ledger(str(tmp_path / "s")).entries.values())[-1]
+        last = list(TrialStore(str(tmp_path / "s")).entries.values())[-1]
         assert last.values == values and last.status == "running" and announced[-1] == last.run == f"t{number:03d}"
         assert 0 <= values["train.warmup"] <= 0.5 and values["train.batch_size"] in range(4, 9)
     assert found.suggest("tune5") == Searcher.FINISHED
-    assert len({entry.key for entry in Ledger(str(tmp_path / "s")).trials()}) == 5
+    assert len({entry.key for entry in TrialStore(str(tmp_path / "s")).trials()}) == 5
 
 
 def test_the_same_seed_tries_the_same(toy_task: SimpleNamespace, tmp_path: Path) -> None:
@@ -110,7 +112,7 @@ def test_a_resumed_search_hands_out_what_was_under_way_and_repeats_nothing(toy_t
     values = [first.suggest(f"tune{number}") for number in range(3)]
     result = {"step": 20, "values": {"accuracy": 0.5, "loss": 1.0}, "time_ms": 1}
 
-    def end(entry: Entry) -> None:
+    def end(entry: TrialRecord) -> None:
         entry.status, entry.results = "finished", [result]
 
     ledger.change("t001", end)
@@ -140,10 +142,10 @@ def test_a_grid_covers_the_range(toy_task: SimpleNamespace) -> None:
 
 def test_a_resumed_asha_stops_whom_it_would_have_stopped(toy_task: SimpleNamespace, tmp_path: Path) -> None:
     task = experiment(toy_task)
-    ledger = Ledger(str(tmp_path))
+    ledger = TrialStore(str(tmp_path))
     for number, accuracy in enumerate((0.6, 0.7, 0.8)):
         results = [{"step": 10, "values": {"accuracy": accuracy, "loss": 1.0}, "time_ms": number}]
-        ledger.add(Entry(f"t{number}", str(number), {"prompt.length": 2}, "f", status="stopped", results=results))
+        ledger.add(TrialRecord(f"t{number}", str(number), {"prompt.length": 2}, "f", status="stopped", results=results))
     scheduler = make_scheduler(task, ledger)
     for score, decision in ((0.5, "STOP"), (0.9, "CONTINUE")):
         trial: Any = SimpleNamespace(trial_id=str(score))
@@ -160,12 +162,12 @@ def test_prefer_short_is_worth_so_much_per_halving(toy_task: SimpleNamespace) ->
 def test_leaderboard_budget_and_correlation(toy_task: SimpleNamespace) -> None:
     task = experiment(toy_task)
 
-    def entry(run: str, *curve: float, status: Any = "finished") -> Entry:
+    def entry(run: str, *curve: float, status: Any = "finished") -> TrialRecord:
         results = [
             {"step": 10 * (n + 1), "values": {"accuracy": value, "loss": 1 - value}, "time_ms": 1000 * n}
             for n, value in enumerate(curve)
         ]
-        return Entry(run, run, {"prompt.length": 4}, "f", status=status, step=10 * len(curve), results=results)
+        return TrialRecord(run, run, {"prompt.length": 4}, "f", status=status, step=10 * len(curve), results=results)
 
     entries = [entry("a", 0.5, 0.7), entry("b", 0.6, 0.9), entry("c", 0.7, 0.8), entry("d", status="failed")]
     columns, rows = report.table(task, entries)

@@ -368,7 +368,8 @@ def test_a_stopped_job_has_the_time_to_save():
 def test_what_serve_is_configured_with_is_what_the_code_takes(name, monkeypatch):
     from ray.serve.schema import ServeDeploySchema
 
-    from ptuning.serving.server import APPLICATION, build
+    from ptuning.serving.deployment import build
+    from ptuning.serving.server import APPLICATION
 
     monkeypatch.setenv(VARIABLE, "a-key-of-this-test-only")
     monkeypatch.chdir(REPOSITORY)

@@ -14,16 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from ptuning.config import (
-    NAME,
-    DataConfig,
-    Experiment,
-    ExperimentError,
-    UserError,
-    parse_experiment,
-    read_experiment,
-    template_fields,
-)
+from ptuning.config import NAME, DataConfig, Experiment, ExperimentError, parse_experiment, read_experiment, template_fields
+from ptuning.errors import UserError
 
 pytestmark = pytest.mark.fast
 

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ptuning.model import cpu_attention
 from ptuning.model.cpu_attention import Mask
-from ptuning.model.tree_attention import Segments
+from ptuning.model.token_tree import TokenTree
 
 pytestmark = pytest.mark.fast
 
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_exact_attention(shape, dtype, scale, scores, que
 )
 @settings(deadline=None)
 def test_blocks_leave_out_what_nobody_sees_and_nothing_else(before, lengths, window, shared, queries):
-    segments = Segments()
+    segments = TokenTree()
     root = segments.add([before]) if before else None
     mask = segments.add(lengths, root).mask(window, shared, torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch:

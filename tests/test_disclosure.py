@@ -22,20 +22,22 @@ from typer.testing import CliRunner
 
 from ptuning import storage
 from ptuning.cli.app import app
-from ptuning.cluster.job_package import collect
+from ptuning.cluster.job_package import build_package
 from ptuning.cluster.jobs import Job
-from ptuning.config import Experiment, UserError, suggest
-from ptuning.inference.engine import EngineStopped
+from ptuning.config import Experiment
+from ptuning.errors import UserError, suggest
+from ptuning.inference.types import EngineStopped
 from ptuning.model import soft_prompt
 from ptuning.model.soft_prompt import Card
 from ptuning.registry.merged_export import export_merged
 from ptuning.registry.publish import describe, fetch, publish, retrieve
 from ptuning.registry.registry import Registry, RegistryError, Version
 from ptuning.serving import protocol
-from ptuning.serving.api import build_app
-from ptuning.serving.served_models import Catalogue
-from ptuning.tracking.tracker import Tracker, default_artifact_root, default_uri
-from ptuning.training.run_setup import check_name, write_run
+from ptuning.serving.app import build_app
+from ptuning.serving.served_models import ServedModels
+from ptuning.tracking.client import default_artifact_root, default_uri
+from ptuning.tracking.tracker import Tracker
+from ptuning.training.run_setup import check_run_name, write_run
 
 pytestmark = [
     # MLflow 3.17 uses SQLAlchemy's noload, deprecated in 2.1 (store/tracking/sqlalchemy_store.py).
@@ -224,7 +226,7 @@ def hurried(world: SimpleNamespace, patch: pytest.MonkeyPatch, path: str) -> Ans
 
 def forgetful(world: SimpleNamespace, patch: pytest.MonkeyPatch) -> None:
     """The registry is a server that does not answer, and whose address holds a password."""
-    catalogue = Catalogue(world.service.base, world.service.engine, Registry(URI), str(world.storage / "nowhere"))
+    catalogue = ServedModels(world.service.base, world.service.engine, Registry(URI), str(world.storage / "nowhere"))
     patch.setattr(world.service, "catalogue", catalogue)
 
 
@@ -237,7 +239,7 @@ def failing(place: str) -> Callable[[SimpleNamespace, pytest.MonkeyPatch], None]
 
 
 def nameless(world: SimpleNamespace, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Catalogue, "names", property(fails()))
+    patch.setattr(ServedModels, "names", property(fails()))
 
 
 def garbled(world: SimpleNamespace, patch: pytest.MonkeyPatch) -> None:
@@ -355,7 +357,7 @@ def test_every_status_is_among_the_refusals(world: SimpleNamespace) -> None:
 
 
 def test_an_error_in_a_stream_tells_nothing_either(world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ptuning.serving.completion.TextStream.push", fails())
+    monkeypatch.setattr("ptuning.serving.detokenizer.TextStream.push", fails())
     body = json.dumps({**json.loads(body_for("/v1/completions", "raw")), "stream": True}).encode()
     status, headers, content = ask(world.url, "POST", "/v1/completions", body)
     assert status == 200
@@ -473,12 +475,12 @@ def test_a_run_goes_on_under_another_password(world: SimpleNamespace, tmp_path: 
     record = {"kind": "train", "status": "failed", "experiment": tables, "summary": None}
     (tmp_path / "run.json").write_text(json.dumps(record))
     other = Experiment.model_validate(tables | {"tracking": {"uri": URI.replace(SECRET, "another")}})
-    assert check_name(other, str(tmp_path), resume=True) is None
+    assert check_run_name(other, str(tmp_path), resume=True) is None
     write_run(str(tmp_path), other, "running")
-    assert "another" not in (tmp_path / "run.json").read_text() and check_name(other, str(tmp_path), resume=True) is None
+    assert "another" not in (tmp_path / "run.json").read_text() and check_run_name(other, str(tmp_path), resume=True) is None
     changed = Experiment.model_validate(tables | {"train": tables["train"] | {"steps": 7}})
     with pytest.raises(UserError, match=r"cannot be resumed with another train\.steps"):
-        check_name(changed, str(tmp_path), resume=True)
+        check_run_name(changed, str(tmp_path), resume=True)
 
 
 def exported(world: SimpleNamespace, folder: Path) -> dict[str, Any]:
@@ -611,9 +613,9 @@ def who_lists_jobs(world: SimpleNamespace, folder: Path) -> None:
     )
     variables = {"MLFLOW_TRACKING_PASSWORD": SECRET, "PTUNING_API_KEYS": KEY, "HF_TOKEN": SECRET}
     with pytest.raises(UserError, match="which would lie open in the job"):
-        collect("train", str(file), [], shared=[], env=[], here=variables)
+        build_package("train", str(file), [], shared=[], env=[], here=variables)
     file.write_text(file.read_text().replace(f"me:{SECRET}@", ""))
-    job = Job("train", "toy", (), collect("train", str(file), [], shared=[], env=[], here=variables), installed=True)
+    job = Job("train", "toy", (), build_package("train", str(file), [], shared=[], env=[], here=variables), installed=True)
     assert set(job.describe()) == {"entrypoint", "metadata", "env", "resources", "files", "overrides", "notes"}
     assert "/data/x.jsonl" in str(job.describe()) and SECRET not in str(job.describe()) and KEY not in str(job.describe())
 

@@ -17,9 +17,10 @@ import pytest
 from conftest import REPOSITORY
 
 from ptuning.cluster import doctor, node_checks
-from ptuning.cluster.node_checks import look
-from ptuning.config import UserError, parse_experiment
-from ptuning.training.run_setup import absolute
+from ptuning.cluster.local_paths import absolute
+from ptuning.cluster.node_checks import check_node
+from ptuning.config import parse_experiment
+from ptuning.errors import UserError
 
 Write = Callable[..., Path]
 
@@ -42,7 +43,7 @@ def closed_port() -> int:
 
 def found_in(tables: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What is found here, in this process."""
-    findings = look(absolute(parse_experiment(tables)).model_dump(mode="json"))["findings"]
+    findings = check_node(absolute(parse_experiment(tables)).model_dump(mode="json"))["findings"]
     return {finding["what"]: finding for finding in findings}
 
 

@@ -15,7 +15,7 @@ import uvicorn
 from test_tracking import free_port
 
 from ptuning.serving import proxy
-from ptuning.serving.proxy import Bounded, Screen
+from ptuning.serving.proxy import BoundedHttpProtocol, ProxyMiddleware
 
 pytestmark = [pytest.mark.fast, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -42,7 +42,12 @@ def port() -> Iterator[int]:
     port = free_port()
     server = uvicorn.Server(
         uvicorn.Config(
-            Screen(application), port=port, http=Bounded, log_level="critical", lifespan="off", timeout_keep_alive=60
+            ProxyMiddleware(application),
+            port=port,
+            http=BoundedHttpProtocol,
+            log_level="critical",
+            lifespan="off",
+            timeout_keep_alive=60,
         )
     )
     thread = threading.Thread(target=server.run)
@@ -147,7 +152,7 @@ def test_what_a_full_replica_says_is_repeated_for_it(monkeypatch: pytest.MonkeyP
         await send({"type": "http.response.body", "body": b"all places", "more_body": True})
         await send({"type": "http.response.body", "body": b" are taken"})
 
-    screen = Screen(replica)
+    screen = ProxyMiddleware(replica)
 
     async def ask(path: str, *headers: tuple[bytes, bytes], size: int = 3) -> tuple[list[tuple[bytes, bytes]], bytes, int]:
         body, sent = [b"x" * size], []

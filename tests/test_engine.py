@@ -17,11 +17,13 @@ import torch
 from conftest import ARCHITECTURES, CONCATENATED, tiny_base
 from torch import Tensor
 
-from ptuning.inference.engine import PAGE, End, Engine, EngineBusy, EngineConfig, EngineStopped, Handle, Request, RequestError
+from ptuning.inference.engine import PAGE, Engine
 from ptuning.inference.sampling import Sampling, Token, draw
+from ptuning.inference.types import End, EngineBusy, EngineConfig, EngineStopped, Request, RequestError, ResidentPrompt
 from ptuning.inference.virtual_tokens import ROWS, VirtualTokens
 from ptuning.model.label_trie import LabelTrie
-from ptuning.model.prompted_model import Objective, PromptedModel, plan_labels, plan_targets
+from ptuning.model.packing import Objective, pack_labels, pack_targets
+from ptuning.model.prompted_model import PromptedModel
 
 pytestmark = pytest.mark.fast
 
@@ -52,9 +54,9 @@ def engine() -> Iterator[Engine]:
 @pytest.fixture
 def add(engine: Engine) -> Iterator[object]:
     """Adds soft prompts and takes them away again."""
-    handles: list[Handle] = []
+    handles: list[ResidentPrompt] = []
 
-    def add(length: int, seed: int, name: str | None = None) -> Handle:
+    def add(length: int, seed: int, name: str | None = None) -> ResidentPrompt:
         handles.append(engine.add(soft_prompt(length, seed), name or f"{length}-{seed}"))
         return handles[-1]
 
@@ -112,11 +114,11 @@ def test_a_base_in_16_bits():
     try:
         handle = engine.add(vectors, "a")
         *tokens, _ = engine.generate(Request(ids, handle, 6, Sampling(top=0), ignore_end=True))
-        expected = -PromptedModel(base)([vectors], plan_targets([20], [[(ids, [token.id for token in tokens])]]))
+        expected = -PromptedModel(base)([vectors], pack_targets([20], [[(ids, [token.id for token in tokens])]]))
         torch.testing.assert_close(torch.tensor([token.logprob for token in tokens]), expected, atol=0.15, rtol=0.05)
         trie = LabelTrie(((tokens[0].id, END), (tokens[1].id + 1, END)))
         (scores,) = engine.choose(handle, [ids], trie).result(20)
-        exact = PromptedModel(tiny_base("llama_tied_gqa", attention=None))([vectors], plan_labels([20], [[ids]], trie))
+        exact = PromptedModel(tiny_base("llama_tied_gqa", attention=None))([vectors], pack_labels([20], [[ids]], trie))
         assert scores == pytest.approx((-exact).tolist(), abs=0.15)
     finally:
         engine.close()
@@ -133,7 +135,7 @@ def test_logits_are_those_of_evaluation(architecture):
         for _ in range(2):  # the second time the soft prompt is in the cache
             *tokens, _ = engine.generate(Request(ids, handle, 6, Sampling(top=100), ignore_end=True))
             target = [token.id for token in tokens]
-            expected = -model([vectors], plan_targets([21], [[(ids, target)]]))
+            expected = -model([vectors], pack_targets([21], [[(ids, target)]]))
             torch.testing.assert_close(torch.tensor([token.logprob for token in tokens]), expected, atol=1e-5, rtol=1e-5)
             for token in tokens:
                 assert len(token.top) == 100 and token.top[0][0] == token.id
@@ -142,7 +144,7 @@ def test_logits_are_those_of_evaluation(architecture):
         (scores,) = engine.choose(handle, [ids], trie).result(20)
         assert sum(map(math.exp, scores)) == pytest.approx(1, abs=1e-6)
         for label, found in zip(trie.labels, scores, strict=True):
-            plan = plan_targets([21], [[(ids, list(label))]], [Objective(trie, text=False)])  # what training sees of the row
+            plan = pack_targets([21], [[(ids, list(label))]], [Objective(trie, text=False)])  # what training sees of the row
             assert found == pytest.approx(-float(model([vectors], plan).sum()), abs=1e-5)
     finally:
         engine.close()

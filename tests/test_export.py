@@ -15,17 +15,19 @@ from test_soft_prompt import make
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-from ptuning.config import ModelConfig, Template, UserError
-from ptuning.data.dataset import Encoder
+from ptuning.config import ModelConfig, Template
+from ptuning.data.encoder import Encoder
+from ptuning.errors import UserError
 from ptuning.model import soft_prompt
 from ptuning.model.base import Base, find_base
-from ptuning.model.prompted_model import PromptedModel, plan_targets
+from ptuning.model.packing import pack_targets
+from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.soft_prompt import SoftPrompt
 from ptuning.registry.merged_export import ExportError, Merged, export_merged, write_merged
-from ptuning.registry.peft_import import adopt, locate
+from ptuning.registry.peft_import import import_adapter, locate
 from ptuning.registry.publish import fetch
 from ptuning.registry.registry import Registry
-from ptuning.registry.token_suppression import Guard
+from ptuning.registry.token_suppression import Suppression
 from ptuning.training import evaluate
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore:TypedStorage")]
@@ -231,7 +233,7 @@ def logits_of_ours(model: PromptedModel, loaded: SoftPrompt, ids: list[int]) -> 
     found: list[Tensor] = []
     hook = model.base.register_forward_hook(lambda base, inputs, output: found.append(output.logits[0, 0]))
     try:
-        model([loaded.vectors], plan_targets([len(loaded.vectors)], [[(ids, [3])]]))
+        model([loaded.vectors], pack_targets([len(loaded.vectors)], [[(ids, [3])]]))
     finally:
         hook.remove()
     return found[0]
@@ -253,7 +255,7 @@ def check_round_trip(base: Base, folder: Path, registry: Registry) -> None:  # n
     """PEFT -> import -> export -> the same bytes, but for the path of the base -> the same logits."""
     train_with_peft(base, folder / "theirs")
     root = (folder / "artifacts").as_uri()
-    version = adopt(registry, str(folder / "theirs"), "peft", base.name, TEMPLATE, root)
+    version = import_adapter(registry, str(folder / "theirs"), "peft", base.name, TEMPLATE, root)
     assert version.tag("base.weights") == base.fingerprint.weights and version.tag("metric") is None
     loaded = fetch(registry, version, str(folder / "back"))
     assert loaded.card.template == TEMPLATE and loaded.card.experiment is None and loaded.card.metrics == {}
@@ -297,16 +299,16 @@ def test_imports_that_cannot_be(
     for name in ("card.json", "manifest.json"):
         (tmp_path / "wide" / name).unlink()
     with pytest.raises(UserError, match="wide: does not say which base it was made for; name it with --base"):
-        adopt(registry, str(tmp_path / "wide"), "wide", None, None, None)
+        import_adapter(registry, str(tmp_path / "wide"), "wide", None, None, None)
     with pytest.raises(UserError, match="wide: made for width 64 .*, but .*tiny-llama has width 32; use its base"):
-        adopt(registry, str(tmp_path / "wide"), "wide", str(tiny_base_folder), None, None)
+        import_adapter(registry, str(tmp_path / "wide"), "wide", str(tiny_base_folder), None, None)
     with pytest.raises(UserError, match="is no name"):
-        adopt(registry, str(tmp_path / "wide"), "../wide", str(tiny_base_folder), None, None)
+        import_adapter(registry, str(tmp_path / "wide"), "../wide", str(tiny_base_folder), None, None)
     assert registry.versions() == []
 
 
 @pytest.mark.fast
 def test_what_a_person_is_told() -> None:
-    merged = Merged(5, 325, True, guard=Guard(exact=False, mean=9e-5, worst=0.01), prepends=False, chat=False)
+    merged = Merged(5, 325, True, guard=Suppression(exact=False, mean=9e-5, worst=0.01), prepends=False, chat=False)
     lines = merged.lines("toy:1", "here")
     assert len(lines) == 5 and "a share of 9e-05 would be virtual ones" in lines[2]

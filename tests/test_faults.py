@@ -32,12 +32,12 @@ import ray
 from conftest import REPOSITORY
 
 from ptuning import storage
-from ptuning.cluster.failures import RunFailed
 from ptuning.config import parse_experiment
+from ptuning.errors import RunFailed
 from ptuning.model import soft_prompt
-from ptuning.searching import run as search_run
+from ptuning.searching import tuning
 from ptuning.searching.run import run_search
-from ptuning.searching.trial_store import Entry
+from ptuning.searching.trial_store import TrialRecord
 from ptuning.training.messages import Event
 from ptuning.training.run import run_training
 
@@ -222,7 +222,7 @@ def test_a_lost_hub_ends_the_search_in_a_sentence_and_resume_counts_every_trial_
     tables["train"] |= {"steps": 1000, "evaluate_every": 250}
     tables["search"] = {"trials": 4, "slots": 2, "scheduler": "fifo", "finalists": 1, "seeds": 1, "length": [4]}
 
-    def strike(entries: list[Entry]) -> None:
+    def strike(entries: list[TrialRecord]) -> None:
         if any(entry.status == "finished" for entry in entries):
             for process in psutil.Process().children(recursive=True):
                 if "ray::Hub" in " ".join(process.cmdline()):
@@ -231,7 +231,7 @@ def test_a_lost_hub_ends_the_search_in_a_sentence_and_resume_counts_every_trial_
     experiment = parse_experiment(tables)
     with pytest.raises(RunFailed, match=r"a process of the run failed: Hub \(pid \d+ on .*\) was killed or crashed; see "):
         run_search(experiment, resume=False, show=strike, say=print)
-    shown: list[list[Entry]] = []
+    shown: list[list[TrialRecord]] = []
     summary = run_search(experiment, resume=True, show=shown.append, say=print)
     assert summary["trials"] == {"finished": 4}
     assert len([entry for entry in shown[-1] if not entry.finalist]) == 4
@@ -470,7 +470,7 @@ def test_a_lost_node_is_told_of_and_another_one_waited_for(
 def test_a_search_counts_trials_whose_process_dies_or_hangs_once(
     tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_run, "HUNG", 5.0)
+    monkeypatch.setattr(tuning, "HUNG", 5.0)
     for split in ("train", "validation"):
         tables["data"][split] = tables["data"]["train"]
     tables["train"] |= {"steps": 1000, "evaluate_every": 250}
@@ -493,7 +493,7 @@ def test_a_search_counts_trials_whose_process_dies_or_hangs_once(
                         done.append(process.pid)
 
     threading.Thread(target=strike, daemon=True).start()
-    shown: list[list[Entry]] = []
+    shown: list[list[TrialRecord]] = []
     summary = run_search(parse_experiment(tables), resume=False, show=shown.append, say=print)
     print(summary["trials"], [(entry.run, entry.status, entry.message) for entry in shown[-1]])
     assert len(done) == 2, titles

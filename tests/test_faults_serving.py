@@ -40,7 +40,7 @@ from test_tracking import free_port, server
 from transformers import PreTrainedTokenizerFast
 
 from ptuning.config import parse_experiment
-from ptuning.registry.promotions import Ledger
+from ptuning.registry.promotions import PromotionLog
 from ptuning.serving.auth import read_keys
 from ptuning.serving.service import Service
 
@@ -440,7 +440,7 @@ def test_a_registry_that_comes_and_goes(tmp_path, base):
         with server(home, port) as uri:
             from ptuning.registry.registry import Registry
 
-            ledger = Ledger(Registry(uri), "fruits")
+            ledger = PromotionLog(Registry(uri), "fruits")
             ledger.promote(2, ledger.state())
             until(lambda: service.catalogue.find("fruits").id == "fruits:2", 40, "a promotion does not arrive")
     finally:
@@ -535,7 +535,7 @@ def test_soak(tmp_path, base):  # noqa: C901, one story
                 return [body(4, prompt="x " * 5000), body(40, stream=True), body(4, model="nobody")][number % 3]
             return question(("fruits", "raw", "fruits:1")[number % 3], client)
 
-        ledger, wrong, failed, kills, swaps, answers = Ledger(world.registry, "fruits"), [], [], 0, 0, 0
+        ledger, wrong, failed, kills, swaps, answers = PromotionLog(world.registry, "fruits"), [], [], 0, 0, 0
         ends = time.monotonic() + SOAK_S
         while time.monotonic() < ends:
             with crowd(world.port, KEY, mixed, clients=6) as load:

@@ -37,19 +37,21 @@ from typer.testing import CliRunner
 
 from ptuning.cli.app import app
 from ptuning.config import ModelConfig, Template, parse_experiment
-from ptuning.data.dataset import Encoder, load_split
-from ptuning.inference.engine import Engine, EngineConfig
+from ptuning.data.dataset import load_split
+from ptuning.data.encoder import Encoder
+from ptuning.inference.engine import Engine
+from ptuning.inference.types import EngineConfig
 from ptuning.model.base import Base, find_base
 from ptuning.model.prompted_model import PromptedModel
-from ptuning.registry.promotions import Ledger
+from ptuning.registry.promotions import PromotionLog
 from ptuning.registry.registry import Registry
 from ptuning.serving import proxy
-from ptuning.serving.api import build_app
+from ptuning.serving.app import build_app
 from ptuning.serving.auth import read_keys
-from ptuning.serving.completion import TextStream
-from ptuning.serving.served_models import Catalogue
+from ptuning.serving.detokenizer import TextStream
+from ptuning.serving.served_models import ServedModels
 from ptuning.serving.service import Service
-from ptuning.tracking import tracker
+from ptuning.tracking import client as tracking_client
 from ptuning.training.distributed import Workers
 from ptuning.training.evaluate import evaluate
 
@@ -90,7 +92,7 @@ def fill_empty(folder: Path) -> Registry:
     """A new storage folder with an empty registry."""
     folder.mkdir()
     new_database(folder)
-    return Registry(tracker.default_uri(folder))
+    return Registry(tracking_client.default_uri(folder))
 
 
 def fill_storage(folder: Path, base_folder: Path) -> Registry:
@@ -106,7 +108,7 @@ def fill_storage(folder: Path, base_folder: Path) -> Registry:
         ("stranger", 6, {"base_fingerprint": {"config": "0" * 64, "tokenizer": "0" * 64, "weights": "0" * 64}}),
     ):
         publish_soft_prompt(registry, base_folder, scratch, name, seed, **card)
-    ledger = Ledger(registry, "fruits")
+    ledger = PromotionLog(registry, "fruits")
     ledger.promote(1, ledger.state())
     return registry
 
@@ -619,7 +621,7 @@ def test_metrics(client, world):
 def test_promotion_refusal_and_rollback(client, world, tmp_path):
     """The alias moves, the replica looks, the next answer is the new one's; what fails a check is refused and the old stays."""
     catalogue, registry = world.service.catalogue, world.registry
-    ledger = Ledger(registry, "fruits")
+    ledger = PromotionLog(registry, "fruits")
     held = catalogue.find("fruits")
     ledger.promote(2, ledger.state())
     assert chat(client).model == "fruits:1"  # nobody has looked yet
@@ -652,10 +654,10 @@ def test_what_diverges_or_is_damaged_is_refused(tmp_path, tiny_tokenizer):
     tiny_tokenizer.save_pretrained(folder)
     registry, base = fill_empty(tmp_path / "runs"), find_base(ModelConfig(path=str(folder)))
     engine = Engine(base.load(torch.float32), 2, EngineConfig(running=2, waiting=4, cache_bytes=1 << 20, context=128))
-    catalogue = Catalogue(base, engine, registry, str(tmp_path / "served"))
+    catalogue = ServedModels(base, engine, registry, str(tmp_path / "served"))
     try:
         publish_soft_prompt(registry, folder, tmp_path / "scratch", "task", 1)
-        ledger = Ledger(registry, "task")
+        ledger = PromotionLog(registry, "task")
         assert catalogue.sync() and catalogue.find("task").id == "task:1"
         enormous = torch.full((4, 32), 3e38) * torch.tensor([1.0, -1.0]).repeat(16)
         about = {"base": str(folder), "base_fingerprint": base.fingerprint.model_dump(), "template": LABELS}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptuning.searching.dispatcher import Board, Hub
+from ptuning.searching.dispatcher import Dispatcher, DispatcherActor
 
 pytestmark = pytest.mark.fast
 
@@ -18,7 +18,7 @@ def experiment(length: int = 5) -> dict[str, Any]:
     return {"prompt": {"length": length}}
 
 
-def enter(board: Board, trial: str, length: int = 5) -> str:
+def enter(board: Dispatcher, trial: str, length: int = 5) -> str:
     board.announce(trial, f"run-of-{trial}".replace("-", ""), f"folder/{trial}", [])
     run, folder = board.enter(trial)
     board.attach(trial, run, folder, experiment(length), {})
@@ -34,7 +34,7 @@ def attached(orders: list[dict[str, Any]] | None) -> list[str]:
 
 
 def test_a_trial_waits_for_a_group_and_hears_its_results_once() -> None:
-    board = Board()
+    board = Dispatcher()
     run = enter(board, "a")
     assert board.orders(0) == []
     board.join(0, 1)
@@ -48,7 +48,7 @@ def test_a_trial_waits_for_a_group_and_hears_its_results_once() -> None:
 
 
 def test_a_slot_that_is_freed_is_refilled_in_the_same_orders() -> None:
-    board = Board()
+    board = Dispatcher()
     board.join(0, 1)
     first, second = enter(board, "a"), enter(board, "b")
     board.orders(0)
@@ -58,7 +58,7 @@ def test_a_slot_that_is_freed_is_refilled_in_the_same_orders() -> None:
 
 
 def test_a_trial_that_waits_can_be_released() -> None:
-    board = Board()
+    board = Dispatcher()
     enter(board, "a")
     assert board.release("a") == "queue"
     board.join(0, 4)
@@ -66,7 +66,7 @@ def test_a_trial_that_waits_can_be_released() -> None:
 
 
 def test_a_trial_that_was_released_hears_so_and_can_end() -> None:
-    board = Board()
+    board = Dispatcher()
     board.join(0, 1)
     enter(board, "a")
     assert not board.has_results("a")
@@ -76,7 +76,7 @@ def test_a_trial_that_was_released_hears_so_and_can_end() -> None:
 
 
 def test_what_is_known_from_before_comes_first_and_is_not_reported_again() -> None:
-    board = Board()
+    board = Dispatcher()
     board.join(0, 1)
     board.announce("a", "t0", "folder", [event("evaluation", "t0", 10)])
     run, folder = board.enter("a")
@@ -86,7 +86,7 @@ def test_what_is_known_from_before_comes_first_and_is_not_reported_again() -> No
 
 
 def test_a_trial_that_comes_again_leaves_its_old_slot_without_a_trace() -> None:
-    board = Board()
+    board = Dispatcher()
     board.join(0, 1)
     first = enter(board, "a")
     board.orders(0)
@@ -101,7 +101,7 @@ def test_a_trial_that_comes_again_leaves_its_old_slot_without_a_trace() -> None:
 
 
 def test_a_group_that_restarts_gets_its_trials_again() -> None:
-    board = Board()
+    board = Dispatcher()
     board.join(0, 2)
     runs = [enter(board, "a"), enter(board, "b")]
     board.orders(0)
@@ -114,7 +114,7 @@ def test_who_was_killed_takes_nothing_from_who_follows() -> None:
     """A killed worker's question, and a stopped trial's, still wait in the hub for as long as others may wait."""
 
     async def story() -> None:
-        hub = Hub.__ray_metadata__.modified_class()
+        hub = DispatcherActor.__ray_metadata__.modified_class()
         first = await hub.call("join", 0, 1)
         run = enter(hub._board, "a")
         assert attached(await hub.orders(0, first)) == [run]
@@ -136,7 +136,7 @@ def test_who_was_killed_takes_nothing_from_who_follows() -> None:
 
 
 def test_similar_lengths_go_together() -> None:
-    board = Board()
+    board = Dispatcher()
     board.join(0, 2)
     board.join(1, 2)
     for trial, length in (("a", 100), ("b", 5), ("c", 6), ("d", 90)):
@@ -146,7 +146,7 @@ def test_similar_lengths_go_together() -> None:
 
 
 def test_a_closed_board_has_no_more_orders_and_a_broken_one_fails_its_trials() -> None:
-    board = Board()
+    board = Dispatcher()
     board.join(0, 1)
     run = enter(board, "a")
     board.closed = True
@@ -160,7 +160,7 @@ class World:
     """A board, a worker that follows its orders, and trials that come, end and are stopped."""
 
     def __init__(self, places: int) -> None:
-        self.board, self.places = Board(), places
+        self.board, self.places = Dispatcher(), places
         self.training: set[str] = set()
         self.alive: dict[str, str] = {}
         self.ended: set[str] = set()

@@ -19,9 +19,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ptuning import storage
-from ptuning.cluster.failures import RunFailed
-from ptuning.config import Experiment, UserError, parse_experiment
+from ptuning.config import Experiment, parse_experiment
+from ptuning.errors import RunFailed, UserError
 from ptuning.model import soft_prompt
+from ptuning.training import ray_trainer
 from ptuning.training import run as training_run
 from ptuning.training.messages import Event
 from ptuning.training.run import run_training
@@ -139,12 +140,12 @@ def test_more_workers_than_the_cluster_has_is_a_sentence(tables: dict[str, Any])
 def test_offloading_needs_gpus(tables: dict[str, Any]) -> None:
     tables["zero"] = {"offload": True}
     with pytest.raises(UserError, match="zero.offload: the workers have no GPU whose memory it could spare; remove it"):
-        training_run.scale(parse_experiment(tables))
+        ray_trainer.scale(parse_experiment(tables))
 
 
 def test_workers_may_be_a_range(tables: dict[str, Any]) -> None:
     tables["compute"]["workers"] = (1, 2)
-    scaling = training_run.scale(parse_experiment(tables))
+    scaling = ray_trainer.scale(parse_experiment(tables))
     assert scaling.num_workers == (1, 2) and scaling.resources_per_worker == {"CPU": 1}
 
 
@@ -162,9 +163,9 @@ def test_a_process_that_locks_up_at_its_end_is_ended() -> None:
     """It has said farewell to Ray, which no longer counts it, and yet it is there."""
     script = """
 import atexit, os, time, ray
-from ptuning.training import run
+from ptuning.cluster import connection
 
-run.join_ray(None)
+connection.join_ray(None)
 
 @ray.remote(num_cpus=0)
 class Stuck:
@@ -179,7 +180,7 @@ stuck = Stuck.remote()
 print(ray.get(stuck.pid.remote()))
 stuck.leave.remote()
 time.sleep(2)
-run.leave_ray()
+connection.leave_ray()
 """
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ptuning import storage
-from ptuning.config import UserError
+from ptuning.errors import UserError
 from ptuning.training import lease
 
 pytestmark = pytest.mark.fast

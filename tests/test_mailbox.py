@@ -11,14 +11,14 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptuning.training.event_queue import Mailbox, Pile, Post
+from ptuning.training.event_queue import EventBuffer, EventQueue, EventSender
 
 
 @pytest.mark.fast
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3), st.booleans())))
 def test_who_is_told_that_all_is_recorded_had_everything_taken(actions: list[tuple[int, int, bool]]) -> None:
     """Two senders, and a driver that takes now and then and records what it took before."""
-    pile, taken = Pile(), []
+    pile, taken = EventBuffer(), []
     sent: list[tuple[int, list[Any]]] = []
     recorded = 0
     for sender, many, take in actions:
@@ -35,8 +35,8 @@ def test_who_is_told_that_all_is_recorded_had_everything_taken(actions: list[tup
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_sender_learns_what_is_recorded_and_no_more() -> None:
-    mailbox = Mailbox.remote()  # type: ignore[attr-defined]  # added by ray.remote
-    post = Post(mailbox)
+    mailbox = EventQueue.remote()  # type: ignore[attr-defined]  # added by ray.remote
+    post = EventSender(mailbox)
 
     def tell(number: int) -> float:
         told = time.monotonic()

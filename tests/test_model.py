@@ -25,8 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from ptuning.model.label_trie import LabelTrie
-from ptuning.model.prompted_model import Objective, Plan, PromptedModel, Row, plan_labels, plan_targets
-from ptuning.model.tree_attention import Segments
+from ptuning.model.packing import Objective, PackedBatch, Row, pack_labels, pack_targets
+from ptuning.model.prompted_model import PromptedModel
+from ptuning.model.token_tree import TokenTree
 
 pytestmark = pytest.mark.fast
 
@@ -83,12 +84,12 @@ def chosen(base: PreTrainedModel, soft_prompt: Tensor, source: list[int], label:
 
 def every_logit(model: PromptedModel, soft_prompt: Tensor, texts: list[list[int]]) -> Tensor:
     """Logits at every text token, `[sum of T, V]`, packed."""
-    segments = Segments()
+    segments = TokenTree()
     root = segments.add([len(soft_prompt)]) if len(soft_prompt) else None
     segments.add([len(text) for text in texts], root)
     tokens = torch.tensor(sum(texts, []))
     at = torch.arange(len(soft_prompt), segments.tokens)
-    plan = Plan(segments, tokens, at, tokens, [len(tokens)])
+    plan = PackedBatch(segments, tokens, at, tokens, [len(tokens)])
     packed = torch.cat([soft_prompt, model.base.get_input_embeddings()(tokens)])
     with torch.no_grad():
         return (model._shared if model.shared_prefix else model._concatenated)(packed, plan, at)
@@ -140,7 +141,7 @@ def test_without_soft_prompt_it_is_the_bare_base(architecture):
 def test_losses_and_gradients_equal_the_rows_written_out(architecture, lengths):
     model, base = prompted(architecture), reference(architecture)
     prompts = soft_prompts(lengths)
-    plan = plan_targets(lengths, ROWS)
+    plan = pack_targets(lengths, ROWS)
     got = model(prompts, plan)
     expected = torch.cat([alone(base, prompts[k], row) for k in range(2) for row in ROWS[k]])
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
@@ -157,7 +158,7 @@ def test_labels_are_scored_as_if_each_stood_alone(architecture):
     prompts = soft_prompts([5, 0])
     inputs = [[source for source, _ in rows] for rows in ROWS]
     with torch.no_grad():
-        edges = model(prompts, plan_labels([5, 0], inputs, LABELS)).view(-1, len(LABELS.edges))
+        edges = model(prompts, pack_labels([5, 0], inputs, LABELS)).view(-1, len(LABELS.edges))
         got = -LABELS.label_logprobs(-edges).float()
         expected = [
             torch.stack([chosen(base, prompts[k], source, label) for label in LABELS.labels])
@@ -173,7 +174,7 @@ def test_choices_and_their_gradients_equal_the_rows_written_out(architecture, te
     model, base = prompted(architecture), reference(architecture)
     lengths = [5, 3]
     prompts = soft_prompts(lengths)
-    plan = plan_targets(lengths, CHOSEN, [Objective(LABELS, text), Objective(LABELS, text=False)])
+    plan = pack_targets(lengths, CHOSEN, [Objective(LABELS, text), Objective(LABELS, text=False)])
     found = plan.split(model(prompts, plan))
     for k, (tokens, choices) in enumerate(found):
         rows = CHOSEN[k]
@@ -192,7 +193,7 @@ def test_choices_and_their_gradients_equal_the_rows_written_out(architecture, te
 
 
 def test_labels_that_part_at_once_need_no_further_segment():
-    plan = plan_labels([3], [[[1, 2], [3]]], LabelTrie(((7, 2), (8, 9, 2))))
+    plan = pack_labels([3], [[[1, 2], [3]]], LabelTrie(((7, 2), (8, 9, 2))))
     assert plan.positions == 3 + 3 and not len(plan.at)
     assert plan.choices.at.tolist() == [4, 5]
     assert plan.choices.ids.tolist() == [7, 8] and plan.choices.child.tolist() == [0, 1, 0, 1]
@@ -202,7 +203,7 @@ def test_a_choice_computes_only_the_rows_of_the_head_that_it_reads():
     model, shapes = prompted("llama"), []
     hook = model.base.get_output_embeddings().register_forward_hook(lambda module, inputs, out: shapes.append(tuple(out.shape)))
     try:
-        plan = plan_targets([5, 3], CHOSEN, [Objective(LABELS, text=False)] * 2)
+        plan = pack_targets([5, 3], CHOSEN, [Objective(LABELS, text=False)] * 2)
         assert len(model(soft_prompts([5, 3]), plan)) == len(plan.choices.at)
         assert shapes == [(1, len(plan.choices.at), len(LABELS.ids))]
         # And no token behind the last choice of a row.
@@ -213,7 +214,7 @@ def test_a_choice_computes_only_the_rows_of_the_head_that_it_reads():
 
 
 def test_the_last_target_token_is_never_fed():
-    plan = plan_targets([3], [[([1, 2], [7, 8, 9])]])
+    plan = pack_targets([3], [[([1, 2], [7, 8, 9])]])
     assert plan.tokens.tolist() == [1, 2, 7, 8]
     assert plan.at.tolist() == [4, 5, 6]
     assert plan.targets.tolist() == [7, 8, 9]
@@ -222,14 +223,14 @@ def test_the_last_target_token_is_never_fed():
 @pytest.mark.parametrize("row", [([], [7, 8]), ([1, 2], [])], ids=["no input", "no target"])
 def test_a_row_without_input_or_target_is_refused(row):
     with pytest.raises(ValueError, match="a row needs at least one input and one target token"):
-        plan_targets([3], [[([1], [2]), row]])
+        pack_targets([3], [[([1], [2]), row]])
 
 
 @every_architecture
 def test_a_slot_without_rows_has_a_zero_gradient(architecture):
     """A worker may get no row of a small batch; under ZeRO-3 it must still take part in the pass."""
     prompts = soft_prompts([3, 4])
-    plan = plan_targets([3, 4], [[], []])
+    plan = pack_targets([3, 4], [[], []])
     loss = prompted(architecture)(prompts, plan)
     assert loss.shape == (0,) and plan.per_slot == [0, 0]
     for gradient in torch.autograd.grad(loss.sum(), prompts):
@@ -256,7 +257,7 @@ def test_only_the_soft_prompt_moves(architecture):
     optimizer = torch.optim.AdamW(prompts, lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        model(prompts, plan_targets([5, 3], ROWS)).sum().backward()
+        model(prompts, pack_targets([5, 3], ROWS)).sum().backward()
         optimizer.step()
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.base.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.base.state_dict().items())
@@ -277,14 +278,14 @@ def test_packing_changes_nothing(architecture, pack):
     model = prompted(architecture)
     lengths, batches = [length for length, _ in pack], [batch for _, batch in pack]
     prompts = soft_prompts(lengths)
-    plan = plan_targets(lengths, batches)
+    plan = pack_targets(lengths, batches)
     losses = model(prompts, plan).split(plan.per_slot)
     together = torch.autograd.grad(sum(loss.sum() for loss in losses), prompts)
     for k in range(len(pack)):
         if not batches[k]:
             assert not together[k].any()
             continue
-        loss = model(prompts[k : k + 1], plan_targets(lengths[k : k + 1], batches[k : k + 1]))
+        loss = model(prompts[k : k + 1], pack_targets(lengths[k : k + 1], batches[k : k + 1]))
         (gradient,) = torch.autograd.grad(loss.sum(), prompts[k : k + 1])
         assert (losses[k] - loss).norm() <= 1e-6 * loss.norm() + 1e-6
         assert (together[k] - gradient).norm() <= 5e-6 * gradient.norm() + 1e-6
@@ -293,7 +294,7 @@ def test_packing_changes_nothing(architecture, pack):
 @every_architecture
 def test_a_nan_neighbour_leaves_the_others_untouched(architecture):
     model = prompted(architecture)
-    plan = plan_targets([5, 3], ROWS)
+    plan = pack_targets([5, 3], ROWS)
     prompts = soft_prompts([5, 3])
     healthy = model(prompts, plan).split(plan.per_slot)[0]
     (healthy_gradient,) = torch.autograd.grad(healthy.sum(), prompts[:1])
@@ -326,7 +327,7 @@ def _saved(compute) -> tuple[Tensor, int]:
 
 @every_architecture
 def test_gradient_checkpointing_changes_memory_only(architecture):
-    plan, prompts = plan_targets([5, 3], ROWS), soft_prompts([5, 3])
+    plan, prompts = pack_targets([5, 3], ROWS), soft_prompts([5, 3])
     model = PromptedModel(tiny_base(architecture, **_layers(architecture, 4)))
     loss, plain = _saved(lambda: model(prompts, plan).sum())
     expected = torch.autograd.grad(loss, prompts)
@@ -346,7 +347,7 @@ def _layers(architecture: str, n: int) -> dict[str, object]:
 
 @every_architecture
 def test_bfloat16_base_gives_fp32_losses_and_gradients(architecture):
-    plan, prompts = plan_targets([5, 3], ROWS), soft_prompts([5, 3])
+    plan, prompts = pack_targets([5, 3], ROWS), soft_prompts([5, 3])
     exact = prompted(architecture)(prompts, plan)
     model = PromptedModel(tiny_base(architecture).to(torch.bfloat16))
     loss = model(prompts, plan)
@@ -366,7 +367,7 @@ def test_dropout_is_off_even_in_training_mode(architecture):
         name = {"gpt_neo": "resid_dropout", "opt": "dropout", "falcon": "hidden_dropout"}[architecture]
         dropout[name] = 0.5
     model = PromptedModel(tiny_base(architecture, **dropout))
-    plan, prompts = plan_targets([5, 3], ROWS), soft_prompts([5, 3])
+    plan, prompts = pack_targets([5, 3], ROWS), soft_prompts([5, 3])
     expected = model(prompts, plan)
     model.train()
     assert torch.equal(model(prompts, plan), expected)
@@ -391,7 +392,7 @@ def test_a_step_computes_no_more_than_it_must():
     )
     model = PromptedModel(base)
     batches = [[([5] * (longest - 2), [6, 7, 2])] * 4, [([5] * (longest - 2), [6, 7, 2]), ([5] * 4, [6, 2])]]
-    plan, prompts = plan_targets(lengths, batches), soft_prompts(lengths, width=width)
+    plan, prompts = pack_targets(lengths, batches), soft_prompts(lengths, width=width)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(prompts, plan).sum().backward()
     n = sum(parameter.numel() for name, parameter in base.named_parameters() if "embed_tokens" not in name)
@@ -415,7 +416,7 @@ def test_a_step_computes_no_more_than_it_must():
 def test_a_step_of_choices_computes_what_it_reads():
     """`4 N (P + B T) + attention + 4 U H choices`: T without the tokens behind the last choice, U ids that are compared."""
     base, length, rows = tiny_base("llama"), 6, [([5] * 9, [8, 9, 10, 2]), ([5] * 9, [8, 9, 2])]
-    model, plan = PromptedModel(base), plan_targets([length], [rows], [Objective(LABELS, text=False)])
+    model, plan = PromptedModel(base), pack_targets([length], [rows], [Objective(LABELS, text=False)])
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(soft_prompts([length]), plan).sum().backward()
     n = sum(parameter.numel() for name, parameter in base.named_parameters() if "embed" not in name and "lm_head" not in name)
@@ -460,7 +461,7 @@ def test_logits_and_loss_equal_pefts(architecture):
     with torch.no_grad():
         logits = theirs(input_ids=torch.tensor([[3, 4, 5, 6, 7]])).logits[0, -5:]
         torch.testing.assert_close(every_logit(ours, soft_prompt.detach(), [[3, 4, 5, 6, 7]]), logits, atol=1e-5, rtol=1e-5)
-        loss = ours([soft_prompt], plan_targets([6], ROWS[:1])).mean()
+        loss = ours([soft_prompt], pack_targets([6], ROWS[:1])).mean()
         assert loss.item() == pytest.approx(theirs(**padded(ROWS[0])).loss.item(), rel=1e-5)
 
 
@@ -477,7 +478,7 @@ def test_twenty_steps_follow_pefts_curve(architecture):
     our_optimizer = torch.optim.AdamW([soft_prompt], lr=0.02)
     for batch in batches:
         their_loss = theirs(**padded(batch)).loss
-        our_loss = ours([soft_prompt], plan_targets([6], [batch])).mean()
+        our_loss = ours([soft_prompt], pack_targets([6], [batch])).mean()
         assert our_loss.item() == pytest.approx(their_loss.item(), rel=1e-4)
         for optimizer, loss in ((their_optimizer, their_loss), (our_optimizer, our_loss)):
             optimizer.zero_grad()

@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from ptuning.cli.app import app
-from ptuning.model.prompted_model import PromptedModel, plan_targets
-from ptuning.planning.capacity import Machine, Settings, Training, Workload
-from ptuning.planning.meta_model import Blueprint, read_config
+from ptuning.model.packing import pack_targets
+from ptuning.model.prompted_model import PromptedModel
+from ptuning.planning.capacity import Training
+from ptuning.planning.meta_model import MetaModel, read_config
+from ptuning.planning.workload import Machine, RunShape, Workload
 from ptuning.planning.zero3_simulator import Sharing, gather, live_numbers, node_copies_fit, share_numbers
 
 SHAPES = REPOSITORY / "tests" / "data" / "shapes"
@@ -29,12 +31,12 @@ GB = 10**9
 
 
 @lru_cache
-def blueprint(recompute: bool = False) -> Blueprint:
-    return Blueprint(tiny_config("llama"), torch.float32, checkpoint_gradients=recompute)
+def blueprint(recompute: bool = False) -> MetaModel:
+    return MetaModel(tiny_config("llama"), torch.float32, checkpoint_gradients=recompute)
 
 
 def training(ranks: int = 2, memory: int = GB, gpus: bool = True, **changes: int) -> Training:
-    wanted = replace(Settings(length=5, tokens=12, targets=3, batch=8, persistent=50, live=20_000), **changes)
+    wanted = replace(RunShape(length=5, tokens=12, targets=3, batch=8, persistent=50, live=20_000), **changes)
     machine = Machine(ranks, memory, ranks, GB, 1e12, gpus)
     return Training(blueprint().shape, wanted, machine, blueprint().training, blueprint().evaluation)
 
@@ -46,7 +48,7 @@ PLANS = lru_cache(training)
 @pytest.mark.fast
 @pytest.mark.parametrize(("name", "billions"), [("8b", 8.03), ("70b", 70.55), ("405b", 405.85)])
 def test_parameters_of_public_shapes_are_the_known_totals(name: str, billions: float) -> None:
-    shape = Blueprint(read_config(SHAPES / f"llama-{name}.json"), torch.bfloat16).shape
+    shape = MetaModel(read_config(SHAPES / f"llama-{name}.json"), torch.bfloat16).shape
     assert shape.numbers / 1e9 == pytest.approx(billions, abs=0.005)
 
 
@@ -68,8 +70,8 @@ def test_a_blueprint_counts_what_the_real_pass_keeps(architecture: str) -> None:
     rows = [([5] * 9, [6, 7, 2])] * 4
     vectors = [torch.zeros(5, 32, requires_grad=True) for _ in range(2)]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        nll = model(vectors, plan_targets([5, 5], [rows, rows]))
-    found = Blueprint(tiny_config(architecture), torch.float32).training(Workload(2, 5, 4, 12, 3))
+        nll = model(vectors, pack_targets([5, 5], [rows, rows]))
+    found = MetaModel(tiny_config(architecture), torch.float32).training(Workload(2, 5, 4, 12, 3))
     backward = next(moment for moment in found.moments if not moment.forward)
     assert nll.requires_grad
     # Beside what is kept there is what the operation at hand works on: a few tensors of this small pass.

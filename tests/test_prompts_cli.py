@@ -22,10 +22,10 @@ from ptuning.cli.app import app
 from ptuning.config import ModelConfig, Template
 from ptuning.model.base import find_base
 from ptuning.model.nearest_tokens import nearest_words, norms
-from ptuning.registry.promotions import Ledger
+from ptuning.registry.promotions import PromotionLog
 from ptuning.registry.publish import retrieve
 from ptuning.registry.registry import Registry
-from ptuning.tracking.tracker import default_uri
+from ptuning.tracking.client import default_uri
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -60,7 +60,7 @@ def shelf(store: Path, registry: Registry, tmp_path: Path, tiny_base_folder: Pat
     put(registry, "toy", prompt(tmp_path, 2, **mine, parent=first.tag("content_hash")))
     put(registry, "toy", prompt(tmp_path, 3, **mine, metrics={"test_accuracy": 0.4}))
     put(registry, "other", prompt(tmp_path, 4, **mine))
-    Ledger(registry, "toy").promote(1, Ledger(registry, "toy").state())
+    PromotionLog(registry, "toy").promote(1, PromotionLog(registry, "toy").state())
     return SimpleNamespace(where=("--storage", str(store)), registry=registry, base=base, folder=tmp_path)
 
 

@@ -18,14 +18,16 @@ from test_soft_prompt import make
 from test_tracking import free_port, migrated, new_database, server
 
 from ptuning import storage
-from ptuning.config import ModelConfig, Template, UserError, parse_experiment
+from ptuning.config import ModelConfig, Template, parse_experiment
+from ptuning.errors import UserError
 from ptuning.model import soft_prompt
 from ptuning.model.base import find_base
 from ptuning.registry.gate import GateError, promote
-from ptuning.registry.promotions import Ledger, Move, MovedMeanwhile, State, delete
-from ptuning.registry.publish import bring_parent, fetch, pin_parent, publish, retrieve
+from ptuning.registry.promotions import Move, MovedMeanwhile, PromotionLog, State, delete
+from ptuning.registry.publish import fetch, publish, retrieve
 from ptuning.registry.registry import Reference, Registry, RegistryError, Version, check_name, parse_reference
-from ptuning.tracking import tracker
+from ptuning.tracking import client as tracking_client
+from ptuning.training.run_setup import bring_parent, pin_parent
 
 # MLflow 3.17 uses SQLAlchemy's noload, deprecated in 2.1 (store/tracking/sqlalchemy_store.py).
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -42,7 +44,7 @@ def store(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def registry(store: Path) -> Registry:
-    return Registry(tracker.default_uri(store))
+    return Registry(tracking_client.default_uri(store))
 
 
 @pytest.fixture(scope="module")
@@ -179,12 +181,12 @@ def test_what_is_not_there(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="toy@champion: is not there"):
         registry.find("toy@champion")
     with pytest.raises(RegistryError, match="other: no soft prompt of this name"):
-        Ledger(registry, "other").state()
+        PromotionLog(registry, "other").state()
 
 
 @pytest.mark.fast
 def test_looking_creates_nothing(tmp_path: Path) -> None:
-    registry = Registry(tracker.default_uri(tmp_path / "none"))
+    registry = Registry(tracking_client.default_uri(tmp_path / "none"))
     assert registry.versions() == [] and not (tmp_path / "none").exists()
 
 
@@ -226,17 +228,17 @@ def test_a_symlink_in_the_store_gives_nothing_away(registry: Registry, store: Pa
 @pytest.mark.fast
 def test_promote_rollback_and_delete(registry: Registry) -> None:
     fill(registry, "toy", 4)
-    ledger = Ledger(registry, "toy")
+    ledger = PromotionLog(registry, "toy")
     for version in (1, 3, 4):
         ledger.promote(version, ledger.state())
         assert registry.find("toy@champion").version == version
     with pytest.raises(RegistryError, match="toy:4: is the champion; promote another version first, then delete this one"):
         delete(registry, Reference("toy", 4))
     delete(registry, Reference("toy", 3))
-    assert Ledger(registry, "toy").rollback().champion == 1, "a rollback skips what was deleted"
+    assert PromotionLog(registry, "toy").rollback().champion == 1, "a rollback skips what was deleted"
     assert registry.find("toy").version == 1
     with pytest.raises(RegistryError, match="toy: has no earlier champion to go back to; promote a version instead"):
-        Ledger(registry, "toy").rollback()
+        PromotionLog(registry, "toy").rollback()
     with pytest.raises(RegistryError, match="names no single version; write toy:N"):
         delete(registry, Reference("toy"))
     with pytest.raises(RegistryError, match="toy:9: is not there"):
@@ -253,7 +255,7 @@ def test_promote_rollback_and_delete(registry: Registry) -> None:
 @pytest.mark.fast
 def test_a_promotion_that_saw_an_older_champion_changes_nothing(registry: Registry) -> None:
     fill(registry, "toy", 3)
-    ledger = Ledger(registry, "toy")
+    ledger = PromotionLog(registry, "toy")
     seen = ledger.state()
     ledger.promote(1, seen)
     with pytest.raises(MovedMeanwhile, match="toy: its champion moved from none to 1 meanwhile, nothing was changed"):
@@ -268,7 +270,7 @@ def test_a_promotion_that_saw_an_older_champion_changes_nothing(registry: Regist
 @pytest.mark.fast
 def test_a_promoter_that_dies_leaves_a_ledger_that_the_next_one_completes(registry: Registry) -> None:
     fill(registry, "toy", 3)
-    ledger = Ledger(registry, "toy")
+    ledger = PromotionLog(registry, "toy")
     ledger.promote(1, ledger.state())
     ledger._append("promote", 2, ledger.state().last, None)  # and dies before it writes the alias
     assert registry.find("toy@champion").version == 1
@@ -280,7 +282,7 @@ def test_a_promoter_that_dies_leaves_a_ledger_that_the_next_one_completes(regist
 @pytest.mark.fast
 def test_a_late_writer_of_the_alias_puts_it_right(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(registry, "toy", 2)
-    late, quick = Ledger(registry, "toy"), Ledger(Registry(registry.uri), "toy")
+    late, quick = PromotionLog(registry, "toy"), PromotionLog(Registry(registry.uri), "toy")
     write = registry.client.set_registered_model_alias
 
     def after_another_promotion(*arguments: str) -> None:
@@ -297,7 +299,7 @@ def test_a_late_writer_of_the_alias_puts_it_right(registry: Registry, monkeypatc
 @pytest.mark.fast
 def test_a_name_that_is_created_again_has_an_empty_ledger(registry: Registry) -> None:
     fill(registry, "toy", 1)
-    ledger = Ledger(registry, "toy")
+    ledger = PromotionLog(registry, "toy")
     ledger.promote(1, ledger.state())
     registry.client.delete_registered_model("toy")
     fill(registry, "toy", 1)
@@ -324,7 +326,7 @@ def test_the_gate(registry: Registry, tmp_path: Path, tiny_base_folder: Path) ->
     with pytest.raises(GateError, match=r"toy:2: its test accuracy 0.4800 is worse than the champion's 0.5000 .toy:1. by"):
         promote(registry, Reference("toy", 2))
     assert promote(registry, Reference("toy", 2), margin=0.03).previous == 1
-    Ledger(registry, "toy").rollback()
+    PromotionLog(registry, "toy").rollback()
     assert promote(registry, Reference("toy", 3)).moved
     with pytest.raises(GateError, match="no metric on the same rows compares it with the champion toy:3; nothing was changed"):
         promote(registry, Reference("toy", 4))
@@ -335,7 +337,7 @@ def test_the_gate(registry: Registry, tmp_path: Path, tiny_base_folder: Path) ->
     forced = promote(registry, Reference("toy", 4), force=True)
     assert forced.moved and registry.find("toy@champion").tag("state") == "forced"
     assert registry.find("toy@champion").tag("forced") == forced.findings[0]
-    assert Ledger(registry, "toy").state().moves[-1].forced == forced.findings[0]
+    assert PromotionLog(registry, "toy").state().moves[-1].forced == forced.findings[0]
 
 
 @pytest.mark.fast
@@ -347,7 +349,7 @@ def test_a_parent_from_the_registry_is_pinned_in_the_runs_folder(
     put(registry, "toy", prompt(tmp_path, 1, **own))
     put(registry, "toy", prompt(tmp_path, 2, **own))
     put(registry, "foreign", prompt(tmp_path, 3))
-    ledger = Ledger(registry, "toy")
+    ledger = PromotionLog(registry, "toy")
     ledger.promote(1, ledger.state())
     toy_task.experiment["compute"]["storage"] = str(store)
     toy_task.experiment["prompt"] |= {"init": "soft-prompt", "init_from": "toy@champion"}
@@ -375,7 +377,7 @@ def test_a_parent_from_the_registry_is_pinned_in_the_runs_folder(
 
 def race(uri: str, name: str, version: int, tries: int, barrier: Any, results: Any) -> None:
     """One of two promoters: both begin every try with the same view, and each wants its own version."""
-    ledger = Ledger(Registry(uri), name)
+    ledger = PromotionLog(Registry(uri), name)
     for attempt in range(tries):
         seen = ledger.state()
         barrier.wait()
@@ -417,7 +419,7 @@ def run_races(uri: str, tries: int) -> None:
         champions.append(2 * attempt + winners[0])
         assert {alias for _, alias in outcomes.values()} == {champions[-1]}, f"try {attempt}: {outcomes}"
     assert set(seen) <= set(champions)
-    ledger = Ledger(registry, name)
+    ledger = PromotionLog(registry, name)
     state = ledger.state()
     assert (state.champion, state.earlier) == (champions[-1], tuple(champions[:-1]))
     for earlier in reversed(champions[-4:-1]):
@@ -449,7 +451,7 @@ def test_everything_over_http(http: str, tmp_path: Path) -> None:
     promote(registry, Reference("toy", 1), force=True)
     assert "tiny" in str(registry.find("toy@champion").tag("forced"))
     promote(registry, Reference("toy", 2), force=True)
-    assert Ledger(registry, "toy").rollback().champion == registry.find("toy").version == 1
+    assert PromotionLog(registry, "toy").rollback().champion == registry.find("toy").version == 1
     delete(registry, Reference("toy", 2))
     assert [version.version for version in registry.versions("toy")] == [1]
     with pytest.raises(RegistryError, match="is the champion"):
@@ -458,6 +460,8 @@ def test_everything_over_http(http: str, tmp_path: Path) -> None:
 
 @pytest.mark.fast
 def test_a_server_that_does_not_answer_is_a_sentence() -> None:
-    with pytest.raises(tracker.TrackingError, match="MLflow .http://127.0.0.1:9. does not answer; is it running") as refusal:
+    with pytest.raises(
+        tracking_client.TrackingError, match="MLflow .http://127.0.0.1:9. does not answer; is it running"
+    ) as refusal:
         Registry("http://127.0.0.1:9").versions()
     assert "\n" not in str(refusal.value)

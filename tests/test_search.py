@@ -18,11 +18,11 @@ import ray
 import torch
 from conftest import worker_killed
 
-from ptuning.cluster.failures import RunFailed
 from ptuning.config import parse_experiment
+from ptuning.errors import RunFailed
 from ptuning.model import soft_prompt
 from ptuning.searching.run import run_search
-from ptuning.searching.trial_store import Entry
+from ptuning.searching.trial_store import TrialRecord
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -45,8 +45,8 @@ def tables(toy_task: SimpleNamespace) -> dict[str, Any]:
     return toy_task.experiment
 
 
-def search(tables: dict[str, Any], resume: bool = False) -> tuple[dict[str, Any], list[Entry], list[str]]:
-    shown: list[list[Entry]] = []
+def search(tables: dict[str, Any], resume: bool = False) -> tuple[dict[str, Any], list[TrialRecord], list[str]]:
+    shown: list[list[TrialRecord]] = []
     lines: list[str] = []
     summary = run_search(parse_experiment(tables), resume=resume, show=shown.append, say=lines.append)
     return summary, shown[-1], lines

@@ -22,8 +22,9 @@ import torch
 from conftest import REPOSITORY, tiny_base
 from test_http_api import ADMIN, GOOD, KEY, publish_soft_prompt, raw, serving, settings
 
-from ptuning.config import ModelConfig, ServeConfig, UserError, parse_experiment
-from ptuning.inference.engine import EngineBusy, Request
+from ptuning.config import ModelConfig, ServeConfig, parse_experiment
+from ptuning.errors import UserError
+from ptuning.inference.types import EngineBusy, Request
 from ptuning.model.base import find_base
 from ptuning.registry.registry import FORMAT
 from ptuning.serving import auth
@@ -227,7 +228,7 @@ def test_keys_are_compared_whole_and_in_constant_time(monkeypatch):
 
 
 def test_keys_are_nowhere(world, tmp_path, caplog):
-    from ptuning.serving.server import application
+    from ptuning.serving.deployment import application
 
     experiment = parse_experiment(settings(world.storage, world.base))
     keys = read_keys(str(world.storage / "keys"))
@@ -286,7 +287,7 @@ def test_without_rays_token_nothing_is_served(monkeypatch):
 
 def test_a_parcel_takes_no_link_out_of_its_folder(tmp_path, tiny_base_folder):
     """A folder of somebody else's may hold links; only names of its own patterns travel, never a hidden file or a folder."""
-    from ptuning.cluster.job_package import collect
+    from ptuning.cluster.job_package import build_package
 
     base = tmp_path / "base"
     shutil.copytree(tiny_base_folder, base)
@@ -300,7 +301,7 @@ def test_a_parcel_takes_no_link_out_of_its_folder(tmp_path, tiny_base_folder):
         f'name = "toy"\n[model]\npath = "{base}"\n[data]\ntrain = "x.jsonl"\ninput = "{{text}}"\ntarget = " {{label}}"\n'
         '[compute]\nstorage = "/shared"\n'
     )
-    shipped = collect("serve", str(file), [], shared=[], env=[], here={})
+    shipped = build_package("serve", str(file), [], shared=[], env=[], here={})
     packed = tmp_path / "packed"
     packed.mkdir()
     shipped.pack(packed)

@@ -27,7 +27,7 @@ from ray.serve.schema import ServeDeploySchema
 from test_http_api import GOOD, HOSTILE, LABELS, chat, fill_storage, publish_soft_prompt, raw, settings
 from test_tracking import free_port
 
-from ptuning.registry.promotions import Ledger
+from ptuning.registry.promotions import PromotionLog
 
 pytestmark = [
     pytest.mark.slow,
@@ -162,7 +162,7 @@ def test_mixed_load_answers_everybody_alike(client, world):
 
 
 def test_promotions_under_load_fail_nobody(world):
-    ledger, stopped, failures, answers = Ledger(world.registry, "fruits"), threading.Event(), [], []
+    ledger, stopped, failures, answers = PromotionLog(world.registry, "fruits"), threading.Event(), [], []
 
     def load(number: int) -> None:
         with OpenAI(base_url=world.url, api_key="any", max_retries=0, timeout=60) as client:
@@ -208,7 +208,7 @@ def test_a_bad_soft_prompt_is_refused_loudly(client, world):
     other = {"config": "0" * 64, "tokenizer": "0" * 64, "weights": "0" * 64}
     bad = publish_soft_prompt(world.registry, world.base, world.folder / "bad", "fruits", 9, base_fingerprint=other)
     before = chat(client).model
-    ledger = Ledger(world.registry, "fruits")
+    ledger = PromotionLog(world.registry, "fruits")
     ledger.promote(int(bad.partition(":")[2]), ledger.state())
     world.command.wait(f"refused: {bad}: made for", 20)
     assert chat(client).model == before and json.loads(get(world, "/readyz"))["refused"] == 1
@@ -255,7 +255,10 @@ def test_an_open_address_without_keys_is_refused(world):
 def test_the_config_file_of_serve():
     tables = yaml.safe_load((REPOSITORY / "jobs" / "serve.yaml").read_text(encoding="utf-8"))
     (application,) = ServeDeploySchema.model_validate(tables).applications
-    assert application.import_path == "ptuning.serving.server:build" and (REPOSITORY / application.args["experiment"]).is_file()
+    assert (
+        application.import_path == "ptuning.serving.deployment:build"
+        and (REPOSITORY / application.args["experiment"]).is_file()
+    )
 
 
 def test_stopping_answers_what_has_begun(world):

@@ -17,8 +17,9 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor
 
 from ptuning.config import Template
-from ptuning.model import soft_prompt
-from ptuning.model.prompted_model import PromptedModel, plan_targets
+from ptuning.model import compatibility, initializers, soft_prompt
+from ptuning.model.packing import pack_targets
+from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
 from ptuning.storage import StorageError
 
@@ -62,7 +63,7 @@ def test_a_soft_prompt_comes_back_bit_by_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma2"])
 def test_peft_loads_ours_with_the_same_logits(folder: Path, architecture: str) -> None:
     rows = [([5, 6, 7, 8], [9, 2]), ([11, 12], [13, 14, 2])]
-    plan = plan_targets([5], [rows])
+    plan = pack_targets([5], [rows])
     with torch.no_grad():
         ours = PromptedModel(tiny_base(architecture))([soft_prompt.load(str(folder)).vectors], plan)
         theirs = PeftModel.from_pretrained(tiny_base(architecture), str(folder)).eval()
@@ -98,12 +99,12 @@ def test_content_hash_is_of_shape_and_content(length: int, width: int, seed: int
 
 def test_law_8_another_base_is_refused_with_both_sides(folder: Path) -> None:
     loaded = soft_prompt.load(str(folder))
-    soft_prompt.check_base(loaded, "toy", 32, "tiny", FINGERPRINT)
-    soft_prompt.check_base(loaded, "toy", 32, "tiny", None)
+    compatibility.check_base(loaded, "toy", 32, "tiny", FINGERPRINT)
+    compatibility.check_base(loaded, "toy", 32, "tiny", None)
     with pytest.raises(SoftPromptError, match=r"toy: made for width 32 \(tiny\), but other has width 64; use its base"):
-        soft_prompt.check_base(loaded, "toy", 64, "other", FINGERPRINT)
+        compatibility.check_base(loaded, "toy", 64, "other", FINGERPRINT)
     with pytest.raises(SoftPromptError, match=r"made for tiny \(weights c{12}\), but other has weights e{12}; use the base"):
-        soft_prompt.check_base(loaded, "toy", 32, "other", FINGERPRINT | {"weights": "e" * 64})
+        compatibility.check_base(loaded, "toy", 32, "other", FINGERPRINT | {"weights": "e" * 64})
 
 
 def rewrite(folder: Path, tensors: dict[str, Tensor] | None = None, config: dict[str, Any] | None = None) -> None:
@@ -201,29 +202,29 @@ def generator() -> torch.Generator:
 
 
 def test_text_rows_repeat_or_cut() -> None:
-    assert soft_prompt.text_rows(5, [7, 8], embed)[:, 0].tolist() == [7, 8, 7, 8, 7]
-    assert soft_prompt.text_rows(1, [7, 8], embed)[:, 0].tolist() == [7]
+    assert initializers.text_rows(5, [7, 8], embed)[:, 0].tolist() == [7, 8, 7, 8, 7]
+    assert initializers.text_rows(1, [7, 8], embed)[:, 0].tolist() == [7]
 
 
 def test_vocabulary_rows_are_drawn_without_repetition_while_they_last() -> None:
-    rows = soft_prompt.vocabulary_rows(6, [1, 2, 3], embed, generator())[:, 0].tolist()
+    rows = initializers.vocabulary_rows(6, [1, 2, 3], embed, generator())[:, 0].tolist()
     assert sorted(rows[:3]) == sorted(rows[3:]) == [1, 2, 3]
 
 
 def test_label_rows_average_the_tokens_of_a_label() -> None:
-    rows = soft_prompt.label_rows(4, [[10, 20], [30]], [1, 2], embed, generator())
+    rows = initializers.label_rows(4, [[10, 20], [30]], [1, 2], embed, generator())
     assert rows[:2, 0].tolist() == [15, 30] and set(rows[2:, 0].tolist()) == {1, 2}
-    assert soft_prompt.label_rows(1, [[10, 20], [30]], [1], embed, generator())[:, 0].tolist() == [15]
+    assert initializers.label_rows(1, [[10, 20], [30]], [1], embed, generator())[:, 0].tolist() == [15]
 
 
 def test_random_rows_have_the_spread_of_the_embeddings() -> None:
     sample = torch.randn(2000, 8, generator=generator()) * 0.02 + 0.5
-    rows = soft_prompt.random_rows(2000, sample, generator())
+    rows = initializers.random_rows(2000, sample, generator())
     assert float(rows.mean()) == pytest.approx(0.5, abs=0.005) and float(rows.std()) == pytest.approx(0.02, rel=0.1)
 
 
 def test_transferred_rows_cut_or_fill_up() -> None:
     source = torch.full((3, 3), 99.0)
-    assert soft_prompt.transferred_rows(2, source, [1, 2], embed, generator()).tolist() == source[:2].tolist()
-    longer = soft_prompt.transferred_rows(5, source, [1, 2], embed, generator())
+    assert initializers.transferred_rows(2, source, [1, 2], embed, generator()).tolist() == source[:2].tolist()
+    longer = initializers.transferred_rows(5, source, [1, 2], embed, generator())
     assert longer[:3].tolist() == source.tolist() and set(longer[3:, 0].tolist()) == {1, 2}

@@ -18,7 +18,8 @@ import torch
 from pyarrow import fs
 
 from ptuning import storage
-from ptuning.config import UserError, parse_experiment
+from ptuning.config import parse_experiment
+from ptuning.errors import UserError
 from ptuning.model import soft_prompt
 from ptuning.storage import StorageError
 from ptuning.training import checkpoint, lease

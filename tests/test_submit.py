@@ -29,14 +29,15 @@ from typer.testing import CliRunner
 
 from ptuning.cli.app import app
 from ptuning.cluster import job_package
-from ptuning.cluster.job_package import Shipment
-from ptuning.config import ModelConfig, UserError, read_experiment
+from ptuning.cluster.job_package import JobPackage
+from ptuning.cluster.local_paths import absolute
+from ptuning.config import ModelConfig, read_experiment
 from ptuning.data.sources import read_source
+from ptuning.errors import UserError
 from ptuning.model import soft_prompt
 from ptuning.model.base import find_base
 from ptuning.paths import locate
-from ptuning.registry.publish import pin_parent
-from ptuning.training.run_setup import absolute
+from ptuning.training.run_setup import pin_parent
 
 Write = Callable[..., Path]
 fast = pytest.mark.fast
@@ -83,9 +84,9 @@ def desk(tmp_path: Path, tiny_base_folder: Path, write_toml: Write, monkeypatch:
     (base / "pytorch_model.bin").write_bytes(b"pickle")
     experiment = tables(Path("base"))
 
-    def collect(*overrides: str, kind: Any = "train", **options: Any) -> Shipment:
+    def collect(*overrides: str, kind: Any = "train", **options: Any) -> JobPackage:
         chosen: dict[str, Any] = {"shared": (), "env": (), "here": {}} | options
-        return job_package.collect(kind, str(write_toml(experiment)), overrides, **chosen)
+        return job_package.build_package(kind, str(write_toml(experiment)), overrides, **chosen)
 
     return SimpleNamespace(folder=tmp_path, base=base, experiment=experiment, collect=collect)
 
@@ -93,7 +94,7 @@ def desk(tmp_path: Path, tiny_base_folder: Path, write_toml: Write, monkeypatch:
 @fast
 def test_exactly_what_the_experiment_names_travels(desk: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> None:
     packed = tmp_path_factory.mktemp("packed")
-    shipped: Shipment = desk.collect("train.steps=7")
+    shipped: JobPackage = desk.collect("train.steps=7")
     shipped.pack(packed)
     found = {str(path.relative_to(packed)): path for path in packed.rglob("*") if path.is_file()}
     assert found.keys() == shipped.contents.keys()
@@ -286,7 +287,7 @@ def test_nothing_that_travels_can_be_imported(desk: SimpleNamespace, tmp_path_fa
     desk.experiment["data"]["train"] = "queue.py"
     desk.collect().pack(packed)
     (desk.folder / "experiment.toml").rename(desk.folder / "secrets.py")
-    shipped = job_package.collect("train", "secrets.py", ["data.train=data/train.jsonl"], shared=[], env=[], here={})
+    shipped = job_package.build_package("train", "secrets.py", ["data.train=data/train.jsonl"], shared=[], env=[], here={})
     shipped.pack(packed)
     assert "secrets.py.toml" in shipped.contents and shipped.env["PYTHONSAFEPATH"] == "1"
     assert {path.name for path in packed.iterdir()} == {"experiment.toml", "secrets.py.toml", "shipped"}

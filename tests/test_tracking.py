@@ -29,16 +29,11 @@ from hypothesis import strategies as st
 from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy import make_url
 
-from ptuning.config import UserError
-from ptuning.tracking.tracker import (
-    Tracker,
-    _create_database,
-    database,
-    default_artifact_root,
-    default_uri,
-    provenance,
-    ship_leftovers,
-)
+from ptuning.errors import UserError
+from ptuning.tracking.client import _create_database, database, default_artifact_root, default_uri
+from ptuning.tracking.provenance import provenance
+from ptuning.tracking.tracker import Tracker
+from ptuning.tracking.uploader import ship_leftovers
 
 ROOT = Path(__file__).parent.parent
 # MLflow 3.17 uses SQLAlchemy's noload, deprecated in 2.1 (store/tracking/sqlalchemy_store.py).
@@ -287,6 +282,7 @@ def test_a_killed_process_loses_nothing_and_is_closed_as_killed(storage: Path) -
     script = f"""
         import os, signal
         from pathlib import Path
+        from ptuning.tracking.client import *
         from ptuning.tracking.tracker import *
         storage = Path({str(storage)!r})
         tracker = Tracker(default_uri(storage), "tests", None, storage / "run" / "tracking", "run")
@@ -320,6 +316,7 @@ def test_two_processes_create_one_database_and_one_experiment(tmp_path: Path) ->
     script = f"""
         import sys
         from pathlib import Path
+        from ptuning.tracking.client import *
         from ptuning.tracking.tracker import *
         storage = Path({str(tmp_path)!r})
         name = sys.argv[1]
@@ -388,6 +385,7 @@ def test_server_that_never_answers_costs_only_the_deadline(tmp_path: Path) -> No
         script = f"""
             import time
             from pathlib import Path
+            from ptuning.tracking.client import *
             from ptuning.tracking.tracker import *
             uri, spool = "http://me:hunter2@127.0.0.1:{port}", Path({str(tmp_path / "run")!r})
             tracker = Tracker(uri, "tests", None, spool, "run")

@@ -21,16 +21,19 @@ from hypothesis import strategies as st
 
 from ptuning import storage
 from ptuning.config import Experiment, ModelConfig, TrainConfig, ZeroConfig, parse_experiment
+from ptuning.data.task import load_task
 from ptuning.model import soft_prompt
 from ptuning.model.base import Base, find_base
-from ptuning.model.prompted_model import Objective, PromptedModel, plan_targets
+from ptuning.model.packing import Objective, pack_targets
+from ptuning.model.prompted_model import PromptedModel
 from ptuning.training import checkpoint, zero
 from ptuning.training import loop as training
+from ptuning.training import slot as training_slot
 from ptuning.training.distributed import Workers
 from ptuning.training.evaluate import label_scores
-from ptuning.training.loop import Pack, Slot, learning_rate, train
-from ptuning.training.messages import Assignment, Detachment, Event, Order
-from ptuning.training.run_setup import load_task
+from ptuning.training.loop import Pack, train
+from ptuning.training.messages import Command, Event, StartRun, StopRun
+from ptuning.training.slot import Slot, learning_rate
 
 pytestmark = pytest.mark.fast
 
@@ -57,9 +60,9 @@ class Run:
     def __call__(self, *experiments: Experiment, stop_after: int | None = None) -> Run:
         waiting = list(experiments)
 
-        def source(free: int) -> list[Assignment] | None:
+        def source(free: int) -> list[StartRun] | None:
             taken, waiting[:] = waiting[:free], waiting[free:]
-            return [Assignment(each, str(self.folder / each.name)) for each in taken] or None
+            return [StartRun(each, str(self.folder / each.name)) for each in taken] or None
 
         def report(event: Event) -> None:
             self.events.append(event)
@@ -252,10 +255,10 @@ def test_law_4_whoever_joins_and_leaves(
     packed.pack.ringing = lambda: True
     clock = itertools.count()
 
-    def source(free: int) -> list[Order] | None:
+    def source(free: int) -> list[Command] | None:
         now = next(clock)
-        orders: list[Order] = [Detachment(f"t{n}", keep=True) for n, (join, stay) in enumerate(stays) if join + stay == now]
-        orders += [Assignment(trials[n], str(packed.folder / f"t{n}")) for n, (join, _) in enumerate(stays) if join == now]
+        orders: list[Command] = [StopRun(f"t{n}", keep=True) for n, (join, stay) in enumerate(stays) if join + stay == now]
+        orders += [StartRun(trials[n], str(packed.folder / f"t{n}")) for n, (join, _) in enumerate(stays) if join == now]
         return orders if now <= 42 else None
 
     train(packed.pack, source, packed.events.append)
@@ -388,7 +391,7 @@ def test_the_best_step_is_kept_and_patience_stops(run: Any, toy_task: SimpleName
     ranked = max(done.of("evaluation"), key=lambda event: (event.values["accuracy"], -event.values["loss"]))
     assert finished.details["best_step"] == ranked.step
     assert finished.step == ranked.step + 15 < 200
-    saved = checkpoint.newest(training.checkpoints(str(done.folder / "toy")))
+    saved = checkpoint.newest(training_slot.checkpoints(str(done.folder / "toy")))
     assert saved is not None and torch.equal(saved[0]["best_vectors"], done.result("toy").vectors)
     assert not torch.equal(saved[0]["start0.vectors"], done.result("toy").vectors)
 
@@ -420,7 +423,7 @@ def test_initial_vectors_are_deterministic_in_the_seed(run: Any, toy_task: Simpl
 
     def vectors(seed: int) -> torch.Tensor:
         task = experiment(toy_task, prompt__init=init, train__seed=seed, prompt__length=7, **text)
-        return training.initial_vectors(task, load_task(task, base), base, pack.embed)[0]
+        return training_slot.initial_vectors(task, load_task(task, base), base, pack.embed)[0]
 
     assert torch.equal(vectors(0), vectors(0)) and vectors(0).shape == (7, base.width)
     assert torch.equal(vectors(0), vectors(1)) == (init == "text")
@@ -461,7 +464,7 @@ def test_schedules(schedule: Any, expected: list[float]) -> None:
 
 def test_clipping_is_by_the_slots_own_norm(run: Any, toy_task: SimpleNamespace) -> None:
     pack = run().pack
-    slot = pack.attach(Assignment(experiment(toy_task, train__clip=1.0), "unused"))
+    slot = pack.attach(StartRun(experiment(toy_task, train__clip=1.0), "unused"))
     slot.starts[0].optimizer = torch.optim.SGD([slot.vectors], lr=1.0)
     before = slot.vectors.detach().clone()
     norm = slot.update([torch.full_like(before, 3.0)], [1.0])
@@ -484,7 +487,7 @@ def test_several_starts_end_as_the_best_of_them(run: Any, toy_task: SimpleNamesp
     assert judged[1].values["loss"] == min(judged[1].values[key] for key in left)
 
     alone = run("alone")
-    slot = alone.pack.attach(Assignment(task, str(alone.folder / "start")))
+    slot = alone.pack.attach(StartRun(task, str(alone.folder / "start")))
     slot.starts = [slot.starts[winner]]
     train(alone.pack, lambda free: None, alone.events.append)
     assert torch.allclose(alone.result("start").vectors, done.result("toy").vectors, atol=1e-5)
@@ -492,7 +495,7 @@ def test_several_starts_end_as_the_best_of_them(run: Any, toy_task: SimpleNamesp
 
 def test_a_start_that_diverges_leaves_alone(run: Any, toy_task: SimpleNamespace) -> None:
     pack, events = run().pack, []
-    slot = pack.attach(Assignment(experiment(toy_task, train__starts=3), "unused"))
+    slot = pack.attach(StartRun(experiment(toy_task, train__starts=3), "unused"))
     slot.starts[1].vectors.data.fill_(math.nan)
     training.step(pack, events.append)
     assert [start.number for start in slot.starts] == [0, 2] and not [event for event in events if event.kind == "failed"]
@@ -506,10 +509,10 @@ def test_a_start_that_diverges_leaves_alone(run: Any, toy_task: SimpleNamespace)
 def test_every_start_is_another_draw(run: Any, toy_task: SimpleNamespace, init: str) -> None:
     text = {"prompt__init_text": "one two three"} if init == "text" else {}
     pack = run().pack
-    slot = pack.attach(Assignment(experiment(toy_task, train__starts=4, prompt__init=init, **text), "unused"))
+    slot = pack.attach(StartRun(experiment(toy_task, train__starts=4, prompt__init=init, **text), "unused"))
     for one, other in itertools.combinations(slot.starts, 2):
         assert not torch.equal(one.vectors, other.vectors)
-    single = pack.attach(Assignment(experiment(toy_task, prompt__init=init, **text), "unused"))
+    single = pack.attach(StartRun(experiment(toy_task, prompt__init=init, **text), "unused"))
     assert torch.equal(single.vectors, slot.starts[0].vectors)
     pack.slots.clear()
 
@@ -529,7 +532,7 @@ def test_balanced_weights_are_scikit_learns(toy_task: SimpleNamespace, base: Bas
     labels = np.asarray(task.train.rows["label"])
     expected = compute_class_weight("balanced", classes=np.array([0, 1]), y=labels)
     assert expected[0] < 0.8 < 1.5 < expected[1]
-    assert list(training.balanced_weights(task).values()) == pytest.approx(list(expected))
+    assert list(training_slot.balanced_weights(task).values()) == pytest.approx(list(expected))
 
 
 def test_class_weights_weigh_each_rows_choice(run: Any, toy_task: SimpleNamespace) -> None:
@@ -537,10 +540,10 @@ def test_class_weights_weigh_each_rows_choice(run: Any, toy_task: SimpleNamespac
     fewer_tools(toy_task)
     for changes in ({}, {"train__class_weights": "balanced"}):
         pack = run().pack
-        slot = pack.attach(Assignment(experiment(toy_task, train__batch_size=64, **changes), "unused"))
+        slot = pack.attach(StartRun(experiment(toy_task, train__batch_size=64, **changes), "unused"))
         rows = slot.order.batch(0)
         labels = [slot.task.train.rows["label"][int(row)] for row in rows]
-        plan = plan_targets([4], [[slot.task.train.row(int(row)) for row in rows]], [slot.objective])
+        plan = pack_targets([4], [[slot.task.train.row(int(row)) for row in rows]], [slot.objective])
         nll = pack.model([slot.vectors], plan).detach()
         weights = torch.tensor(
             [(slot.class_weights or {}).get(tuple(slot.task.encoder.label_ids[label]), 1.0) for label in labels]
@@ -553,7 +556,7 @@ def test_class_weights_weigh_each_rows_choice(run: Any, toy_task: SimpleNamespac
 
 def test_observe_breaks_ties_by_loss(run: Any, toy_task: SimpleNamespace) -> None:
     pack = run().pack
-    slot: Slot = pack.attach(Assignment(experiment(toy_task), "unused"))
+    slot: Slot = pack.attach(StartRun(experiment(toy_task), "unused"))
     assert slot.observe({"accuracy": 0.5, "loss": 1.0})
     assert not slot.observe({"accuracy": 0.5, "loss": 1.0})
     assert slot.observe({"accuracy": 0.5, "loss": 0.9})
@@ -569,7 +572,7 @@ def test_law_6_evaluation_scores_the_tokens_that_training_saw(
     scores = label_scores(model, [vectors], task.test, task.encoder, Workers())[0]
     with torch.no_grad():
         for row in range(len(task.test)):
-            plan = plan_targets([4], [[task.test.row(row)]], [Objective(task.encoder.label_trie, text=False)])
+            plan = pack_targets([4], [[task.test.row(row)]], [Objective(task.encoder.label_trie, text=False)])
             trained = -model([vectors], plan).double().sum()
             label = task.test.rows["label"][row]
             assert float(scores[row, label]) == pytest.approx(float(trained), rel=1e-5)

@@ -19,17 +19,18 @@ from benchmarks.bare import count_gathered
 from conftest import weights_hash
 
 from ptuning.config import ModelConfig, ZeroConfig, parse_experiment
+from ptuning.data.task import load_task
 from ptuning.model import soft_prompt
 from ptuning.model.base import find_base
-from ptuning.model.prompted_model import PromptedModel, plan_targets
-from ptuning.planning.capacity import Workload
-from ptuning.planning.meta_model import Blueprint
+from ptuning.model.packing import pack_targets
+from ptuning.model.prompted_model import PromptedModel
+from ptuning.planning.meta_model import MetaModel
+from ptuning.planning.workload import Workload
 from ptuning.planning.zero3_simulator import Sharing, gather, prefetch_numbers
 from ptuning.training.distributed import Workers
 from ptuning.training.evaluate import evaluate, greedy
 from ptuning.training.loop import Pack, train
-from ptuning.training.messages import Assignment, Event
-from ptuning.training.run_setup import load_task
+from ptuning.training.messages import Event, StartRun
 
 LENGTHS = (5, 3)
 LIVE = 1000
@@ -52,7 +53,7 @@ def gradients(model: PromptedModel, width: int, workers: Workers) -> torch.Tenso
     """Gradient of the two slots' mean losses over the global batch, computed by all workers together."""
     vectors = prompts(width)
     batches = [rows(2), rows(3)]
-    plan = plan_targets(LENGTHS, [batch[workers.rank :: workers.size] for batch in batches])
+    plan = pack_targets(LENGTHS, [batch[workers.rank :: workers.size] for batch in batches])
     parts = model(vectors, plan).split(plan.per_slot)
     counts = [sum(len(target) for _, target in batch) for batch in batches]
     torch.stack([part.sum() / count for part, count in zip(parts, counts, strict=True)]).sum().backward()
@@ -70,7 +71,7 @@ def kept_bytes(model: PromptedModel, width: int, batch: list[tuple[list[int], li
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        nll = model(prompts(width), plan_targets(LENGTHS, [batch, batch]))
+        nll = model(prompts(width), pack_targets(LENGTHS, [batch, batch]))
     nll.sum().backward()
     return sum(kept.values())
 
@@ -79,7 +80,7 @@ def run(workers: Workers, model: PromptedModel, base: Any, tables: dict[str, Any
     experiment = parse_experiment(tables)
     events: list[Event] = []
     pack = Pack(model, base, workers, lambda experiment: load_task(experiment, base))
-    todo = iter([[Assignment(experiment, folder)]])
+    todo = iter([[StartRun(experiment, folder)]])
     train(pack, lambda free: next(todo, None), events.append)
     return events
 
@@ -190,7 +191,7 @@ def test_each_rank_holds_its_share_of_the_base(pair: Any) -> None:
 
 
 def test_the_plan_gathers_what_deepspeed_gathers(pair: Any, alone: Any) -> None:
-    blueprint = Blueprint(alone[0].config, torch.float32)
+    blueprint = MetaModel(alone[0].config, torch.float32)
     timeline = blueprint.training(Workload(2, 5, 4, 8, 2))
     layers = blueprint.shape.layers
     sharing = Sharing(2, LIVE, prefetch_numbers(blueprint.shape.numbers, layers, LIVE), persistent=50)
@@ -291,7 +292,7 @@ def test_workers_whose_texts_end_at_different_tokens_wait_for_each_other(pair: A
 
 
 def test_weights_that_are_not_the_files_are_refused(alone: Any, tmp_path: Path, tiny_base_folder: Path) -> None:
-    from ptuning.model.base import BaseError
+    from ptuning.errors import BaseError
     from ptuning.training import zero
 
     base, _ = alone

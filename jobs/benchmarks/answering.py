@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptuning.config import ModelConfig
-from ptuning.inference.engine import Engine, EngineConfig, Request
+from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import Token
+from ptuning.inference.types import EngineConfig, Request
 from ptuning.model.base import Base, find_base
 
 CLIENTS, REQUESTS, ROUNDS, LENGTH = 16, 64, 5, 20

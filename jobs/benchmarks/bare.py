@@ -19,13 +19,15 @@ import torch.distributed
 import torch.multiprocessing
 
 from benchmarks.measuring import typical
+from ptuning.cluster.local_paths import absolute
 from ptuning.config import Experiment
+from ptuning.data.task import load_task
 from ptuning.model.base import find_base
 from ptuning.training import loop, zero
 from ptuning.training.distributed import Workers
-from ptuning.training.loop import Pack, Slot
-from ptuning.training.messages import Assignment, Event
-from ptuning.training.run_setup import absolute, load_task
+from ptuning.training.loop import Pack
+from ptuning.training.messages import Event, StartRun
+from ptuning.training.slot import Slot
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _train(experiment: str, folder: str) -> None:
     model = zero.load(base, settings.zero, base.dtype(settings.model.dtype))
     workers = Workers.current()
     pack = Pack(model, base, workers, lambda experiment: load_task(experiment, base))
-    assignments = iter([[Assignment(settings, f"{folder}/run")]])
+    assignments = iter([[StartRun(settings, f"{folder}/run")]])
     loop.train(pack, lambda free: next(assignments, None), report)
     if workers.first:
         Path(folder, "steps.json").write_text(json.dumps({"ends_ms": ends, "gathered": gathered, "saving_s": saving}))

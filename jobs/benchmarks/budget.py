@@ -31,19 +31,20 @@ import torch
 from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from benchmarks.text_prompts import cut
+from ptuning.cluster.local_paths import absolute
 from ptuning.config import Experiment, read_experiment
+from ptuning.data.task import load_task
 from ptuning.model.base import find_base
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.searching import space
-from ptuning.searching.searcher import Chooser, make_scheduler
+from ptuning.searching.searcher import OptunaSearcher, make_scheduler
 from ptuning.searching.space import INIT, LENGTH, RATE
-from ptuning.searching.trial_store import Entry, Ledger
+from ptuning.searching.trial_store import TrialRecord, TrialStore
 from ptuning.tracking import plots
 from ptuning.training.distributed import Workers
 from ptuning.training.loop import Pack, evaluate_slots, step
 from ptuning.training.loop import train as train_slots
-from ptuning.training.messages import Assignment, Event
-from ptuning.training.run_setup import absolute, load_task
+from ptuning.training.messages import Event, StartRun
 
 SHARES = (0.05, 0.1, 0.2, 0.33, 0.5)
 PATIENCE = 20
@@ -81,14 +82,14 @@ class Walk:
     score: float = -math.inf
 
 
-class Forgetful(Ledger):
+class Forgetful(TrialStore):
     """A ledger that stays in memory."""
 
     def _write(self) -> None:
         pass
 
 
-class TableChooser(Chooser):
+class TableChooser(OptunaSearcher):
     """The product's chooser on the table's own learning rates, which it sees as places in their order."""
 
     def __init__(self, experiment: Experiment, axes: dict[str, list[Any]]) -> None:
@@ -96,7 +97,7 @@ class TableChooser(Chooser):
         lists = {key: CategoricalDistribution(axes[key]) for key in (LENGTH, INIT)}
         self._distributions = {**lists, RATE: IntDistribution(0, len(axes[RATE]) - 1)}
 
-    def _new(self) -> tuple[Entry, optuna.Trial] | None:
+    def _new(self) -> tuple[TrialRecord, optuna.Trial] | None:
         # A search gives up after some draws that were all tried before. In a real one, with a range of learning rates, that
         # does not happen; here it must not end the search before the table does.
         for _ in range(PATIENCE):
@@ -149,9 +150,9 @@ def make_table(experiment: Experiment, arguments: argparse.Namespace) -> dict[st
     tables = experiment.model_copy(update={"data": data}).model_dump(mode="json")
     tables["train"]["checkpoint_every"] = experiment.train.steps
 
-    def assign(point: dict[str, Any], folder: str) -> Assignment:
+    def assign(point: dict[str, Any], folder: str) -> StartRun:
         name = f"t{points.index(point):03d}"
-        return Assignment(Experiment.model_validate(space.trial_tables(tables, name, point)), f"{folder}/{name}")
+        return StartRun(Experiment.model_validate(space.trial_tables(tables, name, point)), f"{folder}/{name}")
 
     with tempfile.TemporaryDirectory() as folder:
         if "speed" not in made:
@@ -172,7 +173,7 @@ def make_table(experiment: Experiment, arguments: argparse.Namespace) -> dict[st
 
         pack = Pack(model, base, Workers(), lambda experiment: task, arguments.slots)
 
-        def source(free: int) -> list[Assignment] | None:
+        def source(free: int) -> list[StartRun] | None:
             if not waiting:
                 return None
             now, waiting[:] = waiting[:free], waiting[free:]
@@ -182,7 +183,7 @@ def make_table(experiment: Experiment, arguments: argparse.Namespace) -> dict[st
     return made
 
 
-def measure_speed(assignments: Sequence[Assignment], make_pack: Any) -> dict[str, Any]:
+def measure_speed(assignments: Sequence[StartRun], make_pack: Any) -> dict[str, Any]:
     """Seconds of a trial-step and of a trial's evaluation, one at a time and side by side, over the same configurations."""
     groups = {"alone": [[assignment] for assignment in assignments], "packed": [list(assignments)]}
     seconds: dict[str, Any] = {"slots": len(assignments)}

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from benchmarks.measuring import heading, in_turns, line, times_as_long
 from benchmarks.steps import Step, difference, limit, our_step, random_llama, random_rows, random_vectors
-from ptuning.data.batch_sampler import BatchOrder
-from ptuning.model import cpu_attention
-from ptuning.model import prompted_model as model_of_passes
-from ptuning.model.prompted_model import Plan, PromptedModel, Row, plan_targets
+from ptuning.data.batch_sampler import BatchSampler
+from ptuning.model import cpu_attention, packing
+from ptuning.model.packing import PackedBatch, Row, pack_targets
+from ptuning.model.prompted_model import PromptedModel
 
 BATCH = 16
 
@@ -33,7 +33,7 @@ def mixed_rows(batches: int) -> list[Row]:
 
 def batched(rows: list[Row]) -> list[list[Row]]:
     """An epoch of batches as training orders them."""
-    order = BatchOrder(np.array([len(source) + len(target) for source, target in rows]), BATCH, seed=0)
+    order = BatchSampler(np.array([len(source) + len(target) for source, target in rows]), BATCH, seed=0)
     return [[rows[index] for index in order.batch(step)] for step in range(len(rows) // BATCH)]
 
 
@@ -42,17 +42,17 @@ def as_they_come(rows: list[Row]) -> list[list[Row]]:
     return [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
 
 
-def shared(vectors: Tensor, rows: list[Row]) -> tuple[list[Tensor], Plan]:
+def shared(vectors: Tensor, rows: list[Row]) -> tuple[list[Tensor], PackedBatch]:
     """The product's plan: the soft prompt once."""
-    return [vectors], plan_targets([len(vectors)], [rows])
+    return [vectors], pack_targets([len(vectors)], [rows])
 
 
-def repeated(vectors: Tensor, rows: list[Row]) -> tuple[list[Tensor], Plan]:
+def repeated(vectors: Tensor, rows: list[Row]) -> tuple[list[Tensor], PackedBatch]:
     """The soft prompt in front of every row, as if each were a slot of its own; still no padding."""
-    return [vectors] * len(rows), plan_targets([len(vectors)] * len(rows), [[row] for row in rows])
+    return [vectors] * len(rows), pack_targets([len(vectors)] * len(rows), [[row] for row in rows])
 
 
-def all_logits(vectors: Tensor, rows: list[Row]) -> tuple[list[Tensor], Plan]:
+def all_logits(vectors: Tensor, rows: list[Row]) -> tuple[list[Tensor], PackedBatch]:
     """Logits at every place; those that predict no target count nothing. The last layer goes on as before."""
     prompts, plan = shared(vectors, rows)
     targets = torch.full((plan.positions,), -100)
@@ -60,7 +60,7 @@ def all_logits(vectors: Tensor, rows: list[Row]) -> tuple[list[Tensor], Plan]:
     return prompts, dataclasses.replace(plan, at=torch.arange(plan.positions), targets=targets, per_slot=[plan.positions])
 
 
-def whole_last_layer(vectors: Tensor, rows: list[Row]) -> tuple[list[Tensor], Plan]:
+def whole_last_layer(vectors: Tensor, rows: list[Row]) -> tuple[list[Tensor], PackedBatch]:
     """The last layer computed at every place."""
     prompts, plan = shared(vectors, rows)
     plan.segments.read = None
@@ -71,7 +71,7 @@ def epoch(
     model: PromptedModel,
     vectors: Tensor,
     batches: Sequence[list[Row]],
-    arrange: Callable[[Tensor, list[Row]], tuple[list[Tensor], Plan]] = shared,
+    arrange: Callable[[Tensor, list[Row]], tuple[list[Tensor], PackedBatch]] = shared,
     shared_prefix: bool = True,
 ) -> Step:
     """Steps over some batches; their gradients summed, each a mean over its targets."""
@@ -151,7 +151,7 @@ def one_group(step: Step) -> Step:
     """The same with the rows of a slot padded to the longest of them in attention, however short the others are."""
 
     def run() -> Tensor:
-        with patch.object(model_of_passes, "WORTHWHILE", 0.0):
+        with patch.object(packing, "WORTHWHILE", 0.0):
             return step()
 
     return run

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from benchmarks.steps import padded
 from ptuning.config import Experiment
 from ptuning.data.dataset import Split
+from ptuning.data.task import Task
 from ptuning.model.base import Base
-from ptuning.model.prompted_model import Objective, PromptedModel, Row, plan_targets
+from ptuning.model.packing import Objective, Row, pack_targets
+from ptuning.model.prompted_model import PromptedModel
 from ptuning.training.distributed import Workers
 from ptuning.training.evaluate import evaluate
-from ptuning.training.loop import learning_rate
-from ptuning.training.messages import Task
+from ptuning.training.slot import learning_rate
 
 RATES = {"lora": (1e-3, 5e-3), "full": (2e-4, 1e-3)}
 """Learning rates of which the first seed chooses one on the validation rows."""
@@ -84,7 +85,7 @@ def weights(method: str, experiment: Experiment, base: Base, task: Task, seed: i
     objective = Objective(task.encoder.label_trie, text=False) if experiment.objective == "choice" else Objective()
 
     def loss(rows: list[Row]) -> Tensor:
-        nll = model([nothing], plan_targets([0], [rows], [objective]))
+        nll = model([nothing], pack_targets([0], [rows], [objective]))
         return nll.mean() if objective.text else nll.sum() / len(rows)
 
     def measure(split: Split, room: int | None) -> dict[str, float]:
@@ -92,7 +93,7 @@ def weights(method: str, experiment: Experiment, base: Base, task: Task, seed: i
 
     parameters = [parameter for parameter in model.base.parameters() if parameter.requires_grad]
     if method == "full" and seed == 0:
-        whole = lambda rows: model([nothing], plan_targets([0], [rows])).mean()  # noqa: E731
+        whole = lambda rows: model([nothing], pack_targets([0], [rows])).mean()  # noqa: E731
         agree(base, parameters, whole, [task.train.row(row) for row in range(4)])
     return fit(Learner(parameters, loss, measure), experiment, task, seed, rate)
 

@@ -20,14 +20,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.bare import spawn
 from ptuning.config import parse_experiment
+from ptuning.data.task import load_task
 from ptuning.model.base import BUILTIN, find_base
-from ptuning.planning.capacity import Machine, Settings, Training, TrainingPlan
-from ptuning.planning.meta_model import Blueprint, read_config
+from ptuning.planning.capacity import Training, TrainingPlan
+from ptuning.planning.meta_model import MetaModel, read_config
+from ptuning.planning.workload import Machine, RunShape
 from ptuning.training import zero
 from ptuning.training.distributed import Workers
 from ptuning.training.loop import Pack, step
-from ptuning.training.messages import Assignment
-from ptuning.training.run_setup import load_task
+from ptuning.training.messages import StartRun
 
 MIB = 1 << 20
 SHAPES: dict[str, dict[str, Any]] = {
@@ -117,7 +118,7 @@ def measure(job: dict[str, Any], folder: str) -> None:
     if job["slots"]:
         pack = Pack(model, base, workers, lambda experiment: task, job["slots"])
         for number in range(job["slots"]):
-            pack.attach(Assignment(experiment.model_copy(update={"name": f"t{number}"}), f"{folder}/{number}"))
+            pack.attach(StartRun(experiment.model_copy(update={"name": f"t{number}"}), f"{folder}/{number}"))
         with peak:
             for _ in range(4):
                 step(pack, lambda event: None)
@@ -158,9 +159,9 @@ def planned(job: dict[str, Any], workers: int, found: dict[str, Any]) -> Trainin
     """The plan of such a job: the baseline of a measurement has the libraries already, so nothing is reserved."""
     experiment = parse_experiment(job["experiment"])
     base = find_base(experiment.model)
-    blueprint = Blueprint(read_config(base.folder), base.dtype(experiment.model.dtype))
+    blueprint = MetaModel(read_config(base.folder), base.dtype(experiment.model.dtype))
     machine = Machine(workers, psutil.virtual_memory().available // workers, workers, 1e9, 1e11, gpus=False)
-    settings = Settings.read(experiment, found["tokens"], found["targets"])
+    settings = RunShape.read(experiment, found["tokens"], found["targets"])
     return Training(blueprint.shape, settings, machine, blueprint.training, blueprint.evaluation).plan(job["slots"])
 
 

@@ -22,15 +22,17 @@ import torch
 
 from benchmarks.peers import RATES, Learned, prompt_tuning, weights
 from benchmarks.text_prompts import cut, text_prompts
+from ptuning.cluster.local_paths import absolute
 from ptuning.config import Experiment, read_experiment
+from ptuning.data.task import Task, load_task
 from ptuning.model.base import Base, find_base
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.searching.space import trial_tables
 from ptuning.training.distributed import Workers
 from ptuning.training.loop import Pack
 from ptuning.training.loop import train as train_slots
-from ptuning.training.messages import Assignment, Event, Task
-from ptuning.training.run_setup import RUN, absolute, load_task
+from ptuning.training.messages import Event, StartRun
+from ptuning.training.run_setup import RUN
 
 METHODS = ("text", "peft", "ours", "lora", "full")
 NEAR = 0.9
@@ -64,7 +66,7 @@ def soft_prompts(experiment: Experiment, base: Base, model: PromptedModel, task:
         for seed in range(seeds):
             train = experiment.train.model_copy(update={"seed": seed, "checkpoint_every": experiment.train.steps})
             each = experiment.model_copy(update={"name": f"seed-{seed}", "train": train})
-            orders.append(Assignment(each, f"{folder}/{seed}"))
+            orders.append(StartRun(each, f"{folder}/{seed}"))
         assignments = iter([orders])
         train_slots(pack, lambda free: next(assignments, None), report)
     seconds = round((time.perf_counter() - began) / seeds, 1)

@@ -17,14 +17,15 @@ from typing import Any
 import psutil
 
 from benchmarks.bare import count_gathered, spawn
+from ptuning.cluster.local_paths import absolute
 from ptuning.config import read_experiment
+from ptuning.data.task import load_task
 from ptuning.model.base import find_base
 from ptuning.tracking import plots
 from ptuning.training import zero
 from ptuning.training.distributed import Workers
 from ptuning.training.loop import Pack, step
-from ptuning.training.messages import Assignment
-from ptuning.training.run_setup import absolute, load_task
+from ptuning.training.messages import StartRun
 
 
 def pack_worker(path: str, overrides: list[str], folder: str) -> None:
@@ -39,7 +40,7 @@ def pack_worker(path: str, overrides: list[str], folder: str) -> None:
     for slots in (1, 2, 4, 8):
         pack = Pack(model, base, workers, lambda experiment: task, slots)
         for number in range(slots):
-            pack.attach(Assignment(experiment.model_copy(update={"name": f"t{number}"}), f"{folder}/{slots}/{number}"))
+            pack.attach(StartRun(experiment.model_copy(update={"name": f"t{number}"}), f"{folder}/{slots}/{number}"))
         step(pack, lambda event: None)
         gathered[0], began, steps = 0, time.perf_counter(), 6
         for _ in range(steps):
@@ -88,17 +89,18 @@ def nested_worker(path: str, overrides: list[str], trials: list[dict[str, Any]],
     from ray import tune
     from ray.train.torch import TorchTrainer
 
+    from ptuning.cluster import connection
     from ptuning.searching.space import trial_tables
-    from ptuning.training import run as training_run
-    from ptuning.training.event_queue import Mailbox
+    from ptuning.training import ray_trainer
+    from ptuning.training.event_queue import EventQueue
 
     experiment = absolute(read_experiment(path, overrides))
     if settings == "ours":
-        training_run.start_ray(experiment)
+        connection.start_ray(experiment)
     else:
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     tables, folder = experiment.model_dump(mode="json"), f"{experiment.compute.storage}/nested"
-    scaling = training_run.scale(experiment, spare=0.25)
+    scaling = ray_trainer.scale(experiment, spare=0.25)
 
     def work(config: dict[str, Any]) -> None:
         from ptuning.training import worker
@@ -107,14 +109,14 @@ def nested_worker(path: str, overrides: list[str], trials: list[dict[str, Any]],
 
     def trial(config: dict[str, Any]) -> None:
         from ptuning.config import Experiment
-        from ptuning.training.run import make_trainer
+        from ptuning.training.ray_trainer import make_trainer
 
         number = config["number"]
         mine = Experiment.model_validate(trial_tables(tables, f"t{number}", trials[number]))
-        mailbox = Mailbox.remote()  # type: ignore[attr-defined]  # added by ray.remote
-        where = {"folder": f"{folder}/{number}", "mailbox": mailbox}
+        mailbox = EventQueue.remote()  # type: ignore[attr-defined]  # added by ray.remote
+        where = {"folder": f"{folder}/{number}", "events": mailbox}
         if settings == "ours":
-            trainer = make_trainer(mine, f"{folder}/ray/{number}", scaling, where)
+            trainer = make_trainer(mine, f"{folder}/ray/{number}", scaling, work, where)
         else:
             trainer = TorchTrainer(
                 work,

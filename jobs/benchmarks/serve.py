@@ -41,11 +41,11 @@ from benchmarks.curve import curve, picture
 from benchmarks.measuring import in_turns, interval, write
 from ptuning import storage
 from ptuning.data.sources import read_source
-from ptuning.inference.engine import Request
+from ptuning.inference.types import Request
 from ptuning.model.soft_prompt import Card, SoftPrompt, content_hash
 from ptuning.registry.publish import publish
 from ptuning.registry.registry import Registry
-from ptuning.tracking import tracker
+from ptuning.tracking import client as tracking_client
 
 EXPERIMENT = """
 name = "bench"
@@ -268,7 +268,7 @@ def put(bench: Bench, runs: Path, name: str, vectors: Tensor) -> None:
     )
     folder = storage.join(str(runs), "published")
     SoftPrompt(vectors, card).save(folder, layers=4, heads=4)
-    publish(Registry(tracker.default_uri(runs)), name, folder, None, tracker.default_artifact_root(runs))
+    publish(Registry(tracking_client.default_uri(runs)), name, folder, None, tracking_client.default_artifact_root(runs))
 
 
 @contextmanager

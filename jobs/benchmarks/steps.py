@@ -12,7 +12,8 @@ from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from ptuning.model.prompted_model import PromptedModel, Row, plan_targets
+from ptuning.model.packing import Row, pack_targets
+from ptuning.model.prompted_model import PromptedModel
 
 warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)  # peft 0.21
 
@@ -77,7 +78,7 @@ def our_step(model: PromptedModel, vectors: Tensor, rows: list[Row], slots: int 
     def step() -> Tensor:
         for soft_prompt in soft_prompts:
             soft_prompt.grad = None
-        nll = model(soft_prompts, plan_targets([len(vectors)] * slots, [rows] * slots))
+        nll = model(soft_prompts, pack_targets([len(vectors)] * slots, [rows] * slots))
         (nll.mean() * slots).backward()
         assert soft_prompts[-1].grad is not None
         return soft_prompts[-1].grad

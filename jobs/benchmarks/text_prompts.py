@@ -18,13 +18,15 @@ from typing import Any
 import torch
 
 from ptuning.config import Experiment, template_fields
-from ptuning.data.dataset import Encoder, Split
+from ptuning.data.dataset import Split
+from ptuning.data.encoder import Encoder
 from ptuning.data.sources import read_source
+from ptuning.data.task import Task
 from ptuning.model.base import Base
-from ptuning.model.prompted_model import PromptedModel, plan_labels
+from ptuning.model.packing import pack_labels
+from ptuning.model.prompted_model import PromptedModel
 from ptuning.training import metrics
 from ptuning.training.evaluate import greedy
-from ptuning.training.messages import Task
 
 WRITTEN = Path(__file__).with_name("text_prompts.json")
 ROWS_TO_CHOOSE = 200
@@ -147,7 +149,7 @@ def measure(model: PromptedModel, base: Base, task: Task, split: Split, fields: 
     right = 0
     for rows in parts:
         trie = task.encoder.label_trie
-        nll = model([before], plan_labels([shared], [[inputs[row] for row in rows]], trie)).view(len(rows), -1)
+        nll = model([before], pack_labels([shared], [[inputs[row] for row in rows]], trie)).view(len(rows), -1)
         guesses = trie.label_logprobs(-nll).argmax(-1).tolist()
         right += sum(guess == truth[row] for row, guess in zip(rows, guesses, strict=True))
     return right / len(inputs)

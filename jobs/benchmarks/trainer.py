@@ -16,7 +16,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from benchmarks.ideas import BATCH, as_they_come, batched, mixed_rows
 from benchmarks.measuring import heading, line, settle, times_as_long
 from benchmarks.steps import padded, peft_model, random_llama, random_vectors
-from ptuning.model.prompted_model import PromptedModel, Row, plan_targets
+from ptuning.model.packing import Row, pack_targets
+from ptuning.model.prompted_model import PromptedModel
 
 Epoch = Callable[[], float]
 """Seconds of an epoch: its steps with their batches, clipping and updates, without what stands before the first one."""
@@ -87,7 +88,7 @@ def epochs(dtype: torch.dtype, device: str, length: int, rows: list[Row]) -> dic
     soft_prompt = nn.Parameter(vectors.to(device, copy=True))
     model, weight = peft_model(random_llama(dtype, device=device), vectors)
     return {
-        "ours": loop_epoch(soft_prompt, batched(rows), lambda some: ours([soft_prompt], plan_targets([length], [some])).mean()),
+        "ours": loop_epoch(soft_prompt, batched(rows), lambda some: ours([soft_prompt], pack_targets([length], [some])).mean()),
         "PEFT, plain loop": loop_epoch(weight, as_they_come(rows), lambda some: model(**padded(some, device)).loss),
         "PEFT, Trainer": trainer_epoch(model, rows, "random", device),
         "PEFT, Trainer, group_by_length": trainer_epoch(model, rows, "group_by_length", device),

@@ -15,13 +15,14 @@ from typing import Annotated, NoReturn
 import typer
 
 from ptuning import sys_path
-from ptuning.cli import jobs, plan, serve
+from ptuning.cli import doctor, jobs, plan, serve
 from ptuning.cli.options import ExperimentArgument, Json, Overrides, busy, check_register, fail, finish, non_blank
 from ptuning.cli.prompts import prompts
-from ptuning.config import Experiment, UserError, read_experiment
+from ptuning.cluster.environment import keep_ray_on_loopback
+from ptuning.config import Experiment, read_experiment
+from ptuning.errors import UserError
 from ptuning.imports import quick_imports
 from ptuning.redaction import redact, redacted
-from ptuning.serving.auth import keep_ray_on_loopback
 
 app = typer.Typer(
     name="ptuning",
@@ -64,7 +65,7 @@ def train(
     keep_ray_on_loopback(settings.compute.address)
     with busy("starting"), quick_imports():
         from ptuning.cli.display import Display
-        from ptuning.cluster.failures import RunFailed
+        from ptuning.errors import RunFailed
         from ptuning.training.run import run_training
 
     try:
@@ -103,7 +104,7 @@ def search(
     keep_ray_on_loopback(settings.compute.address)
     with busy("starting"), quick_imports():
         from ptuning.cli.display import SearchDisplay
-        from ptuning.cluster.failures import RunFailed
+        from ptuning.errors import RunFailed
         from ptuning.searching.run import run_search
 
     try:
@@ -124,7 +125,7 @@ app.command()(serve.compare)
 app.command()(jobs.submit)
 app.add_typer(jobs.jobs)
 app.command()(plan.plan)
-app.command()(plan.doctor)
+app.command()(doctor.doctor)
 
 
 @app.command()

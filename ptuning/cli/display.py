@@ -21,7 +21,7 @@ from rich.table import Table
 from ptuning.config import Experiment
 from ptuning.redaction import redact
 from ptuning.searching.space import INIT, LENGTH, RATE, best_result
-from ptuning.searching.trial_store import Entry
+from ptuning.searching.trial_store import TrialRecord
 from ptuning.training.messages import Event
 
 EVERY = 10.0
@@ -131,7 +131,7 @@ class SearchDisplay:
     def say(self, line: str) -> None:
         self._console.print(line, style="yellow" if line.startswith("warning") else None, markup=False, soft_wrap=True)
 
-    def __call__(self, entries: list[Entry]) -> None:
+    def __call__(self, entries: list[TrialRecord]) -> None:
         if self._console.is_terminal:
             if not entries:
                 return
@@ -152,7 +152,7 @@ class SearchDisplay:
             self._live.stop()
             self._live = None
 
-    def _cells(self, entry: Entry) -> list[str]:
+    def _cells(self, entry: TrialRecord) -> list[str]:
         metric = self._experiment.metric
         best = best_result(self._experiment, entry.results, entry.values[LENGTH])
         values = entry.values
@@ -166,7 +166,7 @@ class SearchDisplay:
             entry.status if not entry.message else f"failed: {entry.message}",
         ]
 
-    def _table(self, entries: list[Entry]) -> Group:
+    def _table(self, entries: list[TrialRecord]) -> Group:
         """Those in training, then the newest of the others, as many as the screen has room for; a bar for the whole."""
         table = Table(box=None, pad_edge=False)
         for column in ("trial", "length", "lr", "init", "step", "validation", "state"):

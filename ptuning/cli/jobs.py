@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ptuning.cli.options import ExperimentArgument, Json, Overrides, check_register, fail, finish, non_blank
-from ptuning.config import UserError, read_experiment
+from ptuning.config import read_experiment
+from ptuning.errors import UserError
 
 if TYPE_CHECKING:
     from ptuning.cluster.jobs import Cluster, Job
@@ -78,7 +79,7 @@ def submit(
 
     Example: ptuning submit train jobs/sentiment.toml compute.storage=s3://bucket/runs --address http://head:8265
     """
-    from ptuning.cluster.job_package import collect
+    from ptuning.cluster.job_package import build_package
 
     flags = {"--resume": resume, f"--register={register}": register is not None, "--insecure": insecure}
     unfit = {"--resume", f"--register={register}"} if what == What.serve else {"--insecure"}
@@ -88,7 +89,7 @@ def submit(
     check_register(register)
     with _told():
         name = read_experiment(experiment, overrides or []).name
-        shipment = collect(what.value, experiment, overrides or [], shared=shared or [], env=env or [], here=os.environ)
+        shipment = build_package(what.value, experiment, overrides or [], shared=shared or [], env=env or [], here=os.environ)
         from ptuning.cluster.jobs import Cluster, Job
 
         job = Job(what.value, name, tuple(flag for flag in flags if flags[flag]), shipment, installed)
@@ -226,10 +227,10 @@ def _follow(cluster: Cluster, job: str, as_json: bool) -> None:
 def examine(experiment: str | None, overrides: list[str], address: str) -> list[dict[str, Any]]:
     """What `ptuning doctor` finds as a job on the cluster behind a dashboard."""
     with _told():
-        from ptuning.cluster.job_package import collect
+        from ptuning.cluster.job_package import build_package
         from ptuning.cluster.jobs import Cluster, Job, Log, failure
 
-        shipment = collect("doctor", experiment, overrides, shared=[], env=[], here=os.environ)
+        shipment = build_package("doctor", experiment, overrides, shared=[], env=[], here=os.environ)
         cluster = Cluster(address)
         submitted = cluster.submit(Job("doctor", "doctor", (), shipment, installed=False))
         _say(f"job {submitted}")

@@ -10,7 +10,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ptuning.config import EMPTY, UserError
+from ptuning.config import EMPTY
+from ptuning.errors import UserError
 from ptuning.redaction import redact, redacted
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ptuning.cli.options import BaseOption, Json, Storage, Tracking, busy, fail, non_blank
-from ptuning.config import MARGIN, Template, UserError
+from ptuning.config import MARGIN, Template
+from ptuning.errors import UserError
 
 if TYPE_CHECKING:
     from ptuning.registry.registry import Registry, Version
@@ -52,10 +53,10 @@ def show(
     """
     with _sentences():
         with busy("reading the soft prompt and its base's words"):
-            from ptuning.registry.inspection import portrait, portrait_lines
+            from ptuning.registry.inspection import inspect_version, version_lines
 
-            shown = portrait(_registry(storage, tracking), name, base)
-        _say(shown, "\n".join(portrait_lines(shown)), as_json)
+            shown = inspect_version(_registry(storage, tracking), name, base)
+        _say(shown, "\n".join(version_lines(shown)), as_json)
 
 
 @prompts.command("import")
@@ -79,16 +80,18 @@ def import_(
     Example: ptuning prompts import adapter --name mine --base builtin --input "{text} Mood:" --target " {label}"
     """
     with _sentences():
-        from ptuning.registry.peft_import import adopt, locate
+        from ptuning.registry.peft_import import import_adapter, locate
         from ptuning.registry.registry import check_name
-        from ptuning.tracking.tracker import database, default_artifact_root
+        from ptuning.tracking.client import database, default_artifact_root
 
         check_name(name)
         template = _template(input_, target, labels) or _ask_template(locate(source))
         registry = _registry(storage, tracking)
         local = database(registry.uri)  # a server decides itself where artifacts lie
         with busy("importing"):
-            version = adopt(registry, source, name, base, template, default_artifact_root(local.parent) if local else None)
+            version = import_adapter(
+                registry, source, name, base, template, default_artifact_root(local.parent) if local else None
+            )
         _say(_row(version), f"imported as {version}; make it champion with: ptuning prompts promote {version}", as_json)
 
 
@@ -170,9 +173,9 @@ def rollback(
     """
     with _sentences():
         with busy("rolling back"):
-            from ptuning.registry.promotions import Ledger
+            from ptuning.registry.promotions import PromotionLog
 
-            state = Ledger(_registry(storage, tracking), name).rollback()
+            state = PromotionLog(_registry(storage, tracking), name).rollback()
         _say({"name": name, "champion": state.champion}, f"{name}:{state.champion} is champion again", as_json)
 
 
@@ -212,10 +215,10 @@ def similar(name: Name, storage: Storage = "runs", tracking: Tracking = None, as
     """
     with _sentences():
         with busy("comparing"):
-            from ptuning.model import nearest_tokens
+            from ptuning.registry import inspection
             from ptuning.registry.registry import parse_reference
 
-            found = nearest_tokens.similar(_registry(storage, tracking), parse_reference(name))
+            found = inspection.similar(_registry(storage, tracking), parse_reference(name))
         rows = [{"name": str(version), "cosine": round(cosine, 4)} for version, cosine in found]
         if not rows:
             typer.echo("no other soft prompt of this base", err=True)
@@ -233,7 +236,7 @@ def _sentences() -> Iterator[None]:
 
 def _registry(storage: str, uri: str | None) -> Registry:
     from ptuning.registry.registry import Registry
-    from ptuning.tracking.tracker import default_uri
+    from ptuning.tracking.client import default_uri
 
     return Registry(uri or default_uri(storage))
 

@@ -11,10 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from ptuning.cli.options import BaseOption, ExperimentArgument, Json, Overrides, Storage, Tracking, busy, fail, non_blank
-from ptuning.config import UserError, read_experiment
+from ptuning.cluster.environment import keep_ray_on_loopback
+from ptuning.config import read_experiment
+from ptuning.errors import UserError
 from ptuning.imports import quick_imports
 from ptuning.redaction import redact
-from ptuning.serving.auth import check_address, check_token, keep_ray_on_loopback, read_keys
+from ptuning.serving.auth import check_address, check_token, read_keys
 
 KEY = "PTUNING_API_KEY"
 
@@ -92,7 +94,7 @@ def compare(
         with busy("asking"):
             from ptuning.registry.registry import Registry
             from ptuning.serving.compare import compare as ask_all
-            from ptuning.tracking.tracker import default_uri
+            from ptuning.tracking.client import default_uri
 
             opinions = ask_all(Registry(tracking or default_uri(storage)), name, text, base)
     except UserError as error:

@@ -15,10 +15,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ptuning import storage
 from ptuning.cluster import node_checks
+from ptuning.cluster.connection import join_ray
+from ptuning.cluster.local_paths import absolute
 from ptuning.cluster.node_checks import Finding
-from ptuning.config import Experiment, UserError
-from ptuning.training.run import join_ray
-from ptuning.training.run_setup import absolute
+from ptuning.config import Experiment
+from ptuning.errors import UserError
 
 ANSWER_S = 120.0
 """Seconds that a node has to answer: a new process imports torch first."""
@@ -35,7 +36,7 @@ def examine(experiment: Experiment | None, address: str | None) -> list[Finding]
     written = absolute(experiment) if experiment else None
     tables = written.model_dump(mode="json") if written else None
     if address is None:
-        findings = [Finding(**fields) for fields in node_checks.look(tables)["findings"]]
+        findings = [Finding(**fields) for fields in node_checks.check_node(tables)["findings"]]
         return [replace(finding, where="here") for finding in [*findings, _auth(1)]]
     connected_here = _connect(address)
     try:
@@ -66,7 +67,7 @@ def _connect(address: str) -> bool:
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _look(tables: dict[str, Any] | None, probe: str | None) -> dict[str, Any]:
-    return node_checks.look(tables, probe)
+    return node_checks.check_node(tables, probe)
 
 
 @ray.remote(num_cpus=0, max_retries=0)

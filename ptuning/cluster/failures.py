@@ -14,25 +14,28 @@ from ptuning.redaction import redact
 
 # Ray's memory monitor ends the newest processes of a node when 95 % of its memory is taken (2.60).
 _MONITOR = re.compile(r"Memory on the node \(IP: ([^,]+),.*?\) was ([\d.]+)GB used / ([\d.]+)GB limit")
+
 _LARGEST = re.compile(r"^(\d+)\t([\d.]+)\t(.{1,40})", re.MULTILINE)
+
 _ALLOCATORS = re.compile(
     r"(?:CUDA|HIP|XPU) out of memory\. Tried to allocate [\d.]+ \w+|can't allocate memory: you tried to allocate \d+ bytes|"
     r"Unable to allocate [\d.]+ \w+|^MemoryError\b.*",
     re.MULTILINE,
 )
+
 _WHO = re.compile(r"hostname='(.*?)'.*?pid=(\d+).*?world_rank=(\d+)", re.DOTALL)
+
 _HELPER = re.compile(r"class_name: (\w+).*?pid: (\d+).*?ip: (\S+)", re.DOTALL)
+
 _GONE = re.compile(r"worker process has died|died unexpectedly|Worker unexpectedly exits")
+
 # What the others say when one has gone: gloo and NCCL.
 _ECHOES = re.compile(r"gloo/transport|ncclRemoteError|NCCL communicator was aborted|Connection (?:reset|closed) by peer")
+
 LESS = (
     "make room and continue with --resume, or use less under another name: a smaller train.batch_size, model.dtype=bfloat16, "
     "train.gradient_checkpointing=true (ptuning plan says what fits)"
 )
-
-
-class RunFailed(RuntimeError):
-    """The run was started and did not reach its end. The message says why and what to do."""
 
 
 def explain(error: Exception, folder: str, hang: str | None = None) -> str:

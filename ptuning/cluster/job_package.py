@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ptuning.config import Experiment, UserError, read_experiment
+from ptuning.config import Experiment, read_experiment
+from ptuning.errors import UserError
 from ptuning.paths import FOLDER, SCHEME
 from ptuning.redaction import redact
-from ptuning.tracking.tracker import default_uri
+from ptuning.tracking.client import default_uri
 
 Kind = Literal["train", "search", "serve", "doctor"]
 
@@ -49,7 +50,7 @@ SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(^|_)(API)?KEYS?($|_)",
 
 
 @dataclass
-class Shipment:
+class JobPackage:
     """What one job gets."""
 
     experiment: Path | None
@@ -89,7 +90,7 @@ class Shipment:
                 yield "/".join(filter(None, (FOLDER, name, part))), source
 
 
-def collect(
+def build_package(
     kind: Kind,
     file: str | None,
     overrides: Sequence[str],
@@ -97,7 +98,7 @@ def collect(
     shared: Sequence[str],
     env: Sequence[str],
     here: Mapping[str, str],
-) -> Shipment:
+) -> JobPackage:
     """Find out what a job needs of this machine.
 
     Args:
@@ -109,7 +110,7 @@ def collect(
         UserError: the experiment is wrong, or names something that the cluster cannot have: too large, secret, or nowhere.
     """
     folders = [Path(folder).expanduser().resolve() for folder in shared]
-    shipment = Shipment(Path(file) if file else None, list(overrides), _environment(folders, env, here))
+    shipment = JobPackage(Path(file) if file else None, list(overrides), _environment(folders, env, here))
     if file is None:
         return shipment
     experiment = read_experiment(file, overrides)
@@ -161,7 +162,7 @@ _ELSEWHERE = "set it in the environment of the cluster's nodes"
 class _Packer:
     """Decides about each path: it is shared, it travels, or it is the cluster's."""
 
-    def __init__(self, shipment: Shipment, shared: Sequence[Path]) -> None:
+    def __init__(self, shipment: JobPackage, shared: Sequence[Path]) -> None:
         self._shipment = shipment
         self._shared = shared
         self._bytes = 0
@@ -247,7 +248,7 @@ def _inputs(experiment: Experiment, kind: Kind, packer: _Packer) -> None:
         packer.folder("model.path", path, BASE + (("*.py",) if experiment.model.trust_remote_code else ()))
 
 
-def _tracking(experiment: Experiment, shipment: Shipment, packer: _Packer, here: Mapping[str, str]) -> None:
+def _tracking(experiment: Experiment, shipment: JobPackage, packer: _Packer, here: Mapping[str, str]) -> None:
     uri, variable = experiment.tracking.uri, here.get("MLFLOW_TRACKING_URI", "")
     if uri is None and variable.startswith(("http://", "https://")):
         uri = variable
@@ -264,7 +265,7 @@ def _tracking(experiment: Experiment, shipment: Shipment, packer: _Packer, here:
         shipment.notes.append(f"tracking.uri: {uri} is, on every node, an address of that node")
 
 
-def _serving(experiment: Experiment, shipment: Shipment, packer: _Packer) -> None:
+def _serving(experiment: Experiment, shipment: JobPackage, packer: _Packer) -> None:
     keys = experiment.serve.keys
     if keys and not packer._is_shared("serve.keys", Path(keys).expanduser()):
         if Path(keys).expanduser().exists() or not Path(keys).is_absolute():

@@ -30,8 +30,8 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from ptuning.cluster.job_package import Kind, Shipment
-from ptuning.config import UserError, suggest
+from ptuning.cluster.job_package import JobPackage, Kind
+from ptuning.errors import UserError, suggest
 
 KIND = "ptuning"
 """Key of a job's metadata: what it runs. `experiment` is the name of its experiment."""
@@ -71,7 +71,7 @@ class Job:
     name: str
     """The experiment's: the name of the run, the same when it is resumed."""
     flags: tuple[str, ...]
-    shipment: Shipment
+    shipment: JobPackage
     installed: bool
     """Use the package that the nodes have; otherwise this one travels."""
 

@@ -18,10 +18,11 @@ import torch
 from packaging.requirements import Requirement
 
 from ptuning import storage
-from ptuning.config import Experiment, UserError
+from ptuning.config import Experiment
+from ptuning.errors import UserError
 from ptuning.model.base import computes_in_bfloat16, find_base
 from ptuning.redaction import redact
-from ptuning.tracking.tracker import asking, connect, database, default_uri
+from ptuning.tracking.client import asking, connect, database, default_uri
 
 GB = 1_000_000_000
 CONSTRAINTS = "constraints.txt"
@@ -40,7 +41,7 @@ class Finding:
     where: str = ""
 
 
-def look(tables: dict[str, Any] | None, probe: str | None = None) -> dict[str, Any]:
+def check_node(tables: dict[str, Any] | None, probe: str | None = None) -> dict[str, Any]:
     """Everything about this machine, as plain data: `findings`, and `facts` that must be the same on all nodes.
 
     `tables` are an experiment's with absolute paths; `probe` names a file to be left in its storage, in a folder of that name,

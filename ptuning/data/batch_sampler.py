@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class BatchOrder:
+class BatchSampler:
     """An endless order of batches, all of the same size.
 
     The stream of rows is one random permutation after the other, so after every epoch's worth of rows each was seen
@@ -55,7 +55,7 @@ class BatchOrder:
         return np.asarray(np.random.PCG64(seeds).random_raw(size), dtype=np.uint64)
 
 
-def share(batch: NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:
+def shard(batch: NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:
     """The rows of a batch that worker `rank` of `world` computes.
 
     Rows are dealt to and fro (0 1 2 2 1 0 0 1 ...), the longest first: shares differ by at most one row, and by at most

@@ -30,13 +30,17 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features
 from datasets.exceptions import DatasetsError
 
-from ptuning.config import NAME, UserError, suggest
+from ptuning.config import NAME
+from ptuning.errors import UserError, suggest
+from ptuning.model.fingerprint import json_hash
 from ptuning.paths import locate
 
 FORMAT = 1
 """Counted up when the same source would be stored or tokenised differently: older cache files are then not found."""
+
 LINE_LIMIT = 10_000_000
 """A line of a text file is shorter than this, in bytes."""
+
 BUILTIN = Path(__file__).parent.parent / "builtin" / "tasks"
 
 Row = tuple[str, Mapping[str, Any]]
@@ -70,7 +74,7 @@ def read_source(source: str, fields: Sequence[str], references: bool) -> Texts:
     else:
         path = _local_path(source)
         rows, identity = _READERS[path.suffix.lower()](path, source, columns), _file_hash(path, source)
-    stem = fingerprint([FORMAT, identity, columns, references])[:32]
+    stem = json_hash([FORMAT, identity, columns, references])[:32]
     folder = cache_folder()
     # The file's name ends with the content's fingerprint: there is no second file that could be missing.
     found = next(folder.glob(f"{stem}-*.arrow"), None)
@@ -99,11 +103,6 @@ def texts_of(row: Mapping[str, object], fields: Iterable[str]) -> dict[str, str]
             raise DataError(f"the field '{field}' is a {type(value).__name__}, not a text; write it as text")
         texts[field] = str(value)
     return texts
-
-
-def fingerprint(value: object) -> str:
-    """sha256 of anything JSON can write."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def cache_folder() -> Path:

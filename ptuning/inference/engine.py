@@ -13,7 +13,7 @@ of all waiting rows, where generating would need a request per label and a step 
 Whole pages of text are shared as well as soft prompts. The answer is the same either way, but it begins sooner, and whoever can
 measure that may learn that somebody has asked the same: parties that distrust each other want replicas of their own.
 
-The room knows token ids, not text, and no ray: it runs wherever torch does.
+The engine knows token ids, not text, and no ray: it runs wherever torch does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import psutil
@@ -33,116 +33,39 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from ptuning.config import UserError
+from ptuning.inference.label_scorer import LabelJob, LabelScorer
 from ptuning.inference.paged_attention import ATTENTION
-from ptuning.inference.sampling import Choice, Sampler, Sampling, Token
+from ptuning.inference.sampling import Sampler, SamplerState, Token
+from ptuning.inference.types import (
+    Deliver,
+    End,
+    EngineBusy,
+    EngineConfig,
+    EngineStopped,
+    Request,
+    RequestError,
+    ResidentPrompt,
+    Stats,
+)
 from ptuning.inference.virtual_tokens import VirtualTokens
 from ptuning.model.label_trie import LabelTrie
-from ptuning.model.prompted_model import PromptedModel, plan_labels
-from ptuning.planning.capacity import PAGE, STEP_TOKENS
+from ptuning.model.limits import PAGE
+from ptuning.model.prompted_model import PromptedModel
 from ptuning.redaction import logger
 
 log = logger(__name__)
 
-LABEL_TOKENS = 4096
-"""Tokens in one pass over labels, about: what generation waits for at most."""
 _NO_CHECK = 1e6
 """A share of the memory that nothing exceeds."""
-
-
-class RequestError(UserError):
-    """A request that cannot be answered as it is."""
-
-
-class EngineBusy(RuntimeError):
-    """All places are taken; ask again later."""
-
-
-class EngineStopped(RuntimeError):
-    """The engine does not run (any more)."""
-
-
-@dataclass(frozen=True)
-class Handle:
-    """A resident soft prompt: its content hash and its virtual token ids."""
-
-    content_hash: str
-    ids: range
-
-
-@dataclass(frozen=True)
-class End:
-    """The last thing a request tells."""
-
-    reason: Literal["stop", "length", "cancelled", "failed"]
-    """stop: an end token; length: as many tokens as were asked for."""
-    message: str = ""
-    cached: int = 0
-    """Tokens of soft prompt and text whose keys and values were in the cache."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to generate: text ids behind a soft prompt (None: behind nothing, the bare base)."""
-
-    ids: Sequence[int]
-    handle: Handle | None = None
-    max_new_tokens: int = 16
-    sampling: Sampling = Sampling()
-    ignore_end: bool = False
-    """Do not stop at the end token."""
-
-
-Deliver = Callable[[Token | End], None]
-"""Takes a request's tokens and then its one `End`, in the engine's thread: it must not block."""
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Sizes of an engine."""
-
-    running: int = 32
-    """Requests in one batch."""
-    waiting: int = 256
-    """Requests, or rows to be labelled, that may wait beyond."""
-    batch_tokens: int = STEP_TOKENS
-    """Tokens in one step; longer prefills are spread over several."""
-    cache_bytes: int = 1 << 29
-    """Memory for keys and values."""
-    context: int = 2**31
-    """Most positions of a request, soft prompt included; the base's own limit."""
-    share: bool = True
-    """Keep the keys and values of whole pages for the next request that begins alike. Off: every request computes its own, and
-    none can tell from its time what others have asked."""
-
-
-@dataclass
-class Stats:
-    """Counted since the engine started."""
-
-    steps: int = 0
-    batched: int = 0
-    """Requests in all steps together."""
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    """Tokens of prompts that were found in the cache."""
 
 
 @dataclass
 class _Running:
     request: Request
     deliver: Deliver
-    choice: Choice
+    choice: SamplerState
     tokens: int = 0
     cached: int = 0
-
-
-@dataclass
-class _LabelJob:
-    handle: Handle | None
-    rows: Sequence[Sequence[int]]
-    trie: LabelTrie
-    future: Future[list[list[float]]] = field(default_factory=Future)
 
 
 class _Router(OutputRouter):
@@ -187,8 +110,7 @@ class Engine:
         base.set_input_embeddings(self._bank)
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
-        self._resident: dict[str, tuple[Handle, int]] = {}  # by content hash, with the number of holders
-        self._jobs: queue.SimpleQueue[_LabelJob | None] = queue.SimpleQueue()
+        self._resident: dict[str, tuple[ResidentPrompt, int]] = {}  # by content hash, with the number of holders
         self._waiting_rows = 0
         _check_room(base, config.cache_bytes)
         pages = max(8, config.cache_bytes // (PAGE * _token_bytes(base)))
@@ -219,12 +141,11 @@ class Engine:
         with torch.random.fork_rng():  # transformers seeds the whole process here
             self._manager.warmup()  # makes the cache now, so that what is wrong with it is raised here
         self._manager.start()
-        self._labeller = threading.Thread(target=self._score, name="ptuning-labels", daemon=True)
-        self._labeller.start()
+        self._scorer = LabelScorer(self._model, self._bank, self._manager.pause, self._scored)
 
     # -- soft prompts ------------------------------------------------------------------------------------------------
 
-    def add(self, vectors: Tensor, content_hash: str) -> Handle:
+    def add(self, vectors: Tensor, content_hash: str) -> ResidentPrompt:
         """Make a soft prompt `[P, H]` resident, or hold it once more if it is.
 
         Raises:
@@ -236,13 +157,13 @@ class Engine:
                 handle, holders = known
             else:
                 try:
-                    handle, holders = Handle(content_hash, self._bank.add(vectors)), 0
+                    handle, holders = ResidentPrompt(content_hash, self._bank.add(vectors)), 0
                 except ValueError as error:
                     raise RequestError(f"soft prompt {content_hash[:12]}: {error}; train it again for this base") from None
             self._resident[content_hash] = (handle, holders + 1)
         return handle
 
-    def remove(self, handle: Handle) -> None:
+    def remove(self, handle: ResidentPrompt) -> None:
         """Let go of a soft prompt. It leaves with its last holder; requests hold what they use."""
         with self._lock:
             self._release(handle)
@@ -268,7 +189,7 @@ class Engine:
         self.check(request)
         request_id = uuid.uuid4().hex
         prefix = list(request.handle.ids) if request.handle else []
-        choice = Choice(request.sampling)
+        choice = SamplerState(request.sampling)
         running = _Running(request, deliver, choice)
         choice.tell = lambda token: self._tell(request_id, running, token)
         with self._lock:
@@ -335,7 +256,9 @@ class Engine:
 
     # -- labels ------------------------------------------------------------------------------------------------------
 
-    def choose(self, handle: Handle | None, rows: Sequence[Sequence[int]], trie: LabelTrie) -> Future[list[list[float]]]:
+    def choose(
+        self, handle: ResidentPrompt | None, rows: Sequence[Sequence[int]], trie: LabelTrie
+    ) -> Future[list[list[float]]]:
         """Log-probability of every label behind every row: `[n][L]`, as training and evaluation compute it.
 
         Raises:
@@ -345,7 +268,7 @@ class Engine:
         for row in rows:
             self.check_ids(row)
             self.check_room(length, len(row), max(map(len, trie.labels)))
-        job = _LabelJob(handle, rows, trie)
+        job = LabelJob(handle, rows, trie)
         with self._lock:
             if not self.alive:
                 raise EngineStopped("the engine has stopped; restart it")
@@ -353,7 +276,7 @@ class Engine:
                 raise EngineBusy(f"{self._waiting_rows} rows are waiting to be labelled; ask again later")
             self._waiting_rows += len(rows)
             self._hold(handle)
-        self._jobs.put(job)
+        self._scorer.submit(job)
         return job.future
 
     # -- the engine itself -------------------------------------------------------------------------------------------
@@ -375,13 +298,12 @@ class Engine:
 
     def close(self) -> None:
         """Stop at once. Whatever runs is told that it failed."""
-        self._jobs.put(None)
-        self._labeller.join()
+        self._scorer.close()
         self._manager.stop(block=True, hard_stop=True)
         for request_id in list(self._running):
             self._finish(request_id, "failed", "the engine was stopped")
 
-    def _hold(self, handle: Handle | None) -> None:
+    def _hold(self, handle: ResidentPrompt | None) -> None:
         """One holder more; under the lock."""
         if handle is None:
             return
@@ -390,7 +312,7 @@ class Engine:
             raise RequestError(f"soft prompt {handle.content_hash[:12]} has left the engine; ask for its successor")
         self._resident[handle.content_hash] = (handle, known[1] + 1)
 
-    def _release(self, handle: Handle | None) -> None:
+    def _release(self, handle: ResidentPrompt | None) -> None:
         """One holder less; under the lock."""
         if handle is None:
             return
@@ -401,7 +323,13 @@ class Engine:
             del self._resident[handle.content_hash]
             self._bank.remove(handle.ids)
 
-    def _find(self, request_id: str) -> Choice | None:
+    def _scored(self, jobs: Sequence[LabelJob]) -> None:
+        with self._lock:
+            for job in jobs:
+                self._waiting_rows -= len(job.rows)
+                self._release(job.handle)
+
+    def _find(self, request_id: str) -> SamplerState | None:
         running = self._running.get(request_id)
         return running.choice if running else None
 
@@ -447,74 +375,12 @@ class Engine:
             reason = "length"
         _deliver(running, End(reason, message, running.cached))
 
-    def _score(self) -> None:
-        """Label what waits, one pass after another; each pass takes whatever has come meanwhile."""
-        while True:
-            job = self._jobs.get()
-            if job is None:
-                return
-            jobs = [job, *self._more_jobs(job)]
-            claimed = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-            outcomes: list[tuple[_LabelJob, list[list[float]] | Exception]] = []
-            for trie in dict.fromkeys(job.trie for job in claimed):
-                together = [job for job in claimed if job.trie == trie]
-                try:
-                    outcomes += zip(together, self._score_together(together), strict=True)
-                except Exception as error:  # whatever it is, those who wait must hear of it and the next jobs must be tried
-                    log.exception("labels could not be scored")
-                    outcomes += [(job, error) for job in together]
-            with self._lock:  # before anybody is told, who might ask again at once
-                for job in jobs:
-                    self._waiting_rows -= len(job.rows)
-                    self._release(job.handle)
-            for job, outcome in outcomes:
-                if isinstance(outcome, Exception):
-                    job.future.set_exception(outcome)
-                else:
-                    job.future.set_result(outcome)
-
-    def _more_jobs(self, first: _LabelJob) -> Iterator[_LabelJob]:
-        tokens = _positions(first)
-        while tokens < LABEL_TOKENS:
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                return
-            if job is None:
-                self._jobs.put(None)  # for the loop, which ends on it
-                return
-            tokens += _positions(job)
-            yield job
-
-    @torch.no_grad()
-    def _score_together(self, jobs: list[_LabelJob]) -> list[list[list[float]]]:
-        """One pass for jobs with the same labels, a slot for each soft prompt."""
-        trie = jobs[0].trie
-        handles = list(dict.fromkeys(job.handle for job in jobs))
-        empty = torch.empty(0, self._bank.weight.shape[1])
-        vectors = [self._bank.vectors(handle.ids) if handle else empty for handle in handles]
-        rows: list[list[list[int]]] = [
-            [list(row) for job in jobs if job.handle == handle for row in job.rows] for handle in handles
-        ]
-        with self._manager.pause():  # a step and a pass never run at once: both may change what the base keeps (rotary tables)
-            nll = self._model(vectors, plan_labels([len(rows) for rows in vectors], rows, trie)).double().cpu()
-        scores = trie.label_logprobs(-nll.view(-1, len(trie.edges)))
-        answers = {
-            handle: iter(part.tolist())
-            for handle, part in zip(handles, scores.split([len(part) for part in rows]), strict=True)
-        }
-        return [[next(answers[job.handle]) for _ in job.rows] for job in jobs]
-
 
 def _deliver(running: _Running, event: Token | End) -> None:
     try:
         running.deliver(event)
     except Exception:  # a receiver that has gone must not take the step, and so all other requests, with it
         log.exception("an answer could not be delivered")
-
-
-def _positions(job: _LabelJob) -> int:
-    return sum(map(len, job.rows)) + len(job.rows) * len(job.trie.tokens)
 
 
 def _check_room(base: PreTrainedModel, cache_bytes: int) -> None:

@@ -46,7 +46,7 @@ class Token:
 
 
 @dataclass
-class Choice:
+class SamplerState:
     """What the sampler keeps of a request."""
 
     sampling: Sampling
@@ -68,7 +68,7 @@ class Choice:
 class Sampler(ContinuousBatchingLogitsProcessorList):
     """Stands where transformers keeps its logits processors."""
 
-    def __init__(self, find: Callable[[str], Choice | None], stepped: Callable[[int], None]) -> None:
+    def __init__(self, find: Callable[[str], SamplerState | None], stepped: Callable[[int], None]) -> None:
         super().__init__(LogitsProcessorList())
         self.do_processing = True
         self._find = find

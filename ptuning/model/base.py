@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,33 +11,20 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from ptuning.config import ModelConfig, Table, UserError, quoted, suggest
-from ptuning.data.dataset import tokenizer_fingerprint
+from ptuning.config import ModelConfig, quoted
+from ptuning.errors import BaseError, UserError, suggest
+from ptuning.model.fingerprint import Fingerprint, config_hash, tokenizer_fingerprint, weights_hash
+from ptuning.model.safetensors_files import stored_tensors
 from ptuning.paths import locate
 
-if TYPE_CHECKING:  # importing it imports scipy, torch's compiler and more: a driver needs none of them
+if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BUILTIN = Path(__file__).parent.parent / "builtin" / "base"
-SAMPLE = 4096
-"""Bytes read at the beginning, in the middle and at the end of every tensor for the fingerprint."""
-
-
-class BaseError(UserError):
-    """The base is unknown, incomplete, or no decoder-only language model."""
-
-
-class Fingerprint(Table):
-    """SHA-256 of what makes a base this base. Loading it in another dtype or in shares does not change it."""
-
-    config: str
-    tokenizer: str
-    weights: str
 
 
 @dataclass(frozen=True)
@@ -76,9 +59,9 @@ class Base:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         return Fingerprint(
-            config=_config_hash(self.folder),
+            config=config_hash(self.folder),
             tokenizer=tokenizer_fingerprint(self.tokenizer),
-            weights=_weights_hash(self.folder),
+            weights=weights_hash(self.folder),
         )
 
     def dtype(self, wanted: str) -> torch.dtype:
@@ -217,65 +200,3 @@ def computes_in_bfloat16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a safetensors file: where its bytes lie."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
-
-    def read(self, offset: int, size: int) -> bytes:
-        with self.file.open("rb") as stream:
-            stream.seek(self.start + offset)
-            return stream.read(size)
-
-
-def stored_tensors(folder: Path) -> Iterator[StoredTensor]:
-    """All tensors of a folder's safetensors files, by file and place; only the headers are read.
-
-    Format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON header, data).
-    """
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(os.path.getsize(file) - 8, 100_000_000):
-                raise BaseError(f"{file}: is no safetensors file (header of {length} bytes); take another copy")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                yield StoredTensor(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
-
-
-def _weights_hash(folder: Path) -> str:
-    """Hash of every tensor's name, dtype, shape and sampled bytes, whatever files they are spread over."""
-    digest = hashlib.sha256()
-    for tensor in sorted(stored_tensors(folder), key=lambda tensor: tensor.name):
-        digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
-        for offset in sorted({0, max(0, tensor.size // 2 - SAMPLE // 2), max(0, tensor.size - SAMPLE)}):
-            digest.update(tensor.read(offset, min(SAMPLE, tensor.size - offset)))
-    return digest.hexdigest()
-
-
-def _config_hash(folder: Path) -> str:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    volatile = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "_attn_implementation"}
-    kept = {key: value for key, value in config.items() if key not in volatile}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def stored_values(tensor: StoredTensor, first: int, count: int) -> Tensor:
-    """Numbers `first .. first + count` of a stored tensor, flattened, `[count]` fp32."""
-    dtype = STORED_DTYPES[tensor.dtype]
-    width = torch.finfo(dtype).bits // 8
-    return torch.frombuffer(bytearray(tensor.read(first * width, count * width)), dtype=dtype).float()

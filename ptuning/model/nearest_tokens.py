@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ptuning.model.base import Base, BaseError, StoredTensor, stored_tensors, stored_values
-from ptuning.registry.publish import retrieve
-from ptuning.registry.registry import CHAMPION, Reference, Registry, RegistryError, Version
+from ptuning.errors import BaseError
+from ptuning.model.base import Base
+from ptuning.model.safetensors_files import StoredTensor, stored_tensors, stored_values
 
 ROWS = 8192
 """Rows of the vocabulary that are looked at at once."""
@@ -69,29 +69,3 @@ def _embedding(base: Base) -> StoredTensor:
         if tensor.shape == tuple(weight.shape) and (f".{name}".endswith(f".{tensor.name}") or tensor.name.endswith(f".{name}")):
             return tensor
     raise BaseError(f"{base.name}: its files name no input embedding {name}; the nearest words cannot be found")
-
-
-def similar(registry: Registry, reference: Reference) -> list[tuple[Version, float]]:
-    """Other soft prompts of the same base, the most similar first: candidates to start from (SPoT, Vu et al. 2022).
-
-    Similarity is the cosine of the averaged vectors, the paper's first measure (section 4.1). Of every name the champion is
-    looked at, or the newest version.
-
-    Raises:
-        UserError: not there, or its base is unknown.
-    """
-    wanted = registry.find(reference)
-    base = (wanted.fingerprint or {}).get("weights")
-    if base is None:
-        raise RegistryError(f"{wanted}: its base is unknown; import it again with --base")
-    chosen: dict[str, Version] = {}
-    for version in registry.versions():
-        fits = version.name != wanted.name and (version.fingerprint or {}).get("weights") == base
-        if fits and (version.name not in chosen or CHAMPION in version.aliases):
-            chosen[version.name] = version
-    own = retrieve(registry, wanted)[0].vectors.mean(0)
-    found = [
-        (version, float(torch.nn.functional.cosine_similarity(own, retrieve(registry, version)[0].vectors.mean(0), dim=0)))
-        for version in chosen.values()
-    ]
-    return sorted(found, key=lambda pair: -pair[1])

@@ -15,232 +15,19 @@ import inspect
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from ptuning.model.label_trie import LabelTrie
 from ptuning.model.last_layer import LastLayer
 from ptuning.model.output_head import OutputHead
-from ptuning.model.tree_attention import ATTENTION, Group, Segments
+from ptuning.model.packing import Choices, PackedBatch
+from ptuning.model.tree_attention import ATTENTION
 from ptuning.redaction import logger
 
 log = logger(__name__)
-
-WORTHWHILE = 0.75
-"""Share of attention's scores that must be left for a second group of rows to pay: it is called twice as often then."""
-
-Row = tuple[list[int], list[int]]
-"""Token ids of one example: input, target (with the end token)."""
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Predictions among the children of label tries, over the nodes of all slots' tries."""
-
-    at: Tensor
-    """`[Q]` packed places where a node's children are compared."""
-    node: Tensor
-    """`[Q]` which node."""
-    children: Tensor
-    """`[nodes, C]` columns of `ids`, filled up with -1."""
-    ids: Tensor
-    """`[U]` token ids that any node chooses from, ascending."""
-    asked: Tensor
-    """`[M']` which of the Q comparisons a prediction belongs to."""
-    child: Tensor
-    """`[M']` the child that is predicted."""
-    per_slot: list[int]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One forward pass: `tokens` [N - sum of P] text ids behind the soft prompts, predictions `targets` [M] among the whole
-    vocabulary made at packed places `at` [M], and how many of them belong to each slot; then those among labels."""
-
-    segments: Segments
-    tokens: Tensor
-    at: Tensor
-    targets: Tensor
-    per_slot: list[int]
-    choices: Choices | None = None
-
-    @property
-    def positions(self) -> int:
-        """Tokens that go through the base."""
-        return self.segments.tokens
-
-    @cached_property
-    def kept(self) -> Tensor:
-        """Packed places at which anything is predicted, ascending, each once."""
-        return (torch.cat([self.at, self.choices.at]) if self.choices else self.at).unique()
-
-    def split(self, nll: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What the pass returns, slot by slot: of tokens of the text, and of choices."""
-        text = nll[: len(self.at)].split(self.per_slot)
-        chosen = nll[len(self.at) :].split(self.choices.per_slot if self.choices else [0] * len(self.per_slot))
-        return list(zip(text, chosen, strict=True))
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What the predictions of a slot's rows are: the target's tokens (`text`), the choices along a label's path (`trie`), or
-    both."""
-
-    trie: LabelTrie | None = None
-    text: bool = True
-
-
-class _Packer:
-    """Collects the pieces of a plan in packed order."""
-
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self.segments = Segments()
-        # A slot without soft prompt (length 0) is the bare base: its texts are roots themselves.
-        self.roots = [self.segments.add([length]) if length else None for length in lengths]
-        self.tokens: list[int] = []
-        self.at: list[int] = []
-        self.targets: list[int] = []
-        self.per_slot: list[int] = []
-        self.choices = _ChoicePacker()
-
-    def plan(self) -> Plan:
-        plan = Plan(self.segments, _ids(self.tokens), _ids(self.at), _ids(self.targets), self.per_slot, self.choices.choices())
-        self.segments.read = plan.kept
-        return plan
-
-
-class _ChoicePacker:
-    """Collects the choices of a plan. Slots of the same task share its trie's nodes."""
-
-    def __init__(self) -> None:
-        self.first_node: dict[LabelTrie, int] = {}
-        self.nodes: list[tuple[int, ...]] = []
-        self.at: list[int] = []
-        self.node: list[int] = []
-        self.asked: list[int] = []
-        self.child: list[int] = []
-        self.per_slot: list[int] = []
-
-    def enter(self, trie: LabelTrie) -> int:
-        """The number of a trie's first node."""
-        if trie not in self.first_node:
-            self.first_node[trie] = len(self.nodes)
-            self.nodes += [each.children for each in trie.nodes]
-        return self.first_node[trie]
-
-    def ask(self, node: int, at: int, children: Sequence[int]) -> None:
-        """Compare the children of a node at a packed place, and predict some of them."""
-        self.asked += [len(self.at)] * len(children)
-        self.child += children
-        self.at.append(at)
-        self.node.append(node)
-
-    def end_slot(self) -> None:
-        self.per_slot.append(len(self.child) - sum(self.per_slot))
-
-    def choices(self) -> Choices | None:
-        if not self.at:
-            return None
-        ids = sorted({child for children in self.nodes for child in children})
-        column = {token: at for at, token in enumerate(ids)}
-        most = max(map(len, self.nodes))
-        children = [[column[child] for child in node] + [-1] * (most - len(node)) for node in self.nodes]
-        return Choices(
-            _ids(self.at), _ids(self.node), _ids(children), _ids(ids), _ids(self.asked), _ids(self.child), self.per_slot
-        )
-
-
-def _ids(values: Sequence[Any]) -> Tensor:
-    return torch.tensor(values, dtype=torch.long)
-
-
-def plan_targets(
-    lengths: Sequence[int], batches: Sequence[Sequence[Row]], objectives: Sequence[Objective] | None = None
-) -> Plan:
-    """The pass that predicts every row's target: training, and evaluation by loss.
-
-    `lengths` [K] are the soft prompts' lengths, `batches[k]` the rows of slot k, `objectives[k]` what is predicted of them
-    (default: all tokens of the targets). What comes behind a row's last prediction is never fed.
-    """
-    packer = _Packer(lengths)
-    for root, rows, objective in zip(packer.roots, batches, objectives or [Objective()] * len(lengths), strict=True):
-        before = len(packer.at)
-        if not all(source and target for source, target in rows):
-            raise ValueError("a row needs at least one input and one target token")
-        if rows:
-            _pack_targets(packer, root, rows, objective)
-        packer.per_slot.append(len(packer.at) - before)
-        packer.choices.end_slot()
-    return packer.plan()
-
-
-def _pack_targets(packer: _Packer, root: Group | None, rows: Sequence[Row], objective: Objective) -> None:
-    trie = objective.trie
-    fed = [len(target) - 1 if objective.text or trie is None else trie.fed_length(tuple(target)) for _, target in rows]
-    texts = [source + target[:many] for (source, target), many in zip(rows, fed, strict=True)]
-    first = packer.choices.enter(trie) if trie else 0
-    at = packer.segments.tokens
-    for part in _alike([len(text) for text in texts], root.longest if root else 0):
-        packer.segments.add(part, root)
-    for (source, target), text in zip(rows, texts, strict=True):
-        packer.tokens += text
-        last = at + len(source) - 1
-        if objective.text:
-            packer.at += range(last, at + len(text))
-            packer.targets += target
-        if trie is not None:
-            for node, child in trie.paths[tuple(target)]:
-                packer.choices.ask(first + node, last + trie.nodes[node].depth, [child])
-        at += len(text)
-
-
-def _alike(lengths: list[int], before: int) -> list[list[int]]:
-    """Rows `[R]` cut where it saves most of attention's padding, which is what a batch of mixed lengths costs: in a group every
-    row is computed as long as the longest. Rows come ordered by length, so two groups save most of it."""
-
-    def scores(part: list[int]) -> int:
-        return len(part) * max(part) * (before + max(part))
-
-    cut = min(range(1, len(lengths)), key=lambda at: scores(lengths[:at]) + scores(lengths[at:]), default=0)
-    if not cut or scores(lengths[:cut]) + scores(lengths[cut:]) > WORTHWHILE * scores(lengths):
-        return [lengths]
-    return [lengths[:cut], lengths[cut:]]
-
-
-def plan_labels(lengths: Sequence[int], inputs: Sequence[Sequence[list[int]]], trie: LabelTrie) -> Plan:
-    """The pass that predicts every edge of the label trie behind every input: `inputs[k]` are slot k's texts.
-
-    Predictions come slot by slot, row by row, edge by edge. A text is computed once, however many labels continue it.
-    """
-    packer = _Packer(lengths)
-    for root, texts in zip(packer.roots, inputs, strict=True):
-        if texts:
-            _pack_labels(packer, root, texts, trie)
-        packer.per_slot.append(0)
-        packer.choices.end_slot()
-    return packer.plan()
-
-
-def _pack_labels(packer: _Packer, root: Group | None, texts: Sequence[list[int]], trie: LabelTrie) -> None:
-    group = packer.segments.add([len(text) for text in texts], root)
-    for text in texts:
-        packer.tokens += text
-    many = len(trie.tokens)
-    behind = 0
-    if many:
-        behind = packer.segments.add([many] * len(texts), group, list(range(len(texts))), tree=trie.parents).start
-        packer.tokens += trie.tokens * len(texts)
-    first, last = packer.choices.enter(trie), group.start - 1
-    for row, text in enumerate(texts):
-        last += len(text)
-        for at, node in enumerate(trie.nodes, first):
-            packer.choices.ask(at, last if node.place < 0 else behind + row * many + node.place, range(len(node.children)))
 
 
 def _forget_shapes() -> None:
@@ -290,7 +77,7 @@ class PromptedModel(nn.Module):
             if getattr(module, "gradient_checkpointing", False) or hasattr(module, "_gradient_checkpointing_func"):
                 module.training = True
 
-    def forward(self, soft_prompts: Sequence[Tensor], plan: Plan) -> Tensor:
+    def forward(self, soft_prompts: Sequence[Tensor], plan: PackedBatch) -> Tensor:
         """Negative log-likelihood of every prediction, `[M + M']` fp32: tokens of the text among the whole vocabulary, then
         choices among the children of their nodes. `soft_prompts[k]` is `[P_k, H]` (P_k may be 0)."""
         device = self.base.device
@@ -312,7 +99,7 @@ class PromptedModel(nn.Module):
             parts.append(choice_nll(rows, choices))
         return torch.cat(parts)
 
-    def _shared(self, packed: Tensor, plan: Plan, kept: Tensor) -> Tensor:
+    def _shared(self, packed: Tensor, plan: PackedBatch, kept: Tensor) -> Tensor:
         """Logits of the packed places `kept`, `[kept, V or U]`, every segment computed once."""
         device = packed.device
         out = self.base(
@@ -326,7 +113,7 @@ class PromptedModel(nn.Module):
         )
         return out.logits[0]
 
-    def _concatenated(self, packed: Tensor, plan: Plan, kept: Tensor) -> Tensor:
+    def _concatenated(self, packed: Tensor, plan: PackedBatch, kept: Tensor) -> Tensor:
         """The same with every sequence written out, padded on the right and computed whole."""
         device = packed.device
         index, lengths = plan.segments.sequences()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,13 +21,17 @@ from pydantic import ValidationError, field_validator
 from torch import Tensor
 
 from ptuning import storage
-from ptuning.config import Table, Template, UserError
+from ptuning.config import Table, Template
+from ptuning.errors import UserError
 from ptuning.paths import SCHEME
 from ptuning.redaction import last_name, redacted
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "card.json"
+
 TENSOR = "prompt_embeddings"
+
 VERSIONS = ("ptuning", "torch", "transformers", "deepspeed", "ray")
+
 LARGEST = 1 << 30
 """Bytes of a weights file beyond which it is no soft prompt."""
 
@@ -39,9 +43,6 @@ PUBLIC_SETTINGS = {
     ),
 }
 """Of a card's experiment, what everybody may know who gets the soft prompt. Fixed: a setting that is new is not public."""
-
-Embed = Callable[[list[int]], Tensor]
-"""Token ids -> rows of the base's input embedding, `[n, H]` fp32. Goes through the module, so it works on a sharded base."""
 
 
 class SoftPromptError(UserError):
@@ -245,61 +246,3 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a key is given twice")
     return dict(pairs)
-
-
-def check_base(soft_prompt: SoftPrompt, folder: str, width: int, base: str, fingerprint: dict[str, str] | None) -> None:
-    """Refuse a soft prompt that was made for another base.
-
-    Raises:
-        SoftPromptError: names both sides and what differs.
-    """
-    card = soft_prompt.card
-    if card.width != width:
-        raise SoftPromptError(
-            f"{folder}: made for width {card.width} ({card.base}), but {base} has width {width}; use its base"
-        )
-    if card.base_fingerprint is None or fingerprint is None:
-        return
-    differ = [part for part, value in fingerprint.items() if card.base_fingerprint.get(part) != value]
-    if differ:
-        ours = ", ".join(f"{part} {card.base_fingerprint.get(part, '?')[:12]}" for part in differ)
-        theirs = ", ".join(f"{part} {fingerprint[part][:12]}" for part in differ)
-        raise SoftPromptError(f"{folder}: made for {card.base} ({ours}), but {base} has {theirs}; use the base it was made for")
-
-
-def random_rows(length: int, sample: Tensor, generator: torch.Generator) -> Tensor:
-    """`[P, H]` normal numbers with mean and spread, per dimension, of the sampled embedding rows `[n, H]`.
-
-    A unit normal, PEFT's default, is some fifty times wider than a trained embedding.
-    """
-    noise = torch.randn(length, sample.shape[1], generator=generator)
-    return sample.mean(0) + noise * sample.std(0)
-
-
-def vocabulary_rows(length: int, frequent: Sequence[int], embed: Embed, generator: torch.Generator) -> Tensor:
-    """`[P, H]` embeddings of tokens drawn from the most frequent ones (Lester et al. 2021, section 3.2)."""
-    order = torch.randperm(len(frequent), generator=generator).tolist()
-    drawn = [frequent[order[place % len(order)]] for place in range(length)]
-    return embed(drawn)
-
-
-def text_rows(length: int, ids: Sequence[int], embed: Embed) -> Tensor:
-    """`[P, H]` embeddings of a text's tokens, repeated or cut to the length."""
-    return embed([ids[place % len(ids)] for place in range(length)])
-
-
-def label_rows(
-    length: int, labels: Sequence[Sequence[int]], frequent: Sequence[int], embed: Embed, generator: torch.Generator
-) -> Tensor:
-    """`[P, H]`: one row per label, the mean of its tokens' embeddings; the rest from the vocabulary (section 3.2)."""
-    means = torch.stack([embed(list(ids)).mean(0) for ids in labels])[:length]
-    if len(means) == length:
-        return means
-    return torch.cat([means, vocabulary_rows(length - len(means), frequent, embed, generator)])
-
-
-def transferred_rows(length: int, source: Tensor, frequent: Sequence[int], embed: Embed, generator: torch.Generator) -> Tensor:
-    """`[P, H]` rows of another soft prompt (SPoT, Vu et al. 2022), cut, or filled up from the vocabulary."""
-    if len(source) >= length:
-        return source[:length].clone()
-    return torch.cat([source, vocabulary_rows(length - len(source), frequent, embed, generator)])

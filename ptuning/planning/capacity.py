@@ -5,11 +5,12 @@ Bytes are bytes, GB are 10^9 of them. A rank is one worker, with a GPU or a shar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ptuning.config import Experiment
+from ptuning.model.limits import LOGITS, PAGE, STEP_TOKENS, TOKENS
+from ptuning.planning.workload import BaseShape, Machine, RunShape, Trace, Workload
 from ptuning.planning.zero3_simulator import (
     Sharing,
     Timeline,
@@ -20,173 +21,6 @@ from ptuning.planning.zero3_simulator import (
     share_bytes,
     share_numbers,
 )
-
-MOST_SLOTS = 32
-"""Soft prompts that train side by side, at most."""
-PAGE = 16
-"""Tokens of a page of the cache. Whole pages are shared; transformers' default of 256 would share no soft prompt."""
-STEP_TOKENS = 1024
-"""Tokens in one step of a serving replica; longer prefills are spread over several."""
-TOKENS = 8192
-"""Tokens in one pass of an evaluation, about: a bound on activations."""
-LOGITS = 1 << 26
-"""Logits in one pass of an evaluation, at most: 256 MiB in fp32."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A base, as far as plans need it."""
-
-    numbers: int
-    """All parameters, tied ones once."""
-    embedding: int
-    """Of these, in the input embedding."""
-    head: int
-    """Of these, in the output head; 0 where it is tied to the embedding."""
-    last: int
-    """In the last layer, those that only tokens that predict go through (`LastLayer`)."""
-    width: int
-    layers: int
-    vocabulary: int
-    attention_width: int
-    """Query heads times their width."""
-    token_numbers: int
-    """Numbers of one token's keys and values in all layers."""
-    itemsize: int
-    """Bytes of a number as it is computed in."""
-    buffers: int = 0
-    """Bytes of what is no parameter and whole on every rank."""
-
-    @property
-    def inner(self) -> int:
-        """Parameters that every token goes through."""
-        return self.numbers - self.embedding - self.head - self.last
-
-    @property
-    def bytes(self) -> int:
-        return self.numbers * self.itemsize + self.buffers
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One pass of one rank: `slots` soft prompts of `length` vectors, each with `rows` rows of `tokens` tokens (input and
-    target) of which `targets` are predicted."""
-
-    slots: int
-    length: int
-    rows: int
-    tokens: int
-    targets: int
-    compared: int = 0
-    """Token ids that a choice among labels compares; 0: every target token is predicted among the whole vocabulary."""
-
-    @property
-    def fed_per_row(self) -> int:
-        """Tokens of a row that go through the base. The last target token is predicted but never fed; of a chosen label
-        neither are the end token and the one before it, the latest choice."""
-        return self.tokens - (2 if self.compared else 1)
-
-    @property
-    def fed(self) -> int:
-        """Tokens of text that go through the base."""
-        return self.slots * self.rows * self.fed_per_row
-
-    @property
-    def positions(self) -> int:
-        return self.slots * self.length + self.fed
-
-    @property
-    def predictions(self) -> int:
-        return self.slots * self.rows * (1 if self.compared else self.targets)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The ranks that a plan is for."""
-
-    ranks: int
-    memory: int
-    """Bytes of each rank."""
-    per_node: int
-    """Ranks of one node."""
-    bandwidth: float
-    """Bytes a second that a rank can receive from the others."""
-    flops: float
-    """Operations a second that a rank really computes in the base's dtype."""
-    gpus: bool = True
-
-    @property
-    def reserved(self) -> int:
-        """Bytes that are taken before the base: on a GPU the CUDA context, NCCL's buffers and cuBLAS's workspaces (an estimate,
-        not measured here), on a CPU the libraries (measured: 0.62 GB of private memory after the imports)."""
-        return 1_500_000_000 if self.gpus else 650_000_000
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an experiment decides about memory."""
-
-    length: int
-    tokens: int
-    """Longest row in tokens, input and target."""
-    targets: int
-    """Of these, target tokens with the end token."""
-    batch: int
-    """Rows of a step over all ranks."""
-    micro_batch: int | None = None
-    new_tokens: int = 0
-    """Tokens that evaluation generates; 0 where labels are scored."""
-    compared: int = 0
-    """Token ids that a choice among labels compares, at most; 0: the objective is text."""
-    live: int | None = None
-    persistent: int = 10_000
-    stage: int = 3
-    offload: bool = False
-
-    @staticmethod
-    def read(experiment: Experiment, tokens: int, targets: int) -> Settings:
-        """Those of an experiment with rows of so many tokens; a search plans for its longest soft prompts."""
-        train, zero = experiment.train, experiment.zero
-        return Settings(
-            experiment.prompt.length,
-            tokens,
-            targets,
-            train.batch_size,
-            train.micro_batch_size,
-            0 if experiment.data.labels else targets,
-            compared(experiment),
-            zero.live_parameters,
-            zero.persistent_below,
-            zero.stage,
-            zero.offload,
-        )
-
-    @staticmethod
-    def of_rows(experiment: Experiment, lengths: Sequence[int], targets: Sequence[int]) -> Settings:
-        """Those of an experiment whose rows have these lengths and target lengths, for its heaviest batch."""
-        batch = experiment.train.batch_size
-        return Settings.read(experiment, heaviest_rows(lengths, batch), heaviest_rows(targets, batch))
-
-    def rows(self, ranks: int) -> int:
-        """Rows of one pass on a rank."""
-        share = -(-self.batch // ranks)
-        if self.micro_batch is None or share <= self.micro_batch:
-            return share
-        return -(-share // -(-share // self.micro_batch))
-
-    def passes(self, ranks: int) -> int:
-        share = -(-self.batch // ranks)
-        return -(-share // (self.micro_batch or share))
-
-
-def compared(experiment: Experiment) -> int:
-    """Token ids that a step compares where it only chooses: a tree with so many leaves has fewer than twice as many edges."""
-    only = experiment.objective == "choice" and not experiment.train.text_weight
-    return 2 * len(experiment.data.labels or ()) if only else 0
-
-
-Trace = Callable[[Workload], Timeline]
-"""Writes down a pass (`Blueprint.training`, `Blueprint.evaluation`, which remember what they were asked)."""
 
 
 @dataclass(frozen=True)
@@ -233,12 +67,13 @@ class TrainingPlan:
 
 HOLES = 1.5
 """Of what a step takes, what glibc's heap keeps in holes at most (measured: 0.5 to 1.4; BENCHMARKS.md)."""
+
 STATES = 8
 """Tensors like a soft prompt in fp32: itself, the best so far, two moments; in a step its gradient, that of all slots in one
 tensor, its part of it, and a clipped copy."""
 
 
-def step_flops(shape: Shape, work: Workload) -> int:
+def step_flops(shape: BaseShape, work: Workload) -> int:
     """FLOPs of a step on frozen weights: 2 forward and 2 backward per weight and token. Attention computes the scores again
     in its backward pass: 7 products instead of the forward's 2."""
     looked = work.slots * (work.length**2 + work.rows * work.fed_per_row * (work.length + work.fed_per_row))
@@ -247,7 +82,7 @@ def step_flops(shape: Shape, work: Workload) -> int:
     return 4 * shape.inner * work.positions + attention + read
 
 
-def sharing(shape: Shape, settings: Settings, machine: Machine) -> Sharing:
+def sharing(shape: BaseShape, settings: RunShape, machine: Machine) -> Sharing:
     """How `zero.derive_config` spreads a base over such a machine."""
     free = machine.memory - machine.reserved
     whole = shape.numbers * shape.itemsize
@@ -267,7 +102,7 @@ def sharing(shape: Shape, settings: Settings, machine: Machine) -> Sharing:
 class Training:
     """Plans of training one base on one machine, for any number of slots."""
 
-    def __init__(self, shape: Shape, settings: Settings, machine: Machine, training: Trace, evaluation: Trace) -> None:
+    def __init__(self, shape: BaseShape, settings: RunShape, machine: Machine, training: Trace, evaluation: Trace) -> None:
         self.shape, self.settings, self.machine = shape, settings, machine
         self._evaluation = evaluation
         self.sharing = sharing(shape, settings, machine)
@@ -349,12 +184,6 @@ def _most(limit: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def heaviest_rows(lengths: Sequence[int], batch: int) -> int:
-    """Tokens of the rows of the heaviest batch, in the mean: rows of about the same length share a batch."""
-    longest = sorted(lengths)[-batch:]
-    return -(-sum(longest) // len(longest))
-
-
 @dataclass(frozen=True)
 class ServingPlan:
     """One replica: memory in bytes, and requests. A replica holds the whole base on one rank."""
@@ -380,7 +209,15 @@ class ServingPlan:
 
 
 def plan_serving(
-    shape: Shape, settings: Settings, machine: Machine, evaluation: Trace, *, cache: int, running: int, resident: int, new: int
+    shape: BaseShape,
+    settings: RunShape,
+    machine: Machine,
+    evaluation: Trace,
+    *,
+    cache: int,
+    running: int,
+    resident: int,
+    new: int,
 ) -> ServingPlan:
     """A replica that answers up to `new` tokens, with `resident` soft prompts, each of which is asked at the moment."""
     positions = settings.tokens

@@ -22,11 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from ptuning.errors import BaseError
 from ptuning.model import cpu_attention
-from ptuning.model.base import BaseError, check_decoder
+from ptuning.model.base import check_decoder
 from ptuning.model.label_trie import LabelTrie
-from ptuning.model.prompted_model import Objective, PromptedModel, plan_targets
-from ptuning.planning.capacity import Shape, Workload
+from ptuning.model.packing import Objective, pack_targets
+from ptuning.model.prompted_model import PromptedModel
+from ptuning.planning.workload import BaseShape, Workload
 from ptuning.planning.zero3_simulator import Moment, Timeline
 
 
@@ -49,7 +51,7 @@ def read_config(path: str | Path, trust_remote_code: bool = False) -> Pretrained
     return config
 
 
-class Blueprint:
+class MetaModel:
     """A base without memory, in the dtype it computes in.
 
     Raises:
@@ -90,7 +92,7 @@ class Blueprint:
             shared = [0] * (work.targets - 2)
             labels = tuple((*shared, last, 0) for last in range(work.compared))
             target, objective = list(labels[0]), Objective(LabelTrie(labels), text=False)
-        plan = plan_targets(lengths, [[([0] * text, target)] * work.rows] * work.slots, [objective] * work.slots)
+        plan = pack_targets(lengths, [[([0] * text, target)] * work.rows] * work.slots, [objective] * work.slots)
         vectors = [torch.zeros(work.length, self.shape.width, device="meta", requires_grad=backward) for _ in lengths]
         with (
             warnings.catch_warnings(),
@@ -106,7 +108,7 @@ class Blueprint:
         return recorder.timeline()
 
 
-def _shape(model: PromptedModel, dtype: torch.dtype) -> Shape:
+def _shape(model: PromptedModel, dtype: torch.dtype) -> BaseShape:
     base = model.base
     config: Any = base.config.get_text_config()
     embedding: Any = base.get_input_embeddings().weight
@@ -114,7 +116,7 @@ def _shape(model: PromptedModel, dtype: torch.dtype) -> Shape:
     heads = config.num_attention_heads
     wide = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    return Shape(
+    return BaseShape(
         numbers=sum(parameter.numel() for parameter in base.parameters()),
         embedding=embedding.numel(),
         head=0 if head is embedding else head.numel(),

@@ -10,21 +10,14 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
-from ptuning.config import Experiment, UserError
+from ptuning.config import Experiment
+from ptuning.data.task import load_task
+from ptuning.errors import UserError
 from ptuning.model.base import computes_in_bfloat16, find_base
-from ptuning.planning.capacity import (
-    MOST_SLOTS,
-    Machine,
-    ServingPlan,
-    Settings,
-    Shape,
-    Training,
-    TrainingPlan,
-    plan_serving,
-    sharing,
-)
-from ptuning.planning.meta_model import Blueprint, read_config
-from ptuning.training.run_setup import load_task
+from ptuning.model.limits import MOST_SLOTS
+from ptuning.planning.capacity import ServingPlan, Training, TrainingPlan, plan_serving, sharing
+from ptuning.planning.meta_model import MetaModel, read_config
+from ptuning.planning.workload import BaseShape, Machine, RunShape
 
 GB = 1_000_000_000
 GPU = {"memory_gb": 80.0, "bandwidth_gb": 50.0, "tflops": 400.0}
@@ -43,9 +36,9 @@ class Estimate:
     name: str
     base: str
     dtype: str
-    shape: Shape
+    shape: BaseShape
     machine: Machine
-    settings: Settings
+    settings: RunShape
     training: TrainingPlan
     """With one slot."""
     slots: int
@@ -72,7 +65,7 @@ class Estimate:
         return found
 
 
-def estimate(
+def make_plan(
     experiment: Experiment,
     *,
     gpus: int,
@@ -111,7 +104,7 @@ def estimate(
             f"data.max_tokens: {settings.length} virtual tokens and {settings.tokens} of text exceed the {context} positions "
             f"of the base; at most {context - settings.length}"
         )
-    blueprint = Blueprint(described, dtype, checkpoint_gradients=experiment.train.gradient_checkpointing)
+    blueprint = MetaModel(described, dtype, checkpoint_gradients=experiment.train.gradient_checkpointing)
     inside = ranks <= per_node or sharing(blueprint.shape, settings, machine).per_node
     if gpus and inside and bandwidth_gb is None:
         machine = replace(machine, bandwidth=INSIDE_GB * GB)
@@ -147,7 +140,7 @@ def estimate(
 
 def _read(
     experiment: Experiment, config: str | None, tokens: int | None, gpus: bool
-) -> tuple[PretrainedConfig, torch.dtype, Settings]:
+) -> tuple[PretrainedConfig, torch.dtype, RunShape]:
     """The base's config, the dtype it will compute in, and the size of the rows."""
     folder = Path(experiment.model.path).expanduser()
     bare = folder.suffix == ".json" or (folder.is_dir() and not any(folder.glob("*.safetensors")))
@@ -165,23 +158,23 @@ def _read(
     if tokens is not None:
         return base.config, base.dtype(experiment.model.dtype), _settings(experiment, tokens)
     split = load_task(experiment, base).train
-    settings = Settings.of_rows(experiment, split.lengths.tolist(), split.target_lengths.tolist())
+    settings = RunShape.of_rows(experiment, split.lengths.tolist(), split.target_lengths.tolist())
     return base.config, base.dtype(experiment.model.dtype), settings
 
 
-def _settings(experiment: Experiment, tokens: int) -> Settings:
+def _settings(experiment: Experiment, tokens: int) -> RunShape:
     targets = LABEL_TOKENS if experiment.data.labels else max(1, tokens // FREE_SHARE)
-    return Settings.read(experiment, tokens, min(targets, tokens - 1))
+    return RunShape.read(experiment, tokens, min(targets, tokens - 1))
 
 
-def _training(blueprint: Blueprint, settings: Settings, machine: Machine) -> Training:
+def _training(blueprint: MetaModel, settings: RunShape, machine: Machine) -> Training:
     return Training(blueprint.shape, settings, machine, blueprint.training, blueprint.evaluation)
 
 
-def _more_for_training(blueprint: Blueprint, dtype: torch.dtype, settings: Settings, machine: Machine) -> str:
+def _more_for_training(blueprint: MetaModel, dtype: torch.dtype, settings: RunShape, machine: Machine) -> str:
     """What would have to change for one soft prompt to fit."""
     small = replace(settings, micro_batch=1)
-    recomputing = Blueprint(blueprint.model.base.config, dtype, checkpoint_gradients=True)
+    recomputing = MetaModel(blueprint.model.base.config, dtype, checkpoint_gradients=True)
     ways = [
         ("train.micro_batch_size=1", blueprint, small),
         ("train.gradient_checkpointing=true", recomputing, settings),

@@ -107,7 +107,7 @@ def share_numbers(sizes: Iterable[int], sharing: Sharing) -> int:
     return total
 
 
-class _Gatherer:
+class _GatherSimulator:
     """DeepSpeed's parameter coordinator (0.19: runtime/zero/partitioned_param_coordinator.py), once it knows a pass by heart.
 
     It fetches a module's tensors, then those that come next (prefetch), in one all-gather each; several in one arrive in a
@@ -202,7 +202,7 @@ def gather(timeline: Timeline, sharing: Sharing, itemsize: int) -> Gathering:
     """Replay a pass; a single worker has everything, and nothing is gathered."""
     if sharing.workers == 1:
         return Gathering(0, 0, timeline.peak)
-    gatherer = _Gatherer(timeline, sharing, itemsize)
+    gatherer = _GatherSimulator(timeline, sharing, itemsize)
     most = peak = 0
     for moment in timeline.moments:
         getattr(gatherer, moment.kind)(moment.tensors)

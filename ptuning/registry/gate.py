@@ -9,14 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from ptuning.config import MARGIN, ModelConfig, UserError, template_fields
-from ptuning.model import soft_prompt
-from ptuning.model.base import Base, BaseError, find_base
+from ptuning.config import MARGIN, template_fields
+from ptuning.errors import UserError
+from ptuning.model import compatibility
+from ptuning.model.compatibility import base_of, next_logits
 from ptuning.model.soft_prompt import Card, SoftPrompt
-from ptuning.registry.promotions import Ledger, State
+from ptuning.registry.promotions import PromotionLog, State
 from ptuning.registry.publish import preferred_metrics, retrieve
 from ptuning.registry.registry import FORCED, STATE, Reference, Registry, Version
 
@@ -51,7 +50,7 @@ def promote(
         RegistryError, SoftPromptError, StorageError: not there, or damaged.
     """
     version = registry.find(reference)
-    ledger = Ledger(registry, version.name)
+    ledger = PromotionLog(registry, version.name)
     seen = ledger.state()
     if seen.champion == version.version:
         ledger.settle()
@@ -89,7 +88,7 @@ def on_its_base(candidate: SoftPrompt, name: str, path: str | None) -> list[str]
         UserError: the base is not there, or another one.
     """
     base = base_of(candidate.card, name, path)
-    soft_prompt.check_base(candidate, name, base.width, base.name, base.fingerprint.model_dump())
+    compatibility.check_base(candidate, name, base.width, base.name, base.fingerprint.model_dump())
     dtype = base.dtype("auto")
     # Squared, because the first thing a layer does is to square them; a norm that overflows makes a silent zero.
     if not bool(torch.isfinite(candidate.vectors.to(dtype).square().sum(-1)).all()):
@@ -102,31 +101,6 @@ def on_its_base(candidate: SoftPrompt, name: str, path: str | None) -> list[str]
     if torch.equal(tuned, untuned):
         return ["the base answers the same with and without it"]
     return []
-
-
-def base_of(card: Card, name: str, path: str | None = None) -> Base:
-    """The base of a card, or the one at `path`.
-
-    Raises:
-        BaseError: not here, or the card does not know it.
-    """
-    if path is None and card.base == "unknown":
-        raise BaseError(f"{name}: its base is unknown; name it with --base")
-    revision = card.revision if path is None else None
-    try:
-        return find_base(ModelConfig(path=path or card.base, revision=revision))
-    except BaseError as error:
-        reason = str(error).removeprefix("model.path: ")
-        raise BaseError(f"{name}: {reason}, or name it with --base") from None
-
-
-@torch.no_grad()
-def next_logits(model: PreTrainedModel, vectors: Tensor | None, ids: Tensor) -> Tensor:
-    """Logits `[V]` of the token behind `ids` [1, T], with a soft prompt `[P, H]` in front or without."""
-    rows = model.get_input_embeddings()(ids)
-    if vectors is not None:
-        rows = torch.cat([vectors.to(rows)[None], rows], dim=1)
-    return model(inputs_embeds=rows, use_cache=False).logits[0, -1]
 
 
 def compare(candidate: Card, champion: Card, champion_name: str, margin: float) -> list[str]:

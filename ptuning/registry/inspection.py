@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from ptuning.config import UserError
+import torch
+
+from ptuning.errors import UserError
 from ptuning.model.base import Base
+from ptuning.model.compatibility import base_of
 from ptuning.model.nearest_tokens import nearest_words, norms
 from ptuning.model.soft_prompt import Card
-from ptuning.registry.gate import base_of
-from ptuning.registry.promotions import Ledger
+from ptuning.registry.promotions import PromotionLog
 from ptuning.registry.publish import retrieve
-from ptuning.registry.registry import Registry, Version
+from ptuning.registry.registry import CHAMPION, Reference, Registry, RegistryError, Version
 
 
-def portrait(registry: Registry, name: str, base_path: str | None) -> dict[str, Any]:
+def inspect_version(registry: Registry, name: str, base_path: str | None) -> dict[str, Any]:
     """Card, lineage, promotions, norms, and the words nearest to every virtual token (None without its base).
 
     Raises:
@@ -23,7 +25,7 @@ def portrait(registry: Registry, name: str, base_path: str | None) -> dict[str, 
     version = registry.find(name)
     loaded, _ = retrieve(registry, version)
     base, missing = _base(loaded.card, version, base_path)
-    moves = Ledger(registry, version.name).state().moves
+    moves = PromotionLog(registry, version.name).state().moves
     return {
         "name": version.name,
         "version": version.version,
@@ -53,7 +55,7 @@ def _base(card: Card, version: Version, path: str | None) -> tuple[Base | None, 
         return None, str(error)
 
 
-def portrait_lines(shown: dict[str, Any]) -> list[str]:
+def version_lines(shown: dict[str, Any]) -> list[str]:
     """The portrait for a person."""
     card, lineage = shown["card"], shown["lineage"]
     aliases = f" ({', '.join(shown['aliases'])})" if shown["aliases"] else ""
@@ -91,3 +93,29 @@ def _card_lines(card: dict[str, Any]) -> list[str]:
     else:
         lines.append("template     unknown")
     return lines + [f"metric       {name.replace('_', ' ')} {value:.4f}" for name, value in card["metrics"].items()]
+
+
+def similar(registry: Registry, reference: Reference) -> list[tuple[Version, float]]:
+    """Other soft prompts of the same base, the most similar first: candidates to start from (SPoT, Vu et al. 2022).
+
+    Similarity is the cosine of the averaged vectors, the paper's first measure (section 4.1). Of every name the champion is
+    looked at, or the newest version.
+
+    Raises:
+        UserError: not there, or its base is unknown.
+    """
+    wanted = registry.find(reference)
+    base = (wanted.fingerprint or {}).get("weights")
+    if base is None:
+        raise RegistryError(f"{wanted}: its base is unknown; import it again with --base")
+    chosen: dict[str, Version] = {}
+    for version in registry.versions():
+        fits = version.name != wanted.name and (version.fingerprint or {}).get("weights") == base
+        if fits and (version.name not in chosen or CHAMPION in version.aliases):
+            chosen[version.name] = version
+    own = retrieve(registry, wanted)[0].vectors.mean(0)
+    found = [
+        (version, float(torch.nn.functional.cosine_similarity(own, retrieve(registry, version)[0].vectors.mean(0), dim=0)))
+        for version in chosen.values()
+    ]
+    return sorted(found, key=lambda pair: -pair[1])

@@ -21,16 +21,19 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ptuning.config import Template, UserError, template_fields
-from ptuning.data.dataset import Encoder
-from ptuning.model import soft_prompt
-from ptuning.model.base import STORED_DTYPES, Base, stored_tensors
+from ptuning.config import Template, template_fields
+from ptuning.data.encoder import Encoder
+from ptuning.errors import UserError
+from ptuning.imports import load_deepspeed
+from ptuning.model import compatibility
+from ptuning.model.base import Base
+from ptuning.model.compatibility import base_of, next_logits
+from ptuning.model.safetensors_files import STORED_DTYPES, stored_tensors
 from ptuning.model.soft_prompt import Card, SoftPrompt
 from ptuning.registry import token_suppression
-from ptuning.registry.gate import base_of, next_logits
 from ptuning.registry.publish import check_free, retrieve
 from ptuning.registry.registry import Registry, Version
-from ptuning.registry.token_suppression import Guard
+from ptuning.registry.token_suppression import Suppression
 
 PROBES = ("This is a test.", "a", "Two  words, 3 numbers\nand äöü!")
 TOLERANCE = 1e-4
@@ -50,7 +53,7 @@ class Merged:
     vocabulary: int
     untied: bool
     """The base shared one matrix between input and output; the export has two."""
-    guard: Guard
+    guard: Suppression
     """What keeps virtual tokens from being generated."""
     prepends: bool
     """The tokenizer puts the virtual tokens in front of every text."""
@@ -86,7 +89,7 @@ def export_merged(registry: Registry, version: Version, folder: str, base_path: 
     check_free(folder)
     loaded, _ = retrieve(registry, version)
     base = base_of(loaded.card, str(version), base_path)
-    soft_prompt.check_base(loaded, str(version), base.width, base.name, base.fingerprint.model_dump())
+    compatibility.check_base(loaded, str(version), base.width, base.name, base.fingerprint.model_dump())
     return write_merged(loaded, base, version.name, Path(folder).expanduser().absolute())
 
 
@@ -107,7 +110,7 @@ def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Mer
     tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=base.trust_remote_code)  # a fresh one to change
     ids = _add_tokens(tokenizer, tokens, name)
     untied = _grow(model, ids, vectors)
-    guarded = token_suppression.close(model, ids, states)
+    guarded = token_suppression.suppress(model, ids, states)
     _check_logits(model, ids, probe, expected, name)
     tokenizer.padding_side = "left"  # generation goes on at the right end
     prepends = _prepend(tokenizer, tokens, ids)
@@ -262,10 +265,9 @@ def _generation(model: PreTrainedModel, base: Base, ids: list[int], card: Card) 
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: Card, folder: Path) -> None:
-    # save_pretrained imports DeepSpeed wherever it is installed, and that looks for an accelerator and warns of what it finds.
-    # Through our own door it is told first.
-    from ptuning.training import zero  # noqa: F401
-
+    # save_pretrained imports DeepSpeed wherever it is installed, and that looks for an accelerator and warns of what it finds,
+    # unless it was imported with that told.
+    load_deepspeed()
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -9,14 +9,15 @@ from huggingface_hub import snapshot_download
 
 from ptuning import storage
 from ptuning.config import ModelConfig, Template
-from ptuning.model import soft_prompt
-from ptuning.model.base import Base, BaseError, find_base
+from ptuning.errors import BaseError
+from ptuning.model import compatibility, soft_prompt
+from ptuning.model.base import Base, find_base
 from ptuning.model.soft_prompt import CARD, CONFIG, WEIGHTS, Card, SoftPrompt, SoftPromptError, public_base
 from ptuning.registry.publish import publish
 from ptuning.registry.registry import FILES, Registry, Version, check_name
 
 
-def adopt(
+def import_adapter(
     registry: Registry, source: str, name: str, base: str | None, template: Template | None, artifact_root: str | None
 ) -> Version:
     """Publish an adapter, its two files as they are, beside a card. What nobody said is recorded as unknown.
@@ -89,7 +90,7 @@ def find_named_base(loaded: SoftPrompt, source: str, base: str | None) -> Base:
         if base is not None:
             raise
         raise BaseError(f"{source}: {str(error).removeprefix('model.path: ')}, or name it with --base") from None
-    soft_prompt.check_base(loaded, source, found.width, found.name, found.fingerprint.model_dump())
+    compatibility.check_base(loaded, source, found.width, found.name, found.fingerprint.model_dump())
     return found
 
 

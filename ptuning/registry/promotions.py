@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ptuning.registry.registry import CHAMPION, Reference, Registry, RegistryError, Version, check_name
-from ptuning.tracking.tracker import TrackingError, asking
+from ptuning.tracking.client import TrackingError, asking
 
 Kind = Literal["promote", "rollback", "delete"]
 PATIENCE = 30.0
@@ -89,7 +89,7 @@ class State:
         return any(move.request == request for move in self.moves)
 
 
-class Ledger:
+class PromotionLog:
     """The promotions of one name."""
 
     def __init__(self, registry: Registry, name: str) -> None:
@@ -243,7 +243,7 @@ def delete(registry: Registry, reference: Reference) -> Version:
     if reference.version is None:
         raise RegistryError(f"{reference}: names no single version; write {reference.name}:N to delete version N")
     version = registry.find(reference)
-    ledger = Ledger(registry, version.name)
+    ledger = PromotionLog(registry, version.name)
     ledger.forget(version.version)
     registry.remove(version)
     ledger.settle()  # MLflow has removed the aliases that pointed to it

@@ -8,15 +8,11 @@ import tempfile
 from pathlib import Path
 
 from ptuning import storage
-from ptuning.config import Experiment, UserError
+from ptuning.errors import UserError
 from ptuning.model import soft_prompt
-from ptuning.model.base import Base
 from ptuning.model.soft_prompt import Card, SoftPrompt
-from ptuning.paths import SCHEME
-from ptuning.redaction import redact
-from ptuning.registry.registry import FILES, STATE, Registry, RegistryError, Version, check_name, parse_reference
+from ptuning.registry.registry import FILES, STATE, Registry, RegistryError, Version, check_name
 from ptuning.storage import StorageError
-from ptuning.tracking import tracker
 
 AGAIN = "choose another version, or publish it again from a copy that is whole"
 
@@ -125,57 +121,3 @@ def check_free(folder: str) -> None:
         raise StorageError(f"{folder}: is there already; choose a folder that is new or empty")
     if storage.exists(folder, storage.MANIFEST):
         raise StorageError(f"{folder}: is there already; choose another one")
-
-
-def pin_parent(experiment: Experiment, folder: str) -> Experiment:
-    """The experiment with `prompt.init_from = "name@champion"` replaced by a folder inside the run's folder, and so an address
-    with a password in it.
-
-    Workers do not talk to MLflow and learn no passwords, and a run that is resumed starts from the same parent though the alias
-    may have moved.
-    """
-    source = experiment.prompt.init_from
-    if source is None or (_is_folder(source) and redact(source) == source):
-        return experiment
-    kept = hashlib.sha256(redact(source).encode()).hexdigest()[:16] if _is_folder(source) else str(parse_reference(source))
-    prompt = experiment.prompt.model_copy(update={"init_from": storage.join(folder, "parent", kept)})
-    return experiment.model_copy(update={"prompt": prompt})
-
-
-def bring_parent(written: Experiment, pinned: Experiment, base: Base) -> None:
-    """Copy the parent from the registry to where `pin_parent` said, unless an earlier start of this run did, and check it.
-
-    Raises:
-        UserError: no such soft prompt, MLflow does not answer, or it was made for another base.
-    """
-    source, folder = written.prompt.init_from, pinned.prompt.init_from
-    if source is None or folder is None:
-        return
-    if source != folder and not storage.exists(folder, storage.MANIFEST):
-        storage.write_folder(folder, _parent_files(written, source))
-    soft_prompt.check_base(soft_prompt.load(folder), source, base.width, base.name, base.fingerprint.model_dump())
-
-
-def _parent_files(written: Experiment, source: str) -> dict[str, bytes]:
-    if _is_folder(source):
-        soft_prompt.load(source)
-        return soft_prompt.without_passwords(storage.read_folder(source))
-    registry = Registry(_uri(written))
-    return retrieve(registry, registry.find(source))[1]
-
-
-def publish_run(experiment: Experiment, name: str, folder: str, run_id: str | None) -> Version:
-    """Publish what a run made, where the run is tracked.
-
-    Raises:
-        UserError: as `publish`.
-    """
-    return publish(Registry(_uri(experiment)), name, folder, run_id, tracker.default_artifact_root(experiment.compute.storage))
-
-
-def _uri(experiment: Experiment) -> str:
-    return experiment.tracking.uri or tracker.default_uri(experiment.compute.storage)
-
-
-def _is_folder(source: str) -> bool:
-    return "/" in source or source.startswith(SCHEME) or Path(source).expanduser().is_dir()

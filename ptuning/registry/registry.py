@@ -18,10 +18,11 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ptuning.config import NAME, UserError, suggest
+from ptuning.config import NAME
+from ptuning.errors import UserError, suggest
 from ptuning.redaction import redact
-from ptuning.tracking import tracker
-from ptuning.tracking.tracker import TrackingError, asking
+from ptuning.tracking import client as tracking_client
+from ptuning.tracking.client import TrackingError, asking
 
 CHAMPION = "champion"
 """The alias of the version that is served. Moved by `champion.Ledger` only."""
@@ -126,12 +127,12 @@ class Registry:
     @cached_property
     def client(self) -> Any:
         with asking(self.uri):
-            return tracker.connect(self.uri)
+            return tracking_client.connect(self.uri)
 
     @property
     def is_there(self) -> bool:
         """False: the database's file does not exist (yet, or any more)."""
-        path = tracker.database(self.uri)
+        path = tracking_client.database(self.uri)
         return path is None or path.exists()  # looking must not create a database
 
     def versions(self, name: str | None = None) -> list[Version]:
@@ -232,14 +233,14 @@ class Registry:
     def upload(self, run_id: str, folder: Path) -> None:
         """Put a soft prompt's files into a run; the manifest comes last."""
         with asking(self.uri):
-            store = tracker.artifacts(self.client, run_id)
+            store = tracking_client.artifacts(self.client, run_id)
             for file in sorted(folder.iterdir(), key=lambda file: list(FILES).index(file.name)):
                 store.log_artifact(str(file), ARTIFACT)
 
     def create_run(self, name: str, artifact_root: str | None, tags: Mapping[str, str]) -> str:
         """A run for a soft prompt that was made elsewhere; returns its id."""
         with asking(self.uri):
-            experiment = tracker.experiment_id(self.client, EXPERIMENT, artifact_root)
+            experiment = tracking_client.experiment_id(self.client, EXPERIMENT, artifact_root)
             run_id = str(self.client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id)
             self.client.set_terminated(run_id)
         return run_id
@@ -252,7 +253,7 @@ class Registry:
         """
         missing = set(FILES)
         with asking(self.uri):
-            store = tracker.artifacts(self.client, version.run_id)
+            store = tracking_client.artifacts(self.client, version.run_id)
             for entry in store.list_artifacts(ARTIFACT):
                 name = PurePosixPath(entry.path).name
                 if name not in FILES or entry.is_dir or entry.path != f"{ARTIFACT}/{name}":
@@ -265,7 +266,7 @@ class Registry:
                 path.replace(folder / name)
                 missing.remove(name)
         if missing:
-            place = redact(tracker.artifact_place(self.client, version.run_id))
+            place = redact(tracking_client.artifact_place(self.client, version.run_id))
             raise RegistryError(
                 f"{version}: {', '.join(sorted(missing))} not found in {place}/{ARTIFACT}; if that place has moved or is not "
                 "mounted, bring it back, or name the storage folder where it is now (--storage, compute.storage)"

@@ -45,7 +45,7 @@ class States:
 
 
 @dataclass(frozen=True)
-class Guard:
+class Suppression:
     """What keeps virtual tokens out, beside the generation config."""
 
     exact: bool
@@ -114,13 +114,13 @@ def _behind(model: PreTrainedModel, start: Tensor, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def close(model: PreTrainedModel, ids: list[int], states: States) -> Guard:
+def suppress(model: PreTrainedModel, ids: list[int], states: States) -> Suppression:
     """Write the rows (and biases) of the virtual tokens `ids` into the head, all the same."""
     head = model.get_output_embeddings()
     head.weight.data[ids] = 0
     if getattr(head, "bias", None) is not None:
         head.bias.data[ids] = NEVER
-        return Guard(exact=True, mean=0.0, worst=0.0)
+        return Suppression(exact=True, mean=0.0, worst=0.0)
     real = torch.ones(head.weight.shape[0], dtype=torch.bool)
     real[ids] = False
     rows = head.weight.data[real].float()
@@ -128,7 +128,9 @@ def close(model: PreTrainedModel, ids: list[int], states: States) -> Guard:
     row = _fit(states.fit, _others(states.fit, rows), float(penalty)).to(head.weight.dtype)
     head.weight.data[ids] = row
     logs = states.trial @ row.float() / HOT - _others(states.trial, rows) + math.log(len(ids))
-    return Guard(exact=False, mean=float(logs.exp().clamp(max=1).mean()), worst=min(1.0, math.exp(min(0.0, float(logs.max())))))
+    return Suppression(
+        exact=False, mean=float(logs.exp().clamp(max=1).mean()), worst=min(1.0, math.exp(min(0.0, float(logs.max()))))
+    )
 
 
 def _others(states: Tensor, rows: Tensor) -> Tensor:

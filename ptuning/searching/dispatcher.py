@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 import ray
 
-from ptuning.training.event_queue import Fields, Pile, Post
+from ptuning.training.event_queue import EventBuffer, EventSender, Fields
 
 FOR_TRIALS = ("evaluation", "finished", "failed")
 """Events that a trial hears of."""
 RELEASED: Fields = {"kind": "released", "run": "", "step": 0, "values": {}, "details": {}}
 
 
-class Board:
+class Dispatcher:
     """Which trial trains in which group. A trial has a key of ours; each of its stays in a slot is a run of its own."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Board:
         self._training: dict[str, tuple[int, Fields]] = {}
         self._lives: dict[int, int] = {}
         self._orders: dict[int, list[Fields]] = {}
-        self._events = Pile()
+        self._events = EventBuffer()
         self._results: dict[str, list[Fields]] = {}
         self._reported: dict[str, int] = {}
 
@@ -181,11 +181,11 @@ def _length(order: Fields) -> int:
 
 
 @ray.remote(num_cpus=0)
-class Hub:
+class DispatcherActor:
     """The board in a process of its own. Whoever asks for news may wait for it a while."""
 
     def __init__(self) -> None:
-        self._board = Board()
+        self._board = Dispatcher()
         self._news = asyncio.Condition()
 
     async def call(self, method: str, *arguments: Any) -> Any:
@@ -228,28 +228,19 @@ class Hub:
                 return
 
 
-class Line:
+class DispatcherClient(EventSender):
     """The first worker's end: sends events without waiting, and has asked for orders before they are needed."""
 
     def __init__(self, hub: Any, group: int) -> None:
+        super().__init__(hub)
         self._hub = hub
         self._group = group
-        self._post = Post(hub)
         self._life = 0
         self._asked: Any = None
 
     def join(self, places: int) -> None:
         self._life = ray.get(self._hub.call.remote("join", self._group, places))
         self._ask()
-
-    def send(self, event: Fields, *, now: bool) -> None:
-        self._post.send(event, now=now)
-
-    def flush(self) -> None:
-        self._post.flush()
-
-    def recorded_until(self) -> float:
-        return self._post.recorded_until()
 
     def ringing(self) -> bool:
         """Whether an answer is there, without waiting."""

@@ -14,17 +14,16 @@ import ray
 
 from ptuning.config import Experiment
 from ptuning.model.base import Base
-from ptuning.searching.trial_store import Entry, Ledger
+from ptuning.searching.trial_store import TrialRecord, TrialStore
 from ptuning.tracking.tracker import Status, Tracker
 from ptuning.training.messages import Event
-from ptuning.training.run import open_tracker
-from ptuning.training.run_tracking import Recorder
+from ptuning.training.run_tracking import Recorder, open_tracker
 
-Show = Callable[[list[Entry]], None]
+Show = Callable[[list[TrialRecord]], None]
 ENDED: dict[str, Status] = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "running": "KILLED"}
 
 
-class Desk:
+class SearchMonitor:
     """Follows the hub in a thread."""
 
     def __init__(
@@ -32,7 +31,7 @@ class Desk:
         experiment: Experiment,
         base: Base,
         hub: Any,
-        ledger: Ledger,
+        ledger: TrialStore,
         tracker: Tracker,
         show: Show,
         say: Callable[[str], None],
@@ -49,7 +48,7 @@ class Desk:
         self._children: dict[str, tuple[Tracker, Recorder]] = {}
         self._closing = ThreadPoolExecutor(1)
         self._unsent: list[Any] = []
-        self._afterwards: deque[tuple[str, Callable[[Entry], None]]] = deque()
+        self._afterwards: deque[tuple[str, Callable[[TrialRecord], None]]] = deque()
         self._stopped = threading.Event()
         self.trouble: BaseException | None = None
         self._thread = threading.Thread(target=self._follow, name="ptuning-search", daemon=True)
@@ -78,7 +77,7 @@ class Desk:
         until = time.monotonic() + deadline_s
         return sum(each.result(max(0.1, until - time.monotonic()) + 30) for each in self._unsent)
 
-    def then(self, run: str, change: Callable[[Entry], None]) -> None:
+    def then(self, run: str, change: Callable[[TrialRecord], None]) -> None:
         """Change a record once everything has been taken that the workers have reported so far: a trial that Tune has stopped
         must not be on disk as stopped before the result that it was stopped for."""
         self._afterwards.append((run, change))
@@ -141,13 +140,13 @@ class Desk:
         self._unsent.append(self._closing.submit(tracker.close, 20))
 
 
-def _attached(entry: Entry, details: dict[str, Any]) -> None:
+def _attached(entry: TrialRecord, details: dict[str, Any]) -> None:
     if entry.folder != details["folder"]:  # a later stay: goes on from another trial's checkpoint
         entry.results = []
     entry.folder, entry.values = details["folder"], details["values"]
 
 
-def _changed(entry: Entry, event: Event) -> None:
+def _changed(entry: TrialRecord, event: Event) -> None:
     entry.step = event.step
     if event.kind == "evaluation":
         if event.step > max((each["step"] for each in entry.results), default=0):

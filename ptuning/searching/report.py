@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptuning import storage
 from ptuning.config import Experiment
-from ptuning.searching.space import LENGTH, best_result, score
-from ptuning.searching.trial_store import Entry
+from ptuning.searching.space import INIT, LENGTH, RATE, best_result, score
+from ptuning.searching.trial_store import TrialRecord, TrialStore
+from ptuning.tracking import plots
+from ptuning.tracking.tracker import Tracker
 
 
-def value_of(experiment: Experiment, entry: Entry) -> tuple[float, float] | None:
+def value_of(experiment: Experiment, entry: TrialRecord) -> tuple[float, float] | None:
     """Score and negative loss of a trial's best evaluation; larger is better. None if it was never evaluated."""
     best = best_result(experiment, entry.results, entry.values[LENGTH])
     if best is None:
@@ -24,14 +27,14 @@ def value_of(experiment: Experiment, entry: Entry) -> tuple[float, float] | None
     return score(experiment, best["values"], entry.values[LENGTH]), -best["values"]["loss"]
 
 
-def ranked(experiment: Experiment, entries: Sequence[Entry]) -> list[Entry]:
+def ranked(experiment: Experiment, entries: Sequence[TrialRecord]) -> list[TrialRecord]:
     """Best first; those that failed or were never evaluated are left out."""
     valued = [(value_of(experiment, entry), entry) for entry in entries if entry.status != "failed"]
     known = [(value, entry) for value, entry in valued if value is not None]
     return [entry for _, entry in sorted(known, key=lambda pair: pair[0], reverse=True)]
 
 
-def table(experiment: Experiment, entries: Sequence[Entry]) -> tuple[list[str], list[list[Any]]]:
+def table(experiment: Experiment, entries: Sequence[TrialRecord]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of the leaderboard; failed trials stand at the end with their reason."""
     keys = list(dict.fromkeys(key for entry in entries for key in entry.values))
     order = ranked(experiment, entries)
@@ -57,7 +60,7 @@ def table(experiment: Experiment, entries: Sequence[Entry]) -> tuple[list[str], 
     return columns, rows
 
 
-def budget_curve(experiment: Experiment, entries: Sequence[Entry]) -> list[dict[str, float]]:
+def budget_curve(experiment: Experiment, entries: Sequence[TrialRecord]) -> list[dict[str, float]]:
     """Best metric over what was spent: at each evaluation the trial-steps of all trials until then, and the best so far."""
     events = sorted(
         (result["time_ms"], entry.run, result["step"], result["values"]) for entry in entries for result in entry.results
@@ -83,7 +86,7 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def early_late(experiment: Experiment, entries: Sequence[Entry]) -> dict[int, tuple[float, int]]:
+def early_late(experiment: Experiment, entries: Sequence[TrialRecord]) -> dict[int, tuple[float, int]]:
     """For each evaluation step before the last: Spearman's rank correlation of the metric there with that at the end, over the
     trials that were trained to the end, and their number. Below 0.6, stopping early is unreliable."""
     whole = [entry for entry in entries if entry.status == "finished" and entry.results]
@@ -109,3 +112,37 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     ends = np.cumsum(count)
     means: NDArray[np.float64] = (ends - (count - 1) / 2)[place]
     return means
+
+
+def write_report(experiment: Experiment, ledger: TrialStore, tracker: Tracker, folder: str) -> None:
+    """Leaderboard, pictures and figures of what is known so far: to the parent run and the search's folder."""
+    trials = ledger.trials()
+    columns, rows = table(experiment, list(ledger.entries.values()))
+    if not rows:
+        return
+    tracker.table("leaderboard.json", columns, rows)
+    curve = budget_curve(experiment, trials)
+    correlation = early_late(experiment, trials)
+    files = {
+        "leaderboard.csv": as_csv([dict(zip(columns, row, strict=True)) for row in rows]).encode(),
+        "budget.csv": as_csv(curve).encode(),
+    }
+    points = []
+    for entry in ranked(experiment, trials):
+        best = best_result(experiment, entry.results, entry.values[LENGTH])
+        assert best is not None
+        values = entry.values
+        points.append((values[LENGTH], values[RATE], best["values"][experiment.metric], values[INIT]))
+    if points:
+        best_so_far = {"best so far": [(int(row["trial_steps"]), row["best"]) for row in curve]}
+        files["landscape.png"] = plots.landscape(points, experiment.metric, f"{experiment.name}: {len(points)} trials")
+        files["budget.png"] = plots.curves(
+            best_so_far, experiment.name, f"best validation {experiment.metric}", "steps of all trials", stairs=True
+        )
+    for name, content in files.items():
+        storage.write_file(storage.join(folder, "report"), name, content)
+        tracker.artifact_bytes(f"report/{name}", content)
+    numbers = [{"step": step, "spearman": value, "trials": many} for step, (value, many) in correlation.items()]
+    tracker.json("report/early_late.json", numbers)
+    for step, (value, _) in correlation.items():
+        tracker.metrics({"search/early_late_spearman": value}, step)

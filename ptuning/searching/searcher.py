@@ -24,20 +24,22 @@ from ray.tune.search import Searcher
 from ptuning import storage
 from ptuning.config import Experiment, is_whole
 from ptuning.searching.space import LENGTH, RATE, best_result, choices, grid, key_of, ranges, score, trial_tables
-from ptuning.searching.trial_store import Entry, Ledger
+from ptuning.searching.trial_store import TrialRecord, TrialStore
 
 REDUCTION = 3
 """ASHA lets the best third pass each rung; the rungs are this factor apart."""
 TRIES = 30
 """Draws in a row that were all tried before: then there is nothing new in the space."""
 
-Announce = Callable[[str, Entry], None]
+Announce = Callable[[str, TrialRecord], None]
 
 
-class Chooser(Searcher):
+class OptunaSearcher(Searcher):
     """Optuna's sampler behind Tune's interface. A trial is in the ledger before Tune hears of it."""
 
-    def __init__(self, experiment: Experiment, tables: dict[str, Any], folder: str, ledger: Ledger, announce: Announce) -> None:
+    def __init__(
+        self, experiment: Experiment, tables: dict[str, Any], folder: str, ledger: TrialStore, announce: Announce
+    ) -> None:
         super().__init__(metric="score", mode="max")
         self._experiment = experiment
         self._tables = tables
@@ -83,7 +85,7 @@ class Chooser(Searcher):
         self._announce(trial_id, entry)
         return dict(entry.values)
 
-    def _new(self) -> tuple[Entry, optuna.Trial] | None:
+    def _new(self) -> tuple[TrialRecord, optuna.Trial] | None:
         known = {entry.key for entry in self._ledger.trials()}
         run = f"t{len(known):03d}"
         for _ in range(TRIES if self._grid is None else len(self._grid)):
@@ -95,7 +97,7 @@ class Chooser(Searcher):
             values = {key: asked.params[key] for key in self._distributions}
             key = key_of(trial_tables(self._tables, run, values))
             if key not in known:
-                return Entry(run, key, values, storage.join(self._folder, "trials", run)), asked
+                return TrialRecord(run, key, values, storage.join(self._folder, "trials", run)), asked
             self._study.tell(asked, state=TrialState.FAIL)
         return None
 
@@ -111,7 +113,7 @@ class Chooser(Searcher):
         else:
             self._study.tell(asked, result["score"])
 
-    def _replay(self, entry: Entry) -> None:
+    def _replay(self, entry: TrialRecord) -> None:
         """Tell the sampler of a trial that ended before this process began."""
         best = best_result(self._experiment, entry.results, entry.values[LENGTH])
         if best is None or entry.status == "failed":
@@ -171,7 +173,7 @@ def _study(experiment: Experiment, before: int) -> optuna.Study:
     return optuna.create_study(direction="maximize", sampler=sampler)
 
 
-def make_scheduler(experiment: Experiment, ledger: Ledger) -> TrialScheduler:
+def make_scheduler(experiment: Experiment, ledger: TrialStore) -> TrialScheduler:
     """The scheduler, as if it had seen the trials that have ended."""
     search, train = experiment.search, experiment.train
     if search.scheduler == "fifo":
@@ -198,7 +200,7 @@ def make_scheduler(experiment: Experiment, ledger: Ledger) -> TrialScheduler:
     return scheduler
 
 
-def running_scores(experiment: Experiment, entry: Entry) -> list[dict[str, float]]:
+def running_scores(experiment: Experiment, entry: TrialRecord) -> list[dict[str, float]]:
     """What a trial reports to Tune at each of its evaluations: the step, and the best score until then."""
     length = entry.values[LENGTH]
     found = []

@@ -9,12 +9,15 @@ from dataclasses import replace
 import psutil
 import torch
 
-from ptuning.config import Experiment, UserError
-from ptuning.planning.capacity import MOST_SLOTS, Machine, Settings, Training
-from ptuning.planning.meta_model import Blueprint
+from ptuning.config import Experiment
+from ptuning.errors import UserError
+from ptuning.model.limits import MOST_SLOTS
+from ptuning.planning.capacity import Training
+from ptuning.planning.meta_model import MetaModel
+from ptuning.planning.workload import Machine, RunShape
 from ptuning.searching.space import LENGTH, trial_tables
 from ptuning.training.loop import Pack, step
-from ptuning.training.messages import Assignment
+from ptuning.training.messages import StartRun
 
 GAIN = 1.1
 """Twice the slots must train at least this much more per second."""
@@ -47,10 +50,10 @@ def _fitting(pack: Pack, experiment: Experiment, limit: int) -> int:
     """Slots that fit beside the base, by the arithmetic of `ptuning plan`, with the longest soft prompts of the search."""
     split = pack.load_task(experiment).train
     size = pack.workers.size
-    settings = Settings.of_rows(experiment, split.lengths.tolist(), split.target_lengths.tolist())
+    settings = RunShape.of_rows(experiment, split.lengths.tolist(), split.target_lengths.tolist())
     settings = replace(settings, length=max(experiment.search.length))
     # The model that is there may be sharded, its blueprint is whole.
-    blueprint = Blueprint(
+    blueprint = MetaModel(
         pack.base.config, next(pack.model.parameters()).dtype, checkpoint_gradients=experiment.train.gradient_checkpointing
     )
     room = min(pack.workers.gather(_room(size)))
@@ -65,7 +68,7 @@ def _seconds(pack: Pack, experiment: Experiment, size: int) -> float:
     longest = max(experiment.search.length)
     for number in range(size):
         measured = trial_tables(tables, f"measure-{number}", {LENGTH: longest, "prompt.init": "vocabulary"})
-        pack.attach(Assignment(Experiment.model_validate(measured), "/nonexistent/ptuning"))
+        pack.attach(StartRun(Experiment.model_validate(measured), "/nonexistent/ptuning"))
     step(pack, lambda event: None)
     seconds = []
     for _ in range(3):  # the best of them: what else the machine does only adds to it

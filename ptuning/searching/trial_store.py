@@ -19,7 +19,7 @@ Status = Literal["running", "finished", "stopped", "failed"]
 
 
 @dataclass
-class Entry:
+class TrialRecord:
     """One trial or one finalist."""
 
     run: str
@@ -38,7 +38,7 @@ class Entry:
     message: str | None = None
 
 
-class Ledger:
+class TrialStore:
     """All records of a search. Safe to use from several threads."""
 
     def __init__(self, folder: str) -> None:
@@ -46,19 +46,19 @@ class Ledger:
         self._lock = threading.RLock()
         self._changed = False
         self._saved_at = 0.0
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TrialRecord] = {}
         if storage.exists(folder, FILE):
             for record in json.loads(storage.read_file(folder, FILE))["trials"]:
-                self.entries[record["run"]] = Entry(**record)
+                self.entries[record["run"]] = TrialRecord(**record)
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: TrialRecord) -> None:
         """Write a record down; when this returns it is on disk."""
         with self._lock:
             assert entry.run not in self.entries
             self.entries[entry.run] = entry
             self._write()
 
-    def change(self, run: str, change: Callable[[Entry], None]) -> None:
+    def change(self, run: str, change: Callable[[TrialRecord], None]) -> None:
         """Change a record; `save` makes it last."""
         with self._lock:
             change(self.entries[run])
@@ -75,7 +75,7 @@ class Ledger:
         with self._lock:
             self._write()
 
-    def trials(self) -> list[Entry]:
+    def trials(self) -> list[TrialRecord]:
         with self._lock:
             return [entry for entry in self.entries.values() if not entry.finalist]
 

@@ -10,11 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from ptuning.config import UserError
+from ptuning.errors import UserError
 
 Scope = Literal["inference", "admin"]
 """admin may also read metrics and reload; it includes inference."""
+
 VARIABLE = "PTUNING_API_KEYS"
+
 SHORTEST = 16
 
 
@@ -78,16 +80,6 @@ def check_token(insecure: bool) -> None:
             "RAY_AUTH_MODE: without Ray's token whoever reaches this machine can run code in a replica; set it to token, or "
             "add --insecure"
         )
-
-
-def keep_ray_on_loopback(address: str | None) -> None:
-    """Have a cluster that this process starts listen on loopback with all its ports, and not on every interface with most of
-    them (Ray 2.60). To be called before ray is imported; nothing if there is a cluster to join.
-
-    The variable is meant for other systems, where firewalls ask about open ports; it works everywhere.
-    """
-    if not address and not os.environ.get("RAY_ADDRESS"):
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 def is_loopback(host: str) -> bool:

@@ -6,15 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
-from ptuning.config import ModelConfig, UserError
-from ptuning.data.dataset import Encoder
-from ptuning.inference.engine import End, Engine, EngineConfig, Handle, Request
+from ptuning.config import ModelConfig
+from ptuning.data.encoder import Encoder
+from ptuning.errors import UserError
+from ptuning.inference.engine import Engine
+from ptuning.inference.label_scorer import probabilities
 from ptuning.inference.sampling import Token
+from ptuning.inference.types import End, EngineConfig, Request, ResidentPrompt
 from ptuning.model.base import find_base
-from ptuning.model.soft_prompt import SoftPrompt, check_base
+from ptuning.model.compatibility import check_base
+from ptuning.model.soft_prompt import SoftPrompt
 from ptuning.registry.publish import retrieve
 from ptuning.registry.registry import Registry, RegistryError
-from ptuning.serving.completion import fields_of, probabilities, row_ids
+from ptuning.serving.input_processor import fields_of, row_ids
 
 NEW_TOKENS = 64
 """Most new tokens where the card does not say."""
@@ -79,7 +83,7 @@ def _written(loaded: dict[str, SoftPrompt]) -> str | None:
     return next((prompt["init_text"] for prompt in prompts if prompt.get("init_text")), None)
 
 
-def _ask(engine: Engine, encoder: Encoder, who: str, ids: list[int], handle: Handle | None, new: int) -> Opinion:
+def _ask(engine: Engine, encoder: Encoder, who: str, ids: list[int], handle: ResidentPrompt | None, new: int) -> Opinion:
     labels = encoder.template.labels
     if labels:
         (scores,) = engine.choose(handle, [ids], encoder.label_trie).result()

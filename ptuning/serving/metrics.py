@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
-class Gauges:
+class Metrics:
     """The metrics of one replica. The label `model` holds known versions only: strangers cannot add series."""
 
     def __init__(self, replica: str) -> None:

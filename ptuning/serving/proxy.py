@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 VARIABLES = {
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ptuning.serving.proxy:guards",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ptuning.serving.proxy:middlewares",
     # A proxy that has died is missed after three looks: with the default of 10 s nobody is answered for half a minute.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
 }
@@ -44,13 +44,15 @@ CONTROLS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disab
 """Headers by which a client would steer Ray Serve, or what stands behind it."""
 
 
-def guards() -> list[Middleware]:
+def middlewares() -> list[Middleware]:
     """Called by Ray in a proxy's process, before it listens."""
-    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{Bounded.__name__}"  # Ray gives uvicorn no choice of protocol
-    return [Middleware(Screen)]
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = (
+        f"{__name__}:{BoundedHttpProtocol.__name__}"  # Ray gives uvicorn no choice of protocol
+    )
+    return [Middleware(ProxyMiddleware)]
 
 
-class Bounded(HttpToolsProtocol):
+class BoundedHttpProtocol(HttpToolsProtocol):
     """HTTP/1.1 whose heads are bounded in bytes and in time."""
 
     _silent = 0
@@ -102,7 +104,7 @@ class Bounded(HttpToolsProtocol):
             self._late = None
 
 
-class Screen:
+class ProxyMiddleware:
     """Takes Ray's own controls out of requests, refuses headers that Ray cannot read and connections that are not HTTP, and
     spares the replicas what they would refuse."""
 

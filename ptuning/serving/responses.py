@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from ptuning.serving.completion import Answer, Piece, TokenText
+from fastapi import Response
+from pydantic import BaseModel
+
+from ptuning.serving.completion import Generation, Piece
+from ptuning.serving.detokenizer import TokenText
 from ptuning.serving.protocol import (
     Answered,
     ChatChoice,
@@ -41,7 +46,7 @@ def envelope(served: Served, base: str, prefix: str) -> dict[str, Any]:
     }
 
 
-def usage(served: Served, answers: Sequence[Answer], n: int) -> Usage:
+def usage(served: Served, answers: Sequence[Generation], n: int) -> Usage:
     """Tokens of a request. Each prompt counts once, whatever n."""
     prompt = sum(answer.prompt_tokens for answer in answers[::n])
     completion = sum(answer.completion_tokens for answer in answers)
@@ -139,3 +144,43 @@ def _chat_logprob(token: TokenText) -> TokenLogprob:
 
 def _bytes(text: str) -> list[int]:
     return list(text.encode())
+
+
+async def merged(answers: list[Generation]) -> AsyncIterator[tuple[int, Piece]]:
+    """The pieces of all answers as they come, each with its answer's place."""
+    if len(answers) == 1:
+        async for piece in answers[0].pieces():
+            yield 0, piece
+        return
+    pieces: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
+
+    async def pump(index: int, answer: Generation) -> None:
+        try:
+            async for piece in answer.pieces():
+                pieces.put_nowait((index, piece))
+            pieces.put_nowait((index, None))
+        except Exception as error:  # raised again where it is read
+            pieces.put_nowait((index, error))
+
+    tasks = [asyncio.create_task(pump(index, answer)) for index, answer in enumerate(answers)]
+    try:
+        left = len(tasks)
+        while left:
+            index, new = await pieces.get()
+            if isinstance(new, Exception):
+                raise new
+            if new is None:
+                left -= 1
+            else:
+                yield index, new
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def json_response(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def server_sent_event(answer: BaseModel) -> bytes:
+    return f"data: {answer.model_dump_json()}\n\n".encode()

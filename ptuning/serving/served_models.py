@@ -19,17 +19,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ptuning import storage
-from ptuning.config import Template, UserError, suggest
-from ptuning.data.dataset import Encoder
-from ptuning.inference.engine import End, Engine, EngineBusy, EngineStopped, Handle, Request
+from ptuning.config import Template
+from ptuning.data.encoder import Encoder
+from ptuning.errors import UserError, suggest
+from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import Token
-from ptuning.model import soft_prompt
+from ptuning.inference.types import End, EngineBusy, EngineStopped, Request, ResidentPrompt
+from ptuning.model import compatibility, soft_prompt
 from ptuning.model.base import Base
 from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
 from ptuning.redaction import last_name, logger, placeless, redact
 from ptuning.registry.publish import retrieve
 from ptuning.registry.registry import CHAMPION, Registry, Version
-from ptuning.tracking.tracker import OFFLINE, TrackingError
+from ptuning.tracking.client import OFFLINE, TrackingError
 
 log = logger(__name__)
 
@@ -55,7 +57,7 @@ class Served:
     """Unix seconds."""
     raw: Encoder
     """For text that comes as it is."""
-    handle: Handle | None = None
+    handle: ResidentPrompt | None = None
     card: Card | None = None
     encoder: Encoder | None = None
     """For rows of the template; None without one."""
@@ -89,7 +91,7 @@ class _Entry:
         return f"{self.name}:{self.version}"
 
 
-class Catalogue:
+class ServedModels:
     """The served names of one replica. `find` may be called from any thread, `sync` from one at a time."""
 
     def __init__(self, base: Base, engine: Engine, registry: Registry, folder: str, only: Iterable[str] = ()) -> None:
@@ -260,7 +262,7 @@ class Catalogue:
             raise SoftPromptError(f"{entry}: its tags hold no SHA-256 of vectors and card; publish it again")
         loaded = self._bytes(entry, version)
         base, card = self._base, loaded.card
-        soft_prompt.check_base(loaded, str(entry), base.width, base.name, base.fingerprint.model_dump())
+        compatibility.check_base(loaded, str(entry), base.width, base.name, base.fingerprint.model_dump())
         room = self._engine.longest - card.length
         if room < 3:
             raise SoftPromptError(f"{entry}: {card.length} virtual tokens leave no room in {self._engine.longest} positions")
@@ -295,7 +297,7 @@ class Catalogue:
             log.error("%s could not be kept on disk, a start without the registry would not serve it: %s", entry, error)
         return loaded
 
-    def _try(self, entry: _Entry, handle: Handle) -> None:
+    def _try(self, entry: _Entry, handle: ResidentPrompt) -> None:
         """Two real tokens. They also bring the soft prompt's keys and values into the cache: one would not, since
         transformers 5.23 keeps nothing of a request that ends with its prefill (PagedAttentionCache.mark_complete_blocks)."""
         for event in self._trial(Request([0], handle, 2, ignore_end=True)):

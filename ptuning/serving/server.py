@@ -19,106 +19,27 @@ from types import FrameType
 from typing import Any
 
 import ray
-from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
-from ray.serve.schema import LoggingConfig
+from ray.serve.config import HTTPOptions, ProxyLocation
 
+from ptuning.cluster.connection import leave_ray, start_ray
 from ptuning.cluster.failures import memory, ray_logs
 from ptuning.cluster.jobs import APPLICATION, PACKAGES
-from ptuning.config import Experiment, UserError, read_experiment
+from ptuning.cluster.local_paths import absolute
+from ptuning.config import Experiment
+from ptuning.errors import UserError
 from ptuning.redaction import logger
-from ptuning.serving.api import build_app
 from ptuning.serving.auth import Scope, check_address, is_loopback, read_keys
+from ptuning.serving.deployment import DEPLOYMENT, application
 from ptuning.serving.proxy import VARIABLES
-from ptuning.serving.service import Service
-from ptuning.training.run import leave_ray, start_ray
-from ptuning.training.run_setup import absolute
 
 log = logger(__name__)
 
-DEPLOYMENT = "replica"
 FLUSH = 0.3
 """Seconds for the proxies to pass on the last bytes."""
+
 LOOK = 2.0
 """Seconds between looks at a replica's state, for the people who watch the command."""
-
-
-@serve.ingress()
-class Replica:
-    """One copy of the base with all soft prompts."""
-
-    def __init__(self, experiment: dict[str, Any], keys: dict[str, Scope]) -> None:
-        self._id = serve.get_replica_context().replica_id.unique_id
-        self._service = Service(Experiment.model_validate(experiment), keys, self._id)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._service)
-
-    async def check_health(self) -> None:
-        """Called by Serve; raising has this replica replaced."""
-        if not self._service.alive:
-            raise RuntimeError("the engine has stopped")
-
-    async def drain(self) -> tuple[str, int]:
-        """From now on nothing new is answered (503). Tells which replica this is and how many requests it still answers."""
-        self._service.draining = True
-        return self._id, self._service.open
-
-    def state(self) -> dict[str, Any]:
-        """What is served, and what was refused and why."""
-        catalogue = self._service.catalogue
-        served = {name: served.id for name, served in catalogue.names.items() if ":" not in name}
-        return {"served": served, "refused": dict(catalogue.refused)}
-
-    def __del__(self) -> None:
-        service = getattr(self, "_service", None)
-        if service:
-            service.close()
-
-
-def application(experiment: Experiment, keys: Mapping[str, Scope], surge: int = 0) -> serve.Application:
-    """The application of an experiment with absolute paths. `surge`: percent of the replicas that a rollout may have on top."""
-    limits = experiment.serve
-    places = limits.running + limits.waiting
-    scaled: dict[str, Any] = {"num_replicas": limits.replicas}
-    if isinstance(limits.replicas, tuple):
-        least, most = limits.replicas
-        scaled = {
-            "autoscaling_config": {
-                "min_replicas": least,
-                "max_replicas": most,
-                "target_ongoing_requests": limits.running,
-            }
-        }
-    deployment: Any = serve.deployment(  # typed as if it took a class only
-        name=DEPLOYMENT,
-        ray_actor_options={"num_cpus": limits.cpus_per_replica, "num_gpus": limits.gpus_per_replica},
-        # The replica itself says 429 when its places are taken; this is for what does not even reach it.
-        max_ongoing_requests=2 * places,
-        max_queued_requests=2 * places,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        graceful_shutdown_timeout_s=limits.drain_s,
-        graceful_shutdown_wait_loop_s=0.2,
-        max_constructor_retry_count=2,
-        max_surge_percent=surge,
-        logging_config=LoggingConfig(enable_access_log=False),
-        **scaled,
-    )(Replica)
-    return deployment.bind(experiment.model_dump(mode="json"), dict(keys))
-
-
-def build(args: dict[str, Any]) -> serve.Application:
-    """For Serve's config files: `import_path: ptuning.serving.server:build` with the args `experiment` (a path on the cluster's
-    nodes) and `overrides`.
-
-    Raises:
-        UserError: the experiment or the keys are wrong. Without keys nothing is built: a cluster is no loopback.
-    """
-    experiment = absolute(read_experiment(args["experiment"], args.get("overrides", ())))
-    keys = read_keys(experiment.serve.keys)
-    check_address("0.0.0.0", keys, bool(args.get("insecure")))
-    return application(experiment, keys)
 
 
 def run_server(experiment: Experiment, *, insecure: bool, say: Callable[[str], None]) -> None:

@@ -11,15 +11,17 @@ import torch
 from transformers import PreTrainedModel
 
 from ptuning import storage
-from ptuning.config import Experiment, UserError
-from ptuning.inference.engine import End, Engine, EngineConfig, Request
+from ptuning.config import Experiment
+from ptuning.errors import UserError
+from ptuning.inference.engine import Engine
+from ptuning.inference.types import End, EngineConfig, Request
 from ptuning.model.base import find_base
 from ptuning.redaction import logger
 from ptuning.registry.registry import Registry
 from ptuning.serving.auth import Scope
-from ptuning.serving.metrics import Gauges
-from ptuning.serving.served_models import Catalogue
-from ptuning.tracking.tracker import TrackingError, default_uri
+from ptuning.serving.metrics import Metrics
+from ptuning.serving.served_models import ServedModels
+from ptuning.tracking.client import TrackingError, default_uri
 
 log = logger(__name__)
 
@@ -49,8 +51,8 @@ class Service:
         store = experiment.compute.storage
         registry = Registry(experiment.tracking.uri or default_uri(store))
         cache = storage.join(store, "served") if storage.is_local(store) else str(Path.home() / ".cache" / "ptuning" / "served")
-        self.catalogue = Catalogue(self.base, self.engine, registry, cache, self.limits.soft_prompts)
-        self.gauges = Gauges(replica)
+        self.catalogue = ServedModels(self.base, self.engine, registry, cache, self.limits.soft_prompts)
+        self.gauges = Metrics(replica)
         self.gauges.watch(
             {
                 "busy": ("Requests that run or wait, and texts that wait for labels.", lambda: self.engine.busy),

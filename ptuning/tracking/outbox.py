@@ -33,7 +33,7 @@ class Sent(NamedTuple):
     offset: int = 0
 
 
-class Spool:
+class Outbox:
     """A run on local disk. One process writes it (`writer.lock`), one at a time ships it (`shipping.lock`)."""
 
     def __init__(self, folder: Path) -> None:
@@ -45,7 +45,7 @@ class Spool:
     @classmethod
     def create(
         cls, folder: Path, uri: str, experiment: str, artifact_root: str | None, run_name: str, parent: str | None
-    ) -> Spool:
+    ) -> Outbox:
         path = folder / "run.json"
         about: Record = {"run_key": uuid.uuid4().hex, "experiment": experiment, "artifact_root": artifact_root}
         about |= {"run_name": run_name, "parent": parent, "time": time.time_ns() // 1_000_000}

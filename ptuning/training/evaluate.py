@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptuning.data.dataset import Encoder, Split
-from ptuning.model.prompted_model import PromptedModel, plan_labels, plan_targets
-from ptuning.planning.capacity import LOGITS, TOKENS
+from ptuning.data.dataset import Split
+from ptuning.data.encoder import Encoder
+from ptuning.model.limits import LOGITS, TOKENS
+from ptuning.model.packing import pack_labels, pack_targets
+from ptuning.model.prompted_model import PromptedModel
 from ptuning.training import metrics
 from ptuning.training.distributed import Workers
 from ptuning.training.metrics import Classification
@@ -64,7 +66,7 @@ def label_scores(
     numbers = len(trie.nodes) * len(trie.ids)
     for rows, real in _passes(split, workers, len(sizes), len(trie.tokens), numbers):
         inputs = [split.row(row)[0] for row in rows]
-        nll = model(soft_prompts, plan_labels(sizes, [inputs] * len(sizes), trie)).double().cpu()
+        nll = model(soft_prompts, pack_labels(sizes, [inputs] * len(sizes), trie)).double().cpu()
         if real:
             scores[:, rows] = trie.label_logprobs(-nll.view(len(sizes), len(rows), -1))
     return workers.sum(scores)
@@ -127,7 +129,7 @@ def _target_losses(model: PromptedModel, soft_prompts: Sequence[Tensor], split: 
     longest = int(split.lengths.max())
     for rows, real in _passes(split, workers, len(sizes), 0, longest * _vocabulary(model)):
         batch = [split.row(row) for row in rows]
-        plan = plan_targets(sizes, [batch] * len(sizes))
+        plan = pack_targets(sizes, [batch] * len(sizes))
         nll = model(soft_prompts, plan).double().cpu()
         if real:
             sums[:-1] += torch.stack([part.sum() for part in nll.split(plan.per_slot)])

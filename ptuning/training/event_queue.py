@@ -15,7 +15,7 @@ Fields = dict[str, Any]
 """An event or an order as plain data."""
 
 
-class Pile:
+class EventBuffer:
     """Keeps events until the driver takes them. All senders' events are counted together, in the order of their arrival."""
 
     def __init__(self) -> None:
@@ -36,11 +36,11 @@ class Pile:
 
 
 @ray.remote(num_cpus=0)
-class Mailbox(Pile):
+class EventQueue(EventBuffer):
     """A pile in a process of its own."""
 
 
-class Post:
+class EventSender:
     """Sends events to a mailbox, several at a time, without waiting for them to arrive.
 
     Raises:

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from ptuning import storage
-from ptuning.config import UserError
+from ptuning.errors import UserError
 from ptuning.redaction import logger
 from ptuning.tracking.outbox import locked
 

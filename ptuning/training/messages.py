@@ -11,26 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ptuning.config import Experiment
-from ptuning.data.dataset import Encoder, Split
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is learned: the encoder and the tokenised splits."""
-
-    encoder: Encoder
-    train: Split
-    validation: Split | None
-    test: Split | None
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Longest target of the training rows, end token included."""
-        return int(self.train.target_lengths.max())
-
-
-@dataclass(frozen=True)
-class Assignment:
+class StartRun:
     """One soft prompt to be trained, and the storage folder of its checkpoints and its result."""
 
     experiment: Experiment
@@ -38,7 +22,7 @@ class Assignment:
 
 
 @dataclass(frozen=True)
-class Detachment:
+class StopRun:
     """A run that leaves before its end: with its best soft prompt saved, or without a trace."""
 
     run: str
@@ -57,7 +41,9 @@ class Event:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-Order = Assignment | Detachment
-Source = Callable[[int], Sequence[Order] | None]
+Command = StartRun | StopRun
+
+Source = Callable[[int], Sequence[Command] | None]
 """Given the number of free slots, what changes now (the same on all workers); None: there will be no more."""
+
 Report = Callable[[Event], None]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ptuning import storage
-from ptuning.config import Experiment, ExperimentError, UserError
-from ptuning.data import dataset
+from ptuning.cluster.local_paths import absolute
+from ptuning.config import Experiment
+from ptuning.errors import UserError
+from ptuning.model import compatibility, soft_prompt
 from ptuning.model.base import Base
+from ptuning.paths import SCHEME
 from ptuning.redaction import redact, redacted
-from ptuning.tracking.tracker import default_uri
-from ptuning.training.messages import Task
+from ptuning.registry.publish import publish, retrieve
+from ptuning.registry.registry import Registry, Version, parse_reference
+from ptuning.tracking import client as tracking_client
 
 RUN = "run.json"
 """In a run's folder: its experiment, its status, and in the end its summary."""
@@ -22,85 +26,7 @@ FREE = ("search.trials", "search.slots", "search.groups", "search.finalists", "s
 """What may differ when a search is resumed."""
 
 
-def absolute(experiment: Experiment) -> Experiment:
-    """The experiment with absolute paths: workers run in folders of their own.
-
-    Raises:
-        UserError: the storage cannot hold the tracking store that is to be in it.
-    """
-    tables = experiment.model_dump()
-    for split in ("train", "validation", "test"):
-        source = tables["data"][split]
-        if source and ":" not in source:
-            tables["data"][split] = str(Path(source).expanduser().absolute())
-    tables["compute"]["storage"] = _without_credentials(experiment)
-    for table, key in (("compute", "storage"), ("prompt", "init_from"), ("model", "path")):
-        value = tables[table][key]
-        if value and "://" not in value and (key == "storage" or Path(value).expanduser().is_dir()):
-            tables[table][key] = str(Path(value).expanduser().absolute())
-    if tables["tracking"]["uri"] is None and "://" not in tables["compute"]["storage"]:
-        default_uri(tables["compute"]["storage"])  # refused before anything is written
-    return Experiment.model_validate(tables)
-
-
-def _without_credentials(experiment: Experiment) -> str:
-    """The storage's address; credentials in it move to the environment, for the processes that this one starts.
-
-    Raises:
-        UserError: processes of a cluster, which others have started, would get them in the open.
-    """
-    place, variables = storage.split_credentials(experiment.compute.storage)
-    if variables and (experiment.compute.address or os.environ.get("RAY_ADDRESS")):
-        raise UserError(
-            f"compute.storage: {redact(experiment.compute.storage)} has a password in it, which would lie open in the cluster; "
-            f"set {' and '.join(variables)} in the environment of its nodes instead"
-        )
-    os.environ |= variables
-    return place
-
-
-def load_task(experiment: Experiment, base: Base) -> Task:
-    """The tokenised splits of an experiment.
-
-    Raises:
-        UserError: bad rows, or text that cannot fit into the base's context.
-    """
-    config, length = experiment.data, experiment.prompt.length
-    room = base.context - length
-    if room < 2:
-        raise ExperimentError(
-            f"prompt.length: {length} virtual tokens leave no room in the {base.context} positions of {base.name}; lower it"
-        )
-    if config.max_tokens and config.max_tokens > room:
-        raise ExperimentError(
-            f"data.max_tokens: {length} virtual tokens and {config.max_tokens} of text exceed the {base.context} positions of "
-            f"{base.name}; at most {room}"
-        )
-    encoder = dataset.Encoder(config, base.tokenizer, min(config.max_tokens or room, room))
-    splits = {
-        name: dataset.load_split(name, source, encoder)
-        for name in ("train", "validation", "test")
-        if (source := getattr(config, name))
-    }
-    return Task(encoder, splits["train"], splits.get("validation"), splits.get("test"))
-
-
-def describe(task: Task) -> list[str]:
-    """What was read, what was cut or dropped, and training rows that stand in other splits."""
-    lines = []
-    for split in (task.train, task.validation, task.test):
-        if split is None:
-            continue
-        notes = [f"{split.name}: {len(split.lengths)} rows, {int(split.lengths.sum())} tokens"]
-        notes += [f"{split.cut} cut to {task.encoder.limit} tokens"] if split.cut else []
-        notes += [f"{split.dropped} dropped"] if split.dropped else []
-        lines.append(", ".join(notes))
-        if split is not task.train and (leaked := dataset.leaked(task.train, split)):
-            lines.append(f"warning: {leaked} of the training rows also stand in {split.name}; its metrics flatter")
-    return lines
-
-
-def check_name(experiment: Experiment, folder: str, resume: bool, search: bool = False) -> dict[str, Any] | None:
+def check_run_name(experiment: Experiment, folder: str, resume: bool, search: bool = False) -> dict[str, Any] | None:
     """A name is not silently used twice. Returns the summary of a finished run that is to be resumed."""
     kind = "search" if search else "train"
     if not storage.exists(folder, RUN):
@@ -142,3 +68,59 @@ def write_run(
 ) -> None:
     record = {"kind": kind, "status": status, "experiment": experiment.model_dump(mode="json"), "summary": summary}
     storage.write_file(folder, RUN, json.dumps(redacted(record), indent=1).encode())
+
+
+def pin_parent(experiment: Experiment, folder: str) -> Experiment:
+    """The experiment with `prompt.init_from = "name@champion"` replaced by a folder inside the run's folder, and so an address
+    with a password in it.
+
+    Workers do not talk to MLflow and learn no passwords, and a run that is resumed starts from the same parent though the alias
+    may have moved.
+    """
+    source = experiment.prompt.init_from
+    if source is None or (_is_folder(source) and redact(source) == source):
+        return experiment
+    kept = hashlib.sha256(redact(source).encode()).hexdigest()[:16] if _is_folder(source) else str(parse_reference(source))
+    prompt = experiment.prompt.model_copy(update={"init_from": storage.join(folder, "parent", kept)})
+    return experiment.model_copy(update={"prompt": prompt})
+
+
+def bring_parent(written: Experiment, pinned: Experiment, base: Base) -> None:
+    """Copy the parent from the registry to where `pin_parent` said, unless an earlier start of this run did, and check it.
+
+    Raises:
+        UserError: no such soft prompt, MLflow does not answer, or it was made for another base.
+    """
+    source, folder = written.prompt.init_from, pinned.prompt.init_from
+    if source is None or folder is None:
+        return
+    if source != folder and not storage.exists(folder, storage.MANIFEST):
+        storage.write_folder(folder, _parent_files(written, source))
+    compatibility.check_base(soft_prompt.load(folder), source, base.width, base.name, base.fingerprint.model_dump())
+
+
+def _parent_files(written: Experiment, source: str) -> dict[str, bytes]:
+    if _is_folder(source):
+        soft_prompt.load(source)
+        return soft_prompt.without_passwords(storage.read_folder(source))
+    registry = Registry(_uri(written))
+    return retrieve(registry, registry.find(source))[1]
+
+
+def publish_run(experiment: Experiment, name: str, folder: str, run_id: str | None) -> Version:
+    """Publish what a run made, where the run is tracked.
+
+    Raises:
+        UserError: as `publish`.
+    """
+    return publish(
+        Registry(_uri(experiment)), name, folder, run_id, tracking_client.default_artifact_root(experiment.compute.storage)
+    )
+
+
+def _uri(experiment: Experiment) -> str:
+    return experiment.tracking.uri or tracking_client.default_uri(experiment.compute.storage)
+
+
+def _is_folder(source: str) -> bool:
+    return "/" in source or source.startswith(SCHEME) or Path(source).expanduser().is_dir()

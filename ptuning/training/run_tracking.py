@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
 
 from ptuning import storage
 from ptuning.cluster.failures import cause
-from ptuning.config import UserError
+from ptuning.config import Experiment
+from ptuning.data.task import Task
+from ptuning.errors import UserError
 from ptuning.model import soft_prompt
 from ptuning.model.base import Base
-from ptuning.tracking import plots
+from ptuning.tracking import client as tracking_client
+from ptuning.tracking import plots, provenance, uploader
+from ptuning.tracking import tracker as tracking
 from ptuning.tracking.tracker import Tracker
 from ptuning.training.messages import Event
-from ptuning.training.watchdog import verdict
+from ptuning.training.watchdog import diagnose
 
 LOSS_CURVE, METRIC_CURVE, CONFUSION, RELIABILITY, WORDS = (
     f"plots/{name}.png" for name in ("loss", "validation", "confusion", "reliability", "words")
 )
+
 LABELS = "labels.json"
 """Table per label of the test rows."""
 
@@ -65,7 +73,7 @@ class Recorder:
         group, told = event.details["group"], self._reports.setdefault(event.details["group"], {})
         told[event.details["rank"]] = event.details
         if event.details["last"] and not any(each.get("judged") for each in told.values()):
-            self.hang = verdict(self._places.get(group, []), told)
+            self.hang = diagnose(self._places.get(group, []), told)
             event.details.update(judged=True, message=self.hang)
             self._tracker.tags({"hang": self.hang})
 
@@ -149,3 +157,35 @@ class Recorder:
             with suppress(UserError):  # an embedding that is not found in the base's files; `prompts show` says so
                 words = nearest_words(soft_prompt.load(event.details["soft_prompt"]).vectors, self._base)
                 self._tracker.artifact_bytes(WORDS, plots.neighbours(words, event.run))
+
+
+def start_tracker(experiment: Experiment, folder: str, task: Task, base: Base) -> tracking.Tracker:
+    """The MLflow run of an experiment, with everything that is known before it starts."""
+    store = experiment.compute.storage
+    uri = experiment.tracking.uri or tracking_client.default_uri(store)
+    local = outbox_folder(store)
+    leftovers = threading.Thread(target=uploader.ship_leftovers, args=(local, uri), daemon=True)
+    leftovers.start()  # what earlier runs could not send
+    tracker = open_tracker(experiment, experiment.name, experiment.name)
+    tracker.params(experiment.model_dump(mode="json", include={"model", "prompt", "data", "train", "zero", "compute"}))
+    tracker.tags(provenance.provenance() | {f"base.{part}": value for part, value in base.fingerprint.model_dump().items()})
+    tracker.json("experiment.json", experiment.model_dump(mode="json"))
+    contexts: tuple[Literal["training", "validation", "test"], ...] = ("training", "validation", "test")
+    for split, context in zip((task.train, task.validation, task.test), contexts, strict=True):
+        if split:
+            tracker.dataset(split.name, split.source, split.fingerprint, context, len(split))
+    return tracker
+
+
+def open_tracker(experiment: Experiment, name: str, folder: str, parent: str | None = None) -> tracking.Tracker:
+    """A run where the experiment is tracked; its spool lies below `folder` in the storage."""
+    store = experiment.compute.storage
+    uri = experiment.tracking.uri or tracking_client.default_uri(store)
+    spool = outbox_folder(store) / folder / "tracking"
+    root = tracking_client.default_artifact_root(store)
+    return tracking.Tracker(uri, experiment.tracking.experiment, root, spool, name, parent)
+
+
+def outbox_folder(store: str) -> Path:
+    """Where spools lie: plain local files, since an object store cannot append."""
+    return Path(store) if storage.is_local(store) else Path.home() / ".cache" / "ptuning" / quote(store, safe="")

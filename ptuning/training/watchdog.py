@@ -108,10 +108,10 @@ class Watchdog:
         stack = traceback.extract_stack(sys._current_frames().get(self._watched))
         waits = any(part in frame.filename for frame in stack for part in WAITING)
         where = f"{stack[-1].name} ({PurePath(stack[-1].filename).name}:{stack[-1].lineno})" if stack else "its end"
-        return {"seconds": round(silence, 1), "where": where, "place": here(), "waits": waits, "last": last}
+        return {"seconds": round(silence, 1), "where": where, "place": worker_location(), "waits": waits, "last": last}
 
 
-def here() -> str:
+def worker_location() -> str:
     """What to call this process."""
     return f"pid {os.getpid()} on {socket.gethostname()}"
 
@@ -127,7 +127,7 @@ def _works(before: tuple[float, int], after: tuple[float, int], seconds: float) 
     return after[0] - before[0] >= WORK * seconds or after[1] - before[1] >= BYTES * seconds
 
 
-def verdict(places: list[str], reports: dict[int, Report]) -> str:
+def diagnose(places: list[str], reports: dict[int, Report]) -> str:
     """One sentence: which worker is to blame. `places`: what to call each worker, by rank; `reports`: their last words."""
     seconds = max(report["seconds"] for report in reports.values())
     silent = [f"worker {rank} ({place}) gives no sign of life" for rank, place in enumerate(places) if rank not in reports]

@@ -1,4 +1,4 @@
-"""The only door to DeepSpeed: the frozen base spread over the data-parallel workers (ZeRO stage 3).
+"""The only module that knows DeepSpeed: the frozen base spread over the data-parallel workers (ZeRO stage 3).
 
 DeepSpeed partitions, gathers and releases the base. It gets no optimiser: the only trained numbers are the soft prompts, a
 few thousand, which stay whole on every rank, with plain torch optimisers and one small all-reduce per step. That keeps
@@ -24,18 +24,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptuning.config import ZeroConfig
-from ptuning.imports import hidden
-from ptuning.model.base import STORED_DTYPES, Base, BaseError, stored_tensors, stored_values
+from ptuning.errors import BaseError
+from ptuning.imports import load_deepspeed
+from ptuning.model.base import Base
 from ptuning.model.prompted_model import PromptedModel
+from ptuning.model.safetensors_files import STORED_DTYPES, stored_tensors, stored_values
 from ptuning.planning.zero3_simulator import live_numbers, node_copies_fit, prefetch_numbers, share_bytes
 from ptuning.training.distributed import Workers
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # detection by DeepSpeed may find mps on a Mac, which ZeRO cannot use
+load_deepspeed()
 
-# Its autotuner, of no use here, imports MLflow if it can (0.19, autotuning/autotuner.py): 0.4 s and 45 MB of every worker.
-with hidden("mlflow"):
-    import deepspeed  # reads DS_ACCELERATOR when it is imported
+import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 from deepspeed.runtime.zero.linear import zero3_linear_wrap  # noqa: E402
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config  # noqa: E402

@@ -54,7 +54,7 @@ NOW: dict[str, Any] = {"step": 0, "writing": False, "synced": 0}
 
 def prepare(train: ModuleType) -> None:
     """Put the instants into the loop."""
-    whole_step, plan_targets, reduce = train.step, train.plan_targets, train._reduce
+    whole_step, plan_targets, reduce = train.step, train.pack_targets, train._reduce
 
     def step(pack: Any, report: Any) -> None:
         hooks = []
@@ -73,7 +73,7 @@ def prepare(train: ModuleType) -> None:
         reached("barrier", NOW["step"])
         return reduce(*arguments)
 
-    train.step, train.plan_targets, train._reduce = step, forward, barrier  # type: ignore[attr-defined]
+    train.step, train.pack_targets, train._reduce = step, forward, barrier  # type: ignore[attr-defined]
     prepare_writing(train.checkpoint, train.storage)
 
 

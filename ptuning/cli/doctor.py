@@ -1,0 +1,68 @@
+"""`ptuning doctor`: what this machine or cluster can run, and what is wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ptuning.cli import jobs
+from ptuning.cli.options import Json, Overrides, busy, fail, non_blank
+from ptuning.config import read_experiment
+from ptuning.errors import UserError
+
+if TYPE_CHECKING:
+    from ptuning.cluster.node_checks import Finding
+
+
+def doctor(
+    experiment: Annotated[
+        str | None, typer.Argument(metavar="EXPERIMENT", callback=non_blank, help="Experiment file (TOML).")
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            callback=non_blank,
+            help="Ray cluster: its dashboard, http://HEAD:8265, or HEAD:6379 from within, or auto: the one here.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What this machine or cluster can run, and what is wrong.
+
+    Every line is ok, a warning or the fix.
+
+    Example: ptuning doctor jobs/sentiment.toml --address http://head:8265
+    """
+    try:
+        settings = read_experiment(experiment, overrides or []) if experiment else None
+        if address and address.startswith(("http://", "https://")):
+            from ptuning.cluster.node_checks import Finding
+
+            findings = [Finding(**found) for found in jobs.examine(experiment, overrides or [], address)]
+        else:
+            with busy("looking"):
+                from ptuning.cluster.doctor import examine
+
+                findings = examine(settings, address)
+    except UserError as error:
+        fail(str(error), 2)
+    wrong = [finding for finding in findings if finding.state == "wrong"]
+    if as_json:
+        typer.echo(json.dumps({"ok": not wrong, "findings": [asdict(finding) for finding in findings]}))
+    else:
+        _show_findings(findings)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _show_findings(findings: list[Finding]) -> None:
+    width = max(len(finding.what) for finding in findings)
+    where = max(len(finding.where) for finding in findings)
+    for finding in findings:
+        line = f"{finding.state:5}  {finding.where:{where}}  {finding.what:{width}}  {finding.text}"
+        typer.echo(line + (f"; {finding.fix}" if finding.fix else ""))

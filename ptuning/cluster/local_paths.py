@@ -1,0 +1,49 @@
+"""The paths of an experiment as processes in other folders can use them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ptuning import storage
+from ptuning.config import Experiment
+from ptuning.errors import UserError
+from ptuning.redaction import redact
+from ptuning.tracking.client import default_uri
+
+
+def absolute(experiment: Experiment) -> Experiment:
+    """The experiment with absolute paths: workers run in folders of their own.
+
+    Raises:
+        UserError: the storage cannot hold the tracking store that is to be in it.
+    """
+    tables = experiment.model_dump()
+    for split in ("train", "validation", "test"):
+        source = tables["data"][split]
+        if source and ":" not in source:
+            tables["data"][split] = str(Path(source).expanduser().absolute())
+    tables["compute"]["storage"] = _without_credentials(experiment)
+    for table, key in (("compute", "storage"), ("prompt", "init_from"), ("model", "path")):
+        value = tables[table][key]
+        if value and "://" not in value and (key == "storage" or Path(value).expanduser().is_dir()):
+            tables[table][key] = str(Path(value).expanduser().absolute())
+    if tables["tracking"]["uri"] is None and "://" not in tables["compute"]["storage"]:
+        default_uri(tables["compute"]["storage"])  # refused before anything is written
+    return Experiment.model_validate(tables)
+
+
+def _without_credentials(experiment: Experiment) -> str:
+    """The storage's address; credentials in it move to the environment, for the processes that this one starts.
+
+    Raises:
+        UserError: processes of a cluster, which others have started, would get them in the open.
+    """
+    place, variables = storage.split_credentials(experiment.compute.storage)
+    if variables and (experiment.compute.address or os.environ.get("RAY_ADDRESS")):
+        raise UserError(
+            f"compute.storage: {redact(experiment.compute.storage)} has a password in it, which would lie open in the cluster; "
+            f"set {' and '.join(variables)} in the environment of its nodes instead"
+        )
+    os.environ |= variables
+    return place

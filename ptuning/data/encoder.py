@@ -1,0 +1,175 @@
+"""Rows become token ids, in one way for training, evaluation and serving.
+
+Input and target are tokenised apart and joined as ids, so no token spans the seam and the served tokens are the trained ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from ptuning.config import Template, template_fields
+from ptuning.data.sources import FORMAT, DataError, texts_of
+from ptuning.errors import suggest
+from ptuning.model.fingerprint import json_hash, tokenizer_fingerprint
+from ptuning.model.label_trie import LabelTrie, nested_labels
+
+
+class UnusableRow(DataError):
+    """A row that cannot become an example. Train rows are dropped and counted, others are refused."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """Rows -> token ids. The same object for training, evaluation and serving.
+
+    Raises:
+        DataError: the tokenizer has no end token, or cannot tell two labels apart.
+    """
+
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+    limit: int
+    """Most tokens of input + target. Given: what the base's context leaves beside the soft prompt; the template's
+    max_tokens lowers it."""
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no end token; set eos_token in the base's tokenizer_config.json")
+        object.__setattr__(self, "limit", min(self.limit, self.template.max_tokens or self.limit))
+
+    @cached_property
+    def fields(self) -> list[str]:
+        """All fields of the template."""
+        return sorted({*template_fields(self.template.input), *template_fields(self.template.target)})
+
+    @cached_property
+    def label_ids(self) -> list[list[int]]:
+        """Token ids of every label as a target, end token included; empty without labels."""
+        ids = [self.target_ids({field: label}) for label in self.template.labels or () for field in self._label_field]
+        labels = dict(zip(map(tuple, ids), self.template.labels or (), strict=True))
+        for label, tokens in zip(self.template.labels or (), ids, strict=True):
+            if labels[tuple(tokens)] != label:
+                raise DataError(
+                    f"the labels '{label}' and '{labels[tuple(tokens)]}' are the same tokens; rename one in data.labels"
+                )
+        nested = nested_labels(labels)
+        if nested:  # an end token in the middle of a label
+            shorter, longer = (labels[each] for each in nested)
+            raise DataError(f"the label '{longer}' goes on behind the end of '{shorter}'; rename one in data.labels")
+        return ids
+
+    @cached_property
+    def label_trie(self) -> LabelTrie:
+        """The labels as a choice among their tokens; only with labels."""
+        return LabelTrie(tuple(map(tuple, self.label_ids)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of everything that decides the tokens of a row."""
+        template = self.template.model_dump(include=set(Template.model_fields))
+        tokenizer = tokenizer_fingerprint(self.tokenizer)
+        return json_hash([FORMAT, transformers.__version__, template, self.limit, tokenizer])
+
+    @property
+    def input_room(self) -> int:
+        """Most tokens of an input, where that does not depend on the row: with labels, every label fits behind it."""
+        return self.limit - max(map(len, self.label_ids), default=1)
+
+    def input_ids(self, fields: Mapping[str, object]) -> list[int]:
+        """The whole input, with the special tokens that the tokenizer puts in front (and without those behind)."""
+        return self._inputs([self.input_text(fields)])[0]
+
+    def target_ids(self, fields: Mapping[str, object]) -> list[int]:
+        """The target and the end token."""
+        return self._targets([self.target_text(fields)])[0]
+
+    def input_text(self, fields: Mapping[str, object]) -> str:
+        return self.template.input.format_map(texts_of(fields, template_fields(self.template.input)))
+
+    def target_text(self, fields: Mapping[str, object]) -> str:
+        return self.template.target.format_map(texts_of(fields, template_fields(self.template.target)))
+
+    def fitted_ids(self, fields: Mapping[str, object], room: int | None = None) -> list[int]:
+        """The input in at most `room` tokens (default: `input_room`): the longest field is cut as the template says.
+
+        Raises:
+            DataError: it does not fit, or nothing is left of it.
+        """
+        return self._fit(fields, self.input_ids(fields), self.input_room if room is None else room)
+
+    def label_of(self, fields: Mapping[str, object]) -> int:
+        """The row's place in the template's labels; -1 if the template has none.
+
+        Raises:
+            DataError: the value is no label.
+        """
+        labels = self.template.labels
+        if labels is None:
+            return -1
+        value = texts_of(fields, self._label_field)[self._label_field[0]]
+        if value not in labels:
+            listed = ", ".join(f"'{label}'" for label in labels[:20])
+            listed += f", ... ({len(labels)} in all)" if len(labels) > 20 else ""
+            fix = suggest(value, labels, "correct the row or data.labels", shown=lambda label: f"'{label}'")
+            raise DataError(f"'{value}' is not one of the labels {listed}; {fix}")
+        return labels.index(value)
+
+    @property
+    def _label_field(self) -> list[str]:
+        return template_fields(self.template.target)
+
+    @cached_property
+    def _added(self) -> tuple[int, int]:
+        """How many special tokens the tokenizer puts in front of and behind a text."""
+        (bare,), (full,) = self._tokens(["a"], special=False), self._tokens(["a"], special=True)
+        if not bare:
+            return len(full), 0
+        front = next(at for at in range(len(full)) if full[at : at + len(bare)] == bare)
+        return front, len(full) - len(bare) - front
+
+    def _inputs(self, texts: Sequence[str]) -> list[list[int]]:
+        _, behind = self._added
+        return [ids[: len(ids) - behind] for ids in self._tokens(texts, special=True)]
+
+    def _targets(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[*ids, self.tokenizer.eos_token_id] for ids in self._tokens(texts, special=False)]
+
+    def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        # verbose warns of texts longer than the base's context: here they are cut or refused.
+        return self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def _fit(self, fields: Mapping[str, object], ids: list[int], room: int) -> list[int]:
+        """`ids`, the fields' whole input, or those of the longest beginning or end of the longest field that fits."""
+        front, _ = self._added
+        if len(ids) <= front:
+            raise UnusableRow("the input has no text; fill the row or remove it")
+        if len(ids) <= room:
+            return ids
+        size = f"{len(ids)} tokens of input where {room} fit (limit {self.limit}, {self.limit - room} for the target)"
+        if self.template.truncate == "error":
+            raise DataError(f'{size}; shorten the text, raise data.max_tokens or set data.truncate = "right"')
+        texts = texts_of(fields, template_fields(self.template.input))
+        longest = max(texts, key=lambda field: len(texts[field]), default=None)
+        best: list[int] = []
+        # Characters kept: fewer than low fit, more than high do not.
+        low, high = 0, len(texts[longest]) - 1 if longest else -1
+        while low <= high:
+            kept = (low + high) // 2
+            cut = self._cut(texts, str(longest), kept)
+            if len(cut) <= room:
+                best, low = cut, kept + 1
+            else:
+                high = kept - 1
+        if len(best) <= front:
+            raise UnusableRow(f"{size}, and no cut makes it fit; shorten the row, the template or the soft prompt")
+        return best
+
+    def _cut(self, texts: dict[str, str], field: str, kept: int) -> list[int]:
+        text = texts[field]
+        part = text[:kept] if self.template.truncate == "right" else text[len(text) - kept :]
+        return self._inputs([self.template.input.format_map({**texts, field: part})])[0]

@@ -1,0 +1,64 @@
+"""What is learned: the tokenised splits of an experiment, checked against the context of the base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ptuning.config import Experiment, ExperimentError
+from ptuning.data.dataset import Split, leaked, load_split
+from ptuning.data.encoder import Encoder
+from ptuning.model.base import Base
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned: the encoder and the tokenised splits."""
+
+    encoder: Encoder
+    train: Split
+    validation: Split | None
+    test: Split | None
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest target of the training rows, end token included."""
+        return int(self.train.target_lengths.max())
+
+
+def load_task(experiment: Experiment, base: Base) -> Task:
+    """The tokenised splits of an experiment.
+
+    Raises:
+        UserError: bad rows, or text that cannot fit into the base's context.
+    """
+    config, length = experiment.data, experiment.prompt.length
+    room = base.context - length
+    if room < 2:
+        raise ExperimentError(
+            f"prompt.length: {length} virtual tokens leave no room in the {base.context} positions of {base.name}; lower it"
+        )
+    if config.max_tokens and config.max_tokens > room:
+        raise ExperimentError(
+            f"data.max_tokens: {length} virtual tokens and {config.max_tokens} of text exceed the {base.context} positions of "
+            f"{base.name}; at most {room}"
+        )
+    encoder = Encoder(config, base.tokenizer, min(config.max_tokens or room, room))
+    splits = {
+        name: load_split(name, source, encoder) for name in ("train", "validation", "test") if (source := getattr(config, name))
+    }
+    return Task(encoder, splits["train"], splits.get("validation"), splits.get("test"))
+
+
+def describe_task(task: Task) -> list[str]:
+    """What was read, what was cut or dropped, and training rows that stand in other splits."""
+    lines = []
+    for split in (task.train, task.validation, task.test):
+        if split is None:
+            continue
+        notes = [f"{split.name}: {len(split.lengths)} rows, {int(split.lengths.sum())} tokens"]
+        notes += [f"{split.cut} cut to {task.encoder.limit} tokens"] if split.cut else []
+        notes += [f"{split.dropped} dropped"] if split.dropped else []
+        lines.append(", ".join(notes))
+        if split is not task.train and (many := leaked(task.train, split)):
+            lines.append(f"warning: {many} of the training rows also stand in {split.name}; its metrics flatter")
+    return lines

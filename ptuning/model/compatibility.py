@@ -1,0 +1,61 @@
+"""Whether a soft prompt and a base fit each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ptuning.config import ModelConfig
+from ptuning.errors import BaseError
+from ptuning.model.base import Base, find_base
+from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
+
+if TYPE_CHECKING:  # importing it imports scipy, torch's compiler and more: a driver needs none of them
+    from transformers import PreTrainedModel
+
+
+def check_base(soft_prompt: SoftPrompt, folder: str, width: int, base: str, fingerprint: dict[str, str] | None) -> None:
+    """Refuse a soft prompt that was made for another base.
+
+    Raises:
+        SoftPromptError: names both sides and what differs.
+    """
+    card = soft_prompt.card
+    if card.width != width:
+        raise SoftPromptError(
+            f"{folder}: made for width {card.width} ({card.base}), but {base} has width {width}; use its base"
+        )
+    if card.base_fingerprint is None or fingerprint is None:
+        return
+    differ = [part for part, value in fingerprint.items() if card.base_fingerprint.get(part) != value]
+    if differ:
+        ours = ", ".join(f"{part} {card.base_fingerprint.get(part, '?')[:12]}" for part in differ)
+        theirs = ", ".join(f"{part} {fingerprint[part][:12]}" for part in differ)
+        raise SoftPromptError(f"{folder}: made for {card.base} ({ours}), but {base} has {theirs}; use the base it was made for")
+
+
+def base_of(card: Card, name: str, path: str | None = None) -> Base:
+    """The base of a card, or the one at `path`.
+
+    Raises:
+        BaseError: not here, or the card does not know it.
+    """
+    if path is None and card.base == "unknown":
+        raise BaseError(f"{name}: its base is unknown; name it with --base")
+    revision = card.revision if path is None else None
+    try:
+        return find_base(ModelConfig(path=path or card.base, revision=revision))
+    except BaseError as error:
+        reason = str(error).removeprefix("model.path: ")
+        raise BaseError(f"{name}: {reason}, or name it with --base") from None
+
+
+@torch.no_grad()
+def next_logits(model: PreTrainedModel, vectors: Tensor | None, ids: Tensor) -> Tensor:
+    """Logits `[V]` of the token behind `ids` [1, T], with a soft prompt `[P, H]` in front or without."""
+    rows = model.get_input_embeddings()(ids)
+    if vectors is not None:
+        rows = torch.cat([vectors.to(rows)[None], rows], dim=1)
+    return model(inputs_embeds=rows, use_cache=False).logits[0, -1]

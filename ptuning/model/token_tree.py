@@ -1,0 +1,213 @@
+"""The tree of token segments that one pass computes: soft prompts, texts behind them, labels behind texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ptuning.model.cpu_attention import Mask
+
+
+class SegmentGroup:
+    """R segments that lie one after another in the packed row and continue segments of one parent group.
+
+    Groups exist so that attention is computed once per group and not once per segment: the texts of one slot's batch
+    are one group. Groups of different slots never share a tensor, so a slot's numbers cannot depend on its neighbours' shapes.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        lengths: list[int],
+        parent: SegmentGroup | None,
+        parent_rows: list[int] | None,
+        tree: Sequence[int] | None = None,
+    ) -> None:
+        """`tree`: every row is the same tree of tokens instead of a line: for each token the one of its row that it follows,
+        -1 for the parent's last. So a text is continued in many ways without a copy of its keys for each."""
+        if min(lengths) < 1:
+            raise ValueError("a segment needs at least one token")
+        if tree is not None and (parent is None or {*lengths} != {len(tree)}):
+            raise ValueError("a tree continues a parent, and all its rows have its tokens")
+        self.start = start
+        self.lengths = lengths
+        self.parent = parent
+        self.parent_rows = parent_rows
+        self.tree = tree
+        self._masks: dict[tuple[int | None, int, torch.device], Mask] = {}
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def dense(self) -> bool:
+        """True if no row is shorter than another: packed and padded are then the same memory."""
+        return min(self.lengths) == self.longest
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """Tokens that stand before each segment: the position of its first token."""
+        if self.parent is None:
+            return [0] * len(self.lengths)
+        before = [offset + length for offset, length in zip(self.parent.offsets, self.parent.lengths, strict=True)]
+        return [before[row] for row in self._parent_rows]
+
+    @cached_property
+    def depths(self) -> Tensor:
+        """`[T]` how many tokens of its own row stand before each token."""
+        if self.tree is None:
+            return torch.arange(self.longest)
+        depths: list[int] = []
+        for before in self.tree:
+            depths.append(depths[before] + 1 if before >= 0 else 0)
+        return torch.tensor(depths)
+
+    def _follows(self) -> Tensor:
+        """`[T, T]`, True where a token of a tree follows another one, or is it."""
+        assert self.tree is not None
+        follows = torch.eye(self.longest, dtype=torch.bool)
+        for token, before in enumerate(self.tree):
+            if before >= 0:
+                follows[token] |= follows[before]
+        return follows
+
+    def paths(self) -> list[list[int]]:
+        """The tokens of a tree from its beginning to each of its ends."""
+        assert self.tree is not None
+        found = []
+        for end in sorted({*range(self.longest)} - {*self.tree}):
+            path = [end]
+            while self.tree[path[-1]] >= 0:
+                path.append(self.tree[path[-1]])
+            found.append(path[::-1])
+        return found
+
+    @property
+    def _parent_rows(self) -> list[int]:
+        return self.parent_rows if self.parent_rows is not None else [0] * len(self.lengths)
+
+    @cached_property
+    def padded(self) -> Tensor:
+        """`[R, T]` index of each token within this group's part of the packed row.
+
+        A short row repeats its own last token, never a neighbour's: what is NaN there cannot leak from here.
+        """
+        lengths = torch.tensor(self.lengths)[:, None]
+        starts = torch.cumsum(lengths, 0) - lengths
+        return starts + torch.minimum(torch.arange(self.longest)[None], lengths - 1)
+
+    @cached_property
+    def unpadded(self) -> Tensor:
+        """`[tokens]` index into the flattened `[R * T]` padded rows."""
+        columns = torch.arange(self.longest)[None] < torch.tensor(self.lengths)[:, None]
+        return columns.flatten().nonzero()[:, 0]
+
+    @cached_property
+    def chain(self) -> list[tuple[SegmentGroup, list[int] | None]]:
+        """The ancestors from the root to this group, each with the row that every row of this group continues."""
+        if self.parent is None:
+            return [(self, None)]
+        rows = self._parent_rows
+        above = [(group, rows if up is None else [up[row] for row in rows]) for group, up in self.parent.chain]
+        return [*above, (self, None)]
+
+    def mask(self, window: int | None, shared: int, device: torch.device) -> Mask:
+        """Where `T * shared` queries may look, every token's `shared` ones side by side."""
+        key = (window, shared, device)
+        if key not in self._masks:
+            allowed = self._allowed(window)
+            if shared > 1:
+                if allowed is None:
+                    allowed = torch.ones(self.longest, self.longest, dtype=torch.bool).tril()[None, None]
+                allowed = allowed.repeat_interleave(shared, 2)
+            self._masks[key] = Mask(allowed if allowed is None else allowed.to(device), self.longest * shared)
+        return self._masks[key]
+
+    def _allowed(self, window: int | None) -> Tensor | None:
+        """`[R or 1, 1, T, S]`, True where a token may look; None if plain causal attention says the same."""
+        positions, valid = [], []
+        for group, rows in self.chain:
+            at = torch.tensor(group.offsets)[:, None] + group.depths[None]
+            there = torch.arange(group.longest)[None] < torch.tensor(group.lengths)[:, None]
+            pick = torch.tensor(rows) if rows is not None else slice(None)
+            positions.append(at[pick])
+            valid.append(there[pick])
+        keys, queries = torch.cat(positions, 1), positions[-1]
+        distance = queries[:, :, None] - keys[:, None, :]  # [R, T, S]
+        allowed = (distance >= 0) & torch.cat(valid, 1)[:, None, :]
+        if window is not None:
+            allowed &= distance < window
+        if self.tree is not None:
+            allowed[:, :, -self.longest :] &= self._follows()
+        if len(self.chain) == 1 and self.dense and (window is None or window >= self.longest):
+            return None
+        if bool((allowed == allowed[:1]).all()):
+            allowed = allowed[:1]
+        return allowed[:, None]
+
+
+class TokenTree:
+    """A segment tree, built group by group in the order in which the tokens are packed."""
+
+    def __init__(self) -> None:
+        self.groups: list[SegmentGroup] = []
+        self.tokens = 0
+        self.read: Tensor | None = None
+        """Places `[U]` in the packed row whose outputs are read, each once; None: all of them may be."""
+
+    def add(
+        self,
+        lengths: list[int],
+        parent: SegmentGroup | None = None,
+        parent_rows: list[int] | None = None,
+        tree: Sequence[int] | None = None,
+    ) -> SegmentGroup:
+        """Append R segments of the given lengths; `parent_rows` names the parent's row for each (None: row 0); `tree`: see
+        `Group`."""
+        group = SegmentGroup(self.tokens, lengths, parent, parent_rows, tree)
+        self.groups.append(group)
+        self.tokens += group.tokens
+        return group
+
+    def positions(self) -> Tensor:
+        """`[N]` position of every token in its own sequence, as if its ancestors stood right in front of it."""
+        parts = [
+            group.depths[:length] + offset
+            for group in self.groups
+            for offset, length in zip(group.offsets, group.lengths, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def sequences(self) -> tuple[Tensor, Tensor]:
+        """The tree written out: `[L, S]` packed index of every token of every leaf's sequence, and `[L]` their lengths.
+
+        What plain concatenation computes on: shared beginnings appear once per leaf. Short rows repeat their last token.
+        """
+        parents = {id(group.parent) for group in self.groups}
+        sequences = []
+        for group in self.groups:
+            if id(group) in parents:
+                continue
+            for row in range(len(group.lengths)):
+                parts = []
+                for ancestor, rows in group.chain:
+                    at = row if rows is None else rows[row]
+                    begin = ancestor.start + sum(ancestor.lengths[:at])
+                    parts.append(torch.arange(begin, begin + ancestor.lengths[at]))
+                if group.tree is None:
+                    sequences.append(torch.cat(parts))
+                else:
+                    sequences += [torch.cat([*parts[:-1], parts[-1][torch.tensor(path)]]) for path in group.paths()]
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        index = torch.stack(
+            [torch.cat([sequence, sequence[-1:].expand(int(lengths.max()) - len(sequence))]) for sequence in sequences]
+        )
+        return index, lengths

@@ -1,0 +1,171 @@
+"""What a capacity plan is about: the base's shape, one pass, the machine, what an experiment decides about memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ptuning.config import Experiment
+from ptuning.planning.zero3_simulator import Timeline
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """A base, as far as plans need it."""
+
+    numbers: int
+    """All parameters, tied ones once."""
+    embedding: int
+    """Of these, in the input embedding."""
+    head: int
+    """Of these, in the output head; 0 where it is tied to the embedding."""
+    last: int
+    """In the last layer, those that only tokens that predict go through (`LastLayer`)."""
+    width: int
+    layers: int
+    vocabulary: int
+    attention_width: int
+    """Query heads times their width."""
+    token_numbers: int
+    """Numbers of one token's keys and values in all layers."""
+    itemsize: int
+    """Bytes of a number as it is computed in."""
+    buffers: int = 0
+    """Bytes of what is no parameter and whole on every rank."""
+
+    @property
+    def inner(self) -> int:
+        """Parameters that every token goes through."""
+        return self.numbers - self.embedding - self.head - self.last
+
+    @property
+    def bytes(self) -> int:
+        return self.numbers * self.itemsize + self.buffers
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One pass of one rank: `slots` soft prompts of `length` vectors, each with `rows` rows of `tokens` tokens (input and
+    target) of which `targets` are predicted."""
+
+    slots: int
+    length: int
+    rows: int
+    tokens: int
+    targets: int
+    compared: int = 0
+    """Token ids that a choice among labels compares; 0: every target token is predicted among the whole vocabulary."""
+
+    @property
+    def fed_per_row(self) -> int:
+        """Tokens of a row that go through the base. The last target token is predicted but never fed; of a chosen label
+        neither are the end token and the one before it, the latest choice."""
+        return self.tokens - (2 if self.compared else 1)
+
+    @property
+    def fed(self) -> int:
+        """Tokens of text that go through the base."""
+        return self.slots * self.rows * self.fed_per_row
+
+    @property
+    def positions(self) -> int:
+        return self.slots * self.length + self.fed
+
+    @property
+    def predictions(self) -> int:
+        return self.slots * self.rows * (1 if self.compared else self.targets)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The ranks that a plan is for."""
+
+    ranks: int
+    memory: int
+    """Bytes of each rank."""
+    per_node: int
+    """Ranks of one node."""
+    bandwidth: float
+    """Bytes a second that a rank can receive from the others."""
+    flops: float
+    """Operations a second that a rank really computes in the base's dtype."""
+    gpus: bool = True
+
+    @property
+    def reserved(self) -> int:
+        """Bytes that are taken before the base: on a GPU the CUDA context, NCCL's buffers and cuBLAS's workspaces (an estimate,
+        not measured here), on a CPU the libraries (measured: 0.62 GB of private memory after the imports)."""
+        return 1_500_000_000 if self.gpus else 650_000_000
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """What an experiment decides about memory."""
+
+    length: int
+    tokens: int
+    """Longest row in tokens, input and target."""
+    targets: int
+    """Of these, target tokens with the end token."""
+    batch: int
+    """Rows of a step over all ranks."""
+    micro_batch: int | None = None
+    new_tokens: int = 0
+    """Tokens that evaluation generates; 0 where labels are scored."""
+    compared: int = 0
+    """Token ids that a choice among labels compares, at most; 0: the objective is text."""
+    live: int | None = None
+    persistent: int = 10_000
+    stage: int = 3
+    offload: bool = False
+
+    @staticmethod
+    def read(experiment: Experiment, tokens: int, targets: int) -> RunShape:
+        """Those of an experiment with rows of so many tokens; a search plans for its longest soft prompts."""
+        train, zero = experiment.train, experiment.zero
+        return RunShape(
+            experiment.prompt.length,
+            tokens,
+            targets,
+            train.batch_size,
+            train.micro_batch_size,
+            0 if experiment.data.labels else targets,
+            compared(experiment),
+            zero.live_parameters,
+            zero.persistent_below,
+            zero.stage,
+            zero.offload,
+        )
+
+    @staticmethod
+    def of_rows(experiment: Experiment, lengths: Sequence[int], targets: Sequence[int]) -> RunShape:
+        """Those of an experiment whose rows have these lengths and target lengths, for its heaviest batch."""
+        batch = experiment.train.batch_size
+        return RunShape.read(experiment, heaviest_rows(lengths, batch), heaviest_rows(targets, batch))
+
+    def rows(self, ranks: int) -> int:
+        """Rows of one pass on a rank."""
+        share = -(-self.batch // ranks)
+        if self.micro_batch is None or share <= self.micro_batch:
+            return share
+        return -(-share // -(-share // self.micro_batch))
+
+    def passes(self, ranks: int) -> int:
+        share = -(-self.batch // ranks)
+        return -(-share // (self.micro_batch or share))
+
+
+def compared(experiment: Experiment) -> int:
+    """Token ids that a step compares where it only chooses: a tree with so many leaves has fewer than twice as many edges."""
+    only = experiment.objective == "choice" and not experiment.train.text_weight
+    return 2 * len(experiment.data.labels or ()) if only else 0
+
+
+Trace = Callable[[Workload], Timeline]
+"""Writes down a pass (`Blueprint.training`, `Blueprint.evaluation`, which remember what they were asked)."""
+
+
+def heaviest_rows(lengths: Sequence[int], batch: int) -> int:
+    """Tokens of the rows of the heaviest batch, in the mean: rows of about the same length share a batch."""
+    longest = sorted(lengths)[-batch:]
+    return -(-sum(longest) // len(longest))

@@ -1,0 +1,127 @@
+"""The end of a search: the best configurations once more with several seeds, then the test rows, once."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from ptuning import storage
+from ptuning.config import Experiment
+from ptuning.searching.monitor import SearchMonitor
+from ptuning.searching.report import ranked, value_of
+from ptuning.searching.space import key_of, trial_tables
+from ptuning.searching.trial_store import TrialRecord, TrialStore
+
+
+@dataclass(frozen=True)
+class Finals:
+    """Trains the finalists in the slots that the trials have left, and tests the winner."""
+
+    experiment: Experiment
+    tables: dict[str, Any]
+    folder: str
+    ledger: TrialStore
+    hub: Any
+    desk: SearchMonitor
+    alive: Callable[[], bool]
+    """Whether the worker groups still train."""
+    broken: Callable[[], str | None]
+    """Why they do not."""
+
+    def run(self) -> dict[str, Any]:
+        """Train the best configurations with several seeds, choose by mean, read the test rows once."""
+        trials = self.ledger.trials()
+        best = ranked(self.experiment, trials)
+        if not best:
+            reason = next((entry.message for entry in trials if entry.message), "none was evaluated")
+            return {"message": f"all {len(trials)} trials failed, the first with: {reason}"}
+        # A schedule that PBT found cannot be repeated from its last values.
+        finalists = best[: self.experiment.search.finalists] if self.experiment.search.scheduler != "pbt" else []
+        seeds = {entry.run: self._train_seeds(entry) for entry in finalists} or {best[0].run: [best[0]]}
+        everyone = {entry.run for group in seeds.values() for entry in group}
+        self.desk.wait(lambda: all(self.ledger.entries[run].status != "running" for run in everyone), self.alive)
+        if self.broken():
+            return {}
+        means = {run: found for run, group in seeds.items() if (found := self._mean(group))}
+        if not means:
+            return {"message": f"all {len(everyone)} runs of the finalists failed; lower search.learning_rate"}
+        winner = max(means, key=lambda run: means[run]["order"])
+        return self._test(winner, means)
+
+    def _train_seeds(self, entry: TrialRecord) -> list[TrialRecord]:
+        """The runs of a finalist: the trial itself if it was trained to its end, and one for each further seed."""
+        group = []
+        for number in range(self.experiment.search.seeds):
+            if number == 0 and entry.status == "finished":
+                group.append(entry)
+                continue
+            run = f"{entry.run}.s{number}"
+            tables = trial_tables(self.tables, run, entry.values)
+            tables["train"]["seed"] += number
+            if run not in self.ledger.entries:
+                folder = storage.join(self.folder, "trials", run)
+                self.ledger.add(TrialRecord(run, key_of(tables), entry.values, folder, finalist=True))
+            known = self.ledger.entries[run]
+            if known.status == "running":
+                self._attach(run, known.folder, tables, known)
+            group.append(known)
+        return group
+
+    def _attach(self, run: str, folder: str, tables: dict[str, Any], entry: TrialRecord) -> None:
+        ray.get(self.hub.call.remote("announce", run, run, folder, []))
+        ray.get(self.hub.call.remote("enter", run))
+        ray.get(self.hub.call.remote("attach", run, run, folder, tables, entry.values))
+
+    def _mean(self, group: list[TrialRecord]) -> dict[str, Any] | None:
+        found = [(value, entry) for entry in group if (value := value_of(self.experiment, entry))]
+        whole = [(value, entry) for value, entry in found if entry.status == "finished"]
+        if not whole:
+            return None
+        scores = [value[0] for value, _ in whole]
+        losses = [value[1] for value, _ in whole]
+        mean = statistics.fmean(scores)
+        return {
+            "order": (len(whole) == len(group), mean, statistics.fmean(losses)),
+            "mean": mean,
+            "spread": statistics.pstdev(scores),
+            "seeds": len(whole),
+            "run": max(whole, key=lambda pair: pair[0])[1].run,
+        }
+
+    def _test(self, winner: str, means: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """The winner's best seed goes once more into a slot, trained as it is, to read the test rows."""
+        chosen = self.ledger.entries[means[winner]["run"]]
+        name = self.experiment.name
+        tables = trial_tables(self.tables, name, chosen.values)
+        tables["data"]["test"] = self.tables["data"]["test"]
+        if chosen.finalist:
+            tables["train"]["seed"] += int(chosen.run.rpartition("s")[2])
+        self._attach(name, chosen.folder, tables, chosen)
+        found = self.desk.summary
+        self.desk.wait(lambda: "soft_prompt" in found or "message" in found, self.alive)
+        if "soft_prompt" not in found:
+            return {"message": found.get("message") or self.broken() or "the workers ended before the winner was tested"}
+        target = storage.join(self.folder, "soft_prompt")
+        files = storage.read_folder(found["soft_prompt"])
+        storage.write_folder(target, {file: content for file, content in files.items() if file != storage.MANIFEST})
+        states = [entry.status for entry in self.ledger.trials()]
+        finalists = [
+            {"trial": run, "values": self.ledger.entries[run].values} | {key: mean[key] for key in ("mean", "spread", "seeds")}
+            for run, mean in sorted(means.items(), key=lambda pair: pair[1]["order"], reverse=True)
+        ]
+        return {
+            "soft_prompt": target,
+            "steps": found["steps"],
+            "best_step": found["best_step"],
+            "metrics": found["metrics"],
+            "peak_bytes": found["peak_bytes"],
+            "workers": found.get("workers"),
+            "winner": finalists[0],
+            "finalists": finalists,
+            "trials": {state: states.count(state) for state in sorted(set(states))},
+            "trial_steps": sum(entry.step for entry in self.ledger.entries.values()),
+        }

@@ -1,0 +1,286 @@
+"""A search from its first trial to its winner: worker groups in threads, Tune in the main thread, then the finals."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import ray
+import ray.train
+from ray import tune
+from ray.exceptions import RayError
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.tune.callback import Callback
+from ray.tune.execution import class_cache
+
+from ptuning import storage
+from ptuning.cluster.connection import beside_driver
+from ptuning.cluster.failures import explain
+from ptuning.config import Experiment
+from ptuning.model.base import Base
+from ptuning.searching.dispatcher import DispatcherActor
+from ptuning.searching.finals import Finals
+from ptuning.searching.monitor import SearchMonitor, Show
+from ptuning.searching.report import write_report
+from ptuning.searching.searcher import OptunaSearcher, make_scheduler
+from ptuning.searching.trial_store import TrialRecord, TrialStore
+from ptuning.tracking.tracker import Status, Tracker
+from ptuning.training.ray_trainer import for_workers, make_trainer
+
+SPARE = 0.25
+"""Share of a worker's CPUs that stays free for the trials, which do nothing but wait."""
+
+TRIAL_CPU = 0.01
+
+HUNG = 60.0
+"""Seconds without any trial in training or waiting after which those that Tune still waits for count as hung."""
+
+SAVING = 60.0
+"""Seconds to wait for the soft prompts of stopped trials."""
+
+AHEAD = 1
+"""Trials that are started before a slot is free, where a trial cannot take over the process of one that has ended: it costs 2 s
+of CPU, and 200 MB."""
+
+
+class _FreeSlots(Callback):
+    """A trial that Tune has stopped gives back its slot. Its own end may never run: Tune kills its actor."""
+
+    def __init__(self, release: Callable[[str, str | None], None]) -> None:
+        self._release = release
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._release(trial.trial_id, None)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._release(trial.trial_id, str(trial.get_error() or "unknown error").strip().splitlines()[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles what it is given; nobody reads it
+
+
+class _Hung(tune.Stopper):
+    """Ends Tune's part when nobody trains any more and yet a trial's own process does not end: Tune would wait for ever."""
+
+    def __init__(self, busy: Callable[[], bool]) -> None:
+        self._busy = busy
+        self._asked_at = self._busy_at = 0.0
+        self._begun = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        now = time.monotonic()
+        if now - self._asked_at > 1:
+            self._asked_at = now
+            busy = self._busy()
+            if busy or not self._begun:
+                self._busy_at = now
+            self._begun = self._begun or busy
+        return self._begun and now - self._busy_at > HUNG
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Search:
+    """One life of a search, from the ledger to the winner."""
+
+    def __init__(
+        self, experiment: Experiment, base: Base, folder: str, tracker: Tracker, show: Show, say: Callable[[str], None]
+    ) -> None:
+        self.experiment = experiment
+        self.tables = for_workers(experiment)
+        self.folder = folder
+        self.tracker = tracker
+        self.say = say
+        self.ledger = TrialStore(folder)
+        self.hub = beside_driver(DispatcherActor).remote()
+        self.desk = SearchMonitor(experiment, base, self.hub, self.ledger, tracker, show, say)
+        self.broken: str | None = None
+        self.threads: list[threading.Thread] = []
+        self._runs: dict[str, str] = {}
+        """Run name of each Tune trial."""
+        self._leaving: set[str] = set()
+        """Runs that Tune has stopped in their slots: they end by saving their soft prompts."""
+
+    def run(self, scaling: ray.train.ScalingConfig) -> dict[str, Any]:
+        status: Status = "FAILED"
+        summary: dict[str, Any] = {}
+        try:
+            for group in range(self.experiment.search.groups):
+                thread = threading.Thread(target=self._train, args=(group, scaling), name=f"group {group}", daemon=True)
+                thread.start()
+                self.threads.append(thread)
+            self._choose()
+            summary = self._finals().run() if not self.broken else {}
+            status = "FINISHED" if "message" not in summary and not self.broken else "FAILED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            with suppress(RayError):  # the hub has gone: said already
+                ray.get(self.hub.close.remote())
+            unsent = 0
+            with suppress(OSError):  # said already: the disk is full
+                unsent = self.desk.stop(30)
+                write_report(
+                    self.experiment, self.ledger, self.tracker, self.folder
+                )  # while the workers end, which takes Ray Train some seconds
+            for thread in self.threads:
+                thread.join(60)
+            ray.kill(self.hub)
+            with suppress(OSError):
+                self.tracker.finish(status)
+            unsent += self.tracker.close(deadline_s=30)
+            if storage.is_local(self.folder):
+                shutil.rmtree(storage.join(self.folder, "ray"), ignore_errors=True)
+        if self.broken:
+            summary["message"] = self.broken
+        return summary | {"name": self.experiment.name, "run_id": self.tracker.run_id, "unsent": unsent}
+
+    def _finals(self) -> Finals:
+        return Finals(
+            self.experiment, self.tables, self.folder, self.ledger, self.hub, self.desk, self._alive, lambda: self.broken
+        )
+
+    def _train(self, group: int, scaling: ray.train.ScalingConfig) -> None:
+        """A worker group, in a thread, for as long as the search takes."""
+
+        def work(config: dict[str, Any]) -> None:
+            from ptuning.imports import quick_imports
+
+            with quick_imports():
+                from ptuning.searching import worker
+            worker.work(config)
+
+        resources: Any = scaling.resources_per_worker
+        cpus = resources["CPU"] / (1 - SPARE)
+        config = {"events": self.hub, "group": group, "threads": max(1, int(cpus))}
+        try:
+            make_trainer(self.experiment, storage.join(self.folder, "ray"), scaling, work, config).fit()
+            if "message" in self.desk.summary:
+                self.broken = self.desk.summary["message"]
+        except (TrainingFailedError, RayError) as error:
+            self.broken = explain(error, self.folder, self.desk.hang)
+        finally:
+            if self.broken:
+                with suppress(RayError):  # the hub itself has gone
+                    ray.get(self.hub.close.remote(self.broken))
+
+    def _alive(self) -> bool:
+        return self.broken is None and all(thread.is_alive() for thread in self.threads)
+
+    def _choose(self) -> None:
+        """Let Tune run the trials that are not in the ledger yet, or not to their end."""
+        search = self.experiment.search
+        open_trials = search.trials - sum(entry.status != "running" for entry in self.ledger.trials())
+        if open_trials <= 0:
+            return
+        slots = search.slots if isinstance(search.slots, int) else None
+        at_once = search.groups * slots if slots else self._measured()
+        if not at_once:
+            return
+        checkpoints = search.scheduler == "pbt"
+        processes = at_once + (AHEAD if checkpoints else 0)
+        os.environ |= {
+            "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a box even at verbose=0
+            "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's own CSV, JSON and TensorBoard files
+            "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search, it does not wait for the trials
+            "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # a process that does not end in order
+            "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the ledger is what a search is resumed from
+            "TUNE_MAX_PENDING_TRIALS_PG": str(processes),
+        }
+        # A failed trial is told by the leaderboard, not by a traceback.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        # Tune would give them to every trial (2.60), and Ray logs and shows what it gives. Nodes have their own.
+        class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+        hub, tables = self.hub, self.tables
+
+        def trial(values: dict[str, Any]) -> None:
+            # Travels by value and imports on the trial's side: neither loads what only the other needs.
+            from ptuning.searching.trial import run_trial
+
+            run_trial(values, hub, tables, checkpoints)
+
+        hung = _Hung(lambda: ray.get(hub.call.remote("busy")))
+        chooser = OptunaSearcher(self.experiment, self.tables, self.folder, self.ledger, self._announce)
+        threading.Thread(target=self._watch, args=(chooser,), daemon=True).start()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Consider boosting PBT")  # with reuse_actors
+            tuner = tune.Tuner(
+                tune.with_resources(trial, {"cpu": TRIAL_CPU}),
+                tune_config=tune.TuneConfig(
+                    search_alg=chooser,
+                    scheduler=make_scheduler(self.experiment, self.ledger),
+                    num_samples=open_trials,
+                    max_concurrent_trials=processes,
+                    reuse_actors=not checkpoints,  # PBT's trials come again while they still listen
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=storage.join(self.folder, "ray"),
+                    callbacks=[_FreeSlots(self._release)],
+                    stop=hung,
+                    verbose=0,
+                ),
+            )
+            try:
+                tuner.fit()
+            except Exception:
+                # On a full disk Tune reads back errors that it could not write (2.60, experiment/trial.py): what is wrong is
+                # known better here.
+                self.desk.wait(lambda: False, self._alive, 5)
+                if not self.broken:
+                    raise
+        if hung.stop_all():
+            for entry in self.ledger.trials():
+                self.desk.then(entry.run, lambda entry: _end(entry, "its process gave no sign of life"))
+        # What Tune has stopped still saves its soft prompt; what failed has told the desk.
+        # Not for ever: workers that were just then started again have forgotten who was to leave.
+        self.desk.wait(lambda: all(self._settled(entry) for entry in self.ledger.trials()), self._alive, SAVING)
+
+    def _measured(self) -> int:
+        """Slots of all groups together, once the workers have measured them."""
+        while self._alive():
+            places = ray.get(self.hub.joined.remote(self.experiment.search.groups))
+            if len(places) == self.experiment.search.groups:
+                total = sum(places.values())
+                self.say(f"{total} soft prompts train side by side" if total > 1 else "one soft prompt trains at a time")
+                return total
+        return 0
+
+    def _watch(self, chooser: OptunaSearcher) -> None:
+        """Workers that are gone for good end the search: no new trials."""
+        for thread in self.threads:
+            thread.join()
+        chooser.stop = True
+
+    def _announce(self, trial: str, entry: TrialRecord) -> None:
+        self._runs[trial] = entry.run
+        known = [{"kind": "evaluation", "run": entry.run, "details": {}} | result for result in entry.results]
+        ray.get(self.hub.call.remote("announce", trial, entry.run, entry.folder, known))
+
+    def _release(self, trial: str, error: str | None) -> None:
+        """`error`: what the trial's own process died of, not its soft prompt; that one has told the desk itself."""
+        left = ray.get(self.hub.call.remote("release", trial, error is None))
+        if left == "slot" and error is None:
+            self._leaving.add(self._runs[trial])
+        if left or error:  # it may have died before it asked for a slot
+            self.desk.then(self._runs[trial], lambda entry: _end(entry, error))
+
+    def _settled(self, entry: TrialRecord) -> bool:
+        return entry.status != "running" and (entry.run not in self._leaving or entry.soft_prompt is not None)
+
+
+def _end(entry: TrialRecord, error: str | None) -> None:
+    if entry.status == "running":
+        entry.status, entry.message = ("failed", f"{entry.run}: its Tune trial failed: {error}") if error else ("stopped", None)

@@ -1,0 +1,146 @@
+"""The worker groups of Ray Train: their resources, and what is changed in Ray Train for them."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import ray
+import ray.train
+from ray.exceptions import OutOfMemoryError
+from ray.train import UserCallback
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import BackendSetupCallback
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+
+from ptuning.cluster.connection import own_cluster
+from ptuning.config import Experiment
+from ptuning.errors import UserError
+from ptuning.redaction import redacted
+
+
+class _Trainer(TorchTrainer):
+    """Ray Train without helpers that have nothing to do here: each is a process of 2 s and 200 MB."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Private (2.60, train/v2/api/data_parallel_trainer.py): a version without it does not call ours either.
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # V2's, which ray's types do not know
+        idle = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if own_cluster() else set())
+        used = [each for each in callbacks if type(each).__name__ not in idle]
+        for each in used:
+            if isinstance(each, BackendSetupCallback):
+                each.__class__ = _tolerate_out_of_memory()
+        return used
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        policy = given.get("scaling_policy")
+        if own_cluster() and type(policy) is FixedScalingPolicy:
+            policy.__class__ = _without_autoscaler_requests()
+        return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
+
+
+def _tolerate_out_of_memory() -> type[BackendSetupCallback]:
+    """A local class: it travels to Train's controller by value, and that process imports nothing of ours."""
+
+    class TolerateOutOfMemory(BackendSetupCallback):
+        def before_execution_group_shutdown(self, execution_group: Any) -> None:
+            # Ray's own forgives RayActorError only (2.60). A worker that its memory monitor has ended says OutOfMemoryError:
+            # that ended the run as an error of the controller, without another try, and its placement group was never removed.
+            with suppress(OutOfMemoryError):
+                super().before_execution_group_shutdown(execution_group)
+
+    return TolerateOutOfMemory
+
+
+def _without_autoscaler_requests() -> type[FixedScalingPolicy]:
+    """A local class, as in `_tolerate_out_of_memory`."""
+
+    class NoAutoscalerRequests(FixedScalingPolicy):
+        # A controller first asks the actor that speaks for all with the autoscaler (2.60), and workers wait until it is there.
+        def _send_resource_request(self) -> None:
+            pass
+
+        def _maybe_send_resource_request(self) -> None:
+            pass
+
+        def _cancel_resource_request(self) -> None:
+            pass
+
+    return NoAutoscalerRequests
+
+
+def scale(experiment: Experiment, groups: int = 1, spare: float = 0.0) -> ray.train.ScalingConfig:
+    """Workers of a group and their resources; each worker leaves the share `spare` of its CPUs to others.
+
+    Raises:
+        UserError: the cluster does not have them. Ray Train would wait for ever.
+    """
+    compute = experiment.compute
+    have = ray.cluster_resources()
+    least = compute.workers if isinstance(compute.workers, int) else compute.workers[0]
+    gpus = compute.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if have.get("GPU", 0) >= 1 else 0.0
+    local = len(ray.nodes()) == 1
+    cpus = compute.cpus_per_worker or (max(1, int(have.get("CPU", 1) // (compute.most_workers * groups))) if local else 1)
+    for kind, each, fix in (("CPU", cpus, "compute.cpus_per_worker"), ("GPU", gpus, "compute.gpus_per_worker")):
+        if groups * least * each > have.get(kind, 0):
+            many = f"{least} workers" if groups == 1 else f"{groups} groups of {least} workers"
+            raise UserError(
+                f"compute.workers: {many} with {each:g} {kind} each need {groups * least * each:g}, the cluster has "
+                f"{have.get(kind, 0):g}; lower compute.workers or {fix}"
+            )
+    if experiment.zero.offload and not gpus:
+        raise UserError("zero.offload: the workers have no GPU whose memory it could spare; remove it")
+    resources = {"CPU": cpus * (1 - spare)} | ({"GPU": gpus} if gpus else {})
+    # ray's types describe Train V1; V2, the default since 2.51, takes (min, max) and more limits on failures.
+    scaling: Any = ray.train.ScalingConfig
+    return scaling(num_workers=compute.workers, use_gpu=bool(gpus), resources_per_worker=resources)
+
+
+def for_workers(experiment: Experiment) -> dict[str, Any]:
+    """The tables of an experiment without passwords: Ray keeps what workers are given, and shows it. They need none."""
+    tables = experiment.model_dump(mode="json")
+    return tables | {table: redacted(tables[table]) for table in ("tracking", "compute")}
+
+
+def make_trainer(
+    experiment: Experiment,
+    attempt: str,
+    scaling: ray.train.ScalingConfig,
+    work: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+) -> TorchTrainer:
+    """A Ray Train run of workers that call `work` with `config`. Ray's own files go to `attempt`.
+
+    `work` is a local function, which travels by value, and imports on the worker: neither side loads what only the other needs.
+    """
+    failures: Any = ray.train.FailureConfig
+
+    return _Trainer(
+        work,
+        train_loop_config={"experiment": for_workers(experiment), "threads": None} | config,
+        scaling_config=scaling,
+        run_config=ray.train.RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=attempt,
+            callbacks=[_report_failures(experiment.name, config["events"])],
+            failure_config=failures(max_failures=experiment.compute.max_failures, controller_failure_limit=3),
+        ),
+    )
+
+
+def _report_failures(run: str, mailbox: Any) -> Any:  # ray's types know Train V1's callbacks only
+    """Workers that fail are told of at once, not only when there is no other try.
+
+    A local class, as in `_tolerate_out_of_memory`."""
+
+    class FailureReporter(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            workers = [str(each) for each in worker_exceptions.values()]
+            event = {"kind": "broken", "run": run, "step": 0, "details": {"workers": workers}}
+            mailbox.put.remote([event])
+
+    return FailureReporter()

@@ -1,0 +1,255 @@
+"""One soft prompt in training: its state, how it starts, and the card of its result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ptuning import storage
+from ptuning.config import Experiment, Template, TrainConfig
+from ptuning.data.batch_sampler import BatchSampler
+from ptuning.data.task import Task
+from ptuning.model import compatibility, initializers, soft_prompt
+from ptuning.model.base import Base
+from ptuning.model.packing import Objective, Row
+from ptuning.model.soft_prompt import Card
+from ptuning.training.messages import Event, StartRun
+from ptuning.training.starts import Start, rounds, survivors
+
+
+class Slot:
+    """One soft prompt in training: its starts (one of them is left after the first part of the steps), its data position and
+    its best evaluation so far."""
+
+    def __init__(self, assignment: StartRun, task: Task, starts: Sequence[Tensor]) -> None:
+        self.experiment = assignment.experiment
+        self.config: TrainConfig = self.experiment.train
+        self.folder = assignment.folder
+        self.task = task
+        self.starts = [Start(number, each, self.config) for number, each in enumerate(starts)]
+        self.order = BatchSampler(task.train.lengths, self.config.batch_size, self.config.seed)
+        choice = self.experiment.objective == "choice"
+        self.objective = Objective(task.encoder.label_trie if choice else None, text=not choice or self.config.text_weight > 0)
+        self.class_weights = balanced_weights(task) if self.config.class_weights else None
+        self.step = 0
+        self.best: dict[str, float] = {}
+        self.best_step = 0
+        self.best_vectors = starts[0].clone()
+        self.since_best = 0
+        self.parent: str | None = None
+        self.told: list[tuple[float, Event]] = []
+        """Events, with the monotonic time they were told at, that may not have come to the driver's disk. They go into the
+        checkpoint and a resumed run repeats them: no point is lost, however often and wherever it is interrupted."""
+
+    @property
+    def name(self) -> str:
+        return self.experiment.name
+
+    @property
+    def done(self) -> bool:
+        patience = self.config.patience
+        return self.step >= self.config.steps or (patience is not None and self.since_best >= patience)
+
+    @property
+    def vectors(self) -> nn.Parameter:
+        """`[P, H]` of the start that is left; before, of the first."""
+        return self.starts[0].vectors
+
+    @property
+    def keep(self) -> int:
+        """How many starts go on after this step."""
+        return rounds(self.config).get(self.step, len(self.starts)) if len(self.starts) > 1 else 1
+
+    @property
+    def evaluation_due(self) -> bool:
+        every, steps = self.config.evaluate_every, self.config.steps
+        return self.step % every == 0 or self.step == steps or self.keep < len(self.starts)
+
+    @property
+    def checkpoint_due(self) -> bool:
+        return self.step % self.config.checkpoint_every == 0
+
+    def loss(self, text: Tensor, choices: Tensor, rows: Sequence[Row], totals: tuple[int, int]) -> Tensor:
+        """This share of the global batch's loss, from the negative log-likelihoods of its text's tokens and of its choices;
+        `totals`: target tokens and rows of the whole batch.
+
+        Text: the mean over tokens. Choice: the mean over rows of -log p(label), by class weights if there are any.
+        """
+        tokens, count = totals
+        if self.objective.trie is None:
+            return text.sum() / tokens
+        if self.class_weights is not None:
+            choices = choices * self._choice_weights(rows).to(choices)
+        loss = choices.sum() / count
+        return loss + self.config.text_weight * text.sum() / tokens if self.objective.text else loss
+
+    def _choice_weights(self, rows: Sequence[Row]) -> Tensor:
+        """Each choice counts as much as its row's label."""
+        assert self.objective.trie is not None and self.class_weights is not None
+        paths, weights = self.objective.trie.paths, self.class_weights
+        return torch.tensor([weights[tuple(target)] for _, target in rows for _ in paths[tuple(target)]])
+
+    def update(self, gradients: Sequence[Tensor], losses: Sequence[float]) -> float:
+        """One optimiser step of every start with its gradient of the whole global batch; returns the first one's norm."""
+        rate = learning_rate(self.config, self.step)
+        norms = []
+        for start, gradient, loss in zip(self.starts, gradients, losses, strict=True):
+            norms.append(start.update(gradient, self.config.clip, rate))
+            start.loss += loss
+        self.step += 1
+        return norms[0]
+
+    def halve(self, losses: Sequence[float]) -> None:
+        """Let the worse starts go if a round has ended; `losses` of the starts."""
+        if self.keep == len(self.starts):
+            return
+        self.starts = survivors(self.starts, list(losses), self.keep)
+        for start in self.starts:
+            start.loss = 0.0
+
+    def observe(self, measured: dict[str, float], start: int = 0) -> bool:
+        """Take the evaluation of a start into account; True if it is the best so far (ties: the lower loss)."""
+        metric = self.experiment.metric
+        sign = -1 if metric == "loss" else 1
+        better = not self.best or (sign * measured[metric], -measured["loss"]) > (
+            sign * self.best[metric],
+            -self.best["loss"],
+        )
+        if better:
+            self.best, self.best_step, self.since_best = measured, self.step, 0
+            self.best_vectors = self.starts[start].vectors.detach().clone()
+        else:
+            self.since_best += 1
+        return better
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that decides how the run goes on, as tensors and JSON."""
+        tensors, starts = {"best_vectors": self.best_vectors}, []
+        for start in self.starts:
+            own, numbers = start.state()
+            tensors |= {f"start{start.number}.{key}": value for key, value in own.items()}
+            starts.append(numbers)
+        return tensors, {
+            "step": self.step,
+            "starts": starts,
+            "best": self.best,
+            "best_step": self.best_step,
+            "since_best": self.since_best,
+            "parent": self.parent,
+            "events": [asdict(event) for _, event in self.told],
+        }
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """The inverse of `state`: training goes on bit by bit as if it had not been interrupted."""
+        self.starts = [self.starts[numbers["number"]] for numbers in state["starts"]]
+        for start, numbers in zip(self.starts, state["starts"], strict=True):
+            prefix = f"start{start.number}."
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            start.restore(own, numbers)
+        self.best_vectors = tensors["best_vectors"]
+        self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
+        self.since_best, self.parent = state["since_best"], state["parent"]
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of update number `step` (from 0)."""
+    warm = round(config.warmup * config.steps)
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    progress = (step - warm) / max(1, config.steps - warm)
+    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return config.learning_rate * factor[config.schedule]
+
+
+def balanced_weights(task: Task) -> dict[tuple[int, ...], float]:
+    """Label -> n / (L * rows with this label), as scikit-learn's "balanced": the mean over the n training rows is 1."""
+    labels = [tuple(label) for label in task.encoder.label_ids]
+    counts = np.bincount(np.asarray(task.train.rows["label"]), minlength=len(labels))
+    return {label: float(counts.sum() / (len(labels) * max(1, many))) for label, many in zip(labels, counts, strict=True)}
+
+
+def initial_starts(
+    experiment: Experiment, task: Task, base: Base, embed: initializers.Embed
+) -> tuple[list[Tensor], str | None]:
+    """The soft prompts before their first step, `[P, H]` fp32 each, and the content hash of the parent if there is one.
+
+    The first is drawn with the run's seed, the others with seeds of their own; where `prompt.init` leaves nothing to draw (a
+    text, a soft prompt of the same length), they begin from the vocabulary.
+    """
+    first, parent = initial_vectors(experiment, task, base, embed)
+    starts = [first]
+    for number in range(1, experiment.train.starts):
+        again, _ = initial_vectors(experiment, task, base, embed, number)
+        if torch.equal(again, first):
+            frequent = task.train.frequent_tokens()
+            again = initializers.vocabulary_rows(len(first), frequent, embed, _generator(experiment.train.seed, number))
+        starts.append(again)
+    return starts, parent
+
+
+def _generator(seed: int, start: int) -> torch.Generator:
+    """Of a run's first start: its seed; the others' are far from those of neighbouring runs."""
+    return torch.Generator().manual_seed(seed + start * 1_000_003)
+
+
+def initial_vectors(
+    experiment: Experiment, task: Task, base: Base, embed: initializers.Embed, start: int = 0
+) -> tuple[Tensor, str | None]:
+    """A start of the soft prompt, `[P, H]` fp32, and the content hash of its parent if it has one."""
+    config = experiment.prompt
+    generator = _generator(experiment.train.seed, start)
+    frequent = task.train.frequent_tokens()
+    tokenizer = task.encoder.tokenizer
+    parent = None
+    if config.init == "random":
+        vectors = initializers.random_rows(config.length, embed(frequent), generator)
+    elif config.init == "vocabulary":
+        vectors = initializers.vocabulary_rows(config.length, frequent, embed, generator)
+    elif config.init == "text":
+        ids = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
+        vectors = initializers.text_rows(config.length, ids, embed)
+    elif config.init == "labels":
+        labels = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in experiment.data.labels or ()]
+        vectors = initializers.label_rows(config.length, labels, frequent, embed, generator)
+    else:
+        folder = str(config.init_from)
+        source = soft_prompt.load(folder)
+        compatibility.check_base(source, folder, base.width, base.name, base.fingerprint.model_dump())
+        vectors = initializers.transferred_rows(config.length, source.vectors, frequent, embed, generator)
+        parent = source.card.content_hash
+    return vectors, parent
+
+
+def make_card(slot: Slot, base: Base, measured: dict[str, float]) -> Card:
+    """The card of a slot's best soft prompt."""
+    experiment, task = slot.experiment, slot.task
+    splits = {"train": task.train, "validation": task.validation, "test": task.test}
+    template = {name: getattr(experiment.data, name) for name in Template.model_fields}
+    return Card(
+        name=experiment.name,
+        base=base.name,
+        revision=base.revision,
+        base_fingerprint=base.fingerprint.model_dump(),
+        length=experiment.prompt.length,
+        width=base.width,
+        template=Template(**template),
+        max_new_tokens=task.max_new_tokens,
+        init=experiment.prompt.init,
+        metrics=measured,
+        data={name: split.fingerprint for name, split in splits.items() if split},
+        experiment=experiment.model_dump(mode="json"),
+        parent=slot.parent,
+        versions=soft_prompt.versions(),
+        content_hash=soft_prompt.content_hash(slot.best_vectors),
+    )
+
+
+def checkpoints(folder: str) -> str:
+    """Where a run's checkpoints lie."""
+    return storage.join(folder, "checkpoints")
