@@ -1,4 +1,5 @@
-# make test   the whole suite, in a virtual environment made for it
+# make test   the suite that every commit has to pass, in a virtual environment made for it
+# make test-all   and what is marked nightly: further faults of a kind, and what takes minutes
 # make fast   what needs no Ray and no process groups, in 90 s
 # make lint   ruff, formatting, types
 # make demo   everything once: train, search, register, serve, ask; some minutes
@@ -9,10 +10,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: test fast lint demo train clean
+.PHONY: test test-all fast lint demo train clean
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+test-all: .venv/installed
+	PTUNING_KILLS=3 PTUNING_RACES=10 $(BIN)/python -m pytest -m "not soak"
 
 fast: .venv/installed
 	$(BIN)/python -m pytest -m fast

@@ -45,6 +45,7 @@ def interrupt(demo: subprocess.Popen[bytes], how: signal.Signals = signal.SIGINT
     return psutil.wait_procs(began, 10)[1]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["test: 800 rows", "starting 2 workers"], ids=["as Ray starts", "as workers start"])
 def test_a_demo_that_is_interrupted_leaves_nothing(folder: Path, moment: str) -> None:

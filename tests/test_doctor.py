@@ -118,6 +118,7 @@ def two_nodes() -> Iterator[str]:
         os.environ.update(before)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_every_node_of_a_cluster_is_looked_at(two_nodes: str, toy_task: SimpleNamespace, tmp_path: Path) -> None:
     experiment = parse_experiment(toy_task.experiment)

@@ -182,6 +182,7 @@ def hangs(events: list[Event]) -> list[str]:
     return [event.details["message"] for event in events if event.kind == "stuck" and "message" in event.details]
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(120)
 def test_a_worker_that_was_killed_is_named_and_not_the_one_that_misses_it(tables: dict[str, Any]) -> None:
     tables["compute"]["max_failures"] = 0
@@ -192,6 +193,7 @@ def test_a_worker_that_was_killed_is_named_and_not_the_one_that_misses_it(tables
     assert str(failed.value).startswith(f"a worker failed: {where} was killed or crashed (")
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(120)
 def test_a_lost_mailbox_ends_the_run_in_a_sentence_and_resume_goes_on(tables: dict[str, Any]) -> None:
     tables["compute"] |= {"workers": 1, "max_failures": 0}
@@ -466,6 +468,7 @@ def test_a_lost_node_is_told_of_and_another_one_waited_for(
         close_unused_sockets()
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_a_search_counts_trials_whose_process_dies_or_hangs_once(
     tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -240,14 +240,17 @@ def test_who_does_not_read_holds_nobody_up(world):
             )
         time.sleep(0.5)
         told = [ask(world) for _ in range(5)]
-        assert [each.status for each in told] == [200] * 5 and max(each.seconds for each in told) < 5
-        until(lambda: idle(world), 20, "unread answers keep their places")
+        # Held up they would wait for as long as nobody reads. They may wait for a place until the first streams are generated.
+        assert [each.status for each in told] == [200] * 5 and max(each.seconds for each in told) < 30
+        until(lambda: idle(world), 30, "unread answers keep their places")
 
 
 # Processes that end.
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)], ids=["SIGKILL", "SIGTERM"]
+)
 def test_a_killed_replica_loses_only_what_it_was_answering(world, number):
     """G7. A SIGTERM to the process of a replica is no way to drain it: that is Serve's to do, or the command's."""
     both_answer(world)
@@ -265,6 +268,7 @@ def test_a_killed_replica_loses_only_what_it_was_answering(world, number):
     print(f"two replicas again after {both_answer(world) + 3:.1f} s")
 
 
+@pytest.mark.nightly
 def test_without_the_controller_everybody_is_answered(world):
     """The data plane goes on, and what dies is still replaced once the controller is back."""
     with crowd(world.port, KEY, lambda number: body(8), clients=6) as load:
@@ -281,6 +285,7 @@ def test_without_the_controller_everybody_is_answered(world):
     both_answer(world)
 
 
+@pytest.mark.nightly
 def test_a_killed_proxy_is_back_in_seconds(world):
     (proxy,) = processes(world, "ProxyActor")
     proxy.kill()
@@ -347,6 +352,7 @@ def overload(world: SimpleNamespace, seconds: float, share: float, tokens: int =
     assert grown < 150 and recovered < 2 * usual + 0.2
 
 
+@pytest.mark.nightly
 def test_three_times_too_much_is_refused_quickly_and_costs_the_others_nothing(world):
     overload(world, 6, share=0.4)  # of whole answers in six seconds; a minute tells more: the next test
 
@@ -373,11 +379,12 @@ def test_stopping_under_load_fails_nobody(world):
     started = psutil.Process(world.command.process.pid).children(recursive=True)
     long: list[Told] = []
     signalled = math.inf
+    tokens = min(900, int(200 * 3 / ask(world, 200).seconds))  # 3 s alone, well within the 30 s that they get, under load too
 
     def ask_on() -> None:
         """One long answer after the other, so that some are under way whenever the signal comes."""
         while time.monotonic() < signalled:
-            long.append(ask(world, 900, stream=True))
+            long.append(ask(world, tokens, stream=True))
 
     asking = [threading.Thread(target=ask_on) for _ in range(4)]
     with crowd(world.port, KEY, lambda number: body(8), clients=6) as load:

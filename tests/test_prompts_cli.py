@@ -212,6 +212,7 @@ def cost(*arguments: str) -> tuple[float, str]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_thousand_versions_are_listed_in_three_seconds(store: Path, registry: Registry) -> None:  # noqa: F811
     for name in range(20):
@@ -297,6 +298,7 @@ def test_a_storage_folder_that_mlflow_would_take_for_another_is_refused(
     assert not (toy_task.folder / "in").exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_commands_on_a_server(http: str, tmp_path: Path, tiny_base_folder: Path) -> None:  # noqa: F811
     where = ("--tracking", http)

@@ -141,6 +141,22 @@ def test_every_command_is_understood(page: str, words: list[str], folder: Path, 
 
 
 @pytest.mark.fast
+def test_every_promise_names_its_tests_and_when_they_run() -> None:
+    page = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    table = page.partition("## What breaks, and what is promised")[2].partition("\n## ")[0]
+    found = 0
+    for file, names in re.findall(r"`(test_\w+)`:([^;|]+)", table):
+        source = (REPOSITORY / "tests" / f"{file}.py").read_text(encoding="utf-8")
+        for name, said in re.findall(r"(\w+)( \(nightly\)| \(`-m soak`\))?", names):
+            decorated = re.search(rf"((?:^@.*\n(?:    .*\n|\).*\n)*)*)^def \w*{name}\w*\(", source, re.MULTILINE)
+            assert decorated, f"{file}: no test or fixture is called {name}"
+            marked = [mark for mark in ("nightly", "soak") if f"@pytest.mark.{mark}" in decorated[1]]
+            assert [mark for mark in ("nightly", "soak") if mark in said] == marked, f"{file}: {name}"
+            found += 1
+    assert found > 30
+
+
+@pytest.mark.fast
 def test_the_tests_that_run_the_others_are_there() -> None:
     for start, test in ELSEWHERE.items():
         file, _, name = test.partition("::")
@@ -207,6 +223,7 @@ def test_your_own_data_takes_twelve_lines() -> None:
     assert len(only("toml", "tickets").splitlines()) == 12
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_first_hour(local_ray: None, folder: Path) -> None:

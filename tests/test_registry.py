@@ -392,8 +392,8 @@ def race(uri: str, name: str, version: int, tries: int, barrier: Any, results: A
         barrier.wait()
 
 
-RACES = int(os.environ.get("PTUNING_RACES", "10"))
-"""How many double promotions: PTUNING_RACES=200 runs as many (5 minutes on two cores)."""
+RACES = int(os.environ.get("PTUNING_RACES", "3"))
+"""How many double promotions. `make test-all` runs ten; PTUNING_RACES=200 runs as many (5 minutes on two cores)."""
 
 
 def run_races(uri: str, tries: int) -> None:

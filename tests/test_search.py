@@ -26,8 +26,9 @@ from ptuning.searching.trial_store import TrialRecord
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
-KILLS = int(os.environ.get("PTUNING_KILLS", "3"))
-"""How often the driver is killed. PTUNING_KILLS=5 kills a search of 16 trials five times (5 minutes on two cores)."""
+KILLS = int(os.environ.get("PTUNING_KILLS", "1"))
+"""How often the driver is killed. `make test-all` kills it three times; PTUNING_KILLS=5 kills a search of 16 trials five
+times (5 minutes on two cores)."""
 
 
 @pytest.fixture
@@ -81,6 +82,7 @@ def test_a_search_under_asha_finds_tests_and_tracks_its_winner(tables: dict[str,
     assert {path.name for path in report.iterdir()} == {"leaderboard.csv", "budget.csv", "landscape.png", "budget.png"}
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(240)
 def test_pbt_lets_a_trial_go_on_from_a_better_one(tables: dict[str, Any]) -> None:
     tables["search"] |= {"trials": 3, "scheduler": "pbt", "learning_rate": [0.0001, 0.3], "length": [10]}
@@ -113,6 +115,7 @@ def test_a_trial_that_diverges_is_marked_and_the_others_go_on(tables: dict[str, 
         search(tables)
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(240)
 def test_a_killed_worker_costs_the_search_no_trial(tables: dict[str, Any]) -> None:
     tables["search"] |= {"scheduler": "fifo", "trials": 4, "finalists": 1, "seeds": 1}

@@ -378,6 +378,7 @@ def test_server_down_at_start_killed_and_back(tmp_path: Path) -> None:
     assert sum(seconds) / len(seconds) < 0.005
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_server_that_never_answers_costs_only_the_deadline(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:

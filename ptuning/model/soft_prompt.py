@@ -40,6 +40,7 @@ PUBLIC_SETTINGS = {
     "train": (
         *("learning_rate", "optimizer", "weight_decay", "schedule", "warmup", "clip", "seed"),
         *("batch_size", "steps", "evaluate_every", "patience", "metric"),
+        *("objective", "text_weight", "class_weights", "starts"),
     ),
 }
 """Of a card's experiment, what everybody may know who gets the soft prompt. Fixed: a setting that is new is not public."""
