@@ -1,15 +1,14 @@
-"""The spool of a run: its records on the local disk until MLflow has them. Knows nothing of MLflow.
+"""The outbox of a run: its records on the local disk until MLflow has them. Knows nothing of MLflow.
 
-<spool>/run.json       our run key, and what is needed to create the MLflow run
-<spool>/events.jsonl   the records
-<spool>/sent.json      how far they are shipped
-<spool>/files/         artifacts given as bytes
-<spool>/refused.jsonl  records that MLflow will never take, and why
+<outbox>/run.json       our run key, and what is needed to create the MLflow run
+<outbox>/events.jsonl   the records
+<outbox>/sent.json      how far they are shipped
+<outbox>/files/         artifacts given as bytes
+<outbox>/refused.jsonl  records that MLflow will never take, and why
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import threading
@@ -20,13 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
+
 from ptuning.redaction import redact
 
 Record = dict[str, Any]
 
 
 class Sent(NamedTuple):
-    """How far a spool is shipped to one MLflow."""
+    """How far an outbox is shipped to one MLflow."""
 
     uri: str
     run_id: str | None = None
@@ -122,18 +123,16 @@ class Outbox:
 @contextmanager
 def locked(path: Path, seconds: float = 0) -> Iterator[bool]:
     """Hold a lock that dies with the process; yields False if another one holds it for longer than `seconds`."""
-    deadline = time.monotonic() + seconds
-    with path.open("ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    yield False
-                    return
-                time.sleep(0.05)
+    lock = FileLock(path, timeout=seconds, thread_local=False)  # may be released by another thread
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
         yield True
+    finally:
+        lock.release()
 
 
 def write_file(path: Path, content: bytes, sync: bool = True) -> None:
