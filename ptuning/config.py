@@ -1,4 +1,4 @@
-"""The experiment: one TOML file that decides a result. One table per room of the house, in the order in which data flows.
+"""The experiment: one TOML file that decides a result. One table per topic, in the order in which data flows.
 
 Reading it imports neither torch nor ray. Whatever is wrong is said in one sentence (`ExperimentError`) that names the place
 and the fix, before anything starts.

@@ -241,7 +241,7 @@ def test_the_whole_command_with_two_workers(toy_task: SimpleNamespace, write_tom
     assert "base loaded by 2 workers (50%, 50% of it each), float32, shared prefix" in stderr
     assert "Traceback" not in stderr and "Warning" not in stderr
     actors = {each.split("::")[1].split(".")[0] for each in seen if each.startswith("ray::") and "Agent" not in each}
-    assert {"RayTrainWorker", "Mailbox"} <= actors and not actors & {"PlacementGroupCleaner", "_AutoscalingCoordinatorActor"}
+    assert {"RayTrainWorker", "EventQueue"} <= actors and not actors & {"PlacementGroupCleaner", "_AutoscalingCoordinatorActor"}
     again = subprocess.run([*command[:-1]], capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 2 and "continue it with --resume" in again.stderr
 

@@ -204,12 +204,14 @@ def test_a_lost_mailbox_ends_the_run_in_a_sentence_and_resume_goes_on(tables: di
         events.append(event)
         if event.step == 40:
             [mailbox] = [
-                each for each in psutil.Process().children(recursive=True) if "ray::Mailbox" in " ".join(each.cmdline())
+                each for each in psutil.Process().children(recursive=True) if "ray::EventQueue" in " ".join(each.cmdline())
             ]
             mailbox.kill()
 
     experiment = parse_experiment(tables)
-    with pytest.raises(RunFailed, match=r"a process of the run failed: Mailbox \(pid \d+ on .*\) was killed or crashed; see "):
+    with pytest.raises(
+        RunFailed, match=r"a process of the run failed: EventQueue \(pid \d+ on .*\) was killed or crashed; see "
+    ):
         run_training(experiment, resume=False, show=strike, say=print)
     assert start(tables, events, resume=True)["steps"] == 1500
     assert [event.step for event in events if event.kind == "start"][1] >= 40
@@ -227,11 +229,13 @@ def test_a_lost_hub_ends_the_search_in_a_sentence_and_resume_counts_every_trial_
     def strike(entries: list[TrialRecord]) -> None:
         if any(entry.status == "finished" for entry in entries):
             for process in psutil.Process().children(recursive=True):
-                if "ray::Hub" in " ".join(process.cmdline()):
+                if "ray::DispatcherActor" in " ".join(process.cmdline()):
                     process.kill()
 
     experiment = parse_experiment(tables)
-    with pytest.raises(RunFailed, match=r"a process of the run failed: Hub \(pid \d+ on .*\) was killed or crashed; see "):
+    with pytest.raises(
+        RunFailed, match=r"a process of the run failed: DispatcherActor \(pid \d+ on .*\) was killed or crashed; see "
+    ):
         run_search(experiment, resume=False, show=strike, say=print)
     shown: list[list[TrialRecord]] = []
     summary = run_search(experiment, resume=True, show=shown.append, say=print)

@@ -1,4 +1,4 @@
-"""The board of a search, without Ray: who gets which slot, who hears what, and that nobody is lost or doubled."""
+"""The dispatcher of a search, without Ray: who gets which slot, who hears what, and that nobody is lost or doubled."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def experiment(length: int = 5) -> dict[str, Any]:
     return {"prompt": {"length": length}}
 
 
-def enter(board: Dispatcher, trial: str, length: int = 5) -> str:
-    board.announce(trial, f"run-of-{trial}".replace("-", ""), f"folder/{trial}", [])
-    run, folder = board.enter(trial)
-    board.attach(trial, run, folder, experiment(length), {})
+def enter(dispatcher: Dispatcher, trial: str, length: int = 5) -> str:
+    dispatcher.register(trial, f"run-of-{trial}".replace("-", ""), f"folder/{trial}", [])
+    run, folder = dispatcher.begin(trial)
+    dispatcher.attach(trial, run, folder, experiment(length), {})
     return run
 
 
@@ -34,133 +34,135 @@ def attached(orders: list[dict[str, Any]] | None) -> list[str]:
 
 
 def test_a_trial_waits_for_a_group_and_hears_its_results_once() -> None:
-    board = Dispatcher()
-    run = enter(board, "a")
-    assert board.orders(0) == []
-    board.join(0, 1)
-    assert attached(board.orders(0)) == [run] and board.orders(0) == []
-    board.put([event("step", run, 1), event("evaluation", run, 10), event("evaluation", run, 10)])
-    assert [each["step"] for each in board.results("a")] == [10] and board.results("a") == []
-    board.put([event("finished", run, 20)])
-    assert [each["kind"] for each in board.results("a")] == ["finished"]
-    assert board.release("a") == ""
-    assert [each["kind"] for each in board.take(0)] == ["attached", "step", "evaluation", "evaluation", "finished"]
+    dispatcher = Dispatcher()
+    run = enter(dispatcher, "a")
+    assert dispatcher.orders(0) == []
+    dispatcher.register_group(0, 1)
+    assert attached(dispatcher.orders(0)) == [run] and dispatcher.orders(0) == []
+    dispatcher.put([event("step", run, 1), event("evaluation", run, 10), event("evaluation", run, 10)])
+    assert [each["step"] for each in dispatcher.results("a")] == [10] and dispatcher.results("a") == []
+    dispatcher.put([event("finished", run, 20)])
+    assert [each["kind"] for each in dispatcher.results("a")] == ["finished"]
+    assert dispatcher.release("a") == ""
+    assert [each["kind"] for each in dispatcher.take(0)] == ["attached", "step", "evaluation", "evaluation", "finished"]
 
 
 def test_a_slot_that_is_freed_is_refilled_in_the_same_orders() -> None:
-    board = Dispatcher()
-    board.join(0, 1)
-    first, second = enter(board, "a"), enter(board, "b")
-    board.orders(0)
-    assert board.release("a") == "slot"
-    orders = board.orders(0)
+    dispatcher = Dispatcher()
+    dispatcher.register_group(0, 1)
+    first, second = enter(dispatcher, "a"), enter(dispatcher, "b")
+    dispatcher.orders(0)
+    assert dispatcher.release("a") == "slot"
+    orders = dispatcher.orders(0)
     assert orders is not None and orders[0] == {"run": first, "keep": True} and attached(orders) == [second]
 
 
 def test_a_trial_that_waits_can_be_released() -> None:
-    board = Dispatcher()
-    enter(board, "a")
-    assert board.release("a") == "queue"
-    board.join(0, 4)
-    assert board.orders(0) == []
+    dispatcher = Dispatcher()
+    enter(dispatcher, "a")
+    assert dispatcher.release("a") == "queue"
+    dispatcher.register_group(0, 4)
+    assert dispatcher.orders(0) == []
 
 
 def test_a_trial_that_was_released_hears_so_and_can_end() -> None:
-    board = Dispatcher()
-    board.join(0, 1)
-    enter(board, "a")
-    assert not board.has_results("a")
-    board.release("a")
-    assert board.has_results("a")
-    assert [each["kind"] for each in board.results("a")] == ["released"]
+    dispatcher = Dispatcher()
+    dispatcher.register_group(0, 1)
+    enter(dispatcher, "a")
+    assert not dispatcher.has_results("a")
+    dispatcher.release("a")
+    assert dispatcher.has_results("a")
+    assert [each["kind"] for each in dispatcher.results("a")] == ["released"]
 
 
 def test_what_is_known_from_before_comes_first_and_is_not_reported_again() -> None:
-    board = Dispatcher()
-    board.join(0, 1)
-    board.announce("a", "t0", "folder", [event("evaluation", "t0", 10)])
-    run, folder = board.enter("a")
-    board.attach("a", run, folder, experiment(), {})
-    board.put([event("evaluation", run, 10), event("evaluation", run, 20)])
-    assert [each["step"] for each in board.results("a")] == [10, 20]
+    dispatcher = Dispatcher()
+    dispatcher.register_group(0, 1)
+    dispatcher.register("a", "t0", "folder", [event("evaluation", "t0", 10)])
+    run, folder = dispatcher.begin("a")
+    dispatcher.attach("a", run, folder, experiment(), {})
+    dispatcher.put([event("evaluation", run, 10), event("evaluation", run, 20)])
+    assert [each["step"] for each in dispatcher.results("a")] == [10, 20]
 
 
 def test_a_trial_that_comes_again_leaves_its_old_slot_without_a_trace() -> None:
-    board = Dispatcher()
-    board.join(0, 1)
-    first = enter(board, "a")
-    board.orders(0)
-    board.put([event("evaluation", first, 20)])
-    second, folder = board.enter("a")
-    board.attach("a", second, folder, experiment(), {})
+    dispatcher = Dispatcher()
+    dispatcher.register_group(0, 1)
+    first = enter(dispatcher, "a")
+    dispatcher.orders(0)
+    dispatcher.put([event("evaluation", first, 20)])
+    second, folder = dispatcher.begin("a")
+    dispatcher.attach("a", second, folder, experiment(), {})
     assert second.partition("-")[0] == first and folder.startswith("folder/a/")
-    orders = board.orders(0)
+    orders = dispatcher.orders(0)
     assert orders is not None and orders[0] == {"run": first, "keep": False} and attached(orders) == [second]
-    board.put([event("finished", first, 20), event("evaluation", second, 10)])
-    assert [(each["kind"], each["step"]) for each in board.results("a")] == [("evaluation", 10)]
+    dispatcher.put([event("finished", first, 20), event("evaluation", second, 10)])
+    assert [(each["kind"], each["step"]) for each in dispatcher.results("a")] == [("evaluation", 10)]
 
 
 def test_a_group_that_restarts_gets_its_trials_again() -> None:
-    board = Dispatcher()
-    board.join(0, 2)
-    runs = [enter(board, "a"), enter(board, "b")]
-    board.orders(0)
-    board.put([event("failed", runs[0])])
-    board.join(0, 2)
-    assert attached(board.orders(0)) == runs[1:]
+    dispatcher = Dispatcher()
+    dispatcher.register_group(0, 2)
+    runs = [enter(dispatcher, "a"), enter(dispatcher, "b")]
+    dispatcher.orders(0)
+    dispatcher.put([event("failed", runs[0])])
+    dispatcher.register_group(0, 2)
+    assert attached(dispatcher.orders(0)) == runs[1:]
 
 
 def test_who_was_killed_takes_nothing_from_who_follows() -> None:
-    """A killed worker's question, and a stopped trial's, still wait in the hub for as long as others may wait."""
+    """A killed worker's question, and a stopped trial's, still wait in the actor for as long as others may wait."""
 
     async def story() -> None:
-        hub = DispatcherActor.__ray_metadata__.modified_class()
-        first = await hub.call("join", 0, 1)
-        run = enter(hub._board, "a")
-        assert attached(await hub.orders(0, first)) == [run]
-        killed, stopped = asyncio.create_task(hub.orders(0, first)), asyncio.create_task(hub.results("a", run))
+        actor = DispatcherActor.__ray_metadata__.modified_class()
+        first = await actor.register_group(0, 1)
+        run = enter(actor._dispatcher, "a")
+        assert attached(await actor.orders(0, first)) == [run]
+        killed, stopped = asyncio.create_task(actor.orders(0, first)), asyncio.create_task(actor.results("a", run))
         await asyncio.sleep(0.01)
 
-        second = await hub.call("join", 0, 1)
+        second = await actor.register_group(0, 1)
         await asyncio.sleep(0.01)
-        assert await killed is None and attached(await hub.orders(0, second)) == [run]
+        assert await killed is None and attached(await actor.orders(0, second)) == [run]
 
-        again, folder = await hub.call("enter", "a")
-        await hub.call("attach", "a", again, folder, experiment(), {})
-        await hub.put([event("evaluation", again, 10)])
+        again, folder = await actor.begin("a")
+        await actor.attach("a", again, folder, experiment(), {})
+        await actor.put([event("evaluation", again, 10)])
         await asyncio.sleep(0.01)
         assert [each["kind"] for each in await stopped] == ["released"]
-        assert [each["kind"] for each in await hub.results("a", again)] == ["evaluation"]
+        assert [each["kind"] for each in await actor.results("a", again)] == ["evaluation"]
 
     asyncio.run(story())
 
 
 def test_similar_lengths_go_together() -> None:
-    board = Dispatcher()
-    board.join(0, 2)
-    board.join(1, 2)
+    dispatcher = Dispatcher()
+    dispatcher.register_group(0, 2)
+    dispatcher.register_group(1, 2)
     for trial, length in (("a", 100), ("b", 5), ("c", 6), ("d", 90)):
-        enter(board, trial, length)
-    lengths = [sorted(o["attach"]["experiment"]["prompt"]["length"] for o in board.orders(group) or []) for group in (0, 1)]
+        enter(dispatcher, trial, length)
+    lengths = [
+        sorted(o["attach"]["experiment"]["prompt"]["length"] for o in dispatcher.orders(group) or []) for group in (0, 1)
+    ]
     assert sorted(lengths) == [[5, 6], [90, 100]]
 
 
 def test_a_closed_board_has_no_more_orders_and_a_broken_one_fails_its_trials() -> None:
-    board = Dispatcher()
-    board.join(0, 1)
-    run = enter(board, "a")
-    board.closed = True
-    assert board.orders(0) is None
-    board.broken = "the workers are gone"
-    [failed] = board.results("a")
+    dispatcher = Dispatcher()
+    dispatcher.register_group(0, 1)
+    run = enter(dispatcher, "a")
+    dispatcher.closed = True
+    assert dispatcher.orders(0) is None
+    dispatcher.broken = "the workers are gone"
+    [failed] = dispatcher.results("a")
     assert run and failed["kind"] == "failed" and failed["details"]["message"] == "the workers are gone"
 
 
 class World:
-    """A board, a worker that follows its orders, and trials that come, end and are stopped."""
+    """A dispatcher, a worker that follows its orders, and trials that come, end and are stopped."""
 
     def __init__(self, places: int) -> None:
-        self.board, self.places = Dispatcher(), places
+        self.dispatcher, self.places = Dispatcher(), places
         self.training: set[str] = set()
         self.alive: dict[str, str] = {}
         self.ended: set[str] = set()
@@ -168,15 +170,15 @@ class World:
 
     def restart(self, pick: int) -> None:
         self.training.clear()
-        self.board.join(0, self.places)
+        self.dispatcher.register_group(0, self.places)
 
     def new(self, pick: int) -> None:
         trial = f"t{len(self.alive) + len(self.ended)}x{pick}"
         if trial not in self.alive:
-            self.alive[trial] = enter(self.board, trial)
+            self.alive[trial] = enter(self.dispatcher, trial)
 
     def poll(self, pick: int = 0) -> None:
-        for order in self.board.orders(0) or []:
+        for order in self.dispatcher.orders(0) or []:
             if "attach" in order:
                 run = order["attach"]["run"]
                 assert run not in self.training and run not in self.ended
@@ -190,13 +192,13 @@ class World:
             run = sorted(self.training)[pick % len(self.training)]
             self.training.remove(run)
             self.ended.add(run)
-            self.board.put([event("finished", run)])
+            self.dispatcher.put([event("finished", run)])
 
     def stop(self, pick: int) -> None:
         if self.alive:
             trial = sorted(self.alive)[pick % len(self.alive)]
             self.ended.add(self.alive.pop(trial))
-            self.board.release(trial)
+            self.dispatcher.release(trial)
 
 
 ACTIONS = ["new", "finish", "stop", "poll", "restart"]

@@ -35,8 +35,8 @@ def test_who_is_told_that_all_is_recorded_had_everything_taken(actions: list[tup
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_sender_learns_what_is_recorded_and_no_more() -> None:
-    mailbox = EventQueue.remote()  # type: ignore[attr-defined]  # added by ray.remote
-    post = EventSender(mailbox)
+    queue = EventQueue.remote()  # type: ignore[attr-defined]  # added by ray.remote
+    post = EventSender(queue)
 
     def tell(number: int) -> float:
         told = time.monotonic()
@@ -46,13 +46,13 @@ def test_a_sender_learns_what_is_recorded_and_no_more() -> None:
 
     first = tell(1)
     assert post.recorded_until() == -math.inf
-    assert len(ray.get(mailbox.take.remote(0))) == 1
+    assert len(ray.get(queue.take.remote(0))) == 1
     second = tell(2)
     assert post.recorded_until() == -math.inf  # taken is not recorded
-    assert len(ray.get(mailbox.take.remote(1))) == 1
+    assert len(ray.get(queue.take.remote(1))) == 1
     third = tell(3)
     assert first < post.recorded_until() <= second
-    ray.get(mailbox.take.remote(3))
+    ray.get(queue.take.remote(3))
     fourth = tell(4)
     assert third < post.recorded_until() <= fourth
-    ray.kill(mailbox)
+    ray.kill(queue)

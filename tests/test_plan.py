@@ -31,14 +31,14 @@ GB = 10**9
 
 
 @lru_cache
-def blueprint(recompute: bool = False) -> MetaModel:
+def meta_model(recompute: bool = False) -> MetaModel:
     return MetaModel(tiny_config("llama"), torch.float32, checkpoint_gradients=recompute)
 
 
 def training(ranks: int = 2, memory: int = GB, gpus: bool = True, **changes: int) -> Training:
     wanted = replace(RunShape(length=5, tokens=12, targets=3, batch=8, persistent=50, live=20_000), **changes)
     machine = Machine(ranks, memory, ranks, GB, 1e12, gpus)
-    return Training(blueprint().shape, wanted, machine, blueprint().training, blueprint().evaluation)
+    return Training(meta_model().shape, wanted, machine, meta_model().training, meta_model().evaluation)
 
 
 PLANS = lru_cache(training)
@@ -88,7 +88,7 @@ def test_a_pack_gathers_once_for_all_its_slots(slots: int) -> None:
 @pytest.mark.fast
 @given(ranks=st.integers(2, 64))
 def test_a_share_is_a_part_of_the_base(ranks: int) -> None:
-    sizes = [parameter.numel() for parameter in blueprint().model.parameters()]
+    sizes = [parameter.numel() for parameter in meta_model().model.parameters()]
     share = share_numbers(sizes, Sharing(ranks, 0, 0, persistent=0))
     assert sum(sizes) <= share * ranks <= sum(sizes) + ranks * len(sizes)
 
@@ -98,26 +98,26 @@ def test_a_share_is_a_part_of_the_base(ranks: int) -> None:
 @settings(max_examples=4)
 def test_more_of_anything_takes_no_less_memory(length: int, tokens: int, rows: int, slots: int) -> None:
     work = Workload(slots, length, rows, tokens, 3)
-    peak = blueprint().training(work).peak
+    peak = meta_model().training(work).peak
     for field in ("slots", "length", "rows", "tokens"):
-        assert blueprint().training(replace(work, **{field: getattr(work, field) + 1})).peak >= peak
+        assert meta_model().training(replace(work, **{field: getattr(work, field) + 1})).peak >= peak
 
 
 @pytest.mark.fast
 def test_every_slot_adds_the_same() -> None:
-    one, two, five = (blueprint().training(Workload(slots, 5, 4, 12, 3)) for slots in (1, 2, 5))
+    one, two, five = (meta_model().training(Workload(slots, 5, 4, 12, 3)) for slots in (1, 2, 5))
     assert one.with_slots(two, 5).peak == pytest.approx(five.peak, rel=0.01)
 
 
 @pytest.mark.fast
 def test_recomputing_keeps_less() -> None:
     work = Workload(4, 8, 8, 40, 2)
-    assert blueprint(recompute=True).training(work).peak < 0.8 * blueprint().training(work).peak
+    assert meta_model(recompute=True).training(work).peak < 0.8 * meta_model().training(work).peak
 
 
 @pytest.mark.fast
 def test_limits_on_gathering_hold() -> None:
-    timeline = blueprint().training(Workload(1, 5, 4, 12, 3))
+    timeline = meta_model().training(Workload(1, 5, 4, 12, 3))
     whole = sum(timeline.sizes) * 4
     tight = gather(timeline, Sharing(2, live=1, prefetch=0, persistent=0), 4)
     roomy = gather(timeline, Sharing(2, live=10**9, prefetch=0, persistent=0), 4)

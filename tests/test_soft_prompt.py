@@ -99,12 +99,12 @@ def test_content_hash_is_of_shape_and_content(length: int, width: int, seed: int
 
 def test_law_8_another_base_is_refused_with_both_sides(folder: Path) -> None:
     loaded = soft_prompt.load(str(folder))
-    compatibility.check_base(loaded, "toy", 32, "tiny", FINGERPRINT)
-    compatibility.check_base(loaded, "toy", 32, "tiny", None)
+    compatibility.check_made_for(loaded, "toy", 32, "tiny", FINGERPRINT)
+    compatibility.check_made_for(loaded, "toy", 32, "tiny", None)
     with pytest.raises(SoftPromptError, match=r"toy: made for width 32 \(tiny\), but other has width 64; use its base"):
-        compatibility.check_base(loaded, "toy", 64, "other", FINGERPRINT)
+        compatibility.check_made_for(loaded, "toy", 64, "other", FINGERPRINT)
     with pytest.raises(SoftPromptError, match=r"made for tiny \(weights c{12}\), but other has weights e{12}; use the base"):
-        compatibility.check_base(loaded, "toy", 32, "other", FINGERPRINT | {"weights": "e" * 64})
+        compatibility.check_made_for(loaded, "toy", 32, "other", FINGERPRINT | {"weights": "e" * 64})
 
 
 def rewrite(folder: Path, tensors: dict[str, Tensor] | None = None, config: dict[str, Any] | None = None) -> None:

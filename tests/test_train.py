@@ -252,7 +252,7 @@ def test_law_4_whoever_joins_and_leaves(
         trained_alone |= {trial.name: run("alone")(trial).result(trial.name).vectors for trial in trials}
     folder = f"packed-{abs(hash(tuple(stays)))}"
     packed = run(folder, places=5)
-    packed.pack.ringing = lambda: True
+    packed.pack.has_news = lambda: True
     clock = itertools.count()
 
     def source(free: int) -> list[Command] | None:

@@ -18,7 +18,7 @@ SCRIPT = """
 import time
 from ptuning.training.watchdog import Watchdog
 dog = Watchdog(lambda words: print(words, flush=True), limit_s=1.0)
-dog.beat()
+dog.heartbeat()
 print("begins", flush=True)
 """
 
@@ -36,8 +36,8 @@ def test_a_thread_that_sleeps_is_ended_and_told_where() -> None:
 
 def test_signs_of_life_rests_and_stopped_processes_are_forgiven() -> None:
     process = watched(
-        "dog.rest(); time.sleep(3); dog.beat()\n"
-        "for _ in range(15): time.sleep(0.15); time.sleep(0.15); time.sleep(0.15); dog.beat()\n"
+        "dog.expect_idle(); time.sleep(3); dog.heartbeat()\n"
+        "for _ in range(15): time.sleep(0.15); time.sleep(0.15); time.sleep(0.15); dog.heartbeat()\n"
         "dog.end(); time.sleep(2)\n"
     )
     for pause in (4.0, 1.0, 1.0):
@@ -51,14 +51,14 @@ def test_signs_of_life_rests_and_stopped_processes_are_forgiven() -> None:
 
 def test_who_may_take_its_time_must_work(tmp_path: Path) -> None:
     """Before the first sign of life, as while a base is loaded, and in a rest: processor time or bytes."""
-    script = SCRIPT.replace("dog.beat()\n", "").replace("limit_s=1.0", "limit_s=0.2")
+    script = SCRIPT.replace("dog.heartbeat()\n", "").replace("limit_s=1.0", "limit_s=0.2")
     assert "beat" not in script
     spin = "def spin(s):\n    end = time.monotonic() + s\n    while time.monotonic() < end: pass\n"
     write = f"open({str(tmp_path / 'copy')!r}, 'wb').write(bytes(10**6))"
     copy = f"def copy(s):\n    for _ in range(int(s * 5)): {write}; time.sleep(.2)\n"
     for body, code in (
         ("time.sleep(8)", HUNG),
-        ("dog.beat(); dog.rest(); time.sleep(8)", HUNG),
+        ("dog.heartbeat(); dog.expect_idle(); time.sleep(8)", HUNG),
         ("for _ in range(5): time.sleep(1); spin(0.3)", 0),
         ("copy(5)", 0),
     ):
@@ -72,7 +72,7 @@ def test_who_waits_for_a_worker_that_takes_its_time_is_left_alone(tmp_path: Path
     (tmp_path / "torch" / "distributed").mkdir(parents=True)
     waiting = tmp_path / "torch" / "distributed" / "waiting.py"
     waiting.write_text("import time\ntime.sleep(5)\n")
-    script = SCRIPT.replace("dog.beat()\n", "").replace("limit_s=1.0", "limit_s=0.2")
+    script = SCRIPT.replace("dog.heartbeat()\n", "").replace("limit_s=1.0", "limit_s=0.2")
     run = f"exec(compile(open({str(waiting)!r}).read(), {str(waiting)!r}, 'exec'))"
     process = subprocess.Popen([sys.executable, "-c", f"{script}{run}"], stdout=subprocess.PIPE, text=True)
     said = process.communicate(timeout=20)[0]
@@ -84,7 +84,7 @@ def test_the_limit_follows_the_longest_step() -> None:
     try:
         assert dog.limit == FIRST
         for _ in range(SIGNS):
-            dog.beat()
+            dog.heartbeat()
         assert dog.limit == LEAST
         dog._longest = 30.0
         assert dog.limit == 30 * TIMES

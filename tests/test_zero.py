@@ -57,7 +57,7 @@ def gradients(model: PromptedModel, width: int, workers: Workers) -> torch.Tenso
     parts = model(vectors, plan).split(plan.per_slot)
     counts = [sum(len(target) for _, target in batch) for batch in batches]
     torch.stack([part.sum() / count for part, count in zip(parts, counts, strict=True)]).sum().backward()
-    return workers.sum(torch.cat([vector.grad.flatten() for vector in vectors]))
+    return workers.all_reduce(torch.cat([vector.grad.flatten() for vector in vectors]))
 
 
 def kept_bytes(model: PromptedModel, width: int, batch: list[tuple[list[int], list[int]]]) -> int:
@@ -191,10 +191,10 @@ def test_each_rank_holds_its_share_of_the_base(pair: Any) -> None:
 
 
 def test_the_plan_gathers_what_deepspeed_gathers(pair: Any, alone: Any) -> None:
-    blueprint = MetaModel(alone[0].config, torch.float32)
-    timeline = blueprint.training(Workload(2, 5, 4, 8, 2))
-    layers = blueprint.shape.layers
-    sharing = Sharing(2, LIVE, prefetch_numbers(blueprint.shape.numbers, layers, LIVE), persistent=50)
+    meta_model = MetaModel(alone[0].config, torch.float32)
+    timeline = meta_model.training(Workload(2, 5, 4, 8, 2))
+    layers = meta_model.shape.layers
+    sharing = Sharing(2, LIVE, prefetch_numbers(meta_model.shape.numbers, layers, LIVE), persistent=50)
     for rank in pair[2]:
         assert rank["gathered"][-1] == gather(timeline, sharing, 4).received
         assert rank["gathered"][-1] == rank["gathered"][-2]

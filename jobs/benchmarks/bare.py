@@ -122,5 +122,5 @@ def _train(experiment: str, folder: str) -> None:
     pack = Pack(model, base, workers, lambda experiment: load_task(experiment, base))
     assignments = iter([[StartRun(settings, f"{folder}/run")]])
     loop.train(pack, lambda free: next(assignments, None), report)
-    if workers.first:
+    if workers.is_main:
         Path(folder, "steps.json").write_text(json.dumps({"ends_ms": ends, "gathered": gathered, "saving_s": saving}))

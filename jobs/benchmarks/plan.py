@@ -159,10 +159,10 @@ def planned(job: dict[str, Any], workers: int, found: dict[str, Any]) -> Trainin
     """The plan of such a job: the baseline of a measurement has the libraries already, so nothing is reserved."""
     experiment = parse_experiment(job["experiment"])
     base = find_base(experiment.model)
-    blueprint = MetaModel(read_config(base.folder), base.dtype(experiment.model.dtype))
+    meta_model = MetaModel(read_config(base.folder), base.dtype(experiment.model.dtype))
     machine = Machine(workers, psutil.virtual_memory().available // workers, workers, 1e9, 1e11, gpus=False)
     settings = RunShape.read(experiment, found["tokens"], found["targets"])
-    return Training(blueprint.shape, settings, machine, blueprint.training, blueprint.evaluation).plan(job["slots"])
+    return Training(meta_model.shape, settings, machine, meta_model.training, meta_model.evaluation).plan(job["slots"])
 
 
 def plan(arguments: argparse.Namespace) -> None:

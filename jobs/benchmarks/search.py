@@ -53,7 +53,7 @@ def pack_worker(path: str, overrides: list[str], folder: str) -> None:
                 "trial_steps_per_s": slots * steps / seconds,
             }
         )
-    if workers.first:
+    if workers.is_main:
         Path(folder, "pack.json").write_text(json.dumps(results))
 
 
@@ -113,8 +113,8 @@ def nested_worker(path: str, overrides: list[str], trials: list[dict[str, Any]],
 
         number = config["number"]
         mine = Experiment.model_validate(trial_tables(tables, f"t{number}", trials[number]))
-        mailbox = EventQueue.remote()  # type: ignore[attr-defined]  # added by ray.remote
-        where = {"folder": f"{folder}/{number}", "events": mailbox}
+        queue = EventQueue.remote()  # type: ignore[attr-defined]  # added by ray.remote
+        where = {"folder": f"{folder}/{number}", "events": queue}
         if settings == "ours":
             trainer = make_trainer(mine, f"{folder}/ray/{number}", scaling, work, where)
         else:
@@ -125,7 +125,7 @@ def nested_worker(path: str, overrides: list[str], trials: list[dict[str, Any]],
                 run_config=ray.train.RunConfig(name=f"t{number}", storage_path=f"{folder}/ray"),
             )
         trainer.fit()
-        [finished] = [event for event in ray.get(mailbox.take.remote(0)) if event["kind"] == "finished"]
+        [finished] = [event for event in ray.get(queue.take.remote(0)) if event["kind"] == "finished"]
         tune.report(finished["values"])
 
     grid: Any = tune.Tuner(

@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster: sent, followed, found again and stopped over HTTP. The only door to Ray's Jobs API.
+"""Jobs on a Ray cluster: sent, followed, found again and stopped over HTTP. The only module that knows Ray's Jobs API.
 
 A job runs `python -m ptuning train FILE ...`, the command that was tried at home, in a working directory that holds the
 experiment and what it names (`shipment`). The package itself travels, too, unless the nodes have it installed: as a module of

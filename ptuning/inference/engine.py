@@ -191,7 +191,7 @@ class Engine:
         prefix = list(request.handle.ids) if request.handle else []
         choice = SamplerState(request.sampling)
         running = _Running(request, deliver, choice)
-        choice.tell = lambda token: self._tell(request_id, running, token)
+        choice.on_token = lambda token: self._tell(request_id, running, token)
         with self._lock:
             if not self.alive:
                 raise EngineStopped("the engine has stopped; restart it")

@@ -53,7 +53,7 @@ class SamplerState:
     generator: torch.Generator | None = None
     computed: int = 0
     """Tokens computed for this request so far."""
-    tell: Callable[[Token | None], None] = field(default=lambda token: None)
+    on_token: Callable[[Token | None], None] = field(default=lambda token: None)
     """Called with every token, at once; with None where the model's answer is not a number."""
 
     def __post_init__(self) -> None:
@@ -93,11 +93,11 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
             if choice is None:  # cancelled meanwhile
                 continue
             if not math.isfinite(logit):
-                choice.tell(None)
+                choice.on_token(None)
                 continue
             if choice.generator is not None:
                 token = draw(scores[row], choice.sampling, choice.generator)
-            choice.tell(describe(scores[row], token, choice.sampling.top))
+            choice.on_token(describe(scores[row], token, choice.sampling.top))
             scores[row, token] = math.inf
         return scores
 

@@ -16,7 +16,16 @@ if TYPE_CHECKING:  # importing it imports scipy, torch's compiler and more: a dr
     from transformers import PreTrainedModel
 
 
-def check_base(soft_prompt: SoftPrompt, folder: str, width: int, base: str, fingerprint: dict[str, str] | None) -> None:
+def check_base(soft_prompt: SoftPrompt, label: str, base: Base) -> None:
+    """Refuse a soft prompt that was made for another base; `label` is what the error calls it.
+
+    Raises:
+        SoftPromptError: names both sides and what differs.
+    """
+    check_made_for(soft_prompt, label, base.width, base.name, base.fingerprint.model_dump())
+
+
+def check_made_for(soft_prompt: SoftPrompt, folder: str, width: int, base: str, fingerprint: dict[str, str] | None) -> None:
     """Refuse a soft prompt that was made for another base.
 
     Raises:

@@ -104,17 +104,17 @@ def make_plan(
             f"data.max_tokens: {settings.length} virtual tokens and {settings.tokens} of text exceed the {context} positions "
             f"of the base; at most {context - settings.length}"
         )
-    blueprint = MetaModel(described, dtype, checkpoint_gradients=experiment.train.gradient_checkpointing)
-    inside = ranks <= per_node or sharing(blueprint.shape, settings, machine).per_node
+    meta_model = MetaModel(described, dtype, checkpoint_gradients=experiment.train.gradient_checkpointing)
+    inside = ranks <= per_node or sharing(meta_model.shape, settings, machine).per_node
     if gpus and inside and bandwidth_gb is None:
         machine = replace(machine, bandwidth=INSIDE_GB * GB)
-    training = _training(blueprint, settings, machine)
+    training = _training(meta_model, settings, machine)
     slots = training.most_slots(MOST_SLOTS)
     serving = plan_serving(
-        blueprint.shape,
+        meta_model.shape,
         settings,
         machine,
-        blueprint.evaluation,
+        meta_model.evaluation,
         cache=experiment.serve.cache_mb << 20,
         running=experiment.serve.running,
         resident=max(1, len(experiment.serve.soft_prompts)),
@@ -124,7 +124,7 @@ def make_plan(
         experiment.name,
         config or experiment.model.path,
         str(dtype).removeprefix("torch."),
-        blueprint.shape,
+        meta_model.shape,
         machine,
         settings,
         training.plan(1),
@@ -133,7 +133,7 @@ def make_plan(
         serving,
         [],
     )
-    advice = [] if found.fits else [_more_for_training(blueprint, dtype, settings, machine)]
+    advice = [] if found.fits else [_more_for_training(meta_model, dtype, settings, machine)]
     advice += [] if found.serves else [_more_for_serving(found)]
     return replace(found, advice=advice)
 
@@ -167,16 +167,16 @@ def _settings(experiment: Experiment, tokens: int) -> RunShape:
     return RunShape.read(experiment, tokens, min(targets, tokens - 1))
 
 
-def _training(blueprint: MetaModel, settings: RunShape, machine: Machine) -> Training:
-    return Training(blueprint.shape, settings, machine, blueprint.training, blueprint.evaluation)
+def _training(meta_model: MetaModel, settings: RunShape, machine: Machine) -> Training:
+    return Training(meta_model.shape, settings, machine, meta_model.training, meta_model.evaluation)
 
 
-def _more_for_training(blueprint: MetaModel, dtype: torch.dtype, settings: RunShape, machine: Machine) -> str:
+def _more_for_training(meta_model: MetaModel, dtype: torch.dtype, settings: RunShape, machine: Machine) -> str:
     """What would have to change for one soft prompt to fit."""
     small = replace(settings, micro_batch=1)
-    recomputing = MetaModel(blueprint.model.base.config, dtype, checkpoint_gradients=True)
+    recomputing = MetaModel(meta_model.model.base.config, dtype, checkpoint_gradients=True)
     ways = [
-        ("train.micro_batch_size=1", blueprint, small),
+        ("train.micro_batch_size=1", meta_model, small),
         ("train.gradient_checkpointing=true", recomputing, settings),
         ("train.gradient_checkpointing=true train.micro_batch_size=1", recomputing, small),
     ]

@@ -162,7 +162,7 @@ def compared(experiment: Experiment) -> int:
 
 
 Trace = Callable[[Workload], Timeline]
-"""Writes down a pass (`Blueprint.training`, `Blueprint.evaluation`, which remember what they were asked)."""
+"""Writes down a pass (`MetaModel.training`, `MetaModel.evaluation`, which remember what they were asked)."""
 
 
 def heaviest_rows(lengths: Sequence[int], batch: int) -> int:

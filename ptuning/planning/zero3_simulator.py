@@ -1,6 +1,6 @@
 """Which tensors of a sharded base are gathered when: DeepSpeed's rules, replayed on what a pass needs. Arithmetic, no torch.
 
-`blueprint` writes down what a pass over a base allocates and which module needs its tensors when; here DeepSpeed's rules for
+`meta_model` writes down what a pass over a base allocates and which module needs its tensors when; here DeepSpeed's rules for
 gathering and releasing them are replayed on it, for any number of workers. The same rules choose how much a worker may
 gather (`live_numbers`) and whether nodes keep copies (`node_copies_fit`), so `zero` and the plans cannot disagree.
 """

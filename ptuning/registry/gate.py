@@ -12,8 +12,7 @@ import torch
 
 from ptuning.config import MARGIN, template_fields
 from ptuning.errors import UserError
-from ptuning.model import compatibility
-from ptuning.model.compatibility import base_of, next_logits
+from ptuning.model.compatibility import base_of, check_base, next_logits
 from ptuning.model.soft_prompt import Card, SoftPrompt
 from ptuning.registry.promotions import PromotionLog, State
 from ptuning.registry.publish import preferred_metrics, retrieve
@@ -53,7 +52,7 @@ def promote(
     ledger = PromotionLog(registry, version.name)
     seen = ledger.state()
     if seen.champion == version.version:
-        ledger.settle()
+        ledger.sync_alias()
         return Promotion(version, _previous(seen), [], moved=False)
     findings = examine(registry, version, seen, base, margin)
     if findings and not force:
@@ -88,7 +87,7 @@ def on_its_base(candidate: SoftPrompt, name: str, path: str | None) -> list[str]
         UserError: the base is not there, or another one.
     """
     base = base_of(candidate.card, name, path)
-    compatibility.check_base(candidate, name, base.width, base.name, base.fingerprint.model_dump())
+    check_base(candidate, name, base)
     dtype = base.dtype("auto")
     # Squared, because the first thing a layer does is to square them; a norm that overflows makes a silent zero.
     if not bool(torch.isfinite(candidate.vectors.to(dtype).square().sum(-1)).all()):

@@ -25,9 +25,8 @@ from ptuning.config import Template, template_fields
 from ptuning.data.encoder import Encoder
 from ptuning.errors import UserError
 from ptuning.imports import load_deepspeed
-from ptuning.model import compatibility
 from ptuning.model.base import Base
-from ptuning.model.compatibility import base_of, next_logits
+from ptuning.model.compatibility import base_of, check_base, next_logits
 from ptuning.model.safetensors_files import STORED_DTYPES, stored_tensors
 from ptuning.model.soft_prompt import Card, SoftPrompt
 from ptuning.registry import token_suppression
@@ -89,7 +88,7 @@ def export_merged(registry: Registry, version: Version, folder: str, base_path: 
     check_free(folder)
     loaded, _ = retrieve(registry, version)
     base = base_of(loaded.card, str(version), base_path)
-    compatibility.check_base(loaded, str(version), base.width, base.name, base.fingerprint.model_dump())
+    check_base(loaded, str(version), base)
     return write_merged(loaded, base, version.name, Path(folder).expanduser().absolute())
 
 

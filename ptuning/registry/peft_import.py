@@ -10,8 +10,9 @@ from huggingface_hub import snapshot_download
 from ptuning import storage
 from ptuning.config import ModelConfig, Template
 from ptuning.errors import BaseError
-from ptuning.model import compatibility, soft_prompt
+from ptuning.model import soft_prompt
 from ptuning.model.base import Base, find_base
+from ptuning.model.compatibility import check_base
 from ptuning.model.soft_prompt import CARD, CONFIG, WEIGHTS, Card, SoftPrompt, SoftPromptError, public_base
 from ptuning.registry.publish import publish
 from ptuning.registry.registry import FILES, Registry, Version, check_name
@@ -90,7 +91,7 @@ def find_named_base(loaded: SoftPrompt, source: str, base: str | None) -> Base:
         if base is not None:
             raise
         raise BaseError(f"{source}: {str(error).removeprefix('model.path: ')}, or name it with --base") from None
-    compatibility.check_base(loaded, source, found.width, found.name, found.fingerprint.model_dump())
+    check_base(loaded, source, found)
     return found
 
 

@@ -99,7 +99,7 @@ class PromotionLog:
 
     def state(self) -> State:
         """What holds now."""
-        return self._read(self._born())
+        return self._read(self._generation())
 
     def promote(self, version: int, seen: State, forced: str | None = None) -> State:
         """Make a version champion, if nobody moved the champion since `seen`. Returns the state behind.
@@ -125,7 +125,7 @@ class PromotionLog:
             raise RegistryError(f"{self.name}: has no earlier champion to go back to; promote a version instead")
         return self._move("rollback", target, seen, None)
 
-    def forget(self, version: int) -> None:
+    def mark_deleted(self, version: int) -> None:
         """Allow the removal of a version: from now on it cannot be promoted.
 
         Raises:
@@ -140,14 +140,14 @@ class PromotionLog:
             if not self.state().has(request):
                 raise champion
 
-    def settle(self) -> State:
+    def sync_alias(self) -> State:
         """Write the alias from the ledger, until the ledger did not move meanwhile.
 
         Raises:
             RegistryError: the champion was removed from MLflow by other means.
         """
-        born = self._born()
-        state = self._read(born)
+        generation = self._generation()
+        state = self._read(generation)
         while state.champion is not None:
             try:
                 with asking(self.registry.uri):
@@ -158,7 +158,7 @@ class PromotionLog:
                 raise RegistryError(
                     f"{self.name}:{state.champion}: is the champion, but was removed from MLflow; promote another version"
                 ) from None
-            newer = self._read(born)
+            newer = self._read(generation)
             if newer.last == state.last:
                 break
             state = newer
@@ -174,14 +174,14 @@ class PromotionLog:
                 f"{self.name}: its champion moved from {seen.champion or 'none'} to {state.champion} meanwhile, nothing was "
                 "changed; look at it with ptuning prompts list, and decide again"
             )
-        return self.settle()
+        return self.sync_alias()
 
     def _append(self, kind: Kind, version: int, seen: int, forced: str | None) -> str:
         """Write an entry, surely and as often as need be once; returns its request id."""
         request = uuid.uuid4().hex
-        born = self._born()
+        generation = self._generation()
         self._create()
-        tags = {"kind": kind, "version": str(version), "seen": str(seen), "request": request, "born": born, "by": _who()}
+        tags = {"kind": kind, "version": str(version), "seen": str(seen), "request": request, "born": generation, "by": _who()}
         if forced:
             tags["forced"] = forced[:4000]
         deadline, attempt = time.monotonic() + PATIENCE, 0
@@ -200,7 +200,7 @@ class PromotionLog:
                     raise
             time.sleep(random.uniform(0, 0.02 * 2 ** min(attempt, 6)))
             attempt += 1
-            if any(move.request == request for move in self._entries(born)):
+            if any(move.request == request for move in self._entries(generation)):
                 return request  # it was written, only the answer got lost
 
     def _create(self) -> None:
@@ -212,7 +212,7 @@ class PromotionLog:
             if error.code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def _born(self) -> str:
+    def _generation(self) -> str:
         """When the name was created: a name that was deleted in MLflow and created again begins with an empty ledger."""
         try:
             with asking(self.registry.uri):
@@ -222,15 +222,15 @@ class PromotionLog:
                 raise
             raise self.registry.unknown(self.name) from None
 
-    def _read(self, born: str) -> State:
+    def _read(self, generation: str) -> State:
         state = State(self.name)
-        for move in self._entries(born):
+        for move in self._entries(generation):
             state = state.after(move)
         return state
 
-    def _entries(self, born: str) -> list[Move]:
+    def _entries(self, generation: str) -> list[Move]:
         found = self.registry.pages("search_model_versions", f"name = '{self.model}'", 200_000)
-        mine = [entry for entry in found if entry.tags.get("ptuning.born") == born]
+        mine = [entry for entry in found if entry.tags.get("ptuning.born") == generation]
         return sorted(map(_entry, mine), key=lambda move: move.number)
 
 
@@ -244,9 +244,9 @@ def delete(registry: Registry, reference: Reference) -> Version:
         raise RegistryError(f"{reference}: names no single version; write {reference.name}:N to delete version N")
     version = registry.find(reference)
     ledger = PromotionLog(registry, version.name)
-    ledger.forget(version.version)
+    ledger.mark_deleted(version.version)
     registry.remove(version)
-    ledger.settle()  # MLflow has removed the aliases that pointed to it
+    ledger.sync_alias()  # MLflow has removed the aliases that pointed to it
     return version
 
 

@@ -273,7 +273,7 @@ class Registry:
             )
 
     def remove(self, version: Version) -> None:
-        """Remove a version from MLflow's registry. `champion.Ledger.forget` must have allowed it. Its run stays."""
+        """Remove a version from MLflow's registry. `PromotionLog.mark_deleted` must have allowed it. Its run stays."""
         try:
             with asking(self.uri):
                 self.client.delete_model_version(version.name, str(version.version))

@@ -1,9 +1,10 @@
 """Between the trials of a search and the slots of its worker groups: who waits, who trains where, what was measured.
 
-    trial -- attach --> Hub -- orders --> first worker of a group
-    trial <-- results -- Hub <-- events -- first worker; the driver takes all events
+    trial -- attach --> dispatcher -- orders --> first worker of a group
+    trial <-- results -- dispatcher <-- events -- first worker; the driver takes all events
 
-`Board` is the logic, plain and quick; `Hub` puts it into an actor whose callers may wait; `Line` is the first worker's end.
+`Dispatcher` is the logic, plain and quick; `DispatcherActor` is the actor, whose callers may wait; `DispatcherClient` is
+the first worker's end.
 Imports nothing heavy: the actor's process starts in a second.
 """
 
@@ -12,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import ray
 
 from ptuning.training.event_queue import EventBuffer, EventSender, Fields
+
+Answer = TypeVar("Answer")
 
 FOR_TRIALS = ("evaluation", "finished", "failed")
 """Events that a trial hears of."""
@@ -40,13 +43,13 @@ class Dispatcher:
         self._results: dict[str, list[Fields]] = {}
         self._reported: dict[str, int] = {}
 
-    def announce(self, trial: str, key: str, folder: str, results: list[Fields]) -> None:
+    def register(self, trial: str, key: str, folder: str, results: list[Fields]) -> None:
         """Before a trial starts: its key, the folder of its checkpoints, and what is known of it from before."""
         self._known[trial] = {"key": key, "folder": folder, "stays": 0}
         self._results[trial] = list(results)
         self._reported[trial] = max((each["step"] for each in results), default=0)
 
-    def enter(self, trial: str) -> tuple[str, str]:
+    def begin(self, trial: str) -> tuple[str, str]:
         """Run name and folder of a trial's next stay. A trial that comes again (PBT) gives up the stay before."""
         known = self._known[trial]
         self._leave(trial, keep=False)
@@ -60,7 +63,7 @@ class Dispatcher:
         known["run"] = run
         return run, folder
 
-    def stays(self, trial: str, run: str) -> bool:
+    def is_current(self, trial: str, run: str) -> bool:
         """Whether this is the trial's present stay: what is waited for in an earlier one belongs to nobody."""
         return bool(self._known[trial]["run"] == run)
 
@@ -94,7 +97,7 @@ class Dispatcher:
         self._place()
         return "queue" if unheard else "slot"
 
-    def join(self, group: int, places: int) -> int:
+    def register_group(self, group: int, places: int) -> int:
         """A group of workers is there, for the first time or again after a failure: it has no slots taken. Returns which of its
         lives this is."""
         self.places[group] = places
@@ -104,7 +107,7 @@ class Dispatcher:
         self._place()
         return self._lives[group]
 
-    def lives(self, group: int, life: int) -> bool:
+    def is_current_group(self, group: int, life: int) -> bool:
         """Whether this is the group's present life: who was killed still waits here for orders, and must not get those of the
         next."""
         return self._lives[group] == life
@@ -138,7 +141,7 @@ class Dispatcher:
         return self.closed or bool(self._orders.get(group))
 
     def put(self, events: list[Fields]) -> tuple[int, int]:
-        """Events of the workers: all for the driver, some for a trial. Returns what `Pile.put` does."""
+        """Events of the workers: all for the driver, some for a trial. Returns what `EventBuffer.put` does."""
         by_run = {order["run"]: trial for trial, (_, order) in self._training.items()}
         for event in events:
             trial = by_run.get(event["run"])
@@ -172,7 +175,7 @@ class Dispatcher:
         return self.broken is not None or trial not in self._results or bool(self._results[trial])
 
     def take(self, recorded: int) -> list[Fields]:
-        """What the driver has not heard yet, as `Pile.take`."""
+        """What the driver has not heard yet, as `EventBuffer.take`."""
         return self._events.take(recorded)
 
 
@@ -182,43 +185,63 @@ def _length(order: Fields) -> int:
 
 @ray.remote(num_cpus=0)
 class DispatcherActor:
-    """The board in a process of its own. Whoever asks for news may wait for it a while."""
+    """The dispatcher in a process of its own. Whoever asks for news may wait for it a while."""
 
     def __init__(self) -> None:
-        self._board = Dispatcher()
+        self._dispatcher = Dispatcher()
         self._news = asyncio.Condition()
 
-    async def call(self, method: str, *arguments: Any) -> Any:
-        """Any method of the board that answers at once."""
-        async with self._news:
-            answer = getattr(self._board, method)(*arguments)
-            self._news.notify_all()
-            return answer
+    async def register(self, trial: str, key: str, folder: str, results: list[Fields]) -> None:
+        await self._tell(lambda dispatcher: dispatcher.register(trial, key, folder, results))
+
+    async def begin(self, trial: str) -> tuple[str, str]:
+        return await self._tell(lambda dispatcher: dispatcher.begin(trial))
+
+    async def attach(self, trial: str, run: str, folder: str, experiment: Fields, values: Fields) -> None:
+        await self._tell(lambda dispatcher: dispatcher.attach(trial, run, folder, experiment, values))
+
+    async def release(self, trial: str, keep: bool) -> Literal["", "queue", "slot"]:
+        return await self._tell(lambda dispatcher: dispatcher.release(trial, keep))
+
+    async def register_group(self, group: int, places: int) -> int:
+        return await self._tell(lambda dispatcher: dispatcher.register_group(group, places))
 
     async def put(self, events: list[Fields]) -> tuple[int, int]:
-        arrived: tuple[int, int] = await self.call("put", events)
-        return arrived
+        return await self._tell(lambda dispatcher: dispatcher.put(events))
+
+    async def take(self, recorded: int) -> list[Fields]:
+        return await self._tell(lambda dispatcher: dispatcher.take(recorded))
+
+    async def busy(self) -> bool:
+        return await self._tell(lambda dispatcher: dispatcher.busy())
 
     async def orders(self, group: int, life: int) -> list[Fields] | None:
-        board = self._board
-        await self._wait(lambda: not board.lives(group, life) or board.waiting_orders(group))
-        return board.orders(group) if board.lives(group, life) else None
+        dispatcher = self._dispatcher
+        await self._wait(lambda: not dispatcher.is_current_group(group, life) or dispatcher.waiting_orders(group))
+        return dispatcher.orders(group) if dispatcher.is_current_group(group, life) else None
 
     async def results(self, trial: str, run: str) -> list[Fields]:
-        board = self._board
-        await self._wait(lambda: not board.stays(trial, run) or board.has_results(trial))
-        return board.results(trial) if board.stays(trial, run) else [RELEASED]
+        dispatcher = self._dispatcher
+        await self._wait(lambda: not dispatcher.is_current(trial, run) or dispatcher.has_results(trial))
+        return dispatcher.results(trial) if dispatcher.is_current(trial, run) else [RELEASED]
 
     async def joined(self, groups: int) -> dict[int, int]:
         """Places of the groups, once so many are there; fewer after a while."""
-        await self._wait(lambda: len(self._board.places) >= groups or self._board.broken is not None)
-        return self._board.places
+        await self._wait(lambda: len(self._dispatcher.places) >= groups or self._dispatcher.broken is not None)
+        return self._dispatcher.places
 
     async def close(self, broken: str | None = None) -> None:
         """No more orders; `broken`: every trial hears that it failed, and why."""
         async with self._news:
-            self._board.closed, self._board.broken = True, broken
+            self._dispatcher.closed, self._dispatcher.broken = True, broken
             self._news.notify_all()
+
+    async def _tell(self, change: Callable[[Dispatcher], Answer]) -> Answer:
+        """Change the dispatcher, which answers at once, and wake those who wait for news."""
+        async with self._news:
+            answer = change(self._dispatcher)
+            self._news.notify_all()
+            return answer
 
     async def _wait(self, ready: Callable[[], bool], seconds: float = 10.0) -> None:
         async with self._news:
@@ -231,28 +254,28 @@ class DispatcherActor:
 class DispatcherClient(EventSender):
     """The first worker's end: sends events without waiting, and has asked for orders before they are needed."""
 
-    def __init__(self, hub: Any, group: int) -> None:
-        super().__init__(hub)
-        self._hub = hub
+    def __init__(self, dispatcher: Any, group: int) -> None:
+        super().__init__(dispatcher)
+        self._dispatcher = dispatcher
         self._group = group
         self._life = 0
         self._asked: Any = None
 
     def join(self, places: int) -> None:
-        self._life = ray.get(self._hub.call.remote("join", self._group, places))
+        self._life = ray.get(self._dispatcher.register_group.remote(self._group, places))
         self._ask()
 
-    def ringing(self) -> bool:
+    def has_news(self) -> bool:
         """Whether an answer is there, without waiting."""
         return bool(ray.wait([self._asked], timeout=0)[0])
 
     def orders(self, wait: bool) -> list[Fields] | None:
         """The orders that have arrived; `wait`: nothing else is to be done."""
-        if not wait and not self.ringing():
+        if not wait and not self.has_news():
             return []
         found: list[Fields] | None = ray.get(self._asked)
         self._ask()
         return found
 
     def _ask(self) -> None:
-        self._asked = self._hub.orders.remote(self._group, self._life)
+        self._asked = self._dispatcher.orders.remote(self._group, self._life)

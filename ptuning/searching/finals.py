@@ -24,9 +24,9 @@ class Finals:
     experiment: Experiment
     tables: dict[str, Any]
     folder: str
-    ledger: TrialStore
-    hub: Any
-    desk: SearchMonitor
+    store: TrialStore
+    dispatcher: Any
+    monitor: SearchMonitor
     alive: Callable[[], bool]
     """Whether the worker groups still train."""
     broken: Callable[[], str | None]
@@ -34,7 +34,7 @@ class Finals:
 
     def run(self) -> dict[str, Any]:
         """Train the best configurations with several seeds, choose by mean, read the test rows once."""
-        trials = self.ledger.trials()
+        trials = self.store.trials()
         best = ranked(self.experiment, trials)
         if not best:
             reason = next((entry.message for entry in trials if entry.message), "none was evaluated")
@@ -43,7 +43,7 @@ class Finals:
         finalists = best[: self.experiment.search.finalists] if self.experiment.search.scheduler != "pbt" else []
         seeds = {entry.run: self._train_seeds(entry) for entry in finalists} or {best[0].run: [best[0]]}
         everyone = {entry.run for group in seeds.values() for entry in group}
-        self.desk.wait(lambda: all(self.ledger.entries[run].status != "running" for run in everyone), self.alive)
+        self.monitor.wait(lambda: all(self.store.entries[run].status != "running" for run in everyone), self.alive)
         if self.broken():
             return {}
         means = {run: found for run, group in seeds.items() if (found := self._mean(group))}
@@ -62,19 +62,19 @@ class Finals:
             run = f"{entry.run}.s{number}"
             tables = trial_tables(self.tables, run, entry.values)
             tables["train"]["seed"] += number
-            if run not in self.ledger.entries:
+            if run not in self.store.entries:
                 folder = storage.join(self.folder, "trials", run)
-                self.ledger.add(TrialRecord(run, key_of(tables), entry.values, folder, finalist=True))
-            known = self.ledger.entries[run]
+                self.store.add(TrialRecord(run, key_of(tables), entry.values, folder, finalist=True))
+            known = self.store.entries[run]
             if known.status == "running":
                 self._attach(run, known.folder, tables, known)
             group.append(known)
         return group
 
     def _attach(self, run: str, folder: str, tables: dict[str, Any], entry: TrialRecord) -> None:
-        ray.get(self.hub.call.remote("announce", run, run, folder, []))
-        ray.get(self.hub.call.remote("enter", run))
-        ray.get(self.hub.call.remote("attach", run, run, folder, tables, entry.values))
+        ray.get(self.dispatcher.register.remote(run, run, folder, []))
+        ray.get(self.dispatcher.begin.remote(run))
+        ray.get(self.dispatcher.attach.remote(run, run, folder, tables, entry.values))
 
     def _mean(self, group: list[TrialRecord]) -> dict[str, Any] | None:
         found = [(value, entry) for entry in group if (value := value_of(self.experiment, entry))]
@@ -94,23 +94,23 @@ class Finals:
 
     def _test(self, winner: str, means: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """The winner's best seed goes once more into a slot, trained as it is, to read the test rows."""
-        chosen = self.ledger.entries[means[winner]["run"]]
+        chosen = self.store.entries[means[winner]["run"]]
         name = self.experiment.name
         tables = trial_tables(self.tables, name, chosen.values)
         tables["data"]["test"] = self.tables["data"]["test"]
         if chosen.finalist:
             tables["train"]["seed"] += int(chosen.run.rpartition("s")[2])
         self._attach(name, chosen.folder, tables, chosen)
-        found = self.desk.summary
-        self.desk.wait(lambda: "soft_prompt" in found or "message" in found, self.alive)
+        found = self.monitor.summary
+        self.monitor.wait(lambda: "soft_prompt" in found or "message" in found, self.alive)
         if "soft_prompt" not in found:
             return {"message": found.get("message") or self.broken() or "the workers ended before the winner was tested"}
         target = storage.join(self.folder, "soft_prompt")
         files = storage.read_folder(found["soft_prompt"])
         storage.write_folder(target, {file: content for file, content in files.items() if file != storage.MANIFEST})
-        states = [entry.status for entry in self.ledger.trials()]
+        states = [entry.status for entry in self.store.trials()]
         finalists = [
-            {"trial": run, "values": self.ledger.entries[run].values} | {key: mean[key] for key in ("mean", "spread", "seeds")}
+            {"trial": run, "values": self.store.entries[run].values} | {key: mean[key] for key in ("mean", "spread", "seeds")}
             for run, mean in sorted(means.items(), key=lambda pair: pair[1]["order"], reverse=True)
         ]
         return {
@@ -123,5 +123,5 @@ class Finals:
             "winner": finalists[0],
             "finalists": finalists,
             "trials": {state: states.count(state) for state in sorted(set(states))},
-            "trial_steps": sum(entry.step for entry in self.ledger.entries.values()),
+            "trial_steps": sum(entry.step for entry in self.store.entries.values()),
         }

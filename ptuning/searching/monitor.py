@@ -1,4 +1,4 @@
-"""The driver's desk of a search: takes what the workers report to the ledger, the tracker and the screen."""
+"""The driver's monitor of a search: takes what the workers report to the store, the tracker and the screen."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ ENDED: dict[str, Status] = {"finished": "FINISHED", "stopped": "FINISHED", "fail
 
 
 class SearchMonitor:
-    """Follows the hub in a thread."""
+    """Follows the dispatcher in a thread."""
 
     def __init__(
         self,
         experiment: Experiment,
         base: Base,
-        hub: Any,
-        ledger: TrialStore,
+        dispatcher: Any,
+        store: TrialStore,
         tracker: Tracker,
         show: Show,
         say: Callable[[str], None],
@@ -39,8 +39,8 @@ class SearchMonitor:
         self.summary: dict[str, Any] = {}
         """What the parent run reached: the winner's test."""
         self._experiment = experiment
-        self._hub = hub
-        self._ledger = ledger
+        self._dispatcher = dispatcher
+        self._store = store
         self._tracker = tracker
         self._show = show
         self._say = say
@@ -71,7 +71,7 @@ class SearchMonitor:
         """Take what is left, end the children's runs; returns how many records could not be sent."""
         self._stopped.set()
         self._thread.join()
-        self._ledger.flush()
+        self._store.flush()
         for run in list(self._children):
             self._close(run)
         until = time.monotonic() + deadline_s
@@ -89,15 +89,15 @@ class SearchMonitor:
             while not last:
                 last = self._stopped.wait(0.25)
                 many = len(self._afterwards)
-                events = ray.get(self._hub.call.remote("take", recorded))
+                events = ray.get(self._dispatcher.take.remote(recorded))
                 for fields in events:
                     self._take(fields)
                 taken += len(events)
                 for _ in range(many):
-                    self._ledger.change(*self._afterwards.popleft())
-                if self._ledger.save():
+                    self._store.change(*self._afterwards.popleft())
+                if self._store.save():
                     recorded = taken
-                self._show(list(self._ledger.entries.values()))
+                self._show(list(self._store.entries.values()))
         except Exception as error:  # the main thread raises it
             self.trouble = error
 
@@ -111,18 +111,18 @@ class SearchMonitor:
             return
         run = fields["run"].partition("-")[0]  # a trial's later stays have a suffix
         if fields["kind"] == "attached":
-            self._ledger.change(run, lambda entry: _attached(entry, fields["details"]))
+            self._store.change(run, lambda entry: _attached(entry, fields["details"]))
             return
         event = Event(**fields)
-        self._ledger.change(run, lambda entry: _changed(entry, event))
+        self._store.change(run, lambda entry: _changed(entry, event))
         self._child(run)(event)
         if event.kind in ("finished", "failed"):
-            self._ledger.flush()
+            self._store.flush()
             self._close(run)
 
     def _child(self, run: str) -> Recorder:
         if run not in self._children:
-            entry = self._ledger.entries[run]
+            entry = self._store.entries[run]
             name = self._experiment.name
             tracker = open_tracker(self._experiment, f"{name}-{run}", f"{name}/trials/{run}", self._tracker.run_key)
             tracker.params(entry.values)
@@ -135,8 +135,8 @@ class SearchMonitor:
 
     def _close(self, run: str) -> None:
         tracker, _ = self._children.pop(run)
-        tracker.tags({"ptuning.state": self._ledger.entries[run].status})
-        tracker.finish(ENDED[self._ledger.entries[run].status])
+        tracker.tags({"ptuning.state": self._store.entries[run].status})
+        tracker.finish(ENDED[self._store.entries[run].status])
         self._unsent.append(self._closing.submit(tracker.close, 20))
 
 

@@ -1,4 +1,4 @@
-"""What a search found out, from its ledger: the order of the trials, the best metric over budget, and whether stopping early
+"""What a search found out, from its store: the order of the trials, the best metric over budget, and whether stopping early
 makes sense on this task."""
 
 from __future__ import annotations
@@ -114,10 +114,10 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return means
 
 
-def write_report(experiment: Experiment, ledger: TrialStore, tracker: Tracker, folder: str) -> None:
+def write_report(experiment: Experiment, store: TrialStore, tracker: Tracker, folder: str) -> None:
     """Leaderboard, pictures and figures of what is known so far: to the parent run and the search's folder."""
-    trials = ledger.trials()
-    columns, rows = table(experiment, list(ledger.entries.values()))
+    trials = store.trials()
+    columns, rows = table(experiment, list(store.entries.values()))
     if not rows:
         return
     tracker.table("leaderboard.json", columns, rows)

@@ -1,7 +1,7 @@
 """A search: Ray Tune decides, trials attach to the slots of worker groups that are already running.
 
-    Chooser (Optuna) -> Tune trial (light) -> Hub -> slot of a worker group -> Hub -> trial -> Tune's scheduler
-                                               \\-> Desk (driver) -> ledger, MLflow, screen
+    searcher (Optuna) -> Tune trial (light) -> dispatcher -> slot of a worker group -> dispatcher -> trial -> Tune's scheduler
+                                                                       \\-> monitor (driver) -> trial store, MLflow, screen
 
 Ray Train runs in threads of the driver, Tune in its main thread. Then the finalists are trained with several seeds in the same
 slots, and the winner reads the test rows once.
@@ -72,7 +72,7 @@ def run_search(
             tracker.params({"search": experiment.search.model_dump(mode="json")})
             try:
                 summary = Search(trained, base, folder, tracker, show, say).run(scaling)
-            except RayError as error:  # the hub's, or one of Tune's own
+            except RayError as error:  # the dispatcher's, or one of Tune's own
                 summary = {"message": explain(error, folder)}
             if "message" in summary:
                 write_run(folder, experiment, "failed", kind="search")

@@ -1,6 +1,6 @@
-"""What is tried next, and who is stopped: Optuna and Tune's schedulers, set up from experiment and ledger.
+"""What is tried next, and who is stopped: Optuna and Tune's schedulers, set up from experiment and store.
 
-Tune's own saved state is pickle and tied to its version; ours is the ledger. A fresh sampler and a fresh scheduler are told
+Tune's own saved state is pickle and tied to its version; ours is the store. A fresh sampler and a fresh scheduler are told
 what has ended, and configurations that were under way are handed out first.
 """
 
@@ -35,20 +35,20 @@ Announce = Callable[[str, TrialRecord], None]
 
 
 class OptunaSearcher(Searcher):
-    """Optuna's sampler behind Tune's interface. A trial is in the ledger before Tune hears of it."""
+    """Optuna's sampler behind Tune's interface. A trial is in the store before Tune hears of it."""
 
     def __init__(
-        self, experiment: Experiment, tables: dict[str, Any], folder: str, ledger: TrialStore, announce: Announce
+        self, experiment: Experiment, tables: dict[str, Any], folder: str, store: TrialStore, announce: Announce
     ) -> None:
         super().__init__(metric="score", mode="max")
         self._experiment = experiment
         self._tables = tables
         self._folder = folder
-        self._ledger = ledger
+        self._store = store
         self._announce = announce
         self._asked: dict[str, optuna.Trial] = {}
         self.stop = False
-        trials = ledger.trials()
+        trials = store.trials()
         self._under_way = [entry for entry in trials if entry.status == "running"]
         self._distributions = _distributions(experiment)
         self._study = _study(experiment, len(trials))
@@ -73,20 +73,20 @@ class OptunaSearcher(Searcher):
             entry = self._under_way.pop(0)
             self._study.enqueue_trial(entry.values)
             asked = self._study.ask(self._distributions)
-        elif len(self._ledger.trials()) >= self._experiment.search.trials:
+        elif len(self._store.trials()) >= self._experiment.search.trials:
             return Searcher.FINISHED
         else:
             found = self._new()
             if found is None:
                 return Searcher.FINISHED
             entry, asked = found
-            self._ledger.add(entry)
+            self._store.add(entry)
         self._asked[trial_id] = asked
         self._announce(trial_id, entry)
         return dict(entry.values)
 
     def _new(self) -> tuple[TrialRecord, optuna.Trial] | None:
-        known = {entry.key for entry in self._ledger.trials()}
+        known = {entry.key for entry in self._store.trials()}
         run = f"t{len(known):03d}"
         for _ in range(TRIES if self._grid is None else len(self._grid)):
             if self._grid is not None:
@@ -131,11 +131,11 @@ class OptunaSearcher(Searcher):
         )
 
     def save(self, checkpoint_path: str) -> None:
-        """The ledger is what lasts; Tune wants a file."""
+        """The store is what lasts; Tune wants a file."""
         Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a search is resumed from its ledger")
+        raise NotImplementedError("a search is resumed from its store")
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles what it is given; nobody reads it
@@ -173,7 +173,7 @@ def _study(experiment: Experiment, before: int) -> optuna.Study:
     return optuna.create_study(direction="maximize", sampler=sampler)
 
 
-def make_scheduler(experiment: Experiment, ledger: TrialStore) -> TrialScheduler:
+def make_scheduler(experiment: Experiment, store: TrialStore) -> TrialScheduler:
     """The scheduler, as if it had seen the trials that have ended."""
     search, train = experiment.search, experiment.train
     if search.scheduler == "fifo":
@@ -191,7 +191,7 @@ def make_scheduler(experiment: Experiment, ledger: TrialStore) -> TrialScheduler
         stop_last_trials=False,
     )
     controller: Any = None  # ASHA does not look at it
-    for entry in ledger.trials():
+    for entry in store.trials():
         if entry.status in ("finished", "stopped"):
             trial: Any = SimpleNamespace(trial_id=entry.run)
             scheduler.on_trial_add(controller, trial)
@@ -213,7 +213,7 @@ def running_scores(experiment: Experiment, entry: TrialRecord) -> list[dict[str,
 
 class _Population(PopulationBasedTraining):
     """PBT refuses searchers, because their samplers would learn from values that were changed under way. Ours draws blindly
-    then, and only keeps the ledger."""
+    then, and only keeps the store."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         unsearched: Any = SimpleNamespace(search_alg=None)

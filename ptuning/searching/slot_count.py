@@ -52,14 +52,14 @@ def _fitting(pack: Pack, experiment: Experiment, limit: int) -> int:
     size = pack.workers.size
     settings = RunShape.of_rows(experiment, split.lengths.tolist(), split.target_lengths.tolist())
     settings = replace(settings, length=max(experiment.search.length))
-    # The model that is there may be sharded, its blueprint is whole.
-    blueprint = MetaModel(
+    # The model that is there may be sharded, its meta_model is whole.
+    meta_model = MetaModel(
         pack.base.config, next(pack.model.parameters()).dtype, checkpoint_gradients=experiment.train.gradient_checkpointing
     )
-    room = min(pack.workers.gather(_room(size)))
+    room = min(pack.workers.all_gather(_room(size)))
     machine = Machine(size, room, int(os.environ.get("LOCAL_WORLD_SIZE", size)), 1.0, 1.0, torch.cuda.is_available())
-    training = Training(blueprint.shape, settings, machine, blueprint.training, blueprint.evaluation)
-    return int(pack.workers.from_first(training.most_slots_in(room, limit)))
+    training = Training(meta_model.shape, settings, machine, meta_model.training, meta_model.evaluation)
+    return int(pack.workers.broadcast(training.most_slots_in(room, limit)))
 
 
 def _seconds(pack: Pack, experiment: Experiment, size: int) -> float:
@@ -76,8 +76,8 @@ def _seconds(pack: Pack, experiment: Experiment, size: int) -> float:
         step(pack, lambda event: None)
         seconds.append(time.perf_counter() - began)
     pack.slots.clear()
-    pack.called = True
-    return float(pack.workers.from_first(min(seconds)))
+    pack.news_pending = True
+    return float(pack.workers.broadcast(min(seconds)))
 
 
 def _room(workers: int) -> int:

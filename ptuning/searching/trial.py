@@ -1,4 +1,4 @@
-"""A Ray Tune trial: asks the hub for a slot, hears what is measured there, and tells Tune. It never sees torch."""
+"""A Ray Tune trial: asks the dispatcher for a slot, hears what is measured there, and tells Tune. It never sees torch."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class TrialFailed(RuntimeError):
     """The soft prompt could not be trained; Tune marks the trial."""
 
 
-def run_trial(values: dict[str, Any], hub: Any, tables: dict[str, Any], checkpoints: bool) -> None:
+def run_trial(values: dict[str, Any], dispatcher: Any, tables: dict[str, Any], checkpoints: bool) -> None:
     """Follow one configuration to its end. `checkpoints`: hand them to Tune, for schedulers that let one trial go on
     from another."""
     experiment = Experiment.model_validate(tables)
     me = tune.get_context().get_trial_id()
-    run, folder = ray.get(hub.call.remote("enter", me))
+    run, folder = ray.get(dispatcher.begin.remote(me))
     inherited = tune.get_checkpoint()
     if inherited:
         _inherit(Path(inherited.path), folder)
-    ray.get(hub.call.remote("attach", me, run, folder, trial_tables(tables, run, values), values))
+    ray.get(dispatcher.attach.remote(me, run, folder, trial_tables(tables, run, values), values))
     seen: list[Any] = []
     while True:
-        for event in ray.get(hub.results.remote(me, run)):
+        for event in ray.get(dispatcher.results.remote(me, run)):
             if event["kind"] == "failed":
                 raise TrialFailed(event["details"]["message"])
             if event["kind"] in ("finished", "released"):

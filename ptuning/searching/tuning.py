@@ -92,7 +92,7 @@ class _Hung(tune.Stopper):
 
 
 class Search:
-    """One life of a search, from the ledger to the winner."""
+    """One life of a search, from the store to the winner."""
 
     def __init__(
         self, experiment: Experiment, base: Base, folder: str, tracker: Tracker, show: Show, say: Callable[[str], None]
@@ -102,9 +102,9 @@ class Search:
         self.folder = folder
         self.tracker = tracker
         self.say = say
-        self.ledger = TrialStore(folder)
-        self.hub = beside_driver(DispatcherActor).remote()
-        self.desk = SearchMonitor(experiment, base, self.hub, self.ledger, tracker, show, say)
+        self.store = TrialStore(folder)
+        self.dispatcher = beside_driver(DispatcherActor).remote()
+        self.monitor = SearchMonitor(experiment, base, self.dispatcher, self.store, tracker, show, say)
         self.broken: str | None = None
         self.threads: list[threading.Thread] = []
         self._runs: dict[str, str] = {}
@@ -127,17 +127,17 @@ class Search:
             status = "KILLED"
             raise
         finally:
-            with suppress(RayError):  # the hub has gone: said already
-                ray.get(self.hub.close.remote())
+            with suppress(RayError):  # the dispatcher has gone: said already
+                ray.get(self.dispatcher.close.remote())
             unsent = 0
             with suppress(OSError):  # said already: the disk is full
-                unsent = self.desk.stop(30)
+                unsent = self.monitor.stop(30)
                 write_report(
-                    self.experiment, self.ledger, self.tracker, self.folder
+                    self.experiment, self.store, self.tracker, self.folder
                 )  # while the workers end, which takes Ray Train some seconds
             for thread in self.threads:
                 thread.join(60)
-            ray.kill(self.hub)
+            ray.kill(self.dispatcher)
             with suppress(OSError):
                 self.tracker.finish(status)
             unsent += self.tracker.close(deadline_s=30)
@@ -149,7 +149,14 @@ class Search:
 
     def _finals(self) -> Finals:
         return Finals(
-            self.experiment, self.tables, self.folder, self.ledger, self.hub, self.desk, self._alive, lambda: self.broken
+            self.experiment,
+            self.tables,
+            self.folder,
+            self.store,
+            self.dispatcher,
+            self.monitor,
+            self._alive,
+            lambda: self.broken,
         )
 
     def _train(self, group: int, scaling: ray.train.ScalingConfig) -> None:
@@ -164,25 +171,25 @@ class Search:
 
         resources: Any = scaling.resources_per_worker
         cpus = resources["CPU"] / (1 - SPARE)
-        config = {"events": self.hub, "group": group, "threads": max(1, int(cpus))}
+        config = {"events": self.dispatcher, "group": group, "threads": max(1, int(cpus))}
         try:
             make_trainer(self.experiment, storage.join(self.folder, "ray"), scaling, work, config).fit()
-            if "message" in self.desk.summary:
-                self.broken = self.desk.summary["message"]
+            if "message" in self.monitor.summary:
+                self.broken = self.monitor.summary["message"]
         except (TrainingFailedError, RayError) as error:
-            self.broken = explain(error, self.folder, self.desk.hang)
+            self.broken = explain(error, self.folder, self.monitor.hang)
         finally:
             if self.broken:
-                with suppress(RayError):  # the hub itself has gone
-                    ray.get(self.hub.close.remote(self.broken))
+                with suppress(RayError):  # the dispatcher itself has gone
+                    ray.get(self.dispatcher.close.remote(self.broken))
 
     def _alive(self) -> bool:
         return self.broken is None and all(thread.is_alive() for thread in self.threads)
 
     def _choose(self) -> None:
-        """Let Tune run the trials that are not in the ledger yet, or not to their end."""
+        """Let Tune run the trials that are not in the store yet, or not to their end."""
         search = self.experiment.search
-        open_trials = search.trials - sum(entry.status != "running" for entry in self.ledger.trials())
+        open_trials = search.trials - sum(entry.status != "running" for entry in self.store.trials())
         if open_trials <= 0:
             return
         slots = search.slots if isinstance(search.slots, int) else None
@@ -196,31 +203,31 @@ class Search:
             "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's own CSV, JSON and TensorBoard files
             "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search, it does not wait for the trials
             "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # a process that does not end in order
-            "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the ledger is what a search is resumed from
+            "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the store is what a search is resumed from
             "TUNE_MAX_PENDING_TRIALS_PG": str(processes),
         }
         # A failed trial is told by the leaderboard, not by a traceback.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         # Tune would give them to every trial (2.60), and Ray logs and shows what it gives. Nodes have their own.
         class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
-        hub, tables = self.hub, self.tables
+        dispatcher, tables = self.dispatcher, self.tables
 
         def trial(values: dict[str, Any]) -> None:
             # Travels by value and imports on the trial's side: neither loads what only the other needs.
             from ptuning.searching.trial import run_trial
 
-            run_trial(values, hub, tables, checkpoints)
+            run_trial(values, dispatcher, tables, checkpoints)
 
-        hung = _Hung(lambda: ray.get(hub.call.remote("busy")))
-        chooser = OptunaSearcher(self.experiment, self.tables, self.folder, self.ledger, self._announce)
-        threading.Thread(target=self._watch, args=(chooser,), daemon=True).start()
+        hung = _Hung(lambda: ray.get(dispatcher.busy.remote()))
+        searcher = OptunaSearcher(self.experiment, self.tables, self.folder, self.store, self._announce)
+        threading.Thread(target=self._watch, args=(searcher,), daemon=True).start()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Consider boosting PBT")  # with reuse_actors
             tuner = tune.Tuner(
                 tune.with_resources(trial, {"cpu": TRIAL_CPU}),
                 tune_config=tune.TuneConfig(
-                    search_alg=chooser,
-                    scheduler=make_scheduler(self.experiment, self.ledger),
+                    search_alg=searcher,
+                    scheduler=make_scheduler(self.experiment, self.store),
                     num_samples=open_trials,
                     max_concurrent_trials=processes,
                     reuse_actors=not checkpoints,  # PBT's trials come again while they still listen
@@ -238,44 +245,44 @@ class Search:
             except Exception:
                 # On a full disk Tune reads back errors that it could not write (2.60, experiment/trial.py): what is wrong is
                 # known better here.
-                self.desk.wait(lambda: False, self._alive, 5)
+                self.monitor.wait(lambda: False, self._alive, 5)
                 if not self.broken:
                     raise
         if hung.stop_all():
-            for entry in self.ledger.trials():
-                self.desk.then(entry.run, lambda entry: _end(entry, "its process gave no sign of life"))
-        # What Tune has stopped still saves its soft prompt; what failed has told the desk.
+            for entry in self.store.trials():
+                self.monitor.then(entry.run, lambda entry: _end(entry, "its process gave no sign of life"))
+        # What Tune has stopped still saves its soft prompt; what failed has told the monitor.
         # Not for ever: workers that were just then started again have forgotten who was to leave.
-        self.desk.wait(lambda: all(self._settled(entry) for entry in self.ledger.trials()), self._alive, SAVING)
+        self.monitor.wait(lambda: all(self._settled(entry) for entry in self.store.trials()), self._alive, SAVING)
 
     def _measured(self) -> int:
         """Slots of all groups together, once the workers have measured them."""
         while self._alive():
-            places = ray.get(self.hub.joined.remote(self.experiment.search.groups))
+            places = ray.get(self.dispatcher.joined.remote(self.experiment.search.groups))
             if len(places) == self.experiment.search.groups:
                 total = sum(places.values())
                 self.say(f"{total} soft prompts train side by side" if total > 1 else "one soft prompt trains at a time")
                 return total
         return 0
 
-    def _watch(self, chooser: OptunaSearcher) -> None:
+    def _watch(self, searcher: OptunaSearcher) -> None:
         """Workers that are gone for good end the search: no new trials."""
         for thread in self.threads:
             thread.join()
-        chooser.stop = True
+        searcher.stop = True
 
     def _announce(self, trial: str, entry: TrialRecord) -> None:
         self._runs[trial] = entry.run
         known = [{"kind": "evaluation", "run": entry.run, "details": {}} | result for result in entry.results]
-        ray.get(self.hub.call.remote("announce", trial, entry.run, entry.folder, known))
+        ray.get(self.dispatcher.register.remote(trial, entry.run, entry.folder, known))
 
     def _release(self, trial: str, error: str | None) -> None:
-        """`error`: what the trial's own process died of, not its soft prompt; that one has told the desk itself."""
-        left = ray.get(self.hub.call.remote("release", trial, error is None))
+        """`error`: what the trial's own process died of, not its soft prompt; that one has told the monitor itself."""
+        left = ray.get(self.dispatcher.release.remote(trial, error is None))
         if left == "slot" and error is None:
             self._leaving.add(self._runs[trial])
         if left or error:  # it may have died before it asked for a slot
-            self.desk.then(self._runs[trial], lambda entry: _end(entry, error))
+            self.monitor.then(self._runs[trial], lambda entry: _end(entry, error))
 
     def _settled(self, entry: TrialRecord) -> bool:
         return entry.status != "running" and (entry.run not in self._leaving or entry.soft_prompt is not None)

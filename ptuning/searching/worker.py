@@ -19,10 +19,10 @@ def work(config: dict[str, Any]) -> None:
     client = DispatcherClient(config["events"], config["group"])
 
     def connect(pack: Pack, heartbeat: Callable[[], None]) -> Source:
-        pack.places = count_slots(pack, experiment)
-        if pack.workers.first:
-            client.join(pack.places)
-            pack.ringing = client.ringing
+        pack.num_slots = count_slots(pack, experiment)
+        if pack.workers.is_main:
+            client.join(pack.num_slots)
+            pack.has_news = client.has_news
         return commands_from(client, pack, heartbeat)
 
     run_worker(config, client, connect)
@@ -33,7 +33,7 @@ def commands_from(client: DispatcherClient, pack: Pack, heartbeat: Callable[[], 
 
     def source(free: int) -> Sequence[Command] | None:
         heartbeat()
-        commands = pack.workers.from_first(client.orders(wait=not pack.slots) if pack.workers.first else None)
+        commands = pack.workers.broadcast(client.orders(wait=not pack.slots) if pack.workers.is_main else None)
         if commands is None:
             pack.slots.clear()
             return None

@@ -51,7 +51,7 @@ def compare(registry: Registry, name: str, text: str, base_path: str | None = No
     if card.template is None:
         raise RegistryError(f"{versions[-1]}: has no template; import it again with --input and --target")
     base = find_base(ModelConfig(path=base_path or card.base, revision=None if base_path else card.revision))
-    check_base(newest, str(versions[-1]), base.width, base.name, base.fingerprint.model_dump())
+    check_base(newest, str(versions[-1]), base)
     engine = Engine(base.load(torch.float32), base.tokenizer.eos_token_id, EngineConfig(context=base.context))
     try:
         longest = max(soft_prompt.card.length for soft_prompt in loaded.values())
@@ -66,7 +66,7 @@ def compare(registry: Registry, name: str, text: str, base_path: str | None = No
             opinions.append(_ask(engine, encoder, f"the text {written!r}", [*front, *ids], None, new))
         for who, soft_prompt in loaded.items():
             try:
-                check_base(soft_prompt, who, base.width, base.name, base.fingerprint.model_dump())
+                check_base(soft_prompt, who, base)
                 handle = engine.add(soft_prompt.vectors, soft_prompt.card.content_hash)
             except UserError as error:
                 opinions.append(Opinion(who, f"({error})"))

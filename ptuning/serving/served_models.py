@@ -25,8 +25,9 @@ from ptuning.errors import UserError, suggest
 from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import Token
 from ptuning.inference.types import End, EngineBusy, EngineStopped, Request, ResidentPrompt
-from ptuning.model import compatibility, soft_prompt
+from ptuning.model import soft_prompt
 from ptuning.model.base import Base
+from ptuning.model.compatibility import check_base
 from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
 from ptuning.redaction import last_name, logger, placeless, redact
 from ptuning.registry.publish import retrieve
@@ -156,7 +157,7 @@ class ServedModels:
                 entries[entry] = version
                 if version.name not in champions or CHAMPION in version.aliases:
                     champions[version.name] = entry
-            return self._bring(champions, entries)
+            return self._apply(champions, entries)
 
     def restore(self) -> bool:
         """Serve the last good set from disk; True if there was one."""
@@ -173,7 +174,7 @@ class ServedModels:
             wanted = [entry for entry in entries if not self._only or entry.name in self._only]
             by_id = {str(entry): entry for entry in wanted}
             champions = {name: by_id[version] for name, version in snapshot["champions"].items() if version in by_id}
-            return self._bring(champions, dict.fromkeys(wanted))
+            return self._apply(champions, dict.fromkeys(wanted))
 
     def _entry(self, version: Version) -> _Entry:
         ours, theirs = self._base.fingerprint.model_dump(), version.fingerprint or {}
@@ -186,7 +187,7 @@ class ServedModels:
             all(ours.get(part) == value for part, value in theirs.items()),
         )
 
-    def _bring(self, champions: Mapping[str, _Entry], entries: Mapping[_Entry, Version | None]) -> bool:
+    def _apply(self, champions: Mapping[str, _Entry], entries: Mapping[_Entry, Version | None]) -> bool:
         """Load what is new, champions first; publish; let go of what has left."""
         before = (dict(self._loaded), dict(self._champions), dict(self.refused))
         refused = {str(entry): self.refused[str(entry)] for entry in entries if str(entry) in self.refused}
@@ -262,7 +263,7 @@ class ServedModels:
             raise SoftPromptError(f"{entry}: its tags hold no SHA-256 of vectors and card; publish it again")
         loaded = self._bytes(entry, version)
         base, card = self._base, loaded.card
-        compatibility.check_base(loaded, str(entry), base.width, base.name, base.fingerprint.model_dump())
+        check_base(loaded, str(entry), base)
         room = self._engine.longest - card.length
         if room < 3:
             raise SoftPromptError(f"{entry}: {card.length} virtual tokens leave no room in {self._engine.longest} positions")
@@ -271,7 +272,7 @@ class ServedModels:
             self._engine.check_room(card.length, 1, max(map(len, encoder.label_ids)))
         handle = self._engine.add(loaded.vectors, card.content_hash)
         try:
-            self._try(entry, handle)
+            self._smoke_test(entry, handle)
         except BaseException:
             self._engine.remove(handle)
             raise
@@ -297,14 +298,14 @@ class ServedModels:
             log.error("%s could not be kept on disk, a start without the registry would not serve it: %s", entry, error)
         return loaded
 
-    def _try(self, entry: _Entry, handle: ResidentPrompt) -> None:
+    def _smoke_test(self, entry: _Entry, handle: ResidentPrompt) -> None:
         """Two real tokens. They also bring the soft prompt's keys and values into the cache: one would not, since
         transformers 5.23 keeps nothing of a request that ends with its prefill (PagedAttentionCache.mark_complete_blocks)."""
-        for event in self._trial(Request([0], handle, 2, ignore_end=True)):
+        for event in self._generate(Request([0], handle, 2, ignore_end=True)):
             if isinstance(event, End) and event.reason == "failed":
                 raise SoftPromptError(f"{entry}: {event.message}; train it again with a lower learning rate")
 
-    def _trial(self, request: Request) -> Iterator[Token | End]:
+    def _generate(self, request: Request) -> Iterator[Token | End]:
         """A request that stands in the queue like any other, and under load comes back until there is a place."""
         until = time.monotonic() + self.patience
         while True:

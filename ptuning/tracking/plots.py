@@ -1,4 +1,4 @@
-"""The only door to matplotlib: pictures of a run as PNG bytes.
+"""The only module that knows matplotlib: pictures of a run as PNG bytes.
 
 `Figure` objects with the Agg canvas, never pyplot: its global state is not safe beside threads, and wants a display.
 """

@@ -1,6 +1,6 @@
-"""The only door to MLflow. Training never waits for it, and nothing is lost.
+"""The recorder of a run. Training never waits for it, and nothing is lost.
 
-    record -> spool on local disk -> thread -> MLflow
+    record -> outbox on local disk -> thread -> MLflow
 
 A `Tracker` belongs to the driver of one run. Each record is one line in the spool; a daemon thread ships the lines in
 batches and remembers how far it came. MLflow may be slow, down, or absent from start to end: the lines wait, and the

@@ -23,10 +23,10 @@ class Workers:
         return Workers(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Workers()
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all workers, in place: the same bits on each of them."""
         if self.size > 1:
             device = tensor.device
@@ -35,7 +35,7 @@ class Workers:
             tensor.copy_(moved.to(device))
         return tensor
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every worker's value, by rank. Small things only: it travels pickled between these processes."""
         if self.size == 1:
             return [value]
@@ -43,7 +43,7 @@ class Workers:
         dist.all_gather_object(values, value)
         return values
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The first worker's value, on all of them."""
         if self.size == 1:
             return value

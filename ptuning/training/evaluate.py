@@ -69,7 +69,7 @@ def label_scores(
         nll = model(soft_prompts, pack_labels(sizes, [inputs] * len(sizes), trie)).double().cpu()
         if real:
             scores[:, rows] = trie.label_logprobs(-nll.view(len(sizes), len(rows), -1))
-    return workers.sum(scores)
+    return workers.all_reduce(scores)
 
 
 def _classify(
@@ -134,7 +134,7 @@ def _target_losses(model: PromptedModel, soft_prompts: Sequence[Tensor], split: 
         if real:
             sums[:-1] += torch.stack([part.sum() for part in nll.split(plan.per_slot)])
             sums[-1] += plan.per_slot[0]
-    totals = workers.sum(sums).tolist()
+    totals = workers.all_reduce(sums).tolist()
     return [total / totals[-1] for total in totals[:-1]]
 
 
@@ -148,7 +148,7 @@ def generate_rows(
         texts = greedy(model, soft_prompt, inputs, encoder, max_new_tokens, together=workers.size > 1)
         if real:
             own += zip(rows, texts, strict=True)
-    everything = sorted(pair for part in workers.gather(own) for pair in part)
+    everything = sorted(pair for part in workers.all_gather(own) for pair in part)
     return [text for _, text in everything]
 
 

@@ -37,22 +37,22 @@ class EventBuffer:
 
 @ray.remote(num_cpus=0)
 class EventQueue(EventBuffer):
-    """A pile in a process of its own."""
+    """A buffer in a process of its own."""
 
 
 class EventSender:
-    """Sends events to a mailbox, several at a time, without waiting for them to arrive.
+    """Sends events to a queue, several at a time, without waiting for them to arrive.
 
     Raises:
-        RayActorError: the mailbox has gone; noticed when the next events are sent.
+        RayActorError: the queue has gone; noticed when the next events are sent.
     """
 
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
         self._waiting: list[Fields] = []
         self._sent_at = 0.0
         self._sent: deque[tuple[float, Any]] = deque()
-        """When, and the mailbox's answer, which may not be there yet."""
+        """When, and the queue's answer, which may not be there yet."""
         self._arrived: deque[tuple[float, int]] = deque()
         """When, and how many have to be recorded before those that were sent then are."""
         self._recorded_until = -math.inf
@@ -84,5 +84,5 @@ class EventSender:
         self.recorded_until()
         if self._waiting:
             self._sent_at = time.monotonic()
-            self._sent.append((self._sent_at, self._mailbox.put.remote(self._waiting)))
+            self._sent.append((self._sent_at, self._queue.put.remote(self._waiting)))
             self._waiting = []

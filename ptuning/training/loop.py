@@ -45,38 +45,38 @@ class Pack:
         base: Base,
         workers: Workers,
         load_task: Callable[[Experiment], Task],
-        places: int = 1,
-        ringing: Callable[[], bool] | None = None,
+        num_slots: int = 1,
+        has_news: Callable[[], bool] | None = None,
         recorded_until: Callable[[], float] = lambda: -math.inf,
     ) -> None:
-        """`ringing`: whether the source has news, asked on the first worker only; default: while a place is free.
+        """`has_news`: whether the source has news, asked on the first worker only; default: while a slot is free.
         `recorded_until`: the monotonic time before which all events that were told will survive a crash; default: none will.
         """
         self.model = model
         self.base = base
         self.workers = workers
         self.load_task = load_task
-        self.places = places
-        self.ringing = ringing or (lambda: self.free > 0)
+        self.num_slots = num_slots
+        self.has_news = has_news or (lambda: self.free > 0)
         self.recorded_until = recorded_until
-        self.called = True
+        self.news_pending = True
         """The first worker has news from the source. All know it from the step's own collective: one more would cost more
         than a small step."""
         self.slots: list[Slot] = []
 
     @property
     def free(self) -> int:
-        return self.places - len(self.slots)
+        return self.num_slots - len(self.slots)
 
     def attach(self, assignment: StartRun) -> Slot:
-        """Give a free place to an assignment, from its newest checkpoint if it has one."""
+        """Give a free slot to a run, from its newest checkpoint if it has one."""
         experiment = assignment.experiment
         task = self.load_task(experiment)
         starts, parent = initial_starts(experiment, task, self.base, self.embed)
         slot = Slot(assignment, task, [vectors.to(self.model.base.device) for vectors in starts])
         slot.parent = parent
         # The first worker's view decides: two workers may see a store at different moments.
-        saved = self.workers.from_first(checkpoint.newest(checkpoints(assignment.folder)) if self.workers.first else None)
+        saved = self.workers.broadcast(checkpoint.newest(checkpoints(assignment.folder)) if self.workers.is_main else None)
         if saved:
             if "starts" not in saved[1]:
                 raise UserError(
@@ -84,7 +84,7 @@ class Pack:
                     "under another name"
                 )
             slot.restore(*saved)
-            slot.told = [(math.inf, Event(**event)) for event in saved[1]["events"]]
+            slot.unrecorded_events = [(math.inf, Event(**event)) for event in saved[1]["events"]]
         self.slots.append(slot)
         return slot
 
@@ -99,11 +99,11 @@ def train(pack: Pack, source: Source, report: Report) -> None:
     """Train until the source has no more orders and every slot is done."""
     more = True
     while more or pack.slots:
-        if more and (pack.called or not pack.slots):
+        if more and (pack.news_pending or not pack.slots):
             orders = source(pack.free)
             more = orders is not None
             for order in orders or []:
-                follow(pack, order, report)
+                apply(pack, order, report)
         step(pack, report)
         due = [slot for slot in pack.slots if slot.evaluation_due]
         judged = [slot for slot in due if slot.task.validation]
@@ -117,7 +117,7 @@ def train(pack: Pack, source: Source, report: Report) -> None:
             finish(pack, slot, report)
 
 
-def follow(pack: Pack, order: Command, report: Report) -> None:
+def apply(pack: Pack, order: Command, report: Report) -> None:
     """Let a run join or leave."""
     if isinstance(order, StartRun):
         start(pack, order, report)
@@ -136,9 +136,9 @@ def start(pack: Pack, assignment: StartRun, report: Report) -> None:
     except UserError as error:  # the same on every worker
         report(Event("failed", assignment.experiment.name, 0, details={"message": str(error)}))
         return
-    again, slot.told = [event for _, event in slot.told], []
+    again, slot.unrecorded_events = [event for _, event in slot.unrecorded_events], []
     for event in again:
-        tell(slot, report, event)
+        emit(slot, report, event)
     report(Event("start", slot.name, slot.step, details={"steps": slot.config.steps}))
     if slot.done:  # it was interrupted between its last checkpoint and its result
         finish(pack, slot, report)
@@ -188,7 +188,7 @@ def _update(pack: Pack, slot: Slot, losses: Tensor, gradients: list[Tensor], spe
     if len(kept) > 1:
         values |= {f"start_{start.number}_loss": loss for start, loss in zip(slot.starts, kept, strict=True)}
     values |= {"gradient_norm": slot.update(gradients, kept), "tokens_per_second": speed}
-    tell(slot, report, Event("step", slot.name, slot.step, values))
+    emit(slot, report, Event("step", slot.name, slot.step, values))
 
 
 def _split(values: list[Each], sizes: Sequence[int]) -> list[list[Each]]:
@@ -223,11 +223,11 @@ def _reduce(pack: Pack, losses: Tensor) -> list[Tensor]:
     """
     vectors = [start.vectors for slot in pack.slots for start in slot.starts]
     pieces = [each.grad if each.grad is not None else torch.zeros_like(each) for each in vectors]
-    bell = losses.new_tensor([float(pack.workers.first and pack.ringing())])
-    flat = pack.workers.sum(torch.cat([*(piece.flatten() for piece in pieces), torch.cat([losses, bell]).to(pieces[0])]))
-    *parts, summed, bell = flat.split([*(piece.numel() for piece in pieces), len(losses), 1])
+    news = losses.new_tensor([float(pack.workers.is_main and pack.has_news())])
+    flat = pack.workers.all_reduce(torch.cat([*(piece.flatten() for piece in pieces), torch.cat([losses, news]).to(pieces[0])]))
+    *parts, summed, news = flat.split([*(piece.numel() for piece in pieces), len(losses), 1])
     losses.copy_(summed)
-    pack.called = bool(bell)
+    pack.news_pending = bool(news)
     return [part.view_as(piece).clone() for part, piece in zip(parts, pieces, strict=True)]
 
 
@@ -278,18 +278,18 @@ def observe(pack: Pack, slot: Slot, evaluations: list[Evaluation], report: Repor
         return
     leader = losses.index(min(filter(math.isfinite, losses)))
     values = dict(evaluations[leader].metrics)
-    details = {"best": slot.observe(evaluations[leader].metrics, leader), "memory": pack.workers.gather(_memory())}
+    details = {"best": slot.observe(evaluations[leader].metrics, leader), "memory": pack.workers.all_gather(_memory())}
     if len(losses) > 1:
         values |= {f"start_{start.number}_loss": loss for start, loss in zip(slot.starts, losses, strict=True)}
     slot.halve(losses)
-    tell(slot, report, Event("evaluation", slot.name, slot.step, values, details=details))
+    emit(slot, report, Event("evaluation", slot.name, slot.step, values, details=details))
 
 
 def save_checkpoint(pack: Pack, slot: Slot) -> None:
     """The first worker writes; all hold the same state."""
     recorded_until = pack.recorded_until()
-    slot.told = [(at, event) for at, event in slot.told if at >= recorded_until]
-    if pack.workers.first:
+    slot.unrecorded_events = [(at, event) for at, event in slot.unrecorded_events if at >= recorded_until]
+    if pack.workers.is_main:
         checkpoint.save(checkpoints(slot.folder), slot.step, *slot.state())
 
 
@@ -304,8 +304,8 @@ def finish(pack: Pack, slot: Slot, report: Report) -> None:
         measured |= {f"test_{name}": value for name, value in evaluation.metrics.items()}
         details |= {"predictions": evaluation.predictions, "classification": evaluation.classification}
         details["labels"] = list(slot.task.encoder.template.labels or ())
-    details["peak_bytes"] = pack.workers.gather(_peak_memory())
-    if pack.workers.first:  # all workers hold the same vectors
+    details["peak_bytes"] = pack.workers.all_gather(_peak_memory())
+    if pack.workers.is_main:  # all workers hold the same vectors
         config = pack.base.config.get_text_config()
         result = SoftPrompt(slot.best_vectors.detach().cpu(), make_card(slot, pack.base, measured))
         details["content_hash"] = result.card.content_hash
@@ -330,9 +330,9 @@ def fail(pack: Pack, slot: Slot, report: Report, loss: float) -> None:
     pack.slots.remove(slot)
 
 
-def tell(slot: Slot, report: Report, event: Event) -> None:
+def emit(slot: Slot, report: Report, event: Event) -> None:
     """Report an event and remember it until a checkpoint finds it recorded."""
-    slot.told.append((time.monotonic(), event))
+    slot.unrecorded_events.append((time.monotonic(), event))
     report(event)
 
 

@@ -132,7 +132,7 @@ def make_trainer(
     )
 
 
-def _report_failures(run: str, mailbox: Any) -> Any:  # ray's types know Train V1's callbacks only
+def _report_failures(run: str, queue: Any) -> Any:  # ray's types know Train V1's callbacks only
     """Workers that fail are told of at once, not only when there is no other try.
 
     A local class, as in `_tolerate_out_of_memory`."""
@@ -141,6 +141,6 @@ def _report_failures(run: str, mailbox: Any) -> Any:  # ray's types know Train V
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             workers = [str(each) for each in worker_exceptions.values()]
             event = {"kind": "broken", "run": run, "step": 0, "details": {"workers": workers}}
-            mailbox.put.remote([event])
+            queue.put.remote([event])
 
     return FailureReporter()

@@ -30,7 +30,7 @@ from ptuning.data.task import describe_task, load_task
 from ptuning.errors import RunFailed, UserError
 from ptuning.model.base import Base, find_base
 from ptuning.redaction import logger
-from ptuning.tracking import tracker as tracking
+from ptuning.tracking.tracker import Status, Tracker
 from ptuning.training import lease
 from ptuning.training.event_queue import EventQueue
 from ptuning.training.messages import Event
@@ -147,14 +147,14 @@ def _work() -> Callable[[dict[str, Any]], None]:
 
 
 def _fit(
-    experiment: Experiment, base: Base, folder: str, scaling: ray.train.ScalingConfig, tracker: tracking.Tracker, show: Show
+    experiment: Experiment, base: Base, folder: str, scaling: ray.train.ScalingConfig, tracker: Tracker, show: Show
 ) -> dict[str, Any]:
     """Run Ray Train in this thread (so that Ctrl-C stops it in order) and follow its events in another."""
-    mailbox = beside_driver(EventQueue).remote()
+    queue = beside_driver(EventQueue).remote()
     attempt = storage.join(folder, "ray")
-    config = {"folder": folder, "events": mailbox}
-    follower = _Follower(mailbox, folder, tracker, show, base)
-    status: tracking.Status = "FAILED"
+    config = {"folder": folder, "events": queue}
+    follower = _Follower(queue, folder, tracker, show, base)
+    status: Status = "FAILED"
     interrupt = signal.getsignal(signal.SIGINT)
     try:
         make_trainer(experiment, attempt, scaling, _work(), config).fit()
@@ -171,7 +171,7 @@ def _fit(
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, interrupt)  # Train's own handler stays otherwise, and keeps its controller alive
         follower.stop()
-        ray.kill(mailbox)
+        ray.kill(queue)
         with suppress(OSError):  # said already: the disk is full
             tracker.finish(status)
         unsent = tracker.close(deadline_s=30)
@@ -182,17 +182,17 @@ def _fit(
 
 
 class _Follower:
-    """Takes events from the mailbox to the screen and the tracker, in a thread of the driver."""
+    """Takes events from the queue to the screen and the tracker, in a thread of the driver."""
 
-    def __init__(self, mailbox: Any, folder: str, tracker: tracking.Tracker, show: Show, base: Base) -> None:
+    def __init__(self, queue: Any, folder: str, tracker: Tracker, show: Show, base: Base) -> None:
         self.summary: dict[str, Any] = {}
         self._folder = folder
-        self._mailbox = mailbox
+        self._queue = queue
         self._record = Recorder(tracker, self.summary, base=base)
         self._show = show
         self._stopped = threading.Event()
         self.lost: RayError | None = None
-        """Why the mailbox answers no more. The workers notice it as well and fail (`mailbox.Post`)."""
+        """Why the queue answers no more. The workers notice it as well and fail (`EventSender`)."""
         self._thread = threading.Thread(target=self._follow, name="ptuning-events", daemon=True)
         self._thread.start()
 
@@ -213,7 +213,7 @@ class _Follower:
             last = self._stopped.wait(0.2)
             try:
                 recorded = taken - len(waiting)
-                events = [Event(**fields) for fields in ray.get(self._mailbox.take.remote(recorded))]
+                events = [Event(**fields) for fields in ray.get(self._queue.take.remote(recorded))]
             except RayError as error:
                 self.lost = error
                 return

@@ -11,8 +11,9 @@ from ptuning import storage
 from ptuning.cluster.local_paths import absolute
 from ptuning.config import Experiment
 from ptuning.errors import UserError
-from ptuning.model import compatibility, soft_prompt
+from ptuning.model import soft_prompt
 from ptuning.model.base import Base
+from ptuning.model.compatibility import check_base
 from ptuning.paths import SCHEME
 from ptuning.redaction import redact, redacted
 from ptuning.registry.publish import publish, retrieve
@@ -96,7 +97,7 @@ def bring_parent(written: Experiment, pinned: Experiment, base: Base) -> None:
         return
     if source != folder and not storage.exists(folder, storage.MANIFEST):
         storage.write_folder(folder, _parent_files(written, source))
-    compatibility.check_base(soft_prompt.load(folder), source, base.width, base.name, base.fingerprint.model_dump())
+    check_base(soft_prompt.load(folder), source, base)
 
 
 def _parent_files(written: Experiment, source: str) -> dict[str, bytes]:

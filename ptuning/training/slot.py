@@ -15,8 +15,9 @@ from ptuning import storage
 from ptuning.config import Experiment, Template, TrainConfig
 from ptuning.data.batch_sampler import BatchSampler
 from ptuning.data.task import Task
-from ptuning.model import compatibility, initializers, soft_prompt
+from ptuning.model import initializers, soft_prompt
 from ptuning.model.base import Base
+from ptuning.model.compatibility import check_base
 from ptuning.model.packing import Objective, Row
 from ptuning.model.soft_prompt import Card
 from ptuning.training.messages import Event, StartRun
@@ -43,7 +44,7 @@ class Slot:
         self.best_vectors = starts[0].clone()
         self.since_best = 0
         self.parent: str | None = None
-        self.told: list[tuple[float, Event]] = []
+        self.unrecorded_events: list[tuple[float, Event]] = []
         """Events, with the monotonic time they were told at, that may not have come to the driver's disk. They go into the
         checkpoint and a resumed run repeats them: no point is lost, however often and wherever it is interrupted."""
 
@@ -142,7 +143,7 @@ class Slot:
             "best_step": self.best_step,
             "since_best": self.since_best,
             "parent": self.parent,
-            "events": [asdict(event) for _, event in self.told],
+            "events": [asdict(event) for _, event in self.unrecorded_events],
         }
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -220,7 +221,7 @@ def initial_vectors(
     else:
         folder = str(config.init_from)
         source = soft_prompt.load(folder)
-        compatibility.check_base(source, folder, base.width, base.name, base.fingerprint.model_dump())
+        check_base(source, folder, base)
         vectors = initializers.transferred_rows(config.length, source.vectors, frequent, embed, generator)
         parent = source.card.content_hash
     return vectors, parent

@@ -55,12 +55,12 @@ class Watchdog:
         self._ended = threading.Event()
         threading.Thread(target=self._watch, name="ptuning-watchdog", daemon=True).start()
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """A sign of life."""
         self._signs += 1
         self._resting = False
 
-    def rest(self) -> None:
+    def expect_idle(self) -> None:
         """Until the next sign of life nothing but work is expected: something begins that may take any time."""
         self._resting = True
 

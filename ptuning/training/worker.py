@@ -51,8 +51,8 @@ def run_worker(config: dict[str, Any], sender: EventSender, connect: Connect) ->
 
     def report(event: Event) -> None:
         if event.kind not in ("loading", "loaded"):  # afterwards progress is expected
-            watchdog.beat()
-        if workers.first:
+            watchdog.heartbeat()
+        if workers.is_main:
             sender.send(asdict(event), now=event.kind != "step")
 
     try:
@@ -66,18 +66,18 @@ def run_worker(config: dict[str, Any], sender: EventSender, connect: Connect) ->
             progress=_Progress(lambda share: report(Event("loading", experiment.name, 0, {"share": share}))),
         )
         loaded = {
-            "shares": workers.gather(asdict(zero.sharding(model.base))),
+            "shares": workers.all_gather(asdict(zero.sharding(model.base))),
             "dtype": str(dtype).removeprefix("torch."),
             "shared_prefix": model.shared_prefix,
             "workers": workers.size,
-            "places": workers.gather(worker_location()),
+            "places": workers.all_gather(worker_location()),
             "group": config.get("group", 0),
         }
         report(Event("loaded", experiment.name, 0, details=loaded))
-        model.base.register_forward_pre_hook(lambda *_: watchdog.beat())
-        recorded_until = sender.recorded_until if workers.first else lambda: math.inf  # who reports has to remember
-        pack = Pack(model, base, workers, _Tasks(base, watchdog.rest), recorded_until=recorded_until)
-        train(pack, connect(pack, watchdog.beat), report)
+        model.base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
+        recorded_until = sender.recorded_until if workers.is_main else lambda: math.inf  # who reports has to remember
+        pack = Pack(model, base, workers, _Tasks(base, watchdog.expect_idle), recorded_until=recorded_until)
+        train(pack, connect(pack, watchdog.heartbeat), report)
     except UserError as error:  # the same on every worker: no restart would help
         report(Event("failed", experiment.name, 0, details={"message": str(error)}))
     finally:

@@ -96,7 +96,7 @@ def _free(local: int) -> int:
     """Bytes that this worker may take before the base is there; the least of all workers, whose passes must be the same."""
     gpu = torch.cuda.is_available()
     free = int(torch.cuda.mem_get_info()[0]) if gpu else int(psutil.virtual_memory().available) // local
-    return int(min(Workers.current().gather(free)))
+    return int(min(Workers.current().all_gather(free)))
 
 
 def load(
