@@ -14,7 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import ray
 import ray.train
@@ -55,36 +56,74 @@ def run_training(
         UserError: something in the experiment or its surroundings is wrong; nothing was started or written.
         RunFailed: the training did not reach its end, or its result could not be registered.
     """
+    return execute_run(experiment, "train", lambda run: _fit(run, show), resume=resume, say=say, register=register)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose workers may start: its lease is held, its cluster is there, its tracker has begun."""
+
+    experiment: Experiment
+    """With absolute paths, and with its parent in the run's folder."""
+    trained: Experiment
+    """What the workers train: the experiment, or what the trials of a search are made from."""
+    folder: str
+    base: Base
+    scaling: ray.train.ScalingConfig
+    tracker: Tracker
+
+
+def execute_run(
+    experiment: Experiment,
+    kind: Literal["train", "search"],
+    train: Callable[[Run], dict[str, Any]],
+    *,
+    resume: bool,
+    say: Callable[[str], None],
+    register: str | None,
+    configure: Callable[[Experiment, Base], Experiment] = lambda experiment, base: experiment,
+    groups: int = 1,
+    spare: float = 0.0,
+) -> dict[str, Any]:
+    """What a training and a search have in common: check everything, connect to the cluster, hold the lease, note beginning and
+    end, register the result. `train` returns the summary; with a `message` it has failed.
+
+    `configure` makes the experiment that is trained, `groups` and `spare` are those of `scale`.
+
+    Raises:
+        UserError, RunFailed: as `run_training`.
+    """
     began = time.monotonic()
     written = absolute(experiment)
     folder = storage.join(written.compute.storage, written.name)
     experiment = pin_parent(written, folder)
-    finished = check_run_name(experiment, folder, resume)
+    finished = check_run_name(experiment, folder, resume, kind)
     if finished:
         return finished | registered(experiment, finished, register)
     lease.check(folder, say)
     base = find_base(experiment.model)
     storage.check_writable(experiment.compute.storage)
     bring_parent(written, experiment, base)
-    task = load_task(experiment, base)
+    trained = configure(experiment, base)
+    task = load_task(trained, base)
     for line in describe_task(task):
         say(line)
     started_here = start_ray(experiment)
     try:
-        scaling = scale(experiment)
+        scaling = scale(experiment, groups, spare)
         with hold_lease(folder, say):
-            finished = check_run_name(experiment, folder, resume)  # another driver may have ended it just now
+            finished = check_run_name(experiment, folder, resume, kind)  # another driver may have ended it just now
             if finished:
                 return finished | registered(experiment, finished, register)
-            write_run(folder, experiment, "running")
+            write_run(folder, experiment, "running", kind=kind)
             say(starting(experiment))
             tracker = start_tracker(experiment, folder, task, base)
-            summary = _fit(experiment, base, folder, scaling, tracker, show)
+            summary = train(Run(experiment, trained, folder, base, scaling, tracker))
             if "message" in summary:
-                write_run(folder, experiment, "failed")
+                write_run(folder, experiment, "failed", kind=kind)
                 raise RunFailed(summary["message"])
             summary["seconds"] = round(time.monotonic() - began, 1)
-            write_run(folder, experiment, "finished", summary)
+            write_run(folder, experiment, "finished", summary, kind)
     finally:
         if started_here:
             leave_ray()
@@ -146,18 +185,17 @@ def _work() -> Callable[[dict[str, Any]], None]:
     return work
 
 
-def _fit(
-    experiment: Experiment, base: Base, folder: str, scaling: ray.train.ScalingConfig, tracker: Tracker, show: Show
-) -> dict[str, Any]:
+def _fit(run: Run, show: Show) -> dict[str, Any]:
     """Run Ray Train in this thread (so that Ctrl-C stops it in order) and follow its events in another."""
+    experiment, folder, tracker = run.experiment, run.folder, run.tracker
     queue = beside_driver(EventQueue).remote()
     attempt = storage.join(folder, "ray")
     config = {"folder": folder, "events": queue}
-    follower = _Follower(queue, folder, tracker, show, base)
+    follower = _Follower(queue, folder, tracker, show, run.base)
     status: Status = "FAILED"
     interrupt = signal.getsignal(signal.SIGINT)
     try:
-        make_trainer(experiment, attempt, scaling, _work(), config).fit()
+        make_trainer(experiment, attempt, run.scaling, _work(), config).fit()
         follower.stop()
         status = "FINISHED" if "message" not in follower.summary else "FAILED"
     except (TrainingFailedError, RayError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ptuning import storage
 from ptuning.cluster.local_paths import absolute
@@ -27,9 +27,10 @@ FREE = ("search.trials", "search.slots", "search.groups", "search.finalists", "s
 """What may differ when a search is resumed."""
 
 
-def check_run_name(experiment: Experiment, folder: str, resume: bool, search: bool = False) -> dict[str, Any] | None:
+def check_run_name(
+    experiment: Experiment, folder: str, resume: bool, kind: Literal["train", "search"] = "train"
+) -> dict[str, Any] | None:
     """A name is not silently used twice. Returns the summary of a finished run that is to be resumed."""
-    kind = "search" if search else "train"
     if not storage.exists(folder, RUN):
         if resume:
             raise UserError(f"{folder}: there is no run to resume; start it without --resume")
@@ -44,7 +45,7 @@ def check_run_name(experiment: Experiment, folder: str, resume: bool, search: bo
         raise UserError(
             f"{folder}: was made by ptuning {record.get('kind', 'train')}; resume it with that, or choose another name"
         )
-    decisive = ("model", "prompt", "data", "train", *(("search",) if search else ()))
+    decisive = ("model", "prompt", "data", "train", *(("search",) if kind == "search" else ()))
     now, before = redacted(experiment.model_dump(mode="json")), redacted(record["experiment"])
     changed = [
         f"{table}.{key}"
