@@ -70,14 +70,14 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> I
         scratch = served.storage.parent / "scratch"
         experiment = written_experiment(served.storage, served.base)
         publish_soft_prompt(served.registry, served.base, scratch, "spam", 11, experiment=experiment)
-        served.service.catalogue.sync()
+        served.service.models.sync()
         other = {"config": "0" * 64, "tokenizer": "0" * 64, "weights": "0" * 64}
         publish_soft_prompt(served.registry, served.base, scratch, "spam", 12, experiment=experiment, base_fingerprint=other)
         lost = served.registry.find(publish_soft_prompt(served.registry, served.base, scratch, "spam", 13))
         run = served.registry.client.get_run(lost.run_id)
         (Path(run.info.artifact_uri.removeprefix("file://")) / "soft_prompt" / "card.json").write_text("{}")
-        served.service.catalogue.sync()
-        assert set(served.service.catalogue.refused) == {"spam:2", "spam:3"}
+        served.service.models.sync()
+        assert set(served.service.models.refused) == {"spam:2", "spam:3"}
         yield served
 
 
@@ -441,7 +441,7 @@ def test_an_old_card_gives_no_password_on(world: SimpleNamespace, tmp_path: Path
     loaded, files = retrieve(world.registry, version)
     assert loaded.card.experiment and loaded.card.experiment["tracking"]["uri"] == "http://***@127.0.0.1:9"
     assert SECRET.encode() not in b"".join(files.values())
-    assert world.service.catalogue.sync()
+    assert world.service.models.sync()
     kept = [path for path in world.storage.rglob("served/**/card.json") if loaded.card.content_hash in str(path)]
     assert kept and SECRET not in "".join(path.read_text() for path in kept)
     again = publish(world.registry, "again", str(old), None, (tmp_path / "artifacts").as_uri())
@@ -525,7 +525,7 @@ def without_a_key(world: SimpleNamespace, folder: Path) -> None:
 def with_a_key(world: SimpleNamespace, folder: Path) -> None:
     status, headers, content = ask(world.url, "GET", "/v1/models")
     models = json.loads(content)["data"]
-    assert status == 200 and {model["id"] for model in models} == set(world.service.catalogue.names)
+    assert status == 200 and {model["id"] for model in models} == set(world.service.models.names)
     assert all(set(model) == MODEL for model in models)
     check_public(f"{headers} {[{**model, 'template': None} for model in models]}", world)
     for path in POSTS:

@@ -153,7 +153,7 @@ def test_merged_exports_of_every_architecture(
 def test_no_virtual_token_is_ever_drawn(tmp_path: Path, assets: Path, model: str) -> None:
     base = find_base(ModelConfig(path=str(assets / "models" / model)))
     merged = write_merged(prompt_for(base, length=20), base, "toy", tmp_path / "merged")
-    assert merged.guard.safe
+    assert merged.suppression.safe
     assert drawn(tmp_path / "merged", 10_000, suppress=True) == 0
     assert drawn(tmp_path / "merged", 10_000, suppress=False) == 0, "an engine that does not know suppress_tokens"
     same_text(tmp_path / "merged", prompt_for(base, length=20), base, ["Once upon a time"])
@@ -165,8 +165,10 @@ def test_a_base_whose_states_fill_the_space_is_guarded_by_the_generation_config_
     merged = write_merged(prompt_for(base, length=20), base, "toy", tmp_path / "merged")
     found, chances = sample(tmp_path / "merged", 10_000, suppress=True)
     assert int(found.sum()) == 0
-    assert merged.guard.safe or any("suppress_tokens" in line for line in merged.lines("toy:1", "here"))
-    assert merged.guard.mean < 3e-4 and float(chances.mean()) < 2 * merged.guard.mean + 1e-6, "new texts are as was measured"
+    assert merged.suppression.safe or any("suppress_tokens" in line for line in merged.lines("toy:1", "here"))
+    assert merged.suppression.mean < 3e-4 and float(chances.mean()) < 2 * merged.suppression.mean + 1e-6, (
+        "new texts are as was measured"
+    )
     assert float(chances.max()) < 0.5, "nowhere on the wrong side for certain"
     same_text(tmp_path / "merged", prompt_for(base, length=20), base, ["a film that I liked"])
 
@@ -181,7 +183,7 @@ def test_a_head_with_a_bias_never_says_a_virtual_token(tmp_path: Path, tiny_toke
     tiny_tokenizer.save_pretrained(tmp_path / "base")
     base = find_base(ModelConfig(path=str(tmp_path / "base")))
     merged = write_merged(prompt_for(base), base, "toy", tmp_path / "merged")
-    assert merged.guard.exact and merged.guard.safe
+    assert merged.suppression.exact and merged.suppression.safe
     found, chances = sample(tmp_path / "merged", 1000, suppress=False)
     assert int(found.sum()) == 0 and float(chances.max()) == 0.0
 
@@ -309,6 +311,6 @@ def test_imports_that_cannot_be(
 
 @pytest.mark.fast
 def test_what_a_person_is_told() -> None:
-    merged = Merged(5, 325, True, guard=Suppression(exact=False, mean=9e-5, worst=0.01), prepends=False, chat=False)
+    merged = Merged(5, 325, True, suppression=Suppression(exact=False, mean=9e-5, worst=0.01), prepends=False, chat=False)
     lines = merged.lines("toy:1", "here")
     assert len(lines) == 5 and "a share of 9e-05 would be virtual ones" in lines[2]

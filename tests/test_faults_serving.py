@@ -437,19 +437,19 @@ def test_a_registry_that_comes_and_goes(tmp_path, base):
     service = Service(parse_experiment(tables), read_keys(None), "one")
     try:
         print(f"started without a registry in {time.monotonic() - began:.1f} s")
-        assert service.ready and set(service.catalogue.names) == {"endless"}
+        assert service.ready and set(service.models.names) == {"endless"}
         with server(home, port):
-            back = until(lambda: "fruits" in service.catalogue.names, 40, "it does not find what is published")
+            back = until(lambda: "fruits" in service.models.names, 40, "it does not find what is published")
             print(f"the registry came: served after {back:.1f} s")
-        first = dict(service.catalogue.names)
+        first = dict(service.models.names)
         time.sleep(1)
-        assert service.alive and dict(service.catalogue.names) == first, "what is served stays"
+        assert service.alive and dict(service.models.names) == first, "what is served stays"
         with server(home, port) as uri:
             from ptuning.registry.registry import Registry
 
             ledger = PromotionLog(Registry(uri), "fruits")
             ledger.promote(2, ledger.state())
-            until(lambda: service.catalogue.find("fruits").id == "fruits:2", 40, "a promotion does not arrive")
+            until(lambda: service.models.find("fruits").id == "fruits:2", 40, "a promotion does not arrive")
     finally:
         service.close()
 
@@ -461,18 +461,18 @@ def test_a_database_that_vanishes_takes_nothing_along(tmp_path, base, caplog):
     service = Service(tables, {}, "one")
     database = tmp_path / "runs" / "mlflow.db"
     try:
-        assert service.catalogue.find("fruits").id == "fruits:1"
+        assert service.models.find("fruits").id == "fruits:1"
         database.rename(tmp_path / "away")
         service._look()
-        assert service.catalogue.find("fruits").id == "fruits:1" and "has gone; put it back" in caplog.text
+        assert service.models.find("fruits").id == "fruits:1" and "has gone; put it back" in caplog.text
     finally:
         service.close()
     again = Service(tables, {}, "two")
     try:
-        assert again.catalogue.find("fruits").id == "fruits:1" and not database.exists()
+        assert again.models.find("fruits").id == "fruits:1" and not database.exists()
         (tmp_path / "away").rename(database)
         again._look()
-        assert again.catalogue.find("fruits").id == "fruits:1"
+        assert again.models.find("fruits").id == "fruits:1"
     finally:
         again.close()
 
@@ -485,12 +485,12 @@ def test_a_damaged_memory_of_the_last_set_is_said_and_not_fatal(tmp_path, base, 
     tables = settings(folder, base, cache_mb=16) | {"tracking": {"uri": "http://127.0.0.1:9"}}  # nothing listens there
     known = Service(parse_experiment(tables), {}, "one")
     known.close()
-    path = Path(known.catalogue._folder) / "served.json"
+    path = Path(known.models._folder) / "served.json"
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     service = Service(parse_experiment(tables), {}, "two")
     try:
-        assert service.ready and set(service.catalogue.names) == {"endless"}
+        assert service.ready and set(service.models.names) == {"endless"}
         assert "served.json is damaged, nothing of it is served" in caplog.text
     finally:
         service.close()
@@ -501,7 +501,7 @@ def test_a_disk_that_takes_nothing_is_no_reason_not_to_serve(tmp_path, base, cap
     (tmp_path / "runs" / "served").write_text("a file where the folder would be")
     service = Service(parse_experiment(settings(tmp_path / "runs", base, cache_mb=16)), {}, "one")
     try:
-        assert service.catalogue.find("fruits").id == "fruits:1"
+        assert service.models.find("fruits").id == "fruits:1"
         assert "served.json could not be written" in caplog.text and "could not be renewed" not in caplog.text
     finally:
         service.close()

@@ -344,7 +344,7 @@ def test_classification_through_http_is_evaluation(client, world, tmp_path):
     rows = toy_rows(48, seed=5)
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    base, served = world.service.base, world.service.catalogue.find("fruits")
+    base, served = world.service.base, world.service.models.find("fruits")
     encoder = Encoder(LABELS, base.tokenizer, base.context - served.length)
     vectors = world.service.engine._bank.vectors(served.handle.ids)
     model = PromptedModel(base.load(torch.float32))
@@ -446,7 +446,7 @@ def test_token_ids_of_soft_prompts_are_nobodys_to_send(client, world, strange):
 def test_too_long_a_text_may_be_cut_as_in_training(client, world):
     text = "the old hammer " * 60
     answer = chat(client, text, extra_body={"truncate": True})
-    encoder = world.service.catalogue.find("fruits").encoder
+    encoder = world.service.models.find("fruits").encoder
     assert answer.usage.prompt_tokens == len(encoder.fitted_ids({"text": text})) <= encoder.input_room
     assert classify(client, [text], truncate=True)["data"][0]["label"] == answer.choices[0].message.content
 
@@ -556,11 +556,11 @@ def test_when_all_places_are_taken_no_body_is_read(world, monkeypatch):
     assert raw(world.url, "/v1/classify", b"nonsense")[0] == 400
 
     counted = re.compile(r'ptuning_requests_total\{model="none",replica="\w+",route="chat",status="429"\} (\S+)')
-    before = float(counted.findall(world.service.gauges.text().decode())[0])
+    before = float(counted.findall(world.service.metrics.text().decode())[0])
     raw(
         world.url, "/v1/chat/completions", b"nonsense", **{proxy.REFUSED.decode(): "40"}
     )  # the proxy has refused so many by itself
-    assert float(counted.findall(world.service.gauges.text().decode())[0]) == before + 41
+    assert float(counted.findall(world.service.metrics.text().decode())[0]) == before + 41
 
 
 def wait_until_idle(world: SimpleNamespace, seconds: float = 5) -> None:
@@ -605,7 +605,7 @@ def test_metrics(client, world):
     chat(client, model="writer")
     with pytest.raises(openai.NotFoundError):
         chat(client, model="x" * 100)
-    text = world.service.gauges.text().decode()
+    text = world.service.metrics.text().decode()
     for line in (
         'ptuning_requests_total{model="fruits:1",replica="test",route="chat",status="200"}',
         'ptuning_requests_total{model="none",replica="test",route="chat",status="404"}',
@@ -620,7 +620,7 @@ def test_metrics(client, world):
 
 def test_promotion_refusal_and_rollback(client, world, tmp_path):
     """The alias moves, the replica looks, the next answer is the new one's; what fails a check is refused and the old stays."""
-    catalogue, registry = world.service.catalogue, world.registry
+    catalogue, registry = world.service.models, world.registry
     ledger = PromotionLog(registry, "fruits")
     held = catalogue.find("fruits")
     ledger.promote(2, ledger.state())
@@ -689,8 +689,8 @@ def test_the_last_good_set_outlives_the_registry(world, tiny_base_folder, tmp_pa
     tables = settings(storage, tiny_base_folder) | {"tracking": {"uri": "http://127.0.0.1:9"}}  # nothing listens there
     service = Service(parse_experiment(tables), {}, "second")
     try:
-        assert {name for name in service.catalogue.names if ":" not in name} >= {"fruits", "writer", "pair", "raw"}
-        assert service.catalogue.find("fruits").handle.content_hash == world.service.catalogue.find("fruits").content_hash
+        assert {name for name in service.models.names if ":" not in name} >= {"fruits", "writer", "pair", "raw"}
+        assert service.models.find("fruits").handle.content_hash == world.service.models.find("fruits").content_hash
     finally:
         service.close()
 

@@ -55,11 +55,11 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> I
 
 def refused(world: SimpleNamespace, version: str) -> str:
     """Why a version is not served, after a look; whatever was served still is."""
-    before = {name: served.content_hash for name, served in world.service.catalogue.names.items()}
-    world.service.catalogue.sync()
-    after = {name: served.content_hash for name, served in world.service.catalogue.names.items()}
+    before = {name: served.content_hash for name, served in world.service.models.names.items()}
+    world.service.models.sync()
+    after = {name: served.content_hash for name, served in world.service.models.names.items()}
     assert after == before and version not in after
-    return str(world.service.catalogue.refused[version])
+    return str(world.service.models.refused[version])
 
 
 # Who writes to the registry: authors of soft prompts.
@@ -75,9 +75,9 @@ def test_pickles_among_the_artifacts_stay_closed(world, tmp_path):
         for name in ("adapter_model.bin", "python_model.pkl", "conda.yaml"):
             torch.save(Canary(tmp_path / "opened"), folder / name)
     shutil.copy(folder / "adapter_model.bin", folder / "adapter_model.safetensors")
-    assert world.service.catalogue.sync()
-    assert world.service.catalogue.find(good).content_hash
-    assert "adapter_model.safetensors differs from its hash" in world.service.catalogue.refused[bad]
+    assert world.service.models.sync()
+    assert world.service.models.find(good).content_hash
+    assert "adapter_model.safetensors differs from its hash" in world.service.models.refused[bad]
     assert not (tmp_path / "opened").exists()
 
 
@@ -114,7 +114,7 @@ def test_a_tag_names_no_folder(world, tmp_path, tag):
     victim = world.storage / "victim"
     victim.mkdir(exist_ok=True)
     (victim / "manifest.json").write_text("{}")
-    place = Path(world.service.catalogue._folder)
+    place = Path(world.service.models._folder)
     way = os.path.relpath(victim, place)
     found = world.registry.find(version)
     digest = {"content_hash": f"{way}/x", "card_hash": "/../."}[tag] if tag == "content_hash" else "/../../victim/."
@@ -138,8 +138,8 @@ def test_names_that_are_none_are_not_even_listed(world, caplog):
     client.create_registered_model(forged)
     client.create_model_version(forged, "file:///etc", source.run_id, tags={FORMAT: "1", **source.tags})
     with caplog.at_level(logging.DEBUG, "ptuning"):
-        world.service.catalogue.sync()
-    assert not any("forged" in name for name in world.service.catalogue.names) and "forged" not in caplog.text
+        world.service.models.sync()
+    assert not any("forged" in name for name in world.service.models.names) and "forged" not in caplog.text
     assert not any("forged" in version.name for version in world.registry.versions())
 
 
@@ -148,7 +148,7 @@ def test_a_version_that_breaks_in_a_new_way_is_refused_alone(world, tmp_path, mo
     broken = publish_soft_prompt(world.registry, world.base, tmp_path / "d", "a-broken", 61)
     whole = publish_soft_prompt(world.registry, world.base, tmp_path / "e", "b-whole", 62)
     add = world.service.engine.add
-    vectors = world.service.catalogue  # the first of the two that is loaded
+    vectors = world.service.models  # the first of the two that is loaded
 
     def fails(*arguments: Any) -> Any:
         monkeypatch.setattr(world.service.engine, "add", add)
@@ -162,7 +162,7 @@ def test_a_version_that_breaks_in_a_new_way_is_refused_alone(world, tmp_path, mo
 
 def test_a_new_version_waits_for_a_place_and_leaves_nothing(world, tmp_path):
     """Tried while every place is taken: neither refused nor half resident, and served as soon as there is room."""
-    engine, catalogue = world.service.engine, world.service.catalogue
+    engine, catalogue = world.service.engine, world.service.models
     version = publish_soft_prompt(world.registry, world.base, tmp_path / "g", "patient", 81)
     residents = engine.residents
     with engine._manager.pause():

@@ -1,7 +1,7 @@
 """What a version must pass before it becomes champion, and the promotion itself.
 
 Whatever is damaged is refused for good. What the gate measures (the base, the logits, the metric) `force` overrides; then the
-reasons stand in a tag of the version and in the ledger.
+reasons stand in a tag of the version and in the log.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ def promote(
         RegistryError, SoftPromptError, StorageError: not there, or damaged.
     """
     version = registry.find(reference)
-    ledger = PromotionLog(registry, version.name)
-    seen = ledger.state()
+    log = PromotionLog(registry, version.name)
+    seen = log.state()
     if seen.champion == version.version:
-        ledger.sync_alias()
+        log.sync_alias()
         return Promotion(version, _previous(seen), [], moved=False)
     findings = examine(registry, version, seen, base, margin)
     if findings and not force:
         raise GateError(f"{version}: {'; '.join(findings)}; nothing was changed, --force promotes it all the same")
-    ledger.promote(version.version, seen, "; ".join(findings) or None)
+    log.promote(version.version, seen, "; ".join(findings) or None)
     registry.tag(version, {STATE: "forced", FORCED: "; ".join(findings)[:4000]} if findings else {STATE: "passed"})
     return Promotion(version, seen.champion, findings, moved=True)
 

@@ -56,7 +56,7 @@ def _base(card: Card, version: Version, path: str | None) -> tuple[Base | None, 
 
 
 def version_lines(shown: dict[str, Any]) -> list[str]:
-    """The portrait for a person."""
+    """The inspection for a person."""
     card, lineage = shown["card"], shown["lineage"]
     aliases = f" ({', '.join(shown['aliases'])})" if shown["aliases"] else ""
     lines = [f"{shown['name']}:{shown['version']}{aliases}", *_card_lines(card)]

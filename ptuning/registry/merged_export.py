@@ -2,7 +2,7 @@
 
 The vocabulary grows by the virtual tokens `<|NAME:0|>` ..., whose embeddings are the soft prompt's vectors. The tokenizer
 puts them in front of every text, before the special tokens it puts there itself, as in our own pass; so does the chat template,
-whose last user message fills the field of the card's template. `guard` keeps virtual tokens from being generated.
+whose last user message fills the field of the card's template. `token_suppression` keeps virtual tokens from being generated.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Merged:
     vocabulary: int
     untied: bool
     """The base shared one matrix between input and output; the export has two."""
-    guard: Suppression
+    suppression: Suppression
     """What keeps virtual tokens from being generated."""
     prepends: bool
     """The tokenizer puts the virtual tokens in front of every text."""
@@ -67,10 +67,10 @@ class Merged:
         lines = [f"{name} merged into {folder}: {self.tokens} virtual tokens, vocabulary {self.vocabulary}"]
         if self.untied:
             lines.append("the output head is now a matrix of its own; engines that always tie this architecture cannot load it")
-        if not self.guard.safe:
+        if not self.suppression.safe:
             lines.append(
-                f"warning: of tokens drawn at temperature 2, a share of {self.guard.mean:.0e} would be virtual ones where an "
-                "engine ignores suppress_tokens of the generation config (transformers does not); suppress them there"
+                f"warning: of tokens drawn at temperature 2, a share of {self.suppression.mean:.0e} would be virtual ones "
+                "where an engine ignores suppress_tokens of the generation config (transformers does not); suppress them there"
             )
         if not self.prepends:
             lines.append("warning: this tokenizer cannot put the virtual tokens in front; begin every text with all of them")

@@ -2,16 +2,16 @@
 
 MLflow's `set_registered_model_alias` overwrites blindly: it has no compare-and-set. What it does have, on every SQL store and
 through its server, is an append-only log with a total order: versions of a registered model are numbered by its database, under
-a primary key, and a number is never given twice. So each name has a ledger, the registered model `NAME~promotions` (no soft
+a primary key, and a number is never given twice. So each name has a log, the registered model `NAME~promotions` (no soft
 prompt can be called so), and a promotion is an entry in it:
 
     request: "version 5, and the last move I saw was number 7"
 
 An entry counts if its `seen` is the number of the last move that counted before it, and otherwise never happened. Everybody
-who reads the ledger comes to the same list of moves, so of two promotions that saw the same state exactly one wins. There is
+who reads the log comes to the same list of moves, so of two promotions that saw the same state exactly one wins. There is
 no lock, hence no lease to expire: a promoter that dies before its entry has done nothing, and one that dies behind it has won.
 
-The alias `champion` is then written from the ledger, and written again until the ledger did not move meanwhile; the last
+The alias `champion` is then written from the log, and written again until the log did not move meanwhile; the last
 writer wrote what the last move says. If a promoter dies within these milliseconds the alias is late, until the next
 promotion, rollback, deletion, or repetition of the same promotion of this name. An alias moved by hand in MLflow is put back
 at the same occasions: move it with `ptuning prompts promote`.
@@ -42,7 +42,7 @@ class MovedMeanwhile(RegistryError):
 
 @dataclass(frozen=True)
 class Move:
-    """One entry of a ledger."""
+    """One entry of a log."""
 
     number: int
     kind: Kind
@@ -56,7 +56,7 @@ class Move:
 
 @dataclass(frozen=True)
 class State:
-    """What a ledger says up to some move."""
+    """What a log says up to some move."""
 
     name: str
     champion: int | None = None
@@ -141,7 +141,7 @@ class PromotionLog:
                 raise champion
 
     def sync_alias(self) -> State:
-        """Write the alias from the ledger, until the ledger did not move meanwhile.
+        """Write the alias from the log, until the log did not move meanwhile.
 
         Raises:
             RegistryError: the champion was removed from MLflow by other means.
@@ -213,7 +213,7 @@ class PromotionLog:
                 raise
 
     def _generation(self) -> str:
-        """When the name was created: a name that was deleted in MLflow and created again begins with an empty ledger."""
+        """When the name was created: a name that was deleted in MLflow and created again begins with an empty log."""
         try:
             with asking(self.registry.uri):
                 return str(self.registry.client.get_registered_model(self.name).creation_timestamp)
@@ -243,10 +243,10 @@ def delete(registry: Registry, reference: Reference) -> Version:
     if reference.version is None:
         raise RegistryError(f"{reference}: names no single version; write {reference.name}:N to delete version N")
     version = registry.find(reference)
-    ledger = PromotionLog(registry, version.name)
-    ledger.mark_deleted(version.version)
+    log = PromotionLog(registry, version.name)
+    log.mark_deleted(version.version)
     registry.remove(version)
-    ledger.sync_alias()  # MLflow has removed the aliases that pointed to it
+    log.sync_alias()  # MLflow has removed the aliases that pointed to it
     return version
 
 

@@ -112,7 +112,7 @@ class Api:
         tokens = sum(map(len, rows))
         spent = Usage(prompt_tokens=tokens, total_tokens=tokens, virtual_tokens=served.length)
         self._count(served, spent, began, began)
-        answer = Classification(**envelope(served, self._service.catalogue.base_id, "classify"), data=data, usage=spent)
+        answer = Classification(**envelope(served, self._service.models.base_id, "classify"), data=data, usage=spent)
         return json_response(answer)
 
     async def _scores(self, served: Served, rows: list[list[int]], trie: LabelTrie) -> list[list[float]]:
@@ -176,7 +176,7 @@ class Api:
         if n * len(questions) > self._limits.max_answers:
             message = f"n: {n * len(questions)} answers, at most {self._limits.max_answers} to one request; lower it"
             raise ApiError(400, message, "invalid_request_error", "n")
-        reply = kind(served, self._service.catalogue.base_id, questions[0].sampling.top is not None)
+        reply = kind(served, self._service.models.base_id, questions[0].sampling.top is not None)
         answers: list[Generation] = []
         try:
             for question in questions:
@@ -227,13 +227,13 @@ class Api:
 
     async def models(self, request: Request) -> Response:
         authorize(request, self._service.keys, "inference")
-        names = self._service.catalogue.names
+        names = self._service.models.names
         return json_response(Models(data=[self._model(name, served) for name, served in names.items()]))
 
     async def model(self, name: str, request: Request) -> Response:
         authorize(request, self._service.keys, "inference")
         try:
-            return json_response(self._model(name, self._service.catalogue.find(name)))
+            return json_response(self._model(name, self._service.models.find(name)))
         except UnknownModel as error:
             return as_api_error(error).response()
 
@@ -255,17 +255,17 @@ class Api:
         """Look at the registry now, and say what is served and what was refused."""
         authorize(request, self._service.keys, "admin")
         try:
-            changed = await asyncio.to_thread(self._service.catalogue.sync)
+            changed = await asyncio.to_thread(self._service.models.sync)
         except UserError as error:
             log.warning("the registry does not answer, what is served stays: %s", error)
             message = "the registry does not answer, what is served stays; see the server's log"
             return ApiError(503, message, "server_error", retry_after="5").response()
-        catalogue = self._service.catalogue
-        return JSONResponse({"changed": changed, "served": sorted(catalogue.names), "refused": dict(catalogue.refused)})
+        models = self._service.models
+        return JSONResponse({"changed": changed, "served": sorted(models.names), "refused": dict(models.refused)})
 
     async def metrics(self, request: Request) -> Response:
         authorize(request, self._service.keys, "admin")
-        return Response(self._service.gauges.text(), media_type="text/plain; version=0.0.4")
+        return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def livez(self) -> Response:
         return JSONResponse({"alive": self._service.alive}, 200 if self._service.alive else 503)
@@ -273,7 +273,7 @@ class Api:
     async def readyz(self) -> Response:
         """Ready: the base is loaded, one real generation is done, and the engine runs."""
         ready = self._service.ready and self._service.alive and not self._service.draining
-        known = {"ready": ready, "soft_prompts": self._engine.residents, "refused": len(self._service.catalogue.refused)}
+        known = {"ready": ready, "soft_prompts": self._engine.residents, "refused": len(self._service.models.refused)}
         return JSONResponse(known, 200 if ready else 503)
 
     # -- what every request goes through -----------------------------------------------------------------------------
@@ -292,13 +292,13 @@ class Api:
             authorize(request, self._service.keys, "inference")
             spared = request.headers.get(REFUSED, "")
             if spared.isdigit() and len(spared) < 7:
-                self._service.gauges.answered(model, route, 429, int(spared))
+                self._service.metrics.answered(model, route, 429, int(spared))
             if route != "classify" and self._engine.full:  # before anything is read: what is refused must cost next to nothing
                 refusal = as_api_error(EngineBusy("all places are taken; ask again later"))
                 refusal.headers[BUSY] = "1"
                 raise refusal
             body = await read_body(request, shape, self._limits)
-            served = self._service.catalogue.find(body.model)  # type: ignore[attr-defined]  # every shape has it
+            served = self._service.models.find(body.model)  # type: ignore[attr-defined]  # every shape has it
             model = served.id
             response = await answer(body, served, began)
         except Exception as error:  # whatever it is, the client gets an OpenAI-shaped answer
@@ -307,15 +307,15 @@ class Api:
                 # Said, not left to the keep-alive timer: bytes that come behind the answer stop that timer for good
                 # (uvicorn 0.54, data_received), and the connection would stay for as long as the client likes.
                 response.headers["connection"] = "close"
-        self._service.gauges.answered(model, route, response.status_code)
+        self._service.metrics.answered(model, route, response.status_code)
         return response
 
     def _count(self, served: Served, spent: Usage, began: float, first: float) -> None:
-        now, gauges = time.monotonic(), self._service.gauges
+        now, metrics = time.monotonic(), self._service.metrics
         cached = (spent.prompt_tokens_details or {}).get("cached_tokens", 0)
-        gauges.tokens(served.id, prompt=spent.prompt_tokens, completion=spent.completion_tokens, cached=cached)
+        metrics.tokens(served.id, prompt=spent.prompt_tokens, completion=spent.completion_tokens, cached=cached)
         if spent.completion_tokens:
-            gauges.timing(served.id, first - began, now - began, spent.completion_tokens)
+            metrics.timing(served.id, first - began, now - began, spent.completion_tokens)
 
 
 def _is_one(prompt: str | list[str] | list[int] | list[list[int]]) -> bool:

@@ -42,9 +42,9 @@ class Replica:
 
     def state(self) -> dict[str, Any]:
         """What is served, and what was refused and why."""
-        catalogue = self._service.catalogue
-        served = {name: served.id for name, served in catalogue.names.items() if ":" not in name}
-        return {"served": served, "refused": dict(catalogue.refused)}
+        models = self._service.models
+        served = {name: served.id for name, served in models.names.items() if ":" not in name}
+        return {"served": served, "refused": dict(models.refused)}
 
     def __del__(self) -> None:
         service = getattr(self, "_service", None)

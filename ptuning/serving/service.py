@@ -51,15 +51,15 @@ class Service:
         store = experiment.compute.storage
         registry = Registry(experiment.tracking.uri or default_uri(store))
         cache = storage.join(store, "served") if storage.is_local(store) else str(Path.home() / ".cache" / "ptuning" / "served")
-        self.catalogue = ServedModels(self.base, self.engine, registry, cache, self.limits.soft_prompts)
-        self.gauges = Metrics(replica)
-        self.gauges.watch(
+        self.models = ServedModels(self.base, self.engine, registry, cache, self.limits.soft_prompts)
+        self.metrics = Metrics(replica)
+        self.metrics.watch(
             {
                 "busy": ("Requests that run or wait, and texts that wait for labels.", lambda: self.engine.busy),
                 "soft_prompts": ("Resident soft prompts.", lambda: self.engine.residents),
                 "soft_prompt_bytes": ("Memory that they take.", lambda: self.engine.resident_bytes),
-                "refused": ("Versions that failed a check.", lambda: len(self.catalogue.refused)),
-                "registry_read_seconds": ("When the registry was last read, in Unix seconds.", lambda: self.catalogue.looked),
+                "refused": ("Versions that failed a check.", lambda: len(self.models.refused)),
+                "registry_read_seconds": ("When the registry was last read, in Unix seconds.", lambda: self.models.looked),
                 "steps_total": ("Steps of the engine.", lambda: self.engine.stats.steps),
                 "batched_total": ("Requests in all steps together: divided by the steps, the batch.", self._batched),
                 "prompt_tokens_total": ("Tokens of text and soft prompts that requests began with.", self._prompted),
@@ -98,11 +98,11 @@ class Service:
     def _look(self, first: bool = False) -> None:
         """Look at the registry. If it does not answer, what is served stays, or comes from disk."""
         try:
-            if self.catalogue.sync():
-                log.info("serving %s", ", ".join(self.catalogue.names))
+            if self.models.sync():
+                log.info("serving %s", ", ".join(self.models.names))
         except TrackingError as error:
             log.warning("the registry does not answer, what is served stays: %s", error)
-            if first and not self.catalogue.restore():
+            if first and not self.models.restore():
                 log.error("no soft prompts are served until the registry answers")
         except Exception:  # whatever it is must not end the thread: the next look may succeed
             log.exception("what is served could not be renewed")

@@ -2,7 +2,7 @@
 
     record -> outbox on local disk -> thread -> MLflow
 
-A `Tracker` belongs to the driver of one run. Each record is one line in the spool; a daemon thread ships the lines in
+A `Tracker` belongs to the driver of one run. Each record is one line in the outbox; a daemon thread ships the lines in
 batches and remembers how far it came. MLflow may be slow, down, or absent from start to end: the lines wait, and the
 same run resumed, or `ship_leftovers` in a later command, ships them. Shipping twice is harmless: each point carries its
 own time and step, and the run is found again by a key of ours, so an answer that got lost never makes a second run.
@@ -39,7 +39,7 @@ _open: set[str] = set()
 
 
 class Tracker:
-    """One MLflow run. Created again on the same spool it continues that run.
+    """One MLflow run. Created again on the same outbox it continues that run.
 
     A record costs one write to the local disk, whatever MLflow does (`OSError` if that disk is full).
     """
@@ -49,37 +49,37 @@ class Tracker:
         uri: str,
         experiment: str,
         artifact_root: str | None,
-        spool: Path,
+        outbox: Path,
         run_name: str,
         parent: str | None = None,
     ) -> None:
-        """Open or continue the spool and start shipping.
+        """Open or continue the outbox and start shipping.
 
         Args:
             artifact_root: where a new MLflow experiment keeps artifacts; ignored for a server, which decides itself.
             parent: `run_key` of the run that this one belongs to, in the same experiment.
 
         Raises:
-            UserError: another process writes this spool.
+            UserError: another process writes this outbox.
         """
-        spool.mkdir(parents=True, exist_ok=True)
+        outbox.mkdir(parents=True, exist_ok=True)
         self._held = ExitStack()
-        if not self._held.enter_context(locked(spool / "writer.lock", seconds=2)):  # ship_leftovers holds it shortly
-            raise UserError(f"run {run_name}: another process is writing {spool}; wait for it or choose another name")
+        if not self._held.enter_context(locked(outbox / "writer.lock", seconds=2)):  # ship_leftovers holds it shortly
+            raise UserError(f"run {run_name}: another process is writing {outbox}; wait for it or choose another name")
         remote = uri.startswith(("http://", "https://"))
-        self._spool = Outbox.create(spool, uri, experiment, None if remote else artifact_root, run_name, parent)
-        self.run_key: str = self._spool.about["run_key"]
-        self._shipment = Uploader(self._spool, uri)
+        self._outbox = Outbox.create(outbox, uri, experiment, None if remote else artifact_root, run_name, parent)
+        self.run_key: str = self._outbox.about["run_key"]
+        self._shipment = Uploader(self._outbox, uri)
         self._secret = (uri, redact(uri))
         self._last_step: dict[str, int] = {}
         self._tables: list[dict[str, str]] = []
-        for record in self._spool.replay():
+        for record in self._outbox.replay():
             if record["kind"] == "metrics":
                 self._last_step.update(dict.fromkeys(record["values"], record["step"]))
             self._tables += record.get("tables", [])
         self._changed = threading.Condition()
-        self._end = self._spool.size()
-        self._sent = self._spool.sent(uri).offset
+        self._end = self._outbox.size()
+        self._sent = self._outbox.sent(uri).offset
         self._hurry = self._stop = False
         self._record({"kind": "start"})
         _open.add(self.run_key)
@@ -119,11 +119,11 @@ class Tracker:
 
     def artifact_bytes(self, name: str, content: bytes) -> None:
         """Upload bytes as the file `name` (slashes make folders). The same name again replaces it."""
-        path = self._spool.files / _inside(name)
+        path = self._outbox.files / _inside(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, content)
         folder = str(PurePosixPath(name).parent)
-        kept = str(path.relative_to(self._spool.folder))  # relative: the spool may be moved before it is shipped
+        kept = str(path.relative_to(self._outbox.folder))  # relative: the outbox may be moved before it is shipped
         self._record({"kind": "artifact", "path": kept, "folder": "" if folder == "." else folder}, sync=True)
 
     def text(self, name: str, content: str) -> None:
@@ -158,7 +158,7 @@ class Tracker:
             self._hurry = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._sent >= self._end, deadline_s)
-        return self._spool.unsent(self._sent)
+        return self._outbox.unsent(self._sent)
 
     def close(self, deadline_s: float) -> int:
         """`flush`, then stop. Records that still wait stay on disk for `ship_leftovers`."""
@@ -188,7 +188,7 @@ class Tracker:
         line = json.dumps(redacted(record)) + "\n"
         with self._changed:
             idle = self._sent >= self._end
-            self._end = self._spool.append(line.encode(), sync)
+            self._end = self._outbox.append(line.encode(), sync)
             if idle:  # a thread that already has work would wake for nothing
                 self._changed.notify_all()
 
@@ -211,7 +211,7 @@ class Tracker:
             except Exception as error:
                 pause = min(2 * pause, LONGEST_PAUSE)
                 if complaint != (complaint := reason_of(error)):  # each trouble once, not at every try
-                    log.warning("MLflow (%s): %s; records wait in %s", self._secret[1], complaint, self._spool.folder)
+                    log.warning("MLflow (%s): %s; records wait in %s", self._secret[1], complaint, self._outbox.folder)
             else:
                 pause, complaint = PAUSE, ""
 

@@ -24,31 +24,31 @@ RUN_KEY, PARENT_KEY = "ptuning.run_key", "ptuning.parent_key"
 
 
 def ship_leftovers(folder: Path, uri: str) -> int:
-    """Ship what earlier runs left in their spools under `folder`, in one pass. Returns how many records still wait.
+    """Ship what earlier runs left in their outboxes under `folder`, in one pass. Returns how many records still wait.
 
     A run whose process died without a word is closed as KILLED. Runs that somebody writes at this moment, and runs that
     were tracked elsewhere, are left alone. Takes as long as MLflow takes: call it in a thread.
     """
     found = [Outbox(path.parent) for path in folder.rglob("events.jsonl") if path.with_name("run.json").exists()]
-    spools = sorted(found, key=lambda spool: int(spool.about["time"]))  # parents before their children
+    outboxes = sorted(found, key=lambda outbox: int(outbox.about["time"]))  # parents before their children
     waiting, down = 0, False
-    for spool in spools:
-        if spool.about["uri"] != redact(uri):
+    for outbox in outboxes:
+        if outbox.about["uri"] != redact(uri):
             continue
-        with locked(spool.folder / "writer.lock") as abandoned:
+        with locked(outbox.folder / "writer.lock") as abandoned:
             if not abandoned:
                 continue
-            if not spool.finished():
-                list(spool.replay())  # cuts a torn last line
-                finish = {"kind": "finish", "status": "KILLED", "time": int(spool.events.stat().st_mtime * 1000)}
-                spool.append(f"{json.dumps(finish)}\n".encode(), sync=True)
+            if not outbox.finished():
+                list(outbox.replay())  # cuts a torn last line
+                finish = {"kind": "finish", "status": "KILLED", "time": int(outbox.events.stat().st_mtime * 1000)}
+                outbox.append(f"{json.dumps(finish)}\n".encode(), sync=True)
         try:
-            if spool.sent(uri).offset < spool.size() and not down:
-                deque(Uploader(spool, uri).ship(), maxlen=0)
+            if outbox.sent(uri).offset < outbox.size() and not down:
+                deque(Uploader(outbox, uri).ship(), maxlen=0)
         except Exception as error:  # as in Tracker._ship: the next command tries again
-            log.warning("MLflow (%s): %s; records wait in %s", redact(uri), reason_of(error), spool.folder)
+            log.warning("MLflow (%s): %s; records wait in %s", redact(uri), reason_of(error), outbox.folder)
             down = True
-        waiting += spool.unsent(spool.sent(uri).offset)
+        waiting += outbox.unsent(outbox.sent(uri).offset)
     return waiting
 
 
@@ -61,12 +61,12 @@ class _Refused(Exception):
 
 
 class Uploader:
-    """Brings one spool to MLflow."""
+    """Brings one outbox to MLflow."""
 
-    def __init__(self, spool: Outbox, uri: str) -> None:
-        self.spool = spool
+    def __init__(self, outbox: Outbox, uri: str) -> None:
+        self.outbox = outbox
         self.uri = uri
-        self.run_id = spool.sent(uri).run_id
+        self.run_id = outbox.sent(uri).run_id
         self.stop = False
         self._params: dict[str, str] | None = None
         self._store: tuple[str | None, Any] | None = None
@@ -77,13 +77,13 @@ class Uploader:
         Raises:
             Exception: whatever stands between us and MLflow; call it again later.
         """
-        with locked(self.spool.folder / "shipping.lock") as mine:
+        with locked(self.outbox.folder / "shipping.lock") as mine:
             if not mine:
                 raise ConnectionError("another process is shipping this run")
-            sent = self.spool.sent(self.uri)
+            sent = self.outbox.sent(self.uri)
             if sent.run_id is None:
                 sent = sent._replace(run_id=self._find_or_create_run(), offset=0)
-                self.spool.save_sent(sent)
+                self.outbox.save_sent(sent)
             self.run_id = sent.run_id
             yield sent.offset
             for batch, offset in self._batches(sent.offset):
@@ -93,9 +93,9 @@ class Uploader:
                     self._send(batch)
                 except _RunGone:
                     self.run_id = self._params = None
-                    self.spool.save_sent(Sent(sent.uri))
+                    self.outbox.save_sent(Sent(sent.uri))
                     raise
-                self.spool.save_sent(sent._replace(offset=offset))
+                self.outbox.save_sent(sent._replace(offset=offset))
                 yield offset
 
     def _batches(self, offset: int) -> Iterator[tuple[list[Record], int]]:
@@ -103,7 +103,7 @@ class Uploader:
         room = {"metrics": BATCH_METRICS, "params": BATCH_TEXTS, "tags": BATCH_TEXTS, "bytes": BATCH_BYTES}
         batch: list[Record] = []
         left = dict(room)
-        for record, size, after in self.spool.read(offset):
+        for record, size, after in self.outbox.read(offset):
             kind, count = record["kind"], len(record.get("values", ()))
             if batch and (kind not in left or left[kind] < count or left["bytes"] < size):
                 yield batch, offset
@@ -131,7 +131,7 @@ class Uploader:
                 self._send(batch[: len(batch) // 2])
                 self._send(batch[len(batch) // 2 :])
                 return
-            reason, folder = reason_of(error), self.spool.folder
+            reason, folder = reason_of(error), self.outbox.folder
             log.warning("MLflow (%s) refuses a record: %s; see refused.jsonl in %s", redact(self.uri), reason, folder)
             with (folder / "refused.jsonl").open("a") as file:
                 file.write(json.dumps({"reason": reason, "record": batch[0]}) + "\n")
@@ -146,7 +146,7 @@ class Uploader:
             case "dataset":
                 self._log_dataset(first)
             case "artifact":
-                self._upload(self.spool.folder / first["path"], first["folder"])
+                self._upload(self.outbox.folder / first["path"], first["folder"])
             case "finish":
                 self._client.set_terminated(self.run_id, first["status"], first["time"])
                 self._delete_twins()
@@ -200,7 +200,7 @@ class Uploader:
         self._artifacts.log_artifact(str(path), folder or None)
 
     def _find_or_create_run(self) -> str:
-        about = self.spool.about
+        about = self.outbox.about
         found = self._runs(about["run_key"])
         if found:
             return found[0]
@@ -215,7 +215,7 @@ class Uploader:
 
     def _delete_twins(self) -> None:
         """A create_run that timed out here may still have happened there, later than we looked for it."""
-        for run_id in self._runs(self.spool.about["run_key"]):
+        for run_id in self._runs(self.outbox.about["run_key"]):
             if run_id != self.run_id:
                 self._client.delete_run(run_id)
 
@@ -250,7 +250,7 @@ class Uploader:
 
     @cached_property
     def _experiment_id(self) -> str:
-        return experiment_id(self._client, self.spool.about["experiment"], self.spool.about["artifact_root"])
+        return experiment_id(self._client, self.outbox.about["experiment"], self.outbox.about["artifact_root"])
 
 
 def _is_final(error: Exception) -> bool:

@@ -17,7 +17,6 @@ from ptuning.model import soft_prompt
 from ptuning.model.base import Base
 from ptuning.tracking import client as tracking_client
 from ptuning.tracking import plots, provenance, uploader
-from ptuning.tracking import tracker as tracking
 from ptuning.tracking.tracker import Tracker
 from ptuning.training.messages import Event
 from ptuning.training.watchdog import diagnose
@@ -159,7 +158,7 @@ class Recorder:
                 self._tracker.artifact_bytes(WORDS, plots.neighbours(words, event.run))
 
 
-def start_tracker(experiment: Experiment, folder: str, task: Task, base: Base) -> tracking.Tracker:
+def start_tracker(experiment: Experiment, folder: str, task: Task, base: Base) -> Tracker:
     """The MLflow run of an experiment, with everything that is known before it starts."""
     store = experiment.compute.storage
     uri = experiment.tracking.uri or tracking_client.default_uri(store)
@@ -177,15 +176,15 @@ def start_tracker(experiment: Experiment, folder: str, task: Task, base: Base) -
     return tracker
 
 
-def open_tracker(experiment: Experiment, name: str, folder: str, parent: str | None = None) -> tracking.Tracker:
-    """A run where the experiment is tracked; its spool lies below `folder` in the storage."""
+def open_tracker(experiment: Experiment, name: str, folder: str, parent: str | None = None) -> Tracker:
+    """A run where the experiment is tracked; its outbox lies below `folder` in the storage."""
     store = experiment.compute.storage
     uri = experiment.tracking.uri or tracking_client.default_uri(store)
-    spool = outbox_folder(store) / folder / "tracking"
+    outbox = outbox_folder(store) / folder / "tracking"
     root = tracking_client.default_artifact_root(store)
-    return tracking.Tracker(uri, experiment.tracking.experiment, root, spool, name, parent)
+    return Tracker(uri, experiment.tracking.experiment, root, outbox, name, parent)
 
 
 def outbox_folder(store: str) -> Path:
-    """Where spools lie: plain local files, since an object store cannot append."""
+    """Where outboxes lie: plain local files, since an object store cannot append."""
     return Path(store) if storage.is_local(store) else Path.home() / ".cache" / "ptuning" / quote(store, safe="")
