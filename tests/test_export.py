@@ -159,6 +159,7 @@ def test_no_virtual_token_is_ever_drawn(tmp_path: Path, assets: Path, model: str
     same_text(tmp_path / "merged", prompt_for(base, length=20), base, ["Once upon a time"])
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_base_whose_states_fill_the_space_is_guarded_by_the_generation_config_and_says_so(tmp_path: Path) -> None:
     base = find_base(ModelConfig())

@@ -294,7 +294,7 @@ def test_a_run_that_gives_up_says_why_and_goes_on_later(tables: dict[str, Any], 
     assert [event.step for event in events if event.kind == "start"] == [10]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_one_driver_per_run_and_a_killed_one_costs_at_most_one_interval(
     tables: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
 ) -> None:

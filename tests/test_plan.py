@@ -145,6 +145,7 @@ def test_slots_that_fit_fit() -> None:
     assert training(memory=1).most_slots(32) == 0
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_planned_memory_is_measured_memory(tmp_path: Path) -> None:
     """One shape and one worker; `python jobs/benchmark.py plan` measures them all."""

@@ -228,6 +228,7 @@ def test_a_thousand_versions_are_listed_in_three_seconds(store: Path, registry: 
     assert min(taken) < 1.3, taken
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_nothing_but_our_own_lines(tmp_path: Path, tiny_base_folder: Path) -> None:
     train_with_peft(find_base(ModelConfig(path=str(tiny_base_folder))), tmp_path / "theirs")

@@ -93,6 +93,7 @@ def test_pbt_lets_a_trial_go_on_from_a_better_one(tables: dict[str, Any]) -> Non
     assert exploited and all(entry.step == 80 for entry in entries)
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(240)
 def test_a_trial_that_diverges_is_marked_and_the_others_go_on(tables: dict[str, Any]) -> None:
     source = torch.zeros(10, 32)

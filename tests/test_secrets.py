@@ -114,6 +114,7 @@ def found_in(desk: SimpleNamespace) -> dict[str, set[str]]:
     return {name: secrets for name, secrets in found.items() if secrets}
 
 
+@pytest.mark.nightly
 def test_no_secret_is_written_logged_or_answered(desk: SimpleNamespace) -> None:
     far = desk.bucket.replace("//", f"//AKIAHUNTER:{STORE.replace('/', '%2F').replace('+', '%2B')}@") + "/runs"
     trained = desk.write("far", desk.uri(0), far)
