@@ -288,7 +288,8 @@ def test_packing_changes_nothing(architecture, pack):
         loss = model(prompts[k : k + 1], pack_targets(lengths[k : k + 1], batches[k : k + 1]))
         (gradient,) = torch.autograd.grad(loss.sum(), prompts[k : k + 1])
         assert (losses[k] - loss).norm() <= 1e-6 * loss.norm() + 1e-6
-        assert (together[k] - gradient).norm() <= 5e-6 * gradient.norm() + 1e-6
+        rounding = 2e-5 if architecture in CONCATENATED else 5e-6  # those are padded to the longest sequence of the pack
+        assert (together[k] - gradient).norm() <= rounding * gradient.norm() + 1e-6
 
 
 @every_architecture
