@@ -148,15 +148,20 @@ class DataConfig(Template):
     """Rows read once, at the end, with the best soft prompt."""
 
 
+TEXT_WEIGHT = 0.3
+"""Measured (BENCHMARKS.md, "Labels as a choice"): labels of one token gain accuracy by it, and free generation says them."""
+
+
 class TrainConfig(Table):
     """One soft prompt's training."""
 
     objective: Literal["auto", "choice", "text"] = "auto"
     """choice: the label as a choice among the labels, which is how evaluation and serving read it; text: every token of the
     target among the whole vocabulary, as in PEFT; auto: choice with labels, text without."""
-    text_weight: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.0
-    """With objective = "choice": weight of the text objective beside it, for soft prompts that shall say the label also where
-    nothing holds them to it (PEFT's generate, merged checkpoints)."""
+    text_weight: Annotated[float, Field(ge=0, le=1, strict=True)] | Literal["auto"] = "auto"
+    """With objective = "choice": weight of the text objective beside it, so that the base also says the label where nothing
+    constrains it (PEFT's generate, merged checkpoints). auto: 0.3 if every label is one token of the base, 0 if not, because
+    learning to spell a label costs accuracy."""
     class_weights: Literal["balanced"] | None = None
     """balanced: every label counts the same in the loss, however many rows it has. Probabilities then are those of a world in
     which all labels are equally frequent."""
@@ -189,6 +194,12 @@ class TrainConfig(Table):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     seed: Count = 0
+
+    def resolved_text_weight(self, target_tokens: int) -> float:
+        """The weight of the text objective where the longest label has so many tokens, its end token included."""
+        if self.text_weight == "auto":
+            return TEXT_WEIGHT if target_tokens <= 2 else 0.0
+        return self.text_weight
 
 
 class ZeroConfig(Table):
@@ -407,7 +418,7 @@ class Experiment(Table):
         for key, value in (("objective", self.train.objective == "choice"), ("class_weights", self.train.class_weights)):
             if value and not labels:
                 raise ValueError(f"train.{key}: needs data.labels to choose among; list them")
-        if self.train.text_weight and self.objective == "text":
+        if self.train.text_weight not in ("auto", 0) and self.objective == "text":
             raise ValueError('train.text_weight: weighs the text beside a choice, but the objective is "text"; set it to 0')
         allowed = CLASSIFICATION_METRICS if labels else GENERATION_METRICS
         if self.train.metric not in (None, *allowed):

@@ -96,6 +96,7 @@ def test_show(shelf: SimpleNamespace) -> None:
     assert shown["norms"]["vocabulary_mean"] > 0
     text = run("show", "toy", *shelf.where).stdout
     assert text.startswith("toy:1 (champion)\nbase         ") and "input        'Text: {text}\\nKind:'" in text
+    assert "\nobjective" not in text, "it was made elsewhere"
     text = run("show", "toy:2", "--base", str(shelf.folder), *shelf.where).stdout
     assert "(toy:1)" in text and "words        unknown: toy:2: " in text
 

@@ -114,6 +114,28 @@ def test_a_soft_prompt_learns_the_toy_task(run: Any, toy_task: SimpleNamespace) 
     assert card.metrics == finished.values and card.length == 10 and card.template.labels == ("fruit", "tool")
 
 
+@pytest.mark.parametrize(
+    ("target", "given", "weight"),
+    [(" {label}", {}, 0.3), (" it is a {label}", {}, 0.0), (" {label}", {"text_weight": 0}, 0.0), (" it is a {label}", {"text_weight": 0.1}, 0.1),
+     (" {label}", {"objective": "text"}, 0.0)],
+)  # fmt: skip
+def test_labels_of_one_token_are_learned_as_text_too_and_the_card_says_so(
+    run: Any, toy_task: SimpleNamespace, base: Base, target: str, given: dict[str, Any], weight: float
+) -> None:
+    tried = experiment(
+        toy_task, data__target=target, train__steps=2, **{f"train__{key}": value for key, value in given.items()}
+    )
+    longest = max(map(len, load_task(tried, base).encoder.label_ids))
+    assert (longest == 2) == (target == " {label}")
+    card = run()(tried).result("toy").card
+    assert card.experiment is not None
+    train = card.experiment["train"]
+    assert (train["objective"], train["text_weight"]) == (given.get("objective", "choice"), weight)
+    assert parse_experiment(card.experiment).train.resolved_text_weight(longest) == weight, "a card can be trained again"
+    public = card.public().experiment
+    assert public is not None and public["train"]["text_weight"] == weight
+
+
 def test_law_2_only_the_soft_prompt_moves(run: Any, toy_task: SimpleNamespace, model: PromptedModel) -> None:
     before = weights_hash(model.base)
     done = run()(experiment(toy_task))
@@ -128,11 +150,12 @@ def test_law_2_only_the_soft_prompt_moves(run: Any, toy_task: SimpleNamespace, m
         {},
         {"train__optimizer": "adafactor"},
         {"train__objective": "text"},
+        {"train__text_weight": 0},
         {"train__text_weight": 0.1, "train__class_weights": "balanced"},
         {"train__starts": 5},  # of which 3, 2 and 1 are left after steps 2, 3 and 4
         {"train__starts": 3, "data__validation": None, "train__optimizer": "adafactor"},
     ],
-    ids=["default", "adafactor", "text", "both", "starts", "starts without validation"],
+    ids=["default", "adafactor", "text", "choice alone", "both", "starts", "starts without validation"],
 )
 @pytest.mark.parametrize("killed_at", [1, 3, 7, 10, 13, 20])
 def test_law_5_killed_and_resumed_is_bit_identical(
@@ -210,6 +233,7 @@ def test_law_4_packing_changes_nothing(run: Any, toy_task: SimpleNamespace) -> N
                 (4, "vocabulary", 0.05, 50, "adamw", {}),
                 (1, "random", 0.01, 20, "adamw", {"train__objective": "text"}),
                 (9, "labels", 0.3, 35, "adafactor", {"train__text_weight": 0.5}),
+                (3, "vocabulary", 0.05, 30, "adamw", {"train__text_weight": 0}),
                 (6, "vocabulary", 0.1, 50, "adamw", {"train__starts": 4}),
                 (2, "random", 0.02, 10, "adamw", {"train__class_weights": "balanced"}),
             ]
@@ -540,7 +564,7 @@ def test_class_weights_weigh_each_rows_choice(run: Any, toy_task: SimpleNamespac
     fewer_tools(toy_task)
     for changes in ({}, {"train__class_weights": "balanced"}):
         pack = run().pack
-        slot = pack.attach(StartRun(experiment(toy_task, train__batch_size=64, **changes), "unused"))
+        slot = pack.attach(StartRun(experiment(toy_task, train__batch_size=64, train__text_weight=0, **changes), "unused"))
         rows = slot.order.batch(0)
         labels = [slot.task.train.rows["label"][int(row)] for row in rows]
         plan = pack_targets([4], [[slot.task.train.row(int(row)) for row in rows]], [slot.objective])

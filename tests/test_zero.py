@@ -34,7 +34,12 @@ from ptuning.training.messages import Event, StartRun
 
 LENGTHS = (5, 3)
 LIVE = 1000
-OTHERWISE = {"text": {"objective": "text"}, "both": {"text_weight": 0.3, "class_weights": "balanced"}, "starts": {"starts": 3}}
+OTHERWISE = {
+    "choice": {"text_weight": 0},
+    "text": {"objective": "text"},
+    "both": {"text_weight": 0.3, "class_weights": "balanced"},
+    "starts": {"starts": 3},
+}
 """What else is trained by two workers and by one: settings of [train]."""
 
 

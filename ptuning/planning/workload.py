@@ -130,7 +130,7 @@ class RunShape:
             train.batch_size,
             train.micro_batch_size,
             0 if experiment.data.labels else targets,
-            compared(experiment),
+            compared(experiment, targets),
             zero.live_parameters,
             zero.persistent_below,
             zero.stage,
@@ -155,9 +155,10 @@ class RunShape:
         return -(-share // (self.micro_batch or share))
 
 
-def compared(experiment: Experiment) -> int:
-    """Token ids that a step compares where it only chooses: a tree with so many leaves has fewer than twice as many edges."""
-    only = experiment.objective == "choice" and not experiment.train.text_weight
+def compared(experiment: Experiment, targets: int) -> int:
+    """Token ids that a step compares where it only chooses: a tree with so many leaves has fewer than twice as many edges.
+    `targets`: tokens of the longest label."""
+    only = experiment.objective == "choice" and not experiment.train.resolved_text_weight(targets)
     return 2 * len(experiment.data.labels or ()) if only else 0
 
 

@@ -89,10 +89,20 @@ def _card_lines(card: dict[str, Any]) -> list[str]:
     if template:
         lines.append(f"input        {template['input']!r}")
         lines.append(f"target       {template['target']!r}")
-        lines += [f"labels       {', '.join(template['labels'])}"] if template["labels"] else []
+        lines += [f"labels       {', '.join(template['labels'])}", *_objective(card)] if template["labels"] else []
     else:
         lines.append("template     unknown")
     return lines + [f"metric       {name.replace('_', ' ')} {value:.4f}" for name, value in card["metrics"].items()]
+
+
+def _objective(card: dict[str, Any]) -> list[str]:
+    """How the labels were learned: whoever generates without a constraint has to know."""
+    train = (card["experiment"] or {}).get("train", {})
+    if train.get("objective") != "choice":
+        return []
+    weight = train.get("text_weight", 0.0)
+    text = f"text weight {weight:g}" if weight else "free generation does not say the labels: constrain it to them"
+    return [f"objective    choice; {text}"]
 
 
 def similar(registry: Registry, reference: Reference) -> list[tuple[Version, float]]:

@@ -36,7 +36,8 @@ class Slot:
         self.starts = [Start(number, each, self.config) for number, each in enumerate(starts)]
         self.order = BatchSampler(task.train.lengths, self.config.batch_size, self.config.seed)
         choice = self.experiment.objective == "choice"
-        self.objective = Objective(task.encoder.label_trie if choice else None, text=not choice or self.config.text_weight > 0)
+        self.text_weight = self.config.resolved_text_weight(max(map(len, task.encoder.label_ids))) if choice else 1.0
+        self.objective = Objective(task.encoder.label_trie if choice else None, text=self.text_weight > 0)
         self.class_weights = balanced_weights(task) if self.config.class_weights else None
         self.step = 0
         self.best: dict[str, float] = {}
@@ -88,7 +89,7 @@ class Slot:
         if self.class_weights is not None:
             choices = choices * self._choice_weights(rows).to(choices)
         loss = choices.sum() / count
-        return loss + self.config.text_weight * text.sum() / tokens if self.objective.text else loss
+        return loss + self.text_weight * text.sum() / tokens if self.objective.text else loss
 
     def _choice_weights(self, rows: Sequence[Row]) -> Tensor:
         """Each choice counts as much as its row's label."""
@@ -232,6 +233,9 @@ def make_card(slot: Slot, base: Base, measured: dict[str, float]) -> Card:
     experiment, task = slot.experiment, slot.task
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
     template = {name: getattr(experiment.data, name) for name in Template.model_fields}
+    tables = experiment.model_dump(mode="json")
+    text_weight = slot.text_weight if experiment.objective == "choice" else 0.0
+    tables["train"] |= {"objective": experiment.objective, "text_weight": text_weight}
     return Card(
         name=experiment.name,
         base=base.name,
@@ -244,7 +248,7 @@ def make_card(slot: Slot, base: Base, measured: dict[str, float]) -> Card:
         init=experiment.prompt.init,
         metrics=measured,
         data={name: split.fingerprint for name, split in splits.items() if split},
-        experiment=experiment.model_dump(mode="json"),
+        experiment=tables,
         parent=slot.parent,
         versions=soft_prompt.versions(),
         content_hash=soft_prompt.content_hash(slot.best_vectors),
