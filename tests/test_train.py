@@ -116,9 +116,14 @@ def test_a_soft_prompt_learns_the_toy_task(run: Any, toy_task: SimpleNamespace) 
 
 @pytest.mark.parametrize(
     ("target", "given", "weight"),
-    [(" {label}", {}, 0.3), (" it is a {label}", {}, 0.0), (" {label}", {"text_weight": 0}, 0.0), (" it is a {label}", {"text_weight": 0.1}, 0.1),
-     (" {label}", {"objective": "text"}, 0.0)],
-)  # fmt: skip
+    [
+        (" {label}", {}, 0.3),
+        (" it is a {label}", {}, 0.0),
+        (" {label}", {"text_weight": 0}, 0.0),
+        (" it is a {label}", {"text_weight": 0.1}, 0.1),
+        (" {label}", {"objective": "text"}, 0.0),
+    ],
+)
 def test_labels_of_one_token_are_learned_as_text_too_and_the_card_says_so(
     run: Any, toy_task: SimpleNamespace, base: Base, target: str, given: dict[str, Any], weight: float
 ) -> None:
