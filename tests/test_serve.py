@@ -241,7 +241,7 @@ def test_overload_is_429_and_passes(world):
     with ThreadPoolExecutor(24) as clients:
         found = list(clients.map(ask, range(24)))
     assert set(found) == {200, 429}
-    time.sleep(max(waits))  # as the refusal says: `edge.py` may repeat a replica's word for BUSY_S after the last of them
+    time.sleep(max(waits))  # as the refusal says: `serving.proxy` may repeat a replica's word for BUSY_S after the last of them
     assert ask(0) == 200
 
 
