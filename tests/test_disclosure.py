@@ -226,8 +226,8 @@ def hurried(world: SimpleNamespace, patch: pytest.MonkeyPatch, path: str) -> Ans
 
 def forgetful(world: SimpleNamespace, patch: pytest.MonkeyPatch) -> None:
     """The registry is a server that does not answer, and whose address holds a password."""
-    catalogue = ServedModels(world.service.base, world.service.engine, Registry(URI), str(world.storage / "nowhere"))
-    patch.setattr(world.service, "catalogue", catalogue)
+    models = ServedModels(world.service.base, world.service.engine, Registry(URI), str(world.storage / "nowhere"))
+    patch.setattr(world.service, "models", models)
 
 
 def failing(place: str) -> Callable[[SimpleNamespace, pytest.MonkeyPatch], None]:
@@ -282,7 +282,7 @@ REFUSALS: dict[str, tuple[int, Case]] = {
     **{f"{path} stopped": (503, while_(halted, sent("POST", path, body_for(path)))) for path in POSTS},
     **{f"{path} full": (429, while_(full, sent("POST", path, body_for(path)))) for path in POSTS[:2]},
     **{f"{path} late": (408, lambda world, patch, path=path: hurried(world, patch, path)) for path in POSTS[1:2]},
-    **{f"{path} broken": (500, while_(failing("catalogue.find"), sent("POST", path, body_for(path)))) for path in POSTS},
+    **{f"{path} broken": (500, while_(failing("models.find"), sent("POST", path, body_for(path)))) for path in POSTS},
     "engine broken": (
         500,
         while_(failing("engine.submit"), sent("POST", "/v1/completions", body_for("/v1/completions", "raw"))),
@@ -297,15 +297,15 @@ REFUSALS: dict[str, tuple[int, Case]] = {
     "/v1/models broken": (500, while_(nameless, sent("GET", "/v1/models"))),
     "/v1/models/NAME without a key": (401, sent("GET", "/v1/models/fruits", key=None)),
     "/v1/models/NAME unknown": (404, sent("GET", "/v1/models/nobody")),
-    "/v1/models/NAME broken": (500, while_(failing("catalogue.find"), sent("GET", "/v1/models/fruits"))),
+    "/v1/models/NAME broken": (500, while_(failing("models.find"), sent("GET", "/v1/models/fruits"))),
     "/metrics without a key": (401, sent("GET", "/metrics", key=None)),
     "/metrics with a client's key": (403, sent("GET", "/metrics")),
-    "/metrics broken": (500, while_(failing("gauges.text"), sent("GET", "/metrics", key=ADMIN))),
+    "/metrics broken": (500, while_(failing("metrics.text"), sent("GET", "/metrics", key=ADMIN))),
     "reload without a key": (401, sent("POST", "/v1/admin/reload", key=None)),
     "reload with a client's key": (403, sent("POST", "/v1/admin/reload")),
     "reload GET": (405, sent("GET", "/v1/admin/reload", key=ADMIN)),
     "reload without a registry": (503, while_(forgetful, sent("POST", "/v1/admin/reload", key=ADMIN))),
-    "reload broken": (500, while_(failing("catalogue.sync"), sent("POST", "/v1/admin/reload", key=ADMIN))),
+    "reload broken": (500, while_(failing("models.sync"), sent("POST", "/v1/admin/reload", key=ADMIN))),
     "no such route": (404, sent("GET", "/nowhere/at/all")),
     "no such route under /v1": (404, sent("POST", "/v1/embeddings", GOOD)),
     "/livez POST": (405, sent("POST", "/livez")),
@@ -596,7 +596,7 @@ def who_reads_logs(world: SimpleNamespace, folder: Path) -> None:
             forgetful(world, patch)
             assert ask(world.url, "POST", "/v1/admin/reload", key=ADMIN)[0] == 503
         with pytest.MonkeyPatch.context() as patch:
-            failing("catalogue.find")(world, patch)
+            failing("models.find")(world, patch)
             assert ask(world.url, "POST", CHAT, GOOD)[0] == 500
     finally:
         logging.getLogger("ptuning").removeHandler(handler)
