@@ -221,7 +221,7 @@ def test_blank_arguments_are_one_sentence(arguments: tuple[str, ...], named: str
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_whole_command_with_two_workers(toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path) -> None:
     toy_task.experiment["compute"] |= {"workers": 2, "storage": str(tmp_path / "runs #1 100% a:b äö")}
     toy_task.experiment["prompt"]["length"] = 10

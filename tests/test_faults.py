@@ -148,7 +148,7 @@ def survive(tables: dict[str, Any], *faults: tuple[str, int, int, str]) -> str:
     return message
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_killed_and_hung_workers_cost_at_most_one_checkpoint_interval(tables: dict[str, Any]) -> None:
     tables["compute"]["hang_s"] = 4.0
     message = survive(tables, ("barrier", 13, 1, "kill"), ("half-written", 30, 0, "kill"), ("forward", 43, 1, "sleep"))
@@ -156,7 +156,7 @@ def test_killed_and_hung_workers_cost_at_most_one_checkpoint_interval(tables: di
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_more_instants(tables: dict[str, Any]) -> None:
     tables["compute"] |= {"hang_s": 4.0, "max_failures": 4}
     faults = ("backward", 13, 1, "kill"), ("renamed", 20, 0, "kill"), ("barrier", 38, 0, "stop"), ("forward", 52, 0, "raise")
@@ -165,7 +165,7 @@ def test_more_instants(tables: dict[str, Any]) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_a_worker_that_hangs_while_loading_is_named_and_started_again(tables: dict[str, Any]) -> None:
     """A disk that is gone, say: no progress is expected then, but work. The other worker waits and is not blamed."""
     tables["compute"] |= {"hang_s": 2.0}
@@ -183,7 +183,7 @@ def hangs(events: list[Event]) -> list[str]:
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_worker_that_was_killed_is_named_and_not_the_one_that_misses_it(tables: dict[str, Any]) -> None:
     tables["compute"]["max_failures"] = 0
     plan(("barrier", 13, 1, "kill"))
@@ -194,7 +194,7 @@ def test_a_worker_that_was_killed_is_named_and_not_the_one_that_misses_it(tables
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_lost_mailbox_ends_the_run_in_a_sentence_and_resume_goes_on(tables: dict[str, Any]) -> None:
     tables["compute"] |= {"workers": 1, "max_failures": 0}
     tables["train"]["steps"] = 1500
@@ -218,7 +218,7 @@ def test_a_lost_mailbox_ends_the_run_in_a_sentence_and_resume_goes_on(tables: di
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_a_lost_hub_ends_the_search_in_a_sentence_and_resume_counts_every_trial_once(tables: dict[str, Any]) -> None:
     for split in ("train", "validation"):
         tables["data"][split] = tables["data"]["train"]
@@ -243,7 +243,7 @@ def test_a_lost_hub_ends_the_search_in_a_sentence_and_resume_counts_every_trial_
     assert len([entry for entry in shown[-1] if not entry.finalist]) == 4
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_node_without_memory_is_a_sentence(tables: dict[str, Any], write_toml: Callable[..., Path]) -> None:
     """Ray's monitor ends every process at once: memory is used up before anything is taken."""
     done = short_of_memory([sys.executable, "-m", "ptuning", "train", str(write_toml(tables))], 0.01)
@@ -255,7 +255,7 @@ def test_a_node_without_memory_is_a_sentence(tables: dict[str, Any], write_toml:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_a_node_that_runs_out_of_memory_once_costs_one_checkpoint_interval(
     tables: dict[str, Any], write_toml: Callable[..., Path]
 ) -> None:
@@ -278,7 +278,7 @@ def short_of_memory(command: list[str], share: float) -> subprocess.CompletedPro
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_a_run_that_gives_up_says_why_and_goes_on_later(tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """One worker that is stopped as a whole: there is nobody else to notice but Ray Train."""
     monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "5")
@@ -369,7 +369,7 @@ def fill_while_running(command: list[str], disk: Path, ready: Callable[[], bool]
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
     tables: dict[str, Any], write_toml: Callable[..., Path], disk: Path
 ) -> None:
@@ -382,7 +382,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_full_disk_ends_a_search_and_resume_counts_every_trial_once(
     tables: dict[str, Any], write_toml: Callable[..., Path], disk: Path
 ) -> None:
@@ -405,7 +405,7 @@ def test_a_full_disk_ends_a_search_and_resume_counts_every_trial_once(
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_lost_node_costs_an_elastic_run_no_more_than_a_worker(
     tables: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -439,7 +439,7 @@ def test_a_lost_node_costs_an_elastic_run_no_more_than_a_worker(
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_a_lost_node_is_told_of_and_another_one_waited_for(
     tables: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -473,7 +473,7 @@ def test_a_lost_node_is_told_of_and_another_one_waited_for(
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_search_counts_trials_whose_process_dies_or_hangs_once(
     tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,7 +95,7 @@ def test_what_the_user_has_named_in_pythonpath_stays(tmp_path: Path, given: str 
 
 @pytest.mark.nightly
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_search_and_its_server(trapped: SimpleNamespace) -> None:
     """Driver, hub, trials, workers and their controllers; then Serve's controller, proxy and replica, and the doctor's look.
 
@@ -139,7 +139,7 @@ def test_a_search_and_its_server(trapped: SimpleNamespace) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_source_checkout_that_is_not_installed(trapped: SimpleNamespace, tmp_path: Path) -> None:
     """Its workers get the package, and only that: not what lies beside it."""
     set_traps(tmp_path)

@@ -320,7 +320,7 @@ def test_the_commands_on_a_server(http: str, tmp_path: Path, tiny_base_folder: P
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_from_training_to_champion_to_the_next_training(toy_task: SimpleNamespace, write_toml: Any) -> None:
     storage = toy_task.experiment["compute"]["storage"]
     where = ("--storage", storage)

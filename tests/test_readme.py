@@ -225,7 +225,7 @@ def test_your_own_data_takes_twelve_lines() -> None:
 
 @pytest.mark.nightly
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_the_first_hour(local_ray: None, folder: Path) -> None:
     """All that the README shows and one machine can do, in the README's order and in one folder."""
 

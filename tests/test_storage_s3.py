@@ -111,7 +111,7 @@ def test_a_bucket_that_is_not_there_is_a_sentence(bucket: str) -> None:
         storage.check_writable("s3://nowhere/x")
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_a_run_with_its_storage_in_an_object_store(bucket: str, toy_task: SimpleNamespace, tmp_path: Path) -> None:
     toy_task.experiment["compute"] |= {"storage": f"{bucket}/runs", "workers": 1}
     toy_task.experiment["tracking"] = {"uri": f"sqlite:///{tmp_path}/mlflow.db"}

@@ -426,7 +426,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
 def run(cluster: SimpleNamespace, *arguments: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in (cluster.client | environment).items() if value is not None}
     command = [sys.executable, "-m", "ptuning", *arguments]
-    return subprocess.run(command, env=env, cwd=cluster.desk, capture_output=True, text=True, timeout=150)
+    return subprocess.run(command, env=env, cwd=cluster.desk, capture_output=True, text=True, timeout=300)
 
 
 def write(cluster: SimpleNamespace, write_toml: Write, **changes: Any) -> str:
@@ -466,7 +466,7 @@ def read_until(process: subprocess.Popen[str], words: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_train_detach_kill_find_stop_resume(cluster: SimpleNamespace, write_toml: Write) -> None:
     experiment = write(cluster, write_toml, compute={"workers": 2}, train={"steps": 300, "evaluate_every": 300})
     client = start(cluster, "submit", "train", experiment, "train.checkpoint_every=10")
@@ -536,7 +536,7 @@ class Asking:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_what_is_served_lives_on_until_it_is_stopped(cluster: SimpleNamespace, write_toml: Write) -> None:
     """Serves what the test before has registered; then other settings replace it, and wrong ones do not."""
     port, experiment = free_port(), write(cluster, write_toml)
@@ -564,7 +564,7 @@ def test_what_is_served_lives_on_until_it_is_stopped(cluster: SimpleNamespace, w
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_a_search_is_a_job_too(cluster: SimpleNamespace, write_toml: Write) -> None:
     space = ["search.trials=3", "search.slots=2", "search.length=[2,4]"]
     done = run(cluster, "submit", "search", write(cluster, write_toml, name="found"), *space, "train.steps=10", "--json")
