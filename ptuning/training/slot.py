@@ -36,8 +36,9 @@ class Slot:
         self.starts = [Start(number, each, self.config) for number, each in enumerate(starts)]
         self.order = BatchSampler(task.train.lengths, self.config.batch_size, self.config.seed)
         choice = self.experiment.objective == "choice"
-        self.text_weight = self.config.resolved_text_weight(max(map(len, task.encoder.label_ids))) if choice else 1.0
-        self.objective = Objective(task.encoder.label_trie if choice else None, text=self.text_weight > 0)
+        self.text_weight = self.config.resolved_text_weight(max(map(len, task.encoder.label_ids))) if choice else 0.0
+        """Of the text objective beside a choice."""
+        self.objective = Objective(task.encoder.label_trie if choice else None, text=not choice or self.text_weight > 0)
         self.class_weights = balanced_weights(task) if self.config.class_weights else None
         self.step = 0
         self.best: dict[str, float] = {}
@@ -234,8 +235,7 @@ def make_card(slot: Slot, base: Base, measured: dict[str, float]) -> Card:
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
     template = {name: getattr(experiment.data, name) for name in Template.model_fields}
     tables = experiment.model_dump(mode="json")
-    text_weight = slot.text_weight if experiment.objective == "choice" else 0.0
-    tables["train"] |= {"objective": experiment.objective, "text_weight": text_weight}
+    tables["train"] |= {"objective": experiment.objective, "text_weight": slot.text_weight}
     return Card(
         name=experiment.name,
         base=base.name,
