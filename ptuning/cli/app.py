@@ -9,7 +9,8 @@ import os
 import shlex
 import sys
 import traceback
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Annotated, NoReturn
 
 import typer
@@ -20,7 +21,7 @@ from ptuning.cli.options import ExperimentArgument, Json, Overrides, busy, check
 from ptuning.cli.prompts import prompts
 from ptuning.cluster.environment import keep_ray_on_loopback
 from ptuning.config import Experiment, read_experiment
-from ptuning.errors import UserError
+from ptuning.errors import RunFailed, UserError
 from ptuning.imports import quick_imports
 from ptuning.redaction import redact, redacted
 
@@ -65,18 +66,10 @@ def train(
     keep_ray_on_loopback(settings.compute.address)
     with busy("starting"), quick_imports():
         from ptuning.cli.display import Display
-        from ptuning.errors import RunFailed
         from ptuning.training.run import run_training
 
-    try:
-        with closing(Display()) as display:
-            summary = run_training(settings, resume=resume, show=display, say=display.say, register=register)
-    except RunFailed as error:
-        fail(str(error), 1)
-    except UserError as error:
-        fail(str(error), 2)
-    except KeyboardInterrupt:
-        _stopped("train", experiment, overrides, settings)
+    with _ended("train", experiment, overrides, settings), closing(Display()) as display:
+        summary = run_training(settings, resume=resume, show=display, say=display.say, register=register)
     finish(summary, as_json)
 
 
@@ -104,18 +97,10 @@ def search(
     keep_ray_on_loopback(settings.compute.address)
     with busy("starting"), quick_imports():
         from ptuning.cli.display import SearchDisplay
-        from ptuning.errors import RunFailed
         from ptuning.searching.run import run_search
 
-    try:
-        with closing(SearchDisplay(settings)) as display:
-            summary = run_search(settings, resume=resume, show=display, say=display.say, register=register or settings.name)
-    except RunFailed as error:
-        fail(str(error), 1)
-    except UserError as error:
-        fail(str(error), 2)
-    except KeyboardInterrupt:
-        _stopped("search", experiment, overrides, settings)
+    with _ended("search", experiment, overrides, settings), closing(SearchDisplay(settings)) as display:
+        summary = run_search(settings, resume=resume, show=display, say=display.say, register=register or settings.name)
     finish(summary, as_json)
 
 
@@ -181,6 +166,19 @@ def _leave(code: list[int]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code[0])
+
+
+@contextmanager
+def _ended(command: str, experiment: str, overrides: list[str] | None, settings: Experiment) -> Iterator[None]:
+    """How a run that does not reach its end leaves the command: a sentence and an exit code."""
+    try:
+        yield
+    except RunFailed as error:
+        fail(str(error), 1)
+    except UserError as error:
+        fail(str(error), 2)
+    except KeyboardInterrupt:
+        _stopped(command, experiment, overrides, settings)
 
 
 def _stopped(command: str, experiment: str, overrides: list[str] | None, settings: Experiment) -> NoReturn:
