@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from ptuning import environment
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def load_deepspeed() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # detection by DeepSpeed may find mps on a Mac, which ZeRO cannot use
+        environment.apply("deepspeed")
     # Its autotuner, of no use here, imports MLflow if it can (0.19, autotuning/autotuner.py): 0.4 s and 45 MB of every worker.
     with without_module("mlflow"):
         import deepspeed  # noqa: F401  # reads DS_ACCELERATOR when it is imported

@@ -49,7 +49,7 @@ def tables(toy_task: SimpleNamespace) -> dict[str, Any]:
 def search(tables: dict[str, Any], resume: bool = False) -> tuple[dict[str, Any], list[TrialRecord], list[str]]:
     shown: list[list[TrialRecord]] = []
     lines: list[str] = []
-    summary = run_search(parse_experiment(tables), resume=resume, show=shown.append, say=lines.append)
+    summary = run_search(parse_experiment(tables), resume=resume, show=shown.append, say=lines.append).as_json()
     return summary, shown[-1], lines
 
 

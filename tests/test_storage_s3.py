@@ -115,7 +115,7 @@ def test_a_bucket_that_is_not_there_is_a_sentence(bucket: str) -> None:
 def test_a_run_with_its_storage_in_an_object_store(bucket: str, toy_task: SimpleNamespace, tmp_path: Path) -> None:
     toy_task.experiment["compute"] |= {"storage": f"{bucket}/runs", "workers": 1}
     toy_task.experiment["tracking"] = {"uri": f"sqlite:///{tmp_path}/mlflow.db"}
-    summary = run_training(parse_experiment(toy_task.experiment), resume=False, show=lambda event: None, say=print)
+    summary = run_training(parse_experiment(toy_task.experiment), resume=False, say=print).as_json()
     assert summary["soft_prompt"] == f"{bucket}/runs/toy/soft_prompt"
     assert soft_prompt.load(summary["soft_prompt"]).card.metrics == summary["metrics"]
     assert not (Path.cwd() / "s3:").exists()

@@ -17,7 +17,7 @@ import ray.train
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ptuning import sys_path
+from ptuning import environment, sys_path
 from ptuning.config import Experiment
 from ptuning.errors import UserError
 
@@ -48,14 +48,7 @@ def join_ray(address: str | None) -> bool:
     """
     if ray.is_initialized():
         return False
-    # uv's hook would start every worker through `uv run` and upload the working directory.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    # How often the controller looks at its workers; the default of 2 s is waited for at the end of every run.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # After so many seconds a process that does not answer at all is taken for dead; the default is 600.
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "120")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    environment.apply("ray")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not (address or "").startswith("ray://"):  # Ray's client tells its workers no folders
         options["job_config"] = _Job()
@@ -66,8 +59,7 @@ def join_ray(address: str | None) -> bool:
     if address:
         ray.init(address=address, **options)
     else:
-        # An actor that asks whether a cloud will take the machine away: a second of every start.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        environment.apply("own cluster")
         # Not what the last `ray start` here has noted, which may be long gone: Ray would wait for it.
         try:
             with _not_interrupted():

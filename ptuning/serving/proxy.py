@@ -2,8 +2,8 @@
 
 Ray 2.60 reads requests with uvicorn and httptools, which keep a request's head in memory however long it grows and wait for its
 end for ever; it lets clients switch limits off by headers; and a header that is not UTF-8 makes it answer 500. Ray calls
-`guards` when a proxy starts if `VARIABLES` stand in the environment of the cluster's processes: `ptuning serve` sets them for
-a cluster that it starts, the image has them.
+`middlewares` when a proxy starts if the variables of the part "proxy" (`environment`) are set for the cluster's processes:
+`ptuning serve` sets them for a cluster that it starts, the image has them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,6 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-VARIABLES = {
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ptuning.serving.proxy:middlewares",
-    # A proxy that has died is missed after three looks: with the default of 10 s nobody is answered for half a minute.
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-}
-"""Environment variables of Ray (2.60, serve/_private/constants.py)."""
 HEAD_BYTES = 64 * 1024
 """Most bytes of a request's head, or of anything behind it that is not body, give or take one read of the socket."""
 HEAD_S = 20.0

@@ -7,12 +7,12 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-Fields = dict[str, Any]
-"""An event or an order as plain data."""
+if TYPE_CHECKING:
+    from ptuning.training.messages import Fields
 
 
 class EventBuffer:
