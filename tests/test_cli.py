@@ -55,7 +55,7 @@ def test_help_answers_at_once() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("name", "a/b", "name: 'a/b' is no name; use letters, digits, '-', '_' and '.', at most 64, no slashes"),
+        ("name", "a/b", "name: 'a/b' is not a valid name; use at most 64 letters, digits, '-', '_' and '.', no slashes"),
         ("prompt.length", 0, "prompt.length: input should be greater than 0 (got 0); change the value"),
         (
             "prompt.length",

@@ -305,7 +305,7 @@ def test_imports_that_cannot_be(
         import_adapter(registry, str(tmp_path / "wide"), "wide", None, None, None)
     with pytest.raises(UserError, match="wide: made for width 64 .*, but .*tiny-llama has width 32; use its base"):
         import_adapter(registry, str(tmp_path / "wide"), "wide", str(tiny_base_folder), None, None)
-    with pytest.raises(UserError, match="is no name"):
+    with pytest.raises(UserError, match="is not a valid name"):
         import_adapter(registry, str(tmp_path / "wide"), "../wide", str(tiny_base_folder), None, None)
     assert registry.versions() == []
 

@@ -186,7 +186,7 @@ def test_what_is_wrong_is_a_sentence(shelf: SimpleNamespace) -> None:
             "delete": ["tyo:1", "--yes"],
         }
         assert refusal(command, *arguments.get(command, ["tyo", "1"]), *where).endswith("; did you mean toy?\n"), command
-    assert "is no name; use letters" in refusal("import", str(shelf.folder), "--name", "a/b", *where)
+    assert "is not a valid name; use at most 64 letters" in refusal("import", str(shelf.folder), "--name", "a/b", *where)
     assert "adapter_config.json is missing" in refusal("import", str(shelf.folder), "--name", "a", *where)
     assert "a template needs both" in refusal("import", str(shelf.folder), "--name", "a", "--input", "{text}", *where)
     wrong = ("--input", "{text}", "--target", " {label}", "--labels", "one")
@@ -200,7 +200,7 @@ def test_what_is_wrong_is_a_sentence(shelf: SimpleNamespace) -> None:
 def test_a_bad_name_to_register_is_refused_before_anything_starts(toy_task: SimpleNamespace, write_toml: Any) -> None:
     path = str(write_toml(toy_task.experiment))
     done = CliRunner().invoke(app, ["train", path, "--register", "../x"])
-    assert done.exit_code == 2 and done.stderr.startswith("ptuning: --register: '../x' is no name; use letters")
+    assert done.exit_code == 2 and done.stderr.startswith("ptuning: --register: '../x' is not a valid name; use at most 64 letters")
     assert not Path(toy_task.experiment["compute"]["storage"]).exists()
 
 

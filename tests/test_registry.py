@@ -98,7 +98,7 @@ HOSTILE_NAMES = [
 @pytest.mark.fast
 @pytest.mark.parametrize("name", HOSTILE_NAMES, ids=range(len(HOSTILE_NAMES)))
 def test_path_tricks_in_names_are_a_sentence(name: str) -> None:
-    with pytest.raises(RegistryError, match="is no name; use letters, digits"):
+    with pytest.raises(RegistryError, match="is not a valid name; use at most 64 letters, digits"):
         check_name(name)
     with pytest.raises(RegistryError, match="names no soft prompt; write name, name:3 or name@champion"):
         parse_reference(name)

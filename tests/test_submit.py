@@ -171,14 +171,14 @@ def test_a_soft_prompt_and_a_base_travel(desk: SimpleNamespace, monkeypatch: pyt
         ),
         ("compute.storage=~/runs", "compute.storage: ~/runs is a folder of this machine; name one"),
         ("compute.storage=s3://b/runs", "compute.storage: s3://b/runs cannot hold the tracking store; set tracking.uri to an"),
-        ("tracking.uri=http://me:hunter2@host", "override tracking.uri=http://***@host: has a password in it"),
+        ("tracking.uri=http://me:hunter2@host", "override tracking.uri=http://***@host: contains a password"),
         (
             "tracking.uri=sqlite:///here.db",
             "tracking.uri: sqlite:///here.db is a place on this machine; give an MLflow server's",
         ),
         (
             "data.input=http://me:hunter2@host {text}",
-            "override data.input=http://***@host {{text}}: has a password in it",
+            "override data.input=http://***@host {{text}}: contains a password",
         ),
     ],
 )
@@ -323,7 +323,7 @@ def test_dry_run_shows_all_and_sends_nothing(desk: SimpleNamespace, write_toml: 
         ),
         (["train", "--insecure"], "--insecure: is nothing for train; leave it out"),
         (["serve", "--resume"], "--resume: is nothing for serve; leave it out"),
-        (["train", "--register", "a/b"], "--register: 'a/b' is no name; use letters"),
+        (["train", "--register", "a/b"], "--register: 'a/b' is not a valid name; use at most 64 letters"),
         (["train", "train.stops=1"], "train.stops: unknown key; did you mean train.steps?"),
     ],
 )

@@ -77,7 +77,7 @@ def check_name(name: str) -> str:
         RegistryError: it cannot.
     """
     if not NAME.fullmatch(name):
-        raise RegistryError(f"{name[:80]!r} is no name; use letters, digits, '-', '_' and '.', at most 64, no slashes")
+        raise RegistryError(f"{name[:80]!r} is not a valid name; use at most 64 letters, digits, '-', '_' and '.', no slashes")
     return name
 
 
