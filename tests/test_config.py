@@ -289,7 +289,8 @@ def test_files_that_cannot_be_read(tmp_path):
     assert sentence(lambda: read_experiment(latin)).startswith(f"{latin}: cannot be read (")
     broken = tmp_path / "broken.toml"
     broken.write_text("name = \n", encoding="utf-8")
-    assert sentence(lambda: read_experiment(broken)) == f"{broken}: is not valid TOML (Invalid value (at line 1, column 8)); correct the file"
+    problem = "Invalid value (at line 1, column 8)"
+    assert sentence(lambda: read_experiment(broken)) == f"{broken}: is not valid TOML ({problem}); correct the file"
 
 
 def test_template_fields():

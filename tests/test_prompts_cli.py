@@ -200,7 +200,7 @@ def test_what_is_wrong_is_a_sentence(shelf: SimpleNamespace) -> None:
 def test_a_bad_name_to_register_is_refused_before_anything_starts(toy_task: SimpleNamespace, write_toml: Any) -> None:
     path = str(write_toml(toy_task.experiment))
     done = CliRunner().invoke(app, ["train", path, "--register", "../x"])
-    assert done.exit_code == 2 and done.stderr.startswith("ptuning: --register: '../x' is not a valid name; use at most 64 letters")
+    assert done.exit_code == 2 and done.stderr.startswith("ptuning: --register: '../x' is not a valid name; use at most 64")
     assert not Path(toy_task.experiment["compute"]["storage"]).exists()
 
 

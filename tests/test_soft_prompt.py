@@ -186,7 +186,7 @@ def test_a_changed_card_or_tensor_is_refused(folder: Path) -> None:
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="adapter_config.json is missing; the folder is incomplete or not ours"):
+    with pytest.raises(StorageError, match=r"adapter_config.json is missing \(the folder is incomplete, or was not"):
         soft_prompt.load(str(tmp_path))
 
 
