@@ -213,7 +213,7 @@ ALLOWED = {
     "is the champion, but was removed from MLflow": "what others have done",
     "the run was deleted there; it is sent again": "what others have done",
     # About a line of an experiment, a request or a table of rows: what is to go stands in front of who reads it.
-    "set data.validation or remove it": "a setting",
+    "set data.validation or remove train.patience": "a setting",
     "whose memory it could spare; remove it": "a setting",
     '" or remove it': "a setting",
     "leave no room in the ": "a setting",
@@ -221,7 +221,7 @@ ALLOWED = {
     "which is code from elsewhere; remove it": "a line of a config.json that is there",
     "fill the row or remove it": "a row that is there",
     "fill it or remove the row": "a row that is there",
-    "(a lone surrogate); remove it": "a character that is there",
+    "contains a lone surrogate (half a character); remove it": "a character that is there",
     "is not supported; remove it": "a parameter of a request",
     "is not supported at this value; remove it": "a parameter of a request",
     "has no labels; remove it": "a parameter of a request",

@@ -60,12 +60,12 @@ def test_help_answers_at_once() -> None:
         (
             "prompt.length",
             128,
-            "prompt.length: 128 virtual tokens leave no room in the 128 positions of {model}; lower it",
+            "prompt.length: 128 virtual tokens leave no space for text in the 128 positions of {model}; lower it",
         ),
         (
             "data.max_tokens",
             126,
-            "data.max_tokens: 4 virtual tokens and 126 of text exceed the 128 positions of {model}; at most 124",
+            "data.max_tokens: 4 virtual tokens and 126 of text exceed the 128 positions of {model}; set it to at most 124",
         ),
         ("train.learning_rate", 0.0, "train.learning_rate: input should be greater than 0 (got 0.0); change the value"),
         ("train.learning_rate", -1, "train.learning_rate: input should be greater than 0 (got -1); change the value"),

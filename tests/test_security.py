@@ -208,7 +208,7 @@ def test_a_base_brings_no_code(tmp_path, tiny_tokenizer):
     for name, content in (("list", b"[]"), ("none", b"\xff"), ("deep", b"[" * 100_000)):
         config = base(name)
         (tmp_path / name / "config.json").write_bytes(content)
-        with pytest.raises(UserError, match="has a config.json that is no JSON object; take another copy"):
+        with pytest.raises(UserError, match="has a config.json that is no JSON object; use another copy"):
             find_base(config)
     assert not (tmp_path / "ran").exists()
 

@@ -29,7 +29,7 @@ def test_law_9_a_damaged_or_incomplete_folder_is_refused(tmp_path: Path) -> None
     folder = tmp_path / "a"
     storage.write_folder(str(folder), {"x": b"1234"})
     (folder / "x").write_bytes(b"1235")
-    with pytest.raises(StorageError, match="x differs from its hash in manifest.json; take another copy"):
+    with pytest.raises(StorageError, match="x differs from its hash in manifest.json; use another copy"):
         storage.read_folder(str(folder))
     (folder / "x").unlink()
     with pytest.raises(StorageError, match="x is missing"):

@@ -79,7 +79,7 @@ def join_ray(address: str | None) -> bool:
             if not error.filename:
                 raise
             raise UserError(
-                f"{error.filename}: cannot be made ({error.strerror}), and Ray keeps its token there; set HOME to a folder "
+                f"{error.filename}: cannot be created ({error.strerror}), and Ray keeps its token there; set HOME to a folder "
                 "that can be written, or RAY_AUTH_TOKEN to a secret"
             ) from None
     return True

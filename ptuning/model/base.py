@@ -162,7 +162,7 @@ def _read_json(config: ModelConfig, folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         described = None
     if not isinstance(described, dict):
-        raise BaseError(f"model.path: {config.path} has a config.json that is no JSON object; take another copy")
+        raise BaseError(f"model.path: {config.path} has a config.json that is no JSON object; use another copy")
     return described
 
 

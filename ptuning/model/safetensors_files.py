@@ -43,7 +43,7 @@ def stored_tensors(folder: Path) -> Iterator[StoredTensor]:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= min(os.path.getsize(file) - 8, 100_000_000):
-                raise BaseError(f"{file}: is no safetensors file (header of {length} bytes); take another copy")
+                raise BaseError(f"{file}: is no safetensors file (header of {length} bytes); use another copy")
             header: dict[str, Any] = json.loads(stream.read(length))
         for name, entry in header.items():
             if name != "__metadata__":

@@ -164,9 +164,9 @@ def load(folder: str) -> SoftPrompt:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise SoftPromptError(f"{folder}: {CARD} is not valid ({where}: {problem['msg']}); take another copy") from None
+        raise SoftPromptError(f"{folder}: {CARD} is not valid ({where}: {problem['msg']}); use another copy") from None
     if (known.length, known.width) != tuple(vectors.shape) or known.content_hash != content_hash(vectors):
-        raise SoftPromptError(f"{folder}: the vectors are not those of its card; take another copy of this folder")
+        raise SoftPromptError(f"{folder}: the vectors are not those of its card; use another copy of this folder")
     return SoftPrompt(vectors, known)
 
 
@@ -228,14 +228,14 @@ def _parse_weights(folder: str, content: bytes, adapter: dict[str, Any]) -> Tens
         json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")], object_pairs_hook=_each_once)
         tensors = safetensors.torch.load(content)
     except (safetensors.SafetensorError, ValueError, KeyError, RecursionError) as error:
-        raise SoftPromptError(f"{folder}: {WEIGHTS} is no safetensors file ({error}); take another copy") from None
+        raise SoftPromptError(f"{folder}: {WEIGHTS} is no safetensors file ({error}); use another copy") from None
     if set(tensors) != {TENSOR}:
         raise SoftPromptError(f"{folder}: {WEIGHTS} must hold the one tensor {TENSOR}, not {sorted(tensors)}")
     vectors = tensors[TENSOR]
     expected = (adapter.get("num_virtual_tokens"), adapter.get("token_dim"))
     if vectors.ndim != 2 or tuple(vectors.shape) != expected or not vectors.is_floating_point() or not len(vectors):
         raise SoftPromptError(
-            f"{folder}: {TENSOR} is {vectors.dtype} {tuple(vectors.shape)}, {CONFIG} says {expected}; take another copy"
+            f"{folder}: {TENSOR} is {vectors.dtype} {tuple(vectors.shape)}, {CONFIG} says {expected}; use another copy"
         )
     vectors = vectors.float()
     if not bool(torch.isfinite(vectors).all()):
