@@ -70,7 +70,11 @@ def test_help_answers_at_once() -> None:
         ("train.learning_rate", 0.0, "train.learning_rate: input should be greater than 0 (got 0.0); change the value"),
         ("train.learning_rate", -1, "train.learning_rate: input should be greater than 0 (got -1); change the value"),
         ("train.lr", 0.1, "train.lr: unknown key; "),
-        ("model.path", "no/such/folder", "no/such/folder is no folder here and no Hugging Face id; correct the path"),
+        (
+            "model.path",
+            "no/such/folder",
+            "no/such/folder is neither an existing folder nor a Hugging Face id; correct the path",
+        ),
         ("model.path", "nobody/nothing", "model.path: nobody/nothing was not found on the Hugging Face Hub or in its cache "),
         ("data.train", "missing.jsonl", "missing.jsonl: "),
         ("data.input", "{txt}:", "txt"),
@@ -132,7 +136,7 @@ def test_a_base_that_is_no_decoder_is_refused(toy_task: SimpleNamespace, write_t
     )
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     code, error = invoke("train", experiment, f"model.path={folder}")
-    assert code == 2 and "has no .safetensors file, and nothing else is opened; convert it" in error
+    assert code == 2 and "has no .safetensors file, the only format that is opened; convert it" in error
 
 
 @pytest.mark.fast

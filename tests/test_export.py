@@ -210,7 +210,7 @@ def test_another_base_is_refused(tmp_path: Path, tiny_base_folder: Path, tiny_to
     prompt_for(base).save(str(tmp_path / "toy"))
     version = put(registry, "toy", str(tmp_path / "toy"))
     base_in(tmp_path / "base", tiny_tokenizer, "llama")
-    with pytest.raises(UserError, match=r"toy:1: made for .*tiny-llama \(config .*weights .*\), but .*base has config"):
+    with pytest.raises(UserError, match=r"toy:1: was made for .*tiny-llama \(config .*weights .*\), but .*base has config"):
         export_merged(registry, version, str(tmp_path / "merged"), str(tmp_path / "base"))
     assert not (tmp_path / "merged").exists()
 
@@ -294,7 +294,7 @@ def test_imports_that_cannot_be(
     tiny_tokenizer: Any,
     registry: Registry,  # noqa: F811
 ) -> None:
-    with pytest.raises(UserError, match="nowhere: is no folder here and no Hugging Face id; correct the path"):
+    with pytest.raises(UserError, match="nowhere: is neither an existing folder nor a Hugging Face id; correct the path"):
         locate(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="nobody/nothing: was not found on the Hugging Face Hub or in its cache"):
         locate("nobody/nothing")
@@ -303,7 +303,7 @@ def test_imports_that_cannot_be(
         (tmp_path / "wide" / name).unlink()
     with pytest.raises(UserError, match="wide: does not say which base it was made for; name it with --base"):
         import_adapter(registry, str(tmp_path / "wide"), "wide", None, None, None)
-    with pytest.raises(UserError, match="wide: made for width 64 .*, but .*tiny-llama has width 32; use its base"):
+    with pytest.raises(UserError, match="wide: was made for width 64 .*, but .*tiny-llama has width 32; use its base"):
         import_adapter(registry, str(tmp_path / "wide"), "wide", str(tiny_base_folder), None, None)
     with pytest.raises(UserError, match="is not a valid name"):
         import_adapter(registry, str(tmp_path / "wide"), "../wide", str(tiny_base_folder), None, None)

@@ -209,4 +209,4 @@ def test_unknown_shapes_are_refused(toy_task: SimpleNamespace, write_toml: Calla
     code, _, error = invoke("plan", experiment, "--gpus", "64", "--tokens", "9")
     assert code == 2 and "8 rows cannot be shared by 64 workers; plan with train.batch_size=64, or fewer workers" in error
     code, _, error = invoke("plan", experiment, "--tokens", "500")
-    assert code == 2 and "exceed the 128 positions of the base; at most 124" in error
+    assert code == 2 and "exceed the 128 positions of the base; set it to at most 124" in error

@@ -367,7 +367,7 @@ def test_a_parent_from_the_registry_is_pinned_in_the_runs_folder(
     assert pin_parent(written, "run") == written
     for source, message in (
         ("nobody@champion", "nobody: no soft prompt of this name"),
-        ("foreign:1", "foreign:1: made for tiny .*use the base it was made for"),
+        ("foreign:1", "foreign:1: was made for tiny .*use the base it was made for"),
     ):
         toy_task.experiment["prompt"]["init_from"] = source
         written = parse_experiment(toy_task.experiment)

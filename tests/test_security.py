@@ -190,7 +190,7 @@ def test_a_base_brings_no_code(tmp_path, tiny_tokenizer):
         return ModelConfig(path=str(folder))
 
     auto = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    own = "brings its own code, which is not run; choose a base that transformers knows, or set model.trust_remote_code"
+    own = "contains its own code, which is not run; choose a base that transformers supports, or set"
     for config in (
         base("unknown", auto_map=auto, model_type="evil"),
         base("elsewhere", auto_map={"AutoConfig": "org/repository--evil.Config"}, model_type="evil"),
@@ -208,7 +208,7 @@ def test_a_base_brings_no_code(tmp_path, tiny_tokenizer):
     for name, content in (("list", b"[]"), ("none", b"\xff"), ("deep", b"[" * 100_000)):
         config = base(name)
         (tmp_path / name / "config.json").write_bytes(content)
-        with pytest.raises(UserError, match="has a config.json that is no JSON object; use another copy"):
+        with pytest.raises(UserError, match="has a config.json that is not a JSON object; use another copy"):
             find_base(config)
     assert not (tmp_path / "ran").exists()
 

@@ -210,7 +210,7 @@ def test_a_bad_soft_prompt_is_refused_loudly(client, world):
     before = chat(client).model
     ledger = PromotionLog(world.registry, "fruits")
     ledger.promote(int(bad.partition(":")[2]), ledger.state())
-    world.command.wait(f"refused: {bad}: made for", 20)
+    world.command.wait(f"refused: {bad}: was made for", 20)
     assert chat(client).model == before and json.loads(get(world, "/readyz"))["refused"] == 1
     ledger.rollback()
 

@@ -102,7 +102,7 @@ def make_plan(
     if settings.length + settings.tokens > context:
         raise UserError(
             f"data.max_tokens: {settings.length} virtual tokens and {settings.tokens} of text exceed the {context} positions "
-            f"of the base; at most {context - settings.length}"
+            f"of the base; set it to at most {context - settings.length}"
         )
     meta_model = MetaModel(described, dtype, checkpoint_gradients=experiment.train.gradient_checkpointing)
     inside = ranks <= per_node or sharing(meta_model.shape, settings, machine).per_node

@@ -61,7 +61,7 @@ def locate(source: str) -> str:
     if "://" in source or folder.is_dir():
         return source if "://" in source else str(folder.absolute())
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise SoftPromptError(f"{source}: is no folder here and no Hugging Face id; correct the path")
+        raise SoftPromptError(f"{source}: is neither an existing folder nor a Hugging Face id; correct the path")
     try:
         return snapshot_download(source, allow_patterns=list(FILES))
     except Exception as error:  # the hub client raises many kinds: offline, unknown, gated; the user's fix is the same
