@@ -465,7 +465,7 @@ def test_another_card_than_was_published_is_refused(world: SimpleNamespace, tmp_
     card = json.loads(files["card.json"]) | {"metrics": {"test_accuracy": 1.0}}
     storage.write_folder(there, {**files, "card.json": json.dumps(card).encode()})
     with pytest.raises(
-        RegistryError, match="changed:1: its run .* holds another card than was published; choose another version"
+        RegistryError, match="changed:1: the card in its run .* is not the one that was published; choose another version"
     ):
         retrieve(world.registry, version)
 

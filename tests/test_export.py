@@ -117,7 +117,7 @@ def test_a_merged_export_says_what_base_and_soft_prompt_say(
     assert (settings.max_new_tokens, settings.eos_token_id) == (7, base.tokenizer.eos_token_id)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer.decode(virtual(tmp_path / "merged"), skip_special_tokens=True) == ""
-    with pytest.raises(UserError, match="merged: is there already; choose a folder that is new or empty"):
+    with pytest.raises(UserError, match="merged: exists already; choose a new or empty folder"):
         export_merged(registry, version, str(tmp_path / "merged"))
 
 
@@ -199,7 +199,7 @@ def test_several_fields_and_no_template(tmp_path: Path, tiny_tokenizer: PreTrain
     assert chat.endswith("<|toy:4|><s>a {and} b")
     merged = write_merged(prompt_for(base, None), base, "toy", tmp_path / "none")
     assert not merged.chat and AutoTokenizer.from_pretrained(tmp_path / "none").chat_template is None
-    with pytest.raises(ExportError, match="its base has tokens called <|toy:0|> already".replace("|", r"\|")):
+    with pytest.raises(ExportError, match="its base already has a token <|toy:0|>".replace("|", r"\|")):
         again = find_base(ModelConfig(path=str(tmp_path / "none")))
         write_merged(prompt_for(again), again, "toy", tmp_path / "again")
 
@@ -314,4 +314,4 @@ def test_imports_that_cannot_be(
 def test_what_a_person_is_told() -> None:
     merged = Merged(5, 325, True, suppression=Suppression(exact=False, mean=9e-5, worst=0.01), prepends=False, chat=False)
     lines = merged.lines("toy:1", "here")
-    assert len(lines) == 5 and "a share of 9e-05 would be virtual ones" in lines[2]
+    assert len(lines) == 5 and "9e-05 of the tokens sampled at temperature 2 would be virtual tokens" in lines[2]

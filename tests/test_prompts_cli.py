@@ -118,7 +118,7 @@ def test_promote_rollback_and_delete(shelf: SimpleNamespace) -> None:
     assert run("promote", "toy:2", *shelf.where).stdout == "toy:2 is champion already\n"
     assert refusal("promote", "toy", "3", *shelf.where) == (
         "ptuning: toy:3: its test accuracy 0.4000 is worse than the champion's 0.5000 (toy:2) by more than 0.01; nothing was "
-        "changed, --force promotes it all the same\n"
+        "changed, use --force to promote it anyway\n"
     )
     done = run("promote", "toy:3", "--force", *shelf.where)
     assert done.stdout == "toy:3 is champion, before it was 2\n"
@@ -128,7 +128,7 @@ def test_promote_rollback_and_delete(shelf: SimpleNamespace) -> None:
     assert run("rollback", "toy", *shelf.where).stdout == "toy:2 is champion again\n"
     assert "repeat it with --yes" in refusal("delete", "toy:3", *shelf.where)
     assert answer("delete", "toy:3", "--yes", *shelf.where) == {"deleted": "toy:3"}
-    assert "toy:3: is not there; toy has the versions 2, 1 and champion" in refusal("show", "toy:3", *shelf.where)
+    assert "toy:3: does not exist; toy has the versions 2, 1 and champion" in refusal("show", "toy:3", *shelf.where)
     assert "toy: which version? write toy:N" in refusal("promote", "toy", *shelf.where)
 
 
@@ -164,7 +164,7 @@ def test_import_and_export(store: Path, tmp_path: Path, tiny_base_folder: Path) 
     named = {"base_model_name_or_path": Path(config["base_model_name_or_path"] or "").name or None}
     assert json.loads((back / "adapter_config.json").read_text()) == config | named
     same_logits(find_base(ModelConfig(path=str(tiny_base_folder))), tmp_path / "theirs", tmp_path / "back")
-    assert "back: is there already" in refusal("export", "kind", str(tmp_path / "back"), *where)
+    assert "back: exists already" in refusal("export", "kind", str(tmp_path / "back"), *where)
     facts = answer("export", "kind", str(tmp_path / "merged"), "--format", "merged", *where)
     assert facts["tokens"] == 6 and facts["untied"] and facts["chat"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -175,7 +175,7 @@ def test_import_and_export(store: Path, tmp_path: Path, tiny_base_folder: Path) 
 @pytest.mark.fast
 def test_what_is_wrong_is_a_sentence(shelf: SimpleNamespace) -> None:
     where = shelf.where
-    assert refusal("show", "../x", *where) == "ptuning: '../x' names no soft prompt; write name, name:3 or name@champion\n"
+    assert refusal("show", "../x", *where) == "ptuning: '../x' is not a valid reference; write name, name:3 or name@champion\n"
     assert "nobody: no soft prompt of this name in sqlite" in refusal("show", "nobody", *where)
     for command in ("show", "export", "similar", "promote", "rollback", "delete"):
         arguments = {

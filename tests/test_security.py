@@ -190,7 +190,7 @@ def test_a_base_brings_no_code(tmp_path, tiny_tokenizer):
         return ModelConfig(path=str(folder))
 
     auto = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    own = "contains its own code, which is not run; choose a base that transformers supports, or set"
+    own = "contains its own code, which is not run; choose a base that transformers supports, or set model.trust_remote_code"
     for config in (
         base("unknown", auto_map=auto, model_type="evil"),
         base("elsewhere", auto_map={"AutoConfig": "org/repository--evil.Config"}, model_type="evil"),
