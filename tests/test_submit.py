@@ -551,7 +551,7 @@ def test_what_is_served_lives_on_until_it_is_stopped(cluster: SimpleNamespace, w
         replaced = run(cluster, "submit", "serve", experiment, f"serve.port={port}", "serve.waiting=9")
         assert replaced.returncode == 0, replaced.stderr
         wrong = run(cluster, "submit", "serve", experiment, f"serve.port={port}", "serve.cache_mb=1000000000")
-    said = "ptuning: the server did not start: serve.cache_mb: 1000000000 MB for keys and values, but beside the base "
+    said = "ptuning: the server did not start: serve.cache_mb: 1000000000 MB for keys and values exceed the "
     assert wrong.returncode == 2 and said in wrong.stderr and "Traceback" not in wrong.stderr
     assert not asking.failed and asking.answered > 20, asking.failed
 
