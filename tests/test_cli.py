@@ -251,7 +251,9 @@ def test_the_whole_command_with_two_workers(toy_task: SimpleNamespace, write_tom
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("stranger, words", [("serve.host=0.0.0.0", "can be reached by others"), (None, "Ray's token")])
+@pytest.mark.parametrize(
+    "stranger, words", [("serve.host=0.0.0.0", "can be reached from other machines"), (None, "Ray's token")]
+)
 def test_a_server_that_strangers_reach_is_not_begun(toy_task, write_toml: Write, monkeypatch, stranger, words) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token" if stranger else "disabled")
     monkeypatch.setitem(sys.modules, "ptuning.serving.server", None)  # what would start it

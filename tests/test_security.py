@@ -124,7 +124,7 @@ def test_a_tag_names_no_folder(world, tmp_path, tag):
         (victim / f"x-{found.tag('card_hash')[:16]}" / "manifest.json").write_text("{}")
     else:
         (place / f"{found.tag('content_hash')}-").mkdir()
-    assert "its tags hold no SHA-256" in refused(world, version)
+    assert "its tags contain no SHA-256" in refused(world, version)
     assert (
         len(list(victim.rglob("manifest.json"))) == (2 if tag == "content_hash" else 1) and (victim / "manifest.json").exists()
     )
@@ -244,7 +244,7 @@ def test_keys_are_nowhere(world, tmp_path, caplog):
             asked = urllib.request.Request(world.url.removesuffix("/v1") + path, headers={"authorization": f"Bearer {ADMIN}"})
             with urllib.request.urlopen(asked) as response:
                 shown.append(response.read().decode())
-    for line, words in (("short", "is shorter than"), ("a secret key with blanks", "is no scope")):
+    for line, words in (("short", "is shorter than"), ("a secret key with blanks", "is followed by an unknown scope")):
         file = tmp_path / "keys"
         file.write_text(f"{line}\n")
         with pytest.raises(AccessError, match=words) as wrong:
@@ -272,13 +272,13 @@ def test_requests_write_no_lines_of_their_own_into_the_log(world, caplog):
 def test_loopback_unless_told_otherwise():
     assert auth.is_loopback(ServeConfig().host)
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", ""):
-        with pytest.raises(AccessError, match="can be reached by others and there are no API keys"):
+        with pytest.raises(AccessError, match="can be reached from other machines, but there are no API keys"):
             auth.check_address(host, {}, insecure=False)
 
 
 def test_without_rays_token_nothing_is_served(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    with pytest.raises(AccessError, match="whoever reaches this machine can run code in a replica; set it to token"):
+    with pytest.raises(AccessError, match="anyone who reaches this machine can run code in a replica; set it to token"):
         auth.check_token(insecure=False)
     auth.check_token(insecure=True)
     monkeypatch.delenv("RAY_AUTH_MODE")  # Ray then switches it on by itself where it is started
