@@ -67,7 +67,7 @@ def test_everything_wrong_has_a_line_and_a_fix(toy_task: SimpleNamespace, write_
     wrong = {what for what, finding in found.items() if finding["state"] == "wrong"}
     assert wrong == {"storage", "mlflow", "base"}
     assert f"({tmp_path}/file is a file)" in found["storage"]["text"] and found["storage"]["fix"] == "choose another folder"
-    assert "does not answer" in found["mlflow"]["text"] and "start the server" in found["mlflow"]["fix"]
+    assert "does not respond" in found["mlflow"]["text"] and "start the server" in found["mlflow"]["fix"]
     assert "is neither an existing folder nor" in found["base"]["text"] and found["base"]["fix"] == "correct the path"
 
 

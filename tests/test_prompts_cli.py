@@ -191,7 +191,7 @@ def test_what_is_wrong_is_a_sentence(shelf: SimpleNamespace) -> None:
     assert "a template needs both" in refusal("import", str(shelf.folder), "--name", "a", "--input", "{text}", *where)
     wrong = ("--input", "{text}", "--target", " {label}", "--labels", "one")
     assert "needs at least two labels" in refusal("import", str(shelf.folder), "--name", "a", *wrong, *where)
-    assert "does not answer" in refusal("list", "--tracking", "http://127.0.0.1:9")
+    assert "does not respond" in refusal("list", "--tracking", "http://127.0.0.1:9")
     assert "has no earlier champion to go back to" in refusal("rollback", "toy", *where)
     assert "cannot hold the tracking store" in refusal("list", "--storage", "s3://bucket/runs")
 

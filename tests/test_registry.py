@@ -461,7 +461,7 @@ def test_everything_over_http(http: str, tmp_path: Path) -> None:
 @pytest.mark.fast
 def test_a_server_that_does_not_answer_is_a_sentence() -> None:
     with pytest.raises(
-        tracking_client.TrackingError, match="MLflow .http://127.0.0.1:9. does not answer; is it running"
+        tracking_client.TrackingError, match="MLflow .http://127.0.0.1:9. does not respond; is it running"
     ) as refusal:
         Registry("http://127.0.0.1:9").versions()
     assert "\n" not in str(refusal.value)

@@ -123,7 +123,7 @@ def rewrite(folder: Path, tensors: dict[str, Tensor] | None = None, config: dict
     [
         ({"other": torch.ones(5, 32)}, None, "must contain the single tensor prompt_embeddings, not"),
         ({"prompt_embeddings": torch.ones(5, 32), "x": torch.ones(1)}, None, "must contain the single tensor"),
-        ({"prompt_embeddings": torch.ones(4, 32)}, None, r"is torch.float32 \(4, 32\), adapter_config.json says \(5, 32\)"),
+        ({"prompt_embeddings": torch.ones(4, 32)}, None, r"is torch.float32 \(4, 32\), but adapter_config.json says \(5, 32\)"),
         ({"prompt_embeddings": torch.ones(160)}, None, "says"),
         ({"prompt_embeddings": torch.ones(5, 32, dtype=torch.int32)}, None, "is torch.int32"),
         ({"prompt_embeddings": torch.ones(0, 32)}, {"num_virtual_tokens": 0}, "says"),
