@@ -613,7 +613,7 @@ def who_lists_jobs(world: SimpleNamespace, folder: Path) -> None:
         f'[compute]\nstorage = "/shared"\n[tracking]\nuri = "{URI}"\n'
     )
     variables = {"MLFLOW_TRACKING_PASSWORD": SECRET, "PTUNING_API_KEYS": KEY, "HF_TOKEN": SECRET}
-    with pytest.raises(UserError, match="which would lie open in the job"):
+    with pytest.raises(UserError, match="which everyone who sees the job could read"):
         build_package("train", str(file), [], shared=[], env=[], here=variables)
     file.write_text(file.read_text().replace(f"me:{SECRET}@", ""))
     job = Job("train", "toy", (), build_package("train", str(file), [], shared=[], env=[], here=variables), installed=True)

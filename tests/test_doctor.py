@@ -98,7 +98,7 @@ def test_the_tested_versions_are_those_of_the_constraints() -> None:
 
 @pytest.mark.fast
 def test_nobody_at_the_address_is_an_error_of_the_user() -> None:
-    with pytest.raises(UserError, match="--address: nobody answers at 127.0.0.1:.*; start the cluster, or correct it"):
+    with pytest.raises(UserError, match="--address: no response from 127.0.0.1:.*; start the cluster, or correct it"):
         doctor.examine(None, f"127.0.0.1:{closed_port()}")
 
 

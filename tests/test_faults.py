@@ -161,7 +161,7 @@ def test_more_instants(tables: dict[str, Any]) -> None:
     tables["compute"] |= {"hang_s": 4.0, "max_failures": 4}
     faults = ("backward", 13, 1, "kill"), ("renamed", 20, 0, "kill"), ("barrier", 38, 0, "stop"), ("forward", 52, 0, "raise")
     message = survive(tables, *faults)
-    assert f"worker 0 (pid {happened(2)['pid']} on {socket.gethostname()}) gives no sign of life" in message
+    assert f"worker 0 (pid {happened(2)['pid']} on {socket.gethostname()}) does not respond" in message
 
 
 @pytest.mark.soak
@@ -249,7 +249,7 @@ def test_a_node_without_memory_is_a_sentence(tables: dict[str, Any], write_toml:
     done = short_of_memory([sys.executable, "-m", "ptuning", "train", str(write_toml(tables))], 0.01)
     assert done.returncode == 1 and "Traceback" not in done.stderr and not done.stdout
     assert re.match(
-        r"ptuning: \S+ ran out of memory \([\d.]+ of [\d.]+ GB in use; the largest: .*\); make room and continue with ",
+        r"ptuning: \S+ ran out of memory \([\d.]+ of [\d.]+ GB in use; the largest: .*\); free memory and continue with ",
         done.stderr.splitlines()[-1],
     )
 

@@ -194,7 +194,7 @@ def test_what_does_not_fit_says_what_would(toy_task: SimpleNamespace, write_toml
     assert code == 0 and "does not fit: training: fits with train.micro_batch_size=1" in out  # it can be served
     code, out, _ = invoke("plan", *common, "2.8")
     assert code == 1 and "GPUs of 2.8 GB each would be enough, with train.gradient_checkpointing=true" in out
-    assert "does not fit: serving: a replica needs 3.0 GB on one GPU; take a larger one" in out
+    assert "does not fit: serving: a replica needs 3.0 GB on one GPU; use a larger one" in out
 
 
 @pytest.mark.fast
