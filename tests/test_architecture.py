@@ -214,7 +214,7 @@ ALLOWED = {
     "the run was deleted there; it is sent again": "what others have done",
     # About a line of an experiment, a request or a table of rows: what is to go stands in front of who reads it.
     "set data.validation or remove train.patience": "a setting",
-    "whose memory it could spare; remove it": "a setting",
+    "has no effect on workers without GPUs; remove it": "a setting",
     '" or remove it': "a setting",
     "leave no room in the ": "a setting",
     "or remove the value": "a setting",

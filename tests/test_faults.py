@@ -285,7 +285,7 @@ def test_a_run_that_gives_up_says_why_and_goes_on_later(tables: dict[str, Any], 
     tables["compute"] |= {"workers": 1, "max_failures": 0}
     plan(("forward", 13, 0, "stop"))
     began = time.monotonic()
-    with pytest.raises(RunFailed, match=r"a worker failed: worker 0 \(pid \d+ on .*\) gives no sign") as failed:
+    with pytest.raises(RunFailed, match=r"a worker failed: worker 0 \(pid \d+ on .*\) does not respond") as failed:
         start(tables, [])
     print(failed.value, time.monotonic() - began)
     assert not psutil.pid_exists(happened(0)["pid"])
@@ -311,7 +311,7 @@ def test_one_driver_per_run_and_a_killed_one_costs_at_most_one_interval(
         if not life:
             second = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
             assert second.returncode == 2 and driver.poll() is None
-            assert f"another driver works on it (host {socket.gethostname()}, pid {driver.pid}, since " in second.stderr
+            assert f"another driver is running it (host {socket.gethostname()}, pid {driver.pid}, since " in second.stderr
         time.sleep(draw.uniform(0, 1))
         driver.kill()
         driver.communicate()

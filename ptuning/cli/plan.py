@@ -1,4 +1,4 @@
-"""`ptuning plan` and `ptuning doctor`: what would fit, and what is wrong. Parse first, import torch and ray inside."""
+"""`ptuning plan`: what fits into memory. Arguments are parsed first; torch and Ray are imported inside."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ptuning.errors import UserError
 if TYPE_CHECKING:
     from ptuning.planning.planner import Estimate
 
-Gpus = Annotated[int, typer.Option("--gpus", min=0, help="GPUs, one for each worker; 0: CPU workers, compute.workers of them.")]
+Gpus = Annotated[int, typer.Option("--gpus", min=0, help="GPUs, one per worker; 0: compute.workers CPU workers.")]
 
 
 def plan(
@@ -22,29 +22,32 @@ def plan(
     overrides: Overrides = None,
     gpus: Gpus = 0,
     gpu_memory: Annotated[
-        float | None, typer.Option("--gpu-memory", min=0.01, help="GB of a GPU (80), or of a CPU worker (its share of here).")
+        float | None,
+        typer.Option("--gpu-memory", min=0.01, help="GB per GPU (80), or per CPU worker (its part of this machine)."),
     ] = None,
-    per_node: Annotated[int, typer.Option("--per-node", min=1, help="GPUs of a node.")] = 8,
+    per_node: Annotated[int, typer.Option("--per-node", min=1, help="GPUs per node.")] = 8,
     bandwidth: Annotated[
         float | None,
-        typer.Option("--bandwidth", min=0.001, help="GB/s that a worker receives: 300 in a node, 50 across, CPU 1."),
+        typer.Option(
+            "--bandwidth", min=0.001, help="GB/s that a worker receives: 300 within a node, 50 between nodes, 1 on CPU."
+        ),
     ] = None,
     tflops: Annotated[
         float | None,
-        typer.Option("--tflops", min=0.001, help="Tera-operations/s that a worker reaches: 400 with GPUs, else 0.1."),
+        typer.Option("--tflops", min=0.001, help="Tera-operations/s of a worker: 400 with GPUs, else 0.1."),
     ] = None,
     config: Annotated[
         str | None,
         typer.Option("--config", metavar="FILE", callback=non_blank, help="config.json of the base, instead of model.path."),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option("--tokens", min=2, help="Tokens of a row; else data.max_tokens or the rows.")
+        int | None, typer.Option("--tokens", min=2, help="Tokens per row; default: data.max_tokens, else counted.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What training and serving would take, without the weights.
+    """Plan the memory and time of training and serving, without weights.
 
-    Memory of a worker, soft prompts that fit side by side, bytes and least time of a step.
+    Shows the memory of a worker, the soft prompts that fit side by side, and the bytes and minimum time of a step.
 
     Example: ptuning plan jobs/sentiment.toml --config llama-70b.json --tokens 256 --gpus 8
     """
@@ -97,7 +100,7 @@ def _show_plan(found: Estimate) -> None:
     _row("  trial-steps per second", *(f"{each.slots / each.seconds:.3g}" for each in columns))
     _row("  bound by", *(each.bound for each in columns))
     if one.node_copy:
-        typer.echo("  every node keeps a second copy of the base, so gathers stay inside it")
+        typer.echo("  every node keeps a second copy of the base, so gathers stay inside the node")
     typer.echo(f"  slots that fit: {found.slots if found.fits else 'not even one'}\n")
     _row("serving, a replica", "")
     for words, size in (
