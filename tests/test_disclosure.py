@@ -629,7 +629,7 @@ READERS: dict[str, Callable[[SimpleNamespace, Path], None]] = {
     "reader of the storage folder": who_reads_files,
     "reader of MLflow": who_reads_mlflow,
     "reader of logs": who_reads_logs,
-    "whoever may list jobs on the Ray cluster": who_lists_jobs,
+    "user who may list jobs on the Ray cluster": who_lists_jobs,
 }
 
 
