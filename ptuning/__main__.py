@@ -4,7 +4,7 @@ from ptuning import sys_path
 
 
 def main() -> None:
-    """The `ptuning` command. Nothing but this package is imported before the working folder is off the path."""
+    """The `ptuning` command. Removes the working folder from the import path before it imports other packages."""
     sys_path.leave_working_folder()
     from ptuning.cli.app import main as command
 

@@ -1,7 +1,7 @@
-"""The experiment: one TOML file that decides a result. One table per topic, in the order in which data flows.
+"""The experiment: one TOML file that determines a result. One table per topic, in the order in which data flows.
 
-Reading it imports neither torch nor ray. Whatever is wrong is said in one sentence (`ExperimentError`) that names the place
-and the fix, before anything starts.
+Reading it imports neither torch nor ray. Mistakes are reported before anything starts, as one sentence (`ExperimentError`) that
+names the place and the fix.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ptuning.errors import UserError, suggest
 from ptuning.redaction import redact
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
-"""Names of experiments, runs and soft prompts: safe as a folder, a registry entry and a model id at once."""
+"""Names of experiments, runs and soft prompts: safe as a folder name, a registry entry and a model id."""
 
 EMPTY = "is empty (an unset shell variable?); give it a value, or leave it out"
-"""What is said of a setting, or an option of a command, that must not be blank."""
+"""The message for a blank setting or command-line option that needs a value."""
 
 
 def _non_blank(text: str) -> str:
@@ -32,7 +32,7 @@ def _non_blank(text: str) -> str:
 
 
 NonBlank = Annotated[str, AfterValidator(_non_blank)]
-"""A path, address, URI or name. Blank ones would mean the working folder, `/` or whatever comes first."""
+"""A path, address, URI or name. A blank one could be taken for the working folder or `/`."""
 
 Init = Literal["random", "vocabulary", "text", "labels", "soft-prompt"]
 
@@ -53,7 +53,7 @@ CLASSIFICATION_METRICS: tuple[Metric, ...] = ("loss", "accuracy", "macro_f1")
 GENERATION_METRICS: tuple[Metric, ...] = ("loss", "exact_match", "token_f1", "rouge_l", "bleu")
 
 MARGIN = 0.01
-"""How much worse than the champion's a metric may be: of accuracies and the like as they are, of losses as a share."""
+"""How much worse than the champion's a metric may be: absolute for accuracies and other scores, relative for losses."""
 
 
 class ExperimentError(UserError):
@@ -72,23 +72,24 @@ class ModelConfig(Table):
     revision: NonBlank | None = None
     """Commit, tag or branch of a Hugging Face id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 for a base that is stored in 16 bits where the hardware computes in it, else float32."""
+    """auto: bfloat16 for a base stored in 16 bits if the hardware supports bfloat16, else float32."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the base. Only for bases whose authors you trust with this machine."""
+    """Run Python code that ships with the base. Only for bases whose authors you trust with this machine."""
 
 
 class PromptConfig(Table):
-    """The soft prompt before its first step."""
+    """The soft prompt's length and initialisation."""
 
     length: Positive = 20
     """Virtual tokens (P)."""
     init: Init = "vocabulary"
-    """random: normal, with the spread of the base's embeddings; vocabulary: rows of frequent tokens; text: rows of init_text;
-    labels: rows of the label words (Lester et al. 2021, section 3.2); soft-prompt: init_from (SPoT, Vu et al. 2022)."""
+    """random: normal, with the standard deviation of the base's embeddings; vocabulary: embeddings of frequent tokens; text:
+    embeddings of init_text; labels: embeddings of the label words (Lester et al. 2021, section 3.2); soft-prompt: copied from
+    init_from (SPoT, Vu et al. 2022)."""
     init_text: NonBlank | None = None
-    """Text for init = "text"; repeated or cut to the length."""
+    """Text for init = "text"; repeated or truncated to the length."""
     init_from: NonBlank | None = None
-    """For init = "soft-prompt": a soft prompt's folder, or name@alias in the registry."""
+    """For init = "soft-prompt": the folder of a soft prompt, or name@alias in the registry."""
 
     @model_validator(mode="after")
     def _init_has_its_source(self) -> PromptConfig:
@@ -105,15 +106,16 @@ class Template(Table):
     """How a row becomes text. Stored in the card: training, evaluation and serving see the same tokens."""
 
     input: str
-    """Text in front of the target; fields of the row in braces, as in "Message: {text}\\nLabel:"."""
+    """Text before the target, with fields of the row in braces: "Message: {text}\\nLabel:"."""
     target: str
-    """Text to be predicted, as in " {label}". The end token is added behind it."""
+    """Text to predict, for example " {label}". The end token is appended."""
     labels: tuple[str, ...] | None = None
-    """All labels: makes it a classification task. Without them the target is free text."""
+    """All labels of a classification task. Without labels the target is free text."""
     max_tokens: Positive | None = None
-    """Longest input + target in tokens; default: what the base's context leaves beside the soft prompt."""
+    """Maximum tokens of input + target. Default: the base's context minus the soft prompt."""
     truncate: Literal["left", "right", "error"] = "right"
-    """Where too long an input loses text: the longest field is cut on this side, the template's own words stay."""
+    """How an input that is too long is shortened: its longest field is truncated on this side, the template's own words stay;
+    error: the row is refused (a training row is dropped)."""
 
     @field_validator("input", "target")
     @classmethod
@@ -125,12 +127,12 @@ class Template(Table):
     def _labels_fit_the_target(self) -> Template:
         if self.labels is None:
             if not template_fields(self.target):
-                raise ValueError('target: contains no field of the row; write for example " {label}"')
+                raise ValueError('target: contains no field of the row; write, for example, " {label}"')
             return self
         if len(template_fields(self.target)) != 1:
-            raise ValueError('target: with labels it must contain exactly one field, as in " {label}"')
+            raise ValueError('target: must contain exactly one field if there are labels; write, for example, " {label}"')
         if len(self.labels) < 2:
-            raise ValueError("labels: needs at least two labels")
+            raise ValueError("labels: has fewer than two labels; list at least two")
         twins = sorted({label for label in self.labels if self.labels.count(label) > 1})
         if twins:
             raise ValueError(f"labels: {twins[0]!r} is listed twice; list each label once")
@@ -141,107 +143,108 @@ class DataConfig(Template):
     """The task. A split is a file (.jsonl, .csv, .parquet), "hub:org/name:split", or "builtin:task/split"."""
 
     train: NonBlank
-    """Rows to learn from."""
+    """Rows to train on."""
     validation: NonBlank | None = None
-    """Rows that choose the best step; without them the last step is kept."""
+    """Rows that select the best step. Without them the last step is kept."""
     test: NonBlank | None = None
-    """Rows read once, at the end, with the best soft prompt."""
+    """Rows on which the best soft prompt is evaluated once, at the end."""
 
 
 TEXT_WEIGHT = 0.3
-"""Measured (BENCHMARKS.md, "Labels as a choice"): labels of one token gain accuracy by it, and free generation says them."""
+"""Measured (BENCHMARKS.md, "Labels as a choice"): it raises the accuracy of one-token labels and makes free generation produce
+them."""
 
 
 class TrainConfig(Table):
-    """One soft prompt's training."""
+    """Training of one soft prompt."""
 
     objective: Literal["auto", "choice", "text"] = "auto"
-    """choice: the label as a choice among the labels, which is how evaluation and serving read it; text: every token of the
-    target among the whole vocabulary, as in PEFT; auto: choice with labels, text without."""
+    """choice: cross-entropy over the labels, as evaluation and serving read them; text: cross-entropy of every target token
+    over the whole vocabulary, as in PEFT; auto: choice if there are labels, else text."""
     text_weight: Annotated[float, Field(ge=0, le=1, strict=True)] | Literal["auto"] = "auto"
-    """With objective = "choice": weight of the text objective beside it, so that the base also says the label where nothing
-    constrains it (PEFT's generate, merged checkpoints). auto: 0.3 if every label is one token of the base, 0 if not, because
-    learning to spell a label costs accuracy."""
+    """With objective = "choice": weight of an additional text objective. It makes unconstrained generation (PEFT's generate,
+    merged checkpoints) produce the label, too. auto: 0.3 if every label is one token of the base, else 0, because learning to
+    spell a label costs accuracy."""
     class_weights: Literal["balanced"] | None = None
-    """balanced: every label counts the same in the loss, however many rows it has. Probabilities then are those of a world in
-    which all labels are equally frequent."""
+    """balanced: every label has the same weight in the loss, regardless of its number of rows. The predicted probabilities then
+    assume that all labels are equally frequent."""
     learning_rate: Annotated[float, Field(gt=0, le=1e30, strict=True)] = 0.1
-    """Peak learning rate. AdamW wants 0.03 to 0.3 with labels and less for text, Adafactor about 0.3 (Lester et al. 2021)."""
+    """Peak learning rate. AdamW needs 0.03 to 0.3 with labels and less for text, Adafactor about 0.3 (Lester et al. 2021)."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     weight_decay: Number = 0.0
     starts: Annotated[int, Field(gt=0, le=32, strict=True)] = 1
-    """Draws of the start that train side by side for the first fifth of the steps; the best on the validation rows goes on
-    (without them: in training). In a search every trial is one start."""
+    """Number of initialisations (different seeds) that train side by side for the first fifth of the steps. The one that is
+    best on the validation rows (without them: on the training rows) continues. In a search every trial has one."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate falls after the warm-up: not at all, or to 0 at the last step."""
+    """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
     warmup: Share = 0.05
-    """Share of the steps in which the learning rate rises from 0."""
+    """Fraction of the steps in which the learning rate rises from 0."""
     batch_size: Positive = 16
-    """Rows per step over all workers together."""
+    """Rows per step, summed over all workers."""
     micro_batch_size: Positive | None = None
-    """Most rows per worker in one pass; a larger share of the batch is computed in several passes. Default: all in one."""
+    """Maximum rows per worker in one pass. A larger part of the batch is split into several passes. Default: one pass."""
     steps: Positive = 300
     evaluate_every: Positive = 50
     """Steps between evaluations on the validation rows."""
     patience: Positive | None = None
-    """Stop after so many evaluations in a row without improvement."""
+    """Stop after this many evaluations in a row without improvement."""
     metric: Metric | None = None
-    """Validation metric that chooses the best step. Default: accuracy with labels, else loss."""
+    """Validation metric that selects the best step. Default: accuracy if there are labels, else loss."""
     clip: Number = 1.0
-    """Largest gradient norm of a soft prompt; 0 switches clipping off."""
+    """Maximum gradient norm of a soft prompt; 0 disables clipping."""
     checkpoint_every: Positive = 20
-    """Steps between checkpoints: what a crash can cost at most."""
+    """Steps between checkpoints. A crash loses at most this many steps."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     seed: Count = 0
 
     def resolved_text_weight(self, target_tokens: int) -> float:
-        """The weight of the text objective where the longest label has so many tokens, its end token included."""
+        """The weight of the text objective. `target_tokens`: tokens of the longest label, its end token included."""
         if self.text_weight == "auto":
             return TEXT_WEIGHT if target_tokens <= 2 else 0.0
         return self.text_weight
 
 
 class ZeroConfig(Table):
-    """DeepSpeed's part: how the frozen base is spread over the workers. The rest of its settings is derived."""
+    """How DeepSpeed ZeRO partitions the frozen base over the workers. All other DeepSpeed settings are derived."""
 
     stage: Literal[0, 3] = 3
-    """3: every worker holds its share of the base; 0: every worker holds all of it."""
+    """3: the base is partitioned over the workers; 0: every worker holds the whole base."""
     offload: bool = False
-    """Keep the shares of the base in CPU memory (GPU workers only)."""
+    """Keep the partitions of the base in CPU memory (GPU workers only)."""
     live_parameters: Positive | None = None
-    """Most parameters of the base gathered at once on a worker. Default: from the memory at hand."""
+    """Maximum parameters of the base that are gathered at once on a worker. Default: depends on the free memory."""
     persistent_below: Count = 10_000
-    """Tensors with fewer numbers than this (norms, biases) stay whole on every worker."""
+    """Tensors with fewer elements than this (norms, biases) are not partitioned."""
 
 
 class SearchConfig(Table):
     """The search over soft prompts."""
 
     trials: Positive = 16
-    """Configurations to try."""
+    """Number of configurations to try."""
     length: tuple[Positive, ...] = (10, 20, 50, 100)
-    """Lengths to choose from."""
+    """Values of prompt.length to choose from."""
     learning_rate: tuple[PositiveNumber, PositiveNumber] = (0.01, 1.0)
-    """[low, high], drawn log-uniformly."""
+    """[low, high], sampled log-uniformly."""
     init: tuple[Init, ...] = ("random", "vocabulary")
-    """Initialisations to choose from."""
+    """Values of prompt.init to choose from."""
     space: dict[str, tuple[float, ...]] = {}
-    """More numbers of [train] or [prompt] to search, as "train.warmup" = [low, high]; three or more are choices."""
+    """Further numeric settings of [train] to search: "train.warmup" = [low, high] is a range; three or more are choices."""
     slots: Positive | Literal["auto"] = "auto"
-    """Soft prompts that train side by side over one base; auto: as many as memory holds and throughput gains from."""
+    """Soft prompts that train side by side over one base. auto: as many as fit into memory and raise the throughput."""
     groups: Positive = 1
-    """Groups of workers, each with a base of its own."""
+    """Groups of workers. Each group loads a base of its own."""
     scheduler: Literal["asha", "fifo", "pbt"] = "asha"
-    """asha: stop the worse ones early; fifo: train all to the end; pbt: the worse ones go on from the better ones."""
+    """asha: stop weak trials early; fifo: train every trial to the end; pbt: weak trials continue from strong ones."""
     algorithm: Literal["tpe", "random", "grid"] = "tpe"
     """How configurations are chosen."""
     finalists: Positive = 3
-    """The best configurations, which are trained with several seeds."""
+    """Number of best configurations that are trained again with several seeds."""
     seeds: Positive = 3
-    """Seeds of each finalist; the winner is the best in the mean."""
+    """Seeds per finalist. The winner is the finalist with the best mean."""
     prefer_short: Number = 0.0
-    """What a halved length is worth in units of the metric: a shorter soft prompt is cheaper to serve for ever."""
+    """Bonus in units of the metric for halving the length: a shorter soft prompt is cheaper to serve."""
     seed: Count = 0
 
     @field_validator("length", "init")
@@ -255,13 +258,13 @@ class SearchConfig(Table):
     @classmethod
     def _low_to_high(cls, values: tuple[float, float]) -> tuple[float, float]:
         if not 0 < values[0] <= values[1]:
-            raise ValueError(f"[{values[0]}, {values[1]}] is no range; write [low, high] with 0 < low <= high")
+            raise ValueError(f"[{values[0]}, {values[1]}] is not a valid range; write [low, high] with 0 < low <= high")
         return values
 
     @field_validator("space", mode="before")
     @classmethod
     def _dotted(cls, tables: Any) -> Any:
-        """`search.space.train.warmup=...` on the command line makes tables of tables."""
+        """`search.space.train.warmup=...` on the command line creates nested tables."""
         if not isinstance(tables, dict):
             return tables
         flat: dict[str, Any] = {}
@@ -278,10 +281,10 @@ class SearchConfig(Table):
             if name not in known:
                 names = sorted(f"{table}.{name}" for table, fields in SEARCHABLE.items() for name in fields)
                 fix = suggest(key, names, f"use one of {', '.join(names)}")
-                raise ValueError(f"{key!r} is no number to search; {fix}")
+                raise ValueError(f"{key!r} is not a searchable number; {fix}")
             if len(values) < 2 or (len(values) == 2 and values[0] >= values[1]):
                 raise ValueError(
-                    f'"{key}" = {list(values)} is no range; write [low, high] with low < high, or three or more values'
+                    f'"{key}" = {list(values)} is not a valid range; write [low, high] with low < high, or three or more values'
                 )
             for value in values:
                 try:
@@ -298,11 +301,11 @@ class SearchConfig(Table):
 SEARCHABLE: dict[str, dict[str, type[Table]]] = {
     "train": dict.fromkeys(("weight_decay", "warmup", "batch_size", "patience", "clip", "text_weight"), TrainConfig),
 }
-"""Numbers that `search.space` may name. Length and learning rate have keys of their own; steps are the budget."""
+"""Numeric settings that `search.space` may contain. Length and learning rate have keys of their own; steps are the budget."""
 
 
 def is_whole(key: str) -> bool:
-    """True if a searchable field takes whole numbers only."""
+    """True if a searchable setting accepts only whole numbers."""
     return key in ("train.batch_size", "train.patience")
 
 
@@ -310,41 +313,41 @@ class ServeConfig(Table):
     """The server."""
 
     host: NonBlank = "127.0.0.1"
-    """Address to listen on. Others than loopback need API keys."""
+    """Address to listen on. Any address but loopback requires API keys."""
     port: Annotated[int, Field(ge=0, le=65535, strict=True)] = 8000
     keys: NonBlank | None = None
-    """File with one API key per line, "KEY" or "KEY admin". Default: the variable PTUNING_API_KEYS, separated by commas."""
+    """File with one API key per line, "KEY" or "KEY admin". Default: the variable PTUNING_API_KEYS (comma-separated)."""
     soft_prompts: tuple[NonBlank, ...] = ()
-    """Registered names to serve; empty: all that were trained for this base."""
+    """Registered names to serve. Empty: every soft prompt trained for this base."""
     refresh_s: PositiveNumber = 2.0
-    """Seconds between looks at the registry: how late a promotion reaches a replica at most."""
+    """Seconds between two checks of the registry: the maximum delay until a replica serves a promoted version."""
     replicas: Positive | tuple[Positive, Positive] = 1
-    """Copies of the base, or [min, max] to follow the number of requests."""
+    """Number of replicas, each with its own copy of the base; [min, max] scales with the number of requests."""
     cpus_per_replica: PositiveNumber = 1.0
     gpus_per_replica: Number = 0.0
-    """A fraction shares a GPU."""
+    """With a fraction several replicas share a GPU."""
     running: Positive = 32
-    """Requests in one batch of a replica."""
+    """Maximum requests in one batch of a replica."""
     waiting: Positive = 256
-    """Requests that may wait in a replica; more are answered 429."""
+    """Maximum requests that wait in a replica. Further ones are answered with 429."""
     cache_mb: Positive = 512
-    """Memory of a replica for keys and values."""
+    """Size of a replica's key-value cache in MB."""
     max_new_tokens: Positive = 1024
-    """Most tokens of one answer."""
+    """Maximum tokens of one answer."""
     max_answers: Positive = 16
-    """Most answers to one request: n times the number of prompts. Texts to classify may be as many as may wait."""
+    """Maximum answers to one request: n times the number of prompts. Texts to classify are limited by `waiting` instead."""
     max_body_kb: Positive = 1024
-    """Most bytes of a request; more are answered 413."""
+    """Maximum size of a request body in KiB. Larger ones are answered with 413."""
     deadline_s: PositiveNumber = 120.0
-    """Seconds after which an answer is given up. Clients cannot lengthen it."""
+    """Seconds after which an answer is aborted. Clients cannot extend it."""
     drain_s: PositiveNumber = 30.0
-    """Seconds that a stopping replica gives to requests in flight."""
+    """Seconds that a stopping replica waits for requests in flight."""
 
     @field_validator("replicas")
     @classmethod
     def _min_to_max(cls, replicas: int | tuple[int, int]) -> int | tuple[int, int]:
         if isinstance(replicas, tuple) and replicas[0] > replicas[1]:
-            raise ValueError(f"[{replicas[0]}, {replicas[1]}] is no range; write [min, max]")
+            raise ValueError(f"[{replicas[0]}, {replicas[1]}] is not a valid range; write [min, max] with min <= max")
         return replicas
 
 
@@ -352,35 +355,34 @@ class TrackingConfig(Table):
     """MLflow."""
 
     uri: NonBlank | None = None
-    """Tracking server or database. Default: sqlite in the storage folder."""
+    """Tracking server or database. Default: SQLite in the storage folder."""
     experiment: NonBlank = "ptuning"
     """MLflow experiment that the runs belong to."""
 
 
 class ComputeConfig(Table):
-    """Workers and where their results go."""
+    """Workers and storage."""
 
     workers: Positive | tuple[Positive, Positive] = 1
-    """Data-parallel workers, or [min, max] to let the cluster decide."""
+    """Data-parallel workers; [min, max]: as many as the cluster has resources for."""
     cpus_per_worker: PositiveNumber | None = None
-    """Default: the machine's cores shared by the workers, at least 1 (a cluster: 1)."""
+    """Default: the machine's cores divided by the number of workers, at least 1 (on a cluster: 1)."""
     gpus_per_worker: Number | None = None
     """Default: 1 if the cluster has GPUs, else 0."""
     storage: NonBlank = "runs"
     """Folder or s3://bucket/folder for checkpoints, soft prompts and, by default, the tracking store."""
     address: NonBlank | None = None
-    """Ray cluster to connect to. Default: RAY_ADDRESS, else a cluster of this machine only, for the time of the command."""
+    """Ray cluster to connect to. Default: RAY_ADDRESS, else a cluster on this machine that ends with the command."""
     max_failures: Count = 3
-    """Worker failures after which the run gives up; each restart continues from the newest checkpoint."""
+    """Maximum worker failures of a run. Each restart continues from the newest checkpoint; one failure more fails the run."""
     hang_s: PositiveNumber | None = None
-    """Seconds without progress after which workers count as hung and start again. Default: 20 times the longest step, at
-    least 60."""
+    """Seconds without progress after which hung workers are restarted. Default: 20 times the longest step, at least 60."""
 
     @field_validator("workers")
     @classmethod
     def _min_to_max(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
         if isinstance(workers, tuple) and workers[0] > workers[1]:
-            raise ValueError(f"[{workers[0]}, {workers[1]}] is no range; write [min, max]")
+            raise ValueError(f"[{workers[0]}, {workers[1]}] is not a valid range; write [min, max] with min <= max")
         return workers
 
     @property
@@ -389,10 +391,10 @@ class ComputeConfig(Table):
 
 
 class Experiment(Table):
-    """Everything that decides a result."""
+    """Everything that determines a result."""
 
     name: NonBlank
-    """Names the run and its folder in the storage."""
+    """Name of the run and of its folder in the storage."""
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
     data: DataConfig
@@ -430,7 +432,7 @@ class Experiment(Table):
     @classmethod
     def _safe_name(cls, name: str) -> str:
         if not NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name; use letters, digits, '-', '_' and '.', at most 64, no slashes")
+            raise ValueError(f"{name!r} is not a valid name; use at most 64 letters, digits, '-', '_' and '.', no slashes")
         return name
 
     @model_validator(mode="after")
@@ -440,9 +442,9 @@ class Experiment(Table):
             raise ValueError('prompt.init: "labels" needs data.labels; list them or choose another init')
         for key, value in (("objective", self.train.objective == "choice"), ("class_weights", self.train.class_weights)):
             if value and not labels:
-                raise ValueError(f"train.{key}: needs data.labels to choose among; list them")
+                raise ValueError(f"train.{key}: needs data.labels; list them")
         if self.train.text_weight not in ("auto", 0) and self.objective == "text":
-            raise ValueError('train.text_weight: weighs the text beside a choice, but the objective is "text"; set it to 0')
+            raise ValueError('train.text_weight: has no effect with the objective "text"; set it to 0')
         allowed = CLASSIFICATION_METRICS if labels else GENERATION_METRICS
         if self.train.metric not in (None, *allowed):
             task = "classification" if labels else "generation"
@@ -450,24 +452,24 @@ class Experiment(Table):
                 f'train.metric: "{self.train.metric}" is not measured on a {task} task; use one of {", ".join(allowed)}'
             )
         if self.train.patience and not self.data.validation:
-            raise ValueError("train.patience: needs rows to evaluate on; set data.validation or remove it")
+            raise ValueError("train.patience: needs validation rows; set data.validation or remove train.patience")
         if self.train.batch_size < self.compute.most_workers:
             raise ValueError(
-                f"train.batch_size: {self.train.batch_size} rows cannot be shared by {self.compute.most_workers} workers; "
+                f"train.batch_size: {self.train.batch_size} rows cannot be split over {self.compute.most_workers} workers; "
                 "raise it or lower compute.workers"
             )
         return self
 
     @property
     def objective(self) -> Literal["choice", "text"]:
-        """What training minimises."""
+        """The objective of training, "auto" resolved."""
         if self.train.objective == "auto":
             return "choice" if self.data.labels else "text"
         return self.train.objective
 
     @property
     def metric(self) -> Metric:
-        """The validation metric that chooses the best step."""
+        """The validation metric that selects the best step."""
         return self.train.metric or ("accuracy" if self.data.labels else "loss")
 
 
@@ -480,22 +482,22 @@ def template_fields(template: str) -> list[str]:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"{template!r} is no template ({error}); write literal braces as {{{{ and }}}}") from None
+        raise ValueError(f"{template!r} is not a valid template ({error}); write literal braces as {{{{ and }}}}") from None
     fields: dict[str, None] = {}
     for _, name, spec, conversion in parts:
         if name is None:
             continue
         if not name.isidentifier() or spec or conversion:
-            raise ValueError(f"{template!r}: {{{name}}} is no plain field name; write literal braces as {{{{ and }}}}")
+            raise ValueError(f"{template!r}: {{{name}}} is not a plain field name; write literal braces as {{{{ and }}}}")
         fields[name] = None
     return list(fields)
 
 
 def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment file and apply `key=value` overrides with dotted keys.
+    """Read an experiment file and apply overrides `key=value` with dotted keys.
 
     Raises:
-        ExperimentError: anything wrong with the file, an override or the experiment as a whole.
+        ExperimentError: the file, an override or the experiment as a whole is wrong.
     """
     path = Path(path)
     try:
@@ -507,7 +509,7 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     except (OSError, UnicodeDecodeError) as error:
         raise ExperimentError(f"{path}: cannot be read ({error}); give a TOML file") from None
     except tomllib.TOMLDecodeError as error:
-        raise ExperimentError(f"{path}: is not valid TOML: {error}") from None
+        raise ExperimentError(f"{path}: is not valid TOML ({error}); correct the file") from None
     for override in overrides:
         _apply(tables, override)
     return parse_experiment(tables, str(path))
@@ -524,8 +526,8 @@ def parse_experiment(tables: dict[str, Any], source: str = "experiment") -> Expe
 def _apply(tables: dict[str, Any], override: str) -> None:
     if redact(override) != override:
         raise ExperimentError(
-            f"override {redact(override)}: has a password in it, and everybody on this machine may read a command, as may who "
-            "reads Ray's logs; write it into the experiment file, or set the variable that the service knows it by"
+            f"override {redact(override)}: contains a password, which other users of this machine and readers of Ray's logs "
+            "can see; write it into the experiment file, or set the service's own environment variable"
         )
     key, equals, text = override.partition("=")
     keys = key.strip().split(".")
@@ -534,22 +536,22 @@ def _apply(tables: dict[str, Any], override: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string: the shell has eaten the quotes
+        value = text  # a bare word is a string: the shell has removed the quotes
     if not isinstance(value, str) and _takes_text(keys):
-        value = text  # a name or a revision may look like a number or a date: 7e12345
+        value = text  # a name or a revision may look like a number or a date, for example 7e12345
     table = tables
     for part in keys[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ExperimentError(f"override {override!r}: {part} is no table; write for example train.steps=100")
+            raise ExperimentError(f"override {override!r}: {part} is not a table; write, for example, train.steps=100")
     table[keys[-1]] = value
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first problem of a validation, as `table.key: what is wrong; what to do`."""
+    """The first problem of a validation as `table.key: problem; fix`."""
     problem, *others = error.errors()
     where: list[str] = []
-    for part in problem["loc"]:  # behind the keys come indices of lists and names of union branches
+    for part in problem["loc"]:  # after the keys come list indices and names of union branches
         if part not in _known_keys(where):
             break
         where.append(str(part))
@@ -561,12 +563,12 @@ def _sentence(error: ValidationError) -> str:
     if problem["type"] == "missing" and isinstance(problem["loc"][-1], str):
         return f"{path}: is missing; set it"
     if problem["type"] == "model_type":
-        return f"{path}: is no table (got {problem['input']!r}); write [{path}] and its keys below it"
+        return f"{path}: is not a table (got {problem['input']!r}); write [{path}] and its keys below it"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        # Checks of a whole table name the key themselves, as "key: ...".
+        # Validators of a whole table name the key themselves: "key: ...".
         return f"{path}{'.' if path and re.match(r'[a-z_.]+: ', message) else ': ' if path else ''}{message}"
-    # "auto" beside numbers is a branch of its own, with an error of its own.
+    # In a union of "auto" and numbers, "auto" is a branch of its own with an error of its own.
     words = [each for each in others if each["loc"][:-1] == problem["loc"][:-1] and each["type"] == "literal_error"]
     message += "".join(f" or {each['ctx']['expected']}" for each in words)
     expected = [each["ctx"]["expected"] for each in (problem, *words) if each["type"] == "literal_error"]
@@ -576,7 +578,7 @@ def _sentence(error: ValidationError) -> str:
 
 
 def quoted(name: str) -> str:
-    """A text as it is written in TOML, for names without quotes in them."""
+    """A name in TOML quotes. The name must not contain quotes."""
     return f'"{name}"'
 
 

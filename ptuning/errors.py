@@ -1,4 +1,4 @@
-"""The errors that people see: one sentence that says what is wrong and what to do."""
+"""Errors for users: one sentence that states the problem and the fix."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
-    """Bad input. The message is one sentence that names the place and the fix; the command line shows it as it is."""
+    """Invalid input. The message is one sentence that names the place and the fix. The command line shows it unchanged."""
 
 
 class BaseError(UserError):
-    """The base is unknown, incomplete, or no decoder-only language model."""
+    """The base is unknown, incomplete, or not a decoder-only language model."""
 
 
 class RunFailed(RuntimeError):
-    """The run was started and did not reach its end. The message says why and what to do."""
+    """The run was started and did not finish. The message gives the cause and the fix."""
 
 
 def suggest(
     word: str, known: Iterable[str], otherwise: str, *, alike: float = 0.6, shown: Callable[[str], str] | None = None
 ) -> str:
-    """How a sentence about an unknown name ends: "did you mean X?" if one that is known is close to it, else `otherwise`.
+    """The end of an error about an unknown name: "did you mean X?" if a known name is similar, else `otherwise`.
 
-    Another case, or something in front as in "openai/NAME", is close. Of a mapping only the keys are looked at: whatever they
-    stand for may not be for the reader. `alike`: 1 for the same word, 0 for one that has nothing in common; `shown`: how a
-    known name is written, if not as it is.
+    Upper and lower case, and a prefix as in "openai/NAME", are ignored. If `known` is a mapping, only its keys are used: its
+    values may be confidential. `alike`: the minimum similarity, from 0 (nothing in common) to 1 (equal); `shown`: formats a
+    known name.
     """
     names = list(known)
     lower = {name.lower(): name for name in names} | {name: name for name in names}

@@ -1,4 +1,4 @@
-"""Imports that take no longer than they have to."""
+"""Faster imports."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ptuning import environment
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Nothing is garbage-collected inside, and what is there at the end is never looked through again.
+    """Disables garbage collection inside, and afterwards freezes all existing objects.
 
-    An import makes some hundred thousand objects that stay. Python (3.11) looks through them again and again for cycles that
-    nobody uses any more: a quarter of the time that a worker's imports take.
+    An import creates some hundred thousand long-lived objects. Python (3.11) scans them repeatedly for unreachable cycles,
+    which takes a quarter of a worker's import time.
     """
     gc.disable()
     try:
@@ -27,11 +27,11 @@ def quick_imports() -> Iterator[None]:
 
 @contextmanager
 def without_module(module: str) -> Iterator[None]:
-    """Inside, packages that import `module` only where it is installed do without it, unless it has been imported before."""
+    """Makes `module` look uninstalled inside, for packages that import it optionally. No effect if it is imported already."""
     if module in sys.modules:
         yield
         return
-    sys.modules[module] = None  # type: ignore[assignment]  # Python's own sign for what cannot be imported
+    sys.modules[module] = None  # type: ignore[assignment]  # how Python marks a module that cannot be imported
     try:
         yield
     finally:
@@ -39,11 +39,11 @@ def without_module(module: str) -> Iterator[None]:
 
 
 def load_deepspeed() -> None:
-    """Import DeepSpeed before anything else does: told which accelerator there is, and without MLflow."""
+    """Import DeepSpeed before any other module does, with the accelerator set and without MLflow."""
     import torch
 
     if not torch.cuda.is_available():
         environment.apply("deepspeed")
-    # Its autotuner, of no use here, imports MLflow if it can (0.19, autotuning/autotuner.py): 0.4 s and 45 MB of every worker.
+    # Its autotuner, unused here, imports MLflow if it is installed (0.19, autotuning/autotuner.py): 0.4 s and 45 MB per worker.
     with without_module("mlflow"):
-        import deepspeed  # noqa: F401  # reads DS_ACCELERATOR when it is imported
+        import deepspeed  # noqa: F401  # reads DS_ACCELERATOR at import

@@ -1,7 +1,7 @@
-"""Files that travel with a job: `shipped:NAME` is what `ptuning submit` has put beside the experiment.
+"""Files that are uploaded with a job: `shipped:NAME` is a file that `ptuning submit` has packed with the experiment.
 
-NAME contains a hash of the content and nothing of the place: nodes unpack jobs where they like, and a run that is resumed by
-another job still reads what it read before.
+NAME contains a hash of the content but no path: nodes unpack jobs into different folders, and a run that is resumed by another
+job must find the same file.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ FOLDER = "shipped"
 
 
 def locate(source: str) -> Path:
-    """Where a path or a `shipped:NAME` lies on this node. It need not exist."""
+    """The location of a path or `shipped:NAME` on this node. It need not exist."""
     if not source.startswith(SCHEME):
         return Path(source).expanduser()
     name = source.removeprefix(SCHEME)
-    # Ray Train and Ray Tune move workers into folders of their own; the job's stays in PYTHONPATH, on every node.
+    # Ray Train and Ray Tune change the working folder of workers; the job's folder stays in PYTHONPATH, on every node.
     places = (Path(folder, FOLDER, name).absolute() for folder in sys.path)
     return next((path for path in places if path.exists()), Path(FOLDER, name))

@@ -1,5 +1,5 @@
-"""What may be written, logged or answered of a text: no password of an address, and to those who may not know this machine no
-path either. Knows nothing else of the package."""
+"""Removes confidential parts of a text before it is written, logged or sent: passwords in addresses, and for clients also
+paths. Imports nothing else of the package."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ HIDDEN = "***"
 
 _NAMES = r"password|passwd|pwd|token|secret|signature|credential|api[_-]?key|access[_-]?key|account[_-]?key|odbc_connect"
 _PATTERNS = (
-    # SQLAlchemy takes whatever stands before the "@", slashes too.
+    # SQLAlchemy accepts any characters before the "@", slashes included.
     re.compile(r"(?i)\b((?:postgres|postgresql|mysql|mariadb|mssql|oracle)(?:\+\w+)?://)[^\s\"]*@"),
-    # A password may contain slashes, as those of S3 do; what begins as a port is none.
+    # A password may contain slashes, as S3 keys do; text that looks like a port is not a password.
     re.compile(r"(\w://)[^\s/:@\"]*:(?!\d{1,5}(?:[/?#\s\"'\])>,;]|$))[^\s@\"]*@"),
     re.compile(r"(\w://)[^\s/\"]*@"),
 )
@@ -45,18 +45,18 @@ def redacted(value: Any) -> Any:
 
 
 def placeless(text: str) -> str:
-    """The text for those who may not know this machine: redacted, without addresses, and of every path only the last name."""
+    """The text for readers who must not learn about this machine: redacted, without addresses, paths cut to their last name."""
     text = _ADDRESS.sub(HIDDEN, redact(text))
     return _PATH.sub(lambda found: last_name(found[0]), text)
 
 
 def last_name(path: str) -> str:
-    """The last name of a path or an address, without its query."""
+    """The last component of a path or an address, without its query."""
     return path.partition("?")[0].rstrip("/").rpartition("/")[2] or HIDDEN
 
 
 def logger(name: str) -> logging.Logger:
-    """The logger of a module: what it writes is redacted, tracebacks included."""
+    """The logger of a module. Its messages and tracebacks are redacted."""
     found = logging.getLogger(name)
     if not any(isinstance(each, _Redacting) for each in found.filters):
         found.addFilter(_Redacting())
@@ -67,7 +67,7 @@ class _Redacting(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redact(record.getMessage()), ()
         if record.exc_info and not isinstance(record.exc_info, bool):
-            # Formatters write this text where it is there, and else the traceback as it is.
+            # Formatters write this text if it is set, else the original traceback.
             record.exc_text = redact("".join(traceback.format_exception(*record.exc_info)).rstrip())
             record.exc_info = None
         return True

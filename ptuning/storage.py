@@ -1,7 +1,7 @@
-"""Folders that are there whole or not at all, on a disk or in an object store.
+"""Folders that are written atomically, on a disk or in an object store.
 
 A folder is written under a temporary name, synced and renamed; `manifest.json` with the SHA-256 of every file is written last.
-An object store has no rename: there the manifest alone decides, a folder without one does not exist. Reading checks every hash.
+An object store cannot rename: there a folder without a manifest counts as missing. Reading checks every hash.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class StorageError(UserError):
 
 
 def resolve(storage: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a folder or URI (`s3://...`) and the path in it; local paths become absolute."""
+    """The file system of a folder or URI (`s3://...`), and the path in it. Local paths become absolute."""
     try:
         if "://" in storage:
             return fs.FileSystem.from_uri(storage)
@@ -40,7 +40,7 @@ def resolve(storage: str) -> tuple[fs.FileSystem, str]:
 
 
 def split_credentials(storage: str) -> tuple[str, dict[str, str]]:
-    """The address of an object store without its credentials, and the variables in which the store's client looks for them."""
+    """The address of an object store without credentials, and the credentials as the environment variables of its client."""
     parts = urlsplit(storage) if storage.startswith("s3://") and "@" in storage else None
     if parts is None or parts.username is None:
         return storage, {}
@@ -59,10 +59,10 @@ def join(storage: str, *parts: str) -> str:
 
 
 def check_writable(storage: str) -> None:
-    """Whether folders can be written here. Leaves no trace on a disk; an object store gets a small file for a moment.
+    """Check that folders can be written here. In an object store a small file is written and deleted; on a disk nothing is.
 
     Raises:
-        StorageError: they cannot.
+        StorageError: the storage cannot be written.
     """
     system, path = resolve(storage)
     reason = _refusal(Path(path)) if isinstance(system, fs.LocalFileSystem) else _probe(system, path)
@@ -89,10 +89,10 @@ def _probe(system: fs.FileSystem, path: str) -> str | None:
 
 
 def write_folder(storage: str, files: Mapping[str, bytes]) -> None:
-    """Write a folder with its manifest; one that stands there already is replaced.
+    """Write a folder with its manifest. An existing folder is replaced.
 
     Raises:
-        OSError: disk full, no permission. What stood there before is untouched.
+        OSError: disk full, no permission. A folder that existed before is unchanged.
     """
     system, path = resolve(storage)
     manifest = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
@@ -102,7 +102,7 @@ def write_folder(storage: str, files: Mapping[str, bytes]) -> None:
         return
     if system.get_file_info(path).type != fs.FileType.NotFound:
         delete_folder(storage)
-    for name, content in contents.items():  # the manifest is the last
+    for name, content in contents.items():  # the manifest comes last
         with system.open_output_stream(f"{path}/{name}") as out:
             out.write(content)
 
@@ -120,7 +120,7 @@ def _write_local(path: Path, contents: Mapping[str, bytes]) -> None:
         old = path.parent / f".{path.name}.old.{uuid.uuid4().hex}"
         replaced = path.exists()
         if replaced:
-            path.rename(old)  # a folder that is not empty cannot be renamed over
+            path.rename(old)  # a rename cannot replace a folder that is not empty
         temporary.rename(path)
         _sync_folder(path.parent)
         if replaced:
@@ -139,19 +139,19 @@ def _sync_folder(path: Path) -> None:
 
 
 def read_folder(storage: str) -> dict[str, bytes]:
-    """All files of a folder, every one checked against the manifest.
+    """All files of a folder, each checked against the manifest.
 
     Raises:
-        StorageError: not there, without manifest, or a file is missing or differs from its hash.
+        StorageError: the folder or its manifest is missing, or a file is missing or differs from its hash.
     """
     system, path = resolve(storage)
     files = {}
     for name, digest in _hashes(storage, _read(system, f"{path}/{MANIFEST}", storage)).items():
         if "/" in name or name.startswith("."):
-            raise StorageError(f"{storage}: the manifest names {name!r}, which is no plain file name; do not use this folder")
+            raise StorageError(f"{storage}: the manifest names {name!r}, which is not a file name; do not use this folder")
         content = _read(system, f"{path}/{name}", storage)
         if hashlib.sha256(content).hexdigest() != digest:
-            raise StorageError(f"{storage}: {name} differs from its hash in {MANIFEST}; take another copy of this folder")
+            raise StorageError(f"{storage}: {name} differs from its hash in {MANIFEST}; use another copy of this folder")
         files[name] = content
     return files
 
@@ -162,18 +162,18 @@ def _hashes(storage: str, manifest: bytes) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, RecursionError):
         hashes = None
     if not isinstance(hashes, dict):
-        raise StorageError(f"{storage}: {MANIFEST} is no manifest; take another copy of this folder")
+        raise StorageError(f"{storage}: {MANIFEST} is not a valid manifest; use another copy of this folder")
     return hashes
 
 
 def read_file(storage: str, name: str) -> bytes:
-    """One file of a folder, without looking at a manifest."""
+    """One file of a folder, without checking a manifest."""
     system, path = resolve(storage)
     return _read(system, f"{path}/{name}", storage)
 
 
 def write_file(storage: str, name: str, content: bytes) -> None:
-    """One file, replaced in one step where the file system can."""
+    """Write one file, atomically if the file system can."""
     system, path = resolve(storage)
     if not isinstance(system, fs.LocalFileSystem):
         with system.open_output_stream(f"{path}/{name}") as out:
@@ -189,7 +189,7 @@ def write_file(storage: str, name: str, content: bytes) -> None:
 
 
 def delete_file(storage: str, name: str) -> None:
-    """Remove one file of a folder, if it is there."""
+    """Delete one file of a folder if it exists."""
     system, path = resolve(storage)
     if exists(storage, name):
         system.delete_file(f"{path}/{name}")
@@ -208,13 +208,13 @@ def list_folders(storage: str) -> list[str]:
 
 
 def exists(storage: str, name: str) -> bool:
-    """True if a file or folder `name` stands in the folder."""
+    """True if the folder contains a file or folder `name`."""
     system, path = resolve(storage)
     return bool(system.get_file_info(f"{path}/{name}").type != fs.FileType.NotFound)
 
 
 def delete_folder(storage: str) -> None:
-    """Remove a folder; the manifest goes first, so that a half-removed folder does not exist."""
+    """Delete a folder. The manifest is deleted first, so that a half-deleted folder counts as missing."""
     system, path = resolve(storage)
     if exists(storage, MANIFEST):
         system.delete_file(f"{path}/{MANIFEST}")
@@ -228,9 +228,12 @@ def _read(system: fs.FileSystem, path: str, storage: str) -> bytes:
             content: bytes = stream.read()
             return content
     except FileNotFoundError:
-        raise StorageError(f"{storage}: {path.rsplit('/', 1)[-1]} is missing; the folder is incomplete or not ours") from None
+        raise StorageError(
+            f"{storage}: {path.rsplit('/', 1)[-1]} is missing (the folder is incomplete, or was not written by ptuning); "
+            "choose another folder"
+        ) from None
     except OSError as error:
-        raise StorageError(f"{storage}: cannot be read ({_reason(error)})") from None
+        raise StorageError(f"{storage}: cannot be read ({_reason(error)}); check the storage and its permissions") from None
 
 
 def _reason(error: OSError) -> str:

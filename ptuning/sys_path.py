@@ -1,8 +1,8 @@
-"""Which folders this process and those that it starts import from: what is installed, not where a command is typed.
+"""The import path of this process and its children: installed packages, not the folder in which a command is typed.
 
-Python puts the working folder (`python -m`) or the script's folder in front of everything else, and Ray does the same in every
-worker of a driver. A file there that is called as a module is, `datasets.py` or `queue.py`, would be run instead of it. What
-this module imports itself may come from there, too: only `os` and `sys`, which every Python has loaded before it looks.
+Python puts the working folder (`python -m`) or the script's folder first on the import path, and Ray does the same in every
+worker of a driver. A file in it that has the name of a module, such as `datasets.py` or `queue.py`, would be imported instead
+of the module. This module imports only `os` and `sys`: every Python has loaded them before it searches the path.
 """
 
 import os
@@ -11,15 +11,15 @@ import sys
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
 carried = False
-"""This package was found in a folder that was taken off, a source checkout that is not installed. This process goes on with it,
-as a package knows where its modules lie; others need to be given it."""
+"""True if this package was imported from the removed folder: a source checkout that is not installed. This process keeps
+working, because a package remembers its own location; other processes must be given the folder."""
 _left = False
 
 
 def leave_working_folder() -> None:
-    """Take off the import path what Python has put there unasked, here and for all processes that this one starts.
+    """Remove from the import path what Python adds by itself, in this process and in all its children.
 
-    What the user has named in PYTHONPATH stays; an empty entry of it, which Python takes for the working folder, does not.
+    Entries of PYTHONPATH stay, except empty ones, which Python takes for the working folder.
     """
     global _left, carried
     if _left:
@@ -44,7 +44,7 @@ def _script_folder() -> str:
 def _working_folder() -> str:
     try:
         return os.getcwd()
-    except FileNotFoundError:  # it was removed meanwhile
+    except FileNotFoundError:  # the folder was deleted
         return ""
 
 

@@ -55,22 +55,26 @@ def test_help_answers_at_once() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("name", "a/b", "name: 'a/b' is no name; use letters, digits, '-', '_' and '.', at most 64, no slashes"),
+        ("name", "a/b", "name: 'a/b' is not a valid name; use at most 64 letters, digits, '-', '_' and '.', no slashes"),
         ("prompt.length", 0, "prompt.length: input should be greater than 0 (got 0); change the value"),
         (
             "prompt.length",
             128,
-            "prompt.length: 128 virtual tokens leave no room in the 128 positions of {model}; lower it",
+            "prompt.length: 128 virtual tokens leave no space for text in the 128 positions of {model}; lower it",
         ),
         (
             "data.max_tokens",
             126,
-            "data.max_tokens: 4 virtual tokens and 126 of text exceed the 128 positions of {model}; at most 124",
+            "data.max_tokens: 4 virtual tokens and 126 of text exceed the 128 positions of {model}; set it to at most 124",
         ),
         ("train.learning_rate", 0.0, "train.learning_rate: input should be greater than 0 (got 0.0); change the value"),
         ("train.learning_rate", -1, "train.learning_rate: input should be greater than 0 (got -1); change the value"),
         ("train.lr", 0.1, "train.lr: unknown key; "),
-        ("model.path", "no/such/folder", "no/such/folder is no folder here and no Hugging Face id; correct the path"),
+        (
+            "model.path",
+            "no/such/folder",
+            "no/such/folder is neither an existing folder nor a Hugging Face id; correct the path",
+        ),
         ("model.path", "nobody/nothing", "model.path: nobody/nothing was not found on the Hugging Face Hub or in its cache "),
         ("data.train", "missing.jsonl", "missing.jsonl: "),
         ("data.input", "{txt}:", "txt"),
@@ -132,7 +136,7 @@ def test_a_base_that_is_no_decoder_is_refused(toy_task: SimpleNamespace, write_t
     )
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     code, error = invoke("train", experiment, f"model.path={folder}")
-    assert code == 2 and "has no .safetensors file, and nothing else is opened; convert it" in error
+    assert code == 2 and "has no .safetensors file, the only format that is opened; convert it" in error
 
 
 @pytest.mark.fast
@@ -247,7 +251,9 @@ def test_the_whole_command_with_two_workers(toy_task: SimpleNamespace, write_tom
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("stranger, words", [("serve.host=0.0.0.0", "can be reached by others"), (None, "Ray's token")])
+@pytest.mark.parametrize(
+    "stranger, words", [("serve.host=0.0.0.0", "can be reached from other machines"), (None, "Ray's token")]
+)
 def test_a_server_that_strangers_reach_is_not_begun(toy_task, write_toml: Write, monkeypatch, stranger, words) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token" if stranger else "disabled")
     monkeypatch.setitem(sys.modules, "ptuning.serving.server", None)  # what would start it

@@ -108,10 +108,10 @@ WRONG = [
     ),
     ({"model__lr2": 1}, "model.lr2: unknown key; known here: dtype, path, revision, trust_remote_code"),
     # Values.
-    ({"name": "a/b"}, "name: 'a/b' is no name; use letters, digits, '-', '_' and '.', at most 64, no slashes"),
-    ({"name": ".."}, "name: '..' is no name; use letters, digits, '-', '_' and '.', at most 64, no slashes"),
+    ({"name": "a/b"}, "name: 'a/b' is not a valid name; use at most 64 letters, digits, '-', '_' and '.', no slashes"),
+    ({"name": ".."}, "name: '..' is not a valid name; use at most 64 letters, digits, '-', '_' and '.', no slashes"),
     ({"name": 3}, "name: input should be a valid string (got 3); change the value"),
-    ({"tracking": 3}, "tracking: is no table (got 3); write [tracking] and its keys below it"),
+    ({"tracking": 3}, "tracking: is not a table (got 3); write [tracking] and its keys below it"),
     ({"train__learning_rate": -1}, "train.learning_rate: input should be greater than 0 (got -1); change the value"),
     ({"train__learning_rate": 0}, "train.learning_rate: input should be greater than 0 (got 0); change the value"),
     ({"train__learning_rate": "x"}, "train.learning_rate: input should be a valid number (got 'x'); change the value"),
@@ -135,7 +135,7 @@ WRONG = [
     ({"serve__port": 99999}, "serve.port: input should be less than or equal to 65535 (got 99999); change the value"),
     ({"compute__workers": 0}, "compute.workers: input should be greater than 0 (got 0); change the value"),
     ({"compute__workers": "a"}, "compute.workers: input should be a valid integer (got 'a'); change the value"),
-    ({"compute__workers": [3, 1]}, "compute.workers: [3, 1] is no range; write [min, max]"),
+    ({"compute__workers": [3, 1]}, "compute.workers: [3, 1] is not a valid range; write [min, max] with min <= max"),
     ({"search__length": []}, "search.length: is empty; list at least one value"),
     ({"search__length": [5, 0]}, "search.length: input should be greater than 0 (got 0); change the value"),
     (
@@ -145,21 +145,21 @@ WRONG = [
     ({"search__slots": "many"}, "search.slots: input should be a valid integer or 'auto' (got 'many'); change the value"),
     (
         {"search__learning_rate": [1, 0.1]},
-        "search.learning_rate: [1.0, 0.1] is no range; write [low, high] with 0 < low <= high",
+        "search.learning_rate: [1.0, 0.1] is not a valid range; write [low, high] with 0 < low <= high",
     ),
     # Templates and labels.
     (
         {"data__input": "{a"},
-        "data.input: '{a' is no template (expected '}' before end of string); write literal braces as {{ and }}",
+        "data.input: '{a' is not a valid template (expected '}' before end of string); write literal braces as {{ and }}",
     ),
-    ({"data__input": "{a.b}"}, "data.input: '{a.b}': {a.b} is no plain field name; write literal braces as {{ and }}"),
-    ({"data__input": "{}"}, "data.input: '{}': {} is no plain field name; write literal braces as {{ and }}"),
-    ({"data__target": "x"}, 'data.target: contains no field of the row; write for example " {label}"'),
+    ({"data__input": "{a.b}"}, "data.input: '{a.b}': {a.b} is not a plain field name; write literal braces as {{ and }}"),
+    ({"data__input": "{}"}, "data.input: '{}': {} is not a plain field name; write literal braces as {{ and }}"),
+    ({"data__target": "x"}, 'data.target: contains no field of the row; write, for example, " {label}"'),
     (
         {"data__target": "{a} {b}", "data__labels": ["a", "b"]},
-        'data.target: with labels it must contain exactly one field, as in " {label}"',
+        'data.target: must contain exactly one field if there are labels; write, for example, " {label}"',
     ),
-    ({"data__labels": ["a"]}, "data.labels: needs at least two labels"),
+    ({"data__labels": ["a"]}, "data.labels: has fewer than two labels; list at least two"),
     ({"data__labels": ["a", "b", "a"]}, "data.labels: 'a' is listed twice; list each label once"),
     # Keys that do not go together.
     ({"prompt__init": "text"}, 'prompt.init_text: init = "text" needs it; set prompt.init_text'),
@@ -177,10 +177,10 @@ WRONG = [
         {"train__metric": "bleu", "data__labels": ["a", "b"]},
         'train.metric: "bleu" is not measured on a classification task; use one of loss, accuracy, macro_f1',
     ),
-    ({"train__patience": 2}, "train.patience: needs rows to evaluate on; set data.validation or remove it"),
+    ({"train__patience": 2}, "train.patience: needs validation rows; set data.validation or remove train.patience"),
     (
         {"train__batch_size": 2, "compute__workers": [1, 3]},
-        "train.batch_size: 2 rows cannot be shared by 3 workers; raise it or lower compute.workers",
+        "train.batch_size: 2 rows cannot be split over 3 workers; raise it or lower compute.workers",
     ),
 ]
 
@@ -264,7 +264,7 @@ def test_an_override_without_key_or_value(file, override):
 
 
 def test_an_override_through_a_value(file):
-    expected = "override 'name.first=3': name is no table; write for example train.steps=100"
+    expected = "override 'name.first=3': name is not a table; write, for example, train.steps=100"
     assert sentence(lambda: read_experiment(file, ["name.first=3"])) == expected
 
 
@@ -289,7 +289,8 @@ def test_files_that_cannot_be_read(tmp_path):
     assert sentence(lambda: read_experiment(latin)).startswith(f"{latin}: cannot be read (")
     broken = tmp_path / "broken.toml"
     broken.write_text("name = \n", encoding="utf-8")
-    assert sentence(lambda: read_experiment(broken)) == f"{broken}: is not valid TOML: Invalid value (at line 1, column 8)"
+    problem = "Invalid value (at line 1, column 8)"
+    assert sentence(lambda: read_experiment(broken)) == f"{broken}: is not valid TOML ({problem}); correct the file"
 
 
 def test_template_fields():
@@ -348,7 +349,7 @@ def test_the_resolved_experiment_survives_json(plain):
 
 @given(st.text(st.characters(codec="utf-8"), max_size=80).filter(lambda name: name.strip() and not NAME.fullmatch(name)))
 def test_only_safe_names_are_names(name):
-    assert sentence(lambda: parse_experiment(tables(name=name))).startswith(f"experiment: name: {name!r} is no name; ")
+    assert sentence(lambda: parse_experiment(tables(name=name))).startswith(f"experiment: name: {name!r} is not a valid name; ")
 
 
 def test_a_file_says_the_same_as_its_tables(write_toml):

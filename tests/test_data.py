@@ -385,18 +385,18 @@ def test_sentences_about_the_source(load: Callable[..., Split]) -> None:
     jsonl("pets-train.jsonl", ROWS)
     assert sentence(load, "pets-trian.jsonl").endswith("; did you mean pets-train.jsonl?")
     assert sentence(load, "pets-test.jsonl").endswith("; correct the path"), "another split is no good guess"
-    assert sentence(load, "t.txt") == f"t.txt: unknown kind of data; {kinds}"
-    assert sentence(load, "t.jsonl.gz") == f"t.jsonl.gz: unknown kind of data; {kinds}"
+    assert sentence(load, "t.txt") == f"t.txt: unknown file type; {kinds}"
+    assert sentence(load, "t.jsonl.gz") == f"t.jsonl.gz: unknown file type; {kinds}"
     assert sentence(load, "folder.csv") == "folder.csv: is a folder; give one file per split"
     for name in ("empty.jsonl", "blank.jsonl", "empty.csv", "header.csv", "none.parquet"):
         assert sentence(load, name) == f"{name}: is empty; give a split with at least one row"
     for name in ("broken.parquet", "noise.parquet"):
-        assert sentence(load, name).startswith(f"{name}: is no readable Parquet file (")
+        assert sentence(load, name).startswith(f"{name}: is not a readable Parquet file (")
         assert sentence(load, name).endswith("); write it again")
 
 
 def test_sentences_about_the_hub(load: Callable[..., Split]) -> None:
-    form = "is no data set on the hub; write hub:org/name:split or hub:org/name/config:split"
+    form = "is not a valid data set of the Hub; write hub:org/name:split or hub:org/name/config:split"
     for source in ("hub:name", "hub:org/name", "hub:a/b/c/d:train", "hub:../x:train", "hub::train", "hub:a//b:train"):
         assert sentence(load, source) == f"{source}: {form}"
     message = sentence(load, "hub:nobody/nothing:train")
@@ -427,7 +427,7 @@ def test_builtin_tasks(load: Callable[..., Split], tmp_path: Path, monkeypatch: 
         jsonl(str(tmp_path / "tasks" / "kind" / f"{split}.jsonl"), ROWS)
     assert load("builtin:kind/train").source == "builtin:kind/train"
     for source in ("builtin:kind/validation", "builtin:kind", "builtin:../tasks/kind/train"):
-        assert sentence(load, source) == (f"{source}: no such built-in split; there are builtin:kind/test, builtin:kind/train")
+        assert sentence(load, source) == (f"{source}: no such built-in split; use one of builtin:kind/test, builtin:kind/train")
 
 
 LINE = b'{"text": "a pear", "label": "fruit"}\n'
@@ -444,9 +444,9 @@ LINE = b'{"text": "a pear", "label": "fruit"}\n'
         (LINE + b'{"text": "a"\n', "line 2: is not a JSON object; write one object per line"),
         (b"[" * 100_000 + b"\n", "line 1: is not a JSON object; write one object per line"),
         (LINE + b'{"text": "\\ud800", "label": "fruit"}\n',
-         "row 2: contains half a character (a lone surrogate); remove it"),
+         "row 2: contains a lone surrogate (half a character); remove it"),
         (b'\n{"label": "fruit"}\n',
-         "row 1 (line 2): the field 'text' is missing (there are 'label'); correct the data or the template"),
+         "row 1 (line 2): the field 'text' is missing (found: 'label'); correct the data or the template"),
         (LINE + b'{"text": null, "label": "fruit"}\n', "row 2: the field 'text' is null; fill it or remove the row"),
         (LINE + b'{"text": NaN, "label": "fruit"}\n', "row 2: the field 'text' is null; fill it or remove the row"),
         (LINE + b'{"text": ["a"], "label": "fruit"}\n',
@@ -469,11 +469,11 @@ def test_sentences_about_jsonl(load: Callable[..., Split], cache: Path, content:
         ("text,label\na pear\n", "row 1 (line 2): has 1 values for 2 columns; put texts with commas in quotes"),
         ('text,label\n"a\nb",fruit\nc,d,tool\n',
          "row 2 (line 4): has 3 values for 2 columns; put texts with commas in quotes"),
-        ("text,label,text\n", "line 1: the column 'text' stands there twice; rename one"),
+        ("text,label,text\n", "line 1: the column 'text' occurs twice; rename one"),
         ("message,label\nx,tool\n",
-         "row 1 (line 2): the field 'text' is missing (there are 'label', 'message'); "
+         "row 1 (line 2): the field 'text' is missing (found: 'label', 'message'); "
          "correct the data or the template"),
-        ('text,label\n"a pear,fruit\n', "line 2: is no CSV (unexpected end of data); check the quotes"),
+        ('text,label\n"a pear,fruit\n', "line 2: is not valid CSV (unexpected end of data); check the quotes"),
         ("text,label\na,tool\nb\0,tool\n", "line 3: contains a NUL byte; save the file as UTF-8 text"),
     ],
 )  # fmt: skip
@@ -485,13 +485,13 @@ def test_sentences_about_csv(load: Callable[..., Split], content: str, what: str
 def test_sentences_about_columns(load: Callable[..., Split]) -> None:
     pq.write_table(pa.Table.from_pylist([{"message": "x", "label": "tool"}]), "t.parquet")
     assert sentence(load, "t.parquet") == (
-        "t.parquet: the field 'text' is missing (there are 'label', 'message'); correct the data or the template"
+        "t.parquet: the field 'text' is missing (found: 'label', 'message'); correct the data or the template"
     )
     pq.write_table(pa.Table.from_pylist([*ROWS, {"text": None, "label": "tool"}]), "u.parquet")
     assert sentence(load, "u.parquet") == "u.parquet, row 4: the field 'text' is null; fill it or remove the row"
     jsonl("t.jsonl", [ROWS[0] | {"references": [1]}])
     assert sentence(load, "t.jsonl", FREE) == (
-        "t.jsonl, row 1: the field 'references' is no list of texts; write it as a list of texts"
+        "t.jsonl, row 1: the field 'references' is not a list of texts; write it as a list of texts"
     )
 
 
@@ -505,7 +505,7 @@ def test_sentences_about_rows_that_do_not_fit(load: Callable[..., Split], tiny_t
 
     long = jsonl("long.jsonl", [*ROWS, {"text": "\u00e9" * 40, "label": "tool"}])
     whole, reserve = len(encoder.input_ids({"text": "\u00e9" * 40})), max(map(len, encoder.label_ids))
-    size = f"row 4: {whole} tokens of input where {60 - reserve} fit (limit 60, {reserve} for the target)"
+    size = f"row 4: the input has {whole} tokens, {60 - reserve} fit (limit 60, {reserve} for the target)"
     refuse = KIND.model_copy(update={"truncate": "error"})
     for name in ("train", "test"):
         assert sentence(load, long, refuse, name, 60) == (
@@ -516,11 +516,11 @@ def test_sentences_about_rows_that_do_not_fit(load: Callable[..., Split], tiny_t
     assert load(wide, FREE).dropped == 1
     whole, reserve = len(encoder.input_ids({"text": "a"})), len(encoder.target_ids({"label": "\u00e9" * 60}))
     assert sentence(load, wide, FREE, "test") == (
-        f"wide.jsonl, row 2: {whole} tokens of input where {100 - reserve} fit (limit 100, {reserve} for the target), "
-        "and no cut makes it fit; shorten the row, the template or the soft prompt"
+        f"wide.jsonl, row 2: the input has {whole} tokens, {100 - reserve} fit (limit 100, {reserve} for the target), "
+        "and truncating a field is not enough; shorten the row, the template or the soft prompt"
     )
     assert sentence(load, path, KIND, "train", 5) == (
-        "t.jsonl: none of its 4 rows has a text that fits into 5 tokens; raise data.max_tokens"
+        "t.jsonl: none of its 4 rows has text that fits into 5 tokens; raise data.max_tokens"
     )
 
 
@@ -534,7 +534,7 @@ def test_sentences_about_labels_and_tokenizers(load: Callable[..., Split]) -> No
     unknown = Encoder(Template(input="{x}", target="{y}", labels=("c", "x", "y")), words(), 10)
     with pytest.raises(DataError) as error:
         _ = unknown.label_ids
-    assert str(error.value) == "the labels 'x' and 'y' are the same tokens; rename one in data.labels"
+    assert str(error.value) == "the labels 'x' and 'y' have the same tokens; rename one in data.labels"
     with pytest.raises(DataError) as error:
         Encoder(KIND, PreTrainedTokenizerFast(tokenizer_object=words().backend_tokenizer), 10)
     assert str(error.value) == "the tokenizer has no end token; set eos_token in the base's tokenizer_config.json"
@@ -543,7 +543,7 @@ def test_sentences_about_labels_and_tokenizers(load: Callable[..., Split]) -> No
 def test_a_request_without_the_field_is_told_so(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError) as error:
         Encoder(KIND, tiny_tokenizer, 100).fitted_ids({"message": "x"})
-    assert str(error.value) == ("the field 'text' is missing (there are 'message'); correct the data or the template")
+    assert str(error.value) == ("the field 'text' is missing (found: 'message'); correct the data or the template")
 
 
 def test_a_cache_that_cannot_be_written(load: Callable[..., Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,5 +551,5 @@ def test_a_cache_that_cannot_be_written(load: Callable[..., Split], tmp_path: Pa
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
     folder = tmp_path / "file" / "ptuning"
     assert sentence(load, jsonl("t.jsonl", ROWS)) == (
-        f"{folder}: cannot be made (Not a directory); set HF_DATASETS_CACHE to a writable folder"
+        f"{folder}: cannot be created (Not a directory); set HF_DATASETS_CACHE to a writable folder"
     )

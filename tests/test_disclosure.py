@@ -465,7 +465,7 @@ def test_another_card_than_was_published_is_refused(world: SimpleNamespace, tmp_
     card = json.loads(files["card.json"]) | {"metrics": {"test_accuracy": 1.0}}
     storage.write_folder(there, {**files, "card.json": json.dumps(card).encode()})
     with pytest.raises(
-        RegistryError, match="changed:1: its run .* holds another card than was published; choose another version"
+        RegistryError, match="changed:1: the card in its run .* is not the one that was published; choose another version"
     ):
         retrieve(world.registry, version)
 
@@ -613,7 +613,7 @@ def who_lists_jobs(world: SimpleNamespace, folder: Path) -> None:
         f'[compute]\nstorage = "/shared"\n[tracking]\nuri = "{URI}"\n'
     )
     variables = {"MLFLOW_TRACKING_PASSWORD": SECRET, "PTUNING_API_KEYS": KEY, "HF_TOKEN": SECRET}
-    with pytest.raises(UserError, match="which would lie open in the job"):
+    with pytest.raises(UserError, match="which everyone who sees the job could read"):
         build_package("train", str(file), [], shared=[], env=[], here=variables)
     file.write_text(file.read_text().replace(f"me:{SECRET}@", ""))
     job = Job("train", "toy", (), build_package("train", str(file), [], shared=[], env=[], here=variables), installed=True)
@@ -629,7 +629,7 @@ READERS: dict[str, Callable[[SimpleNamespace, Path], None]] = {
     "reader of the storage folder": who_reads_files,
     "reader of MLflow": who_reads_mlflow,
     "reader of logs": who_reads_logs,
-    "whoever may list jobs on the Ray cluster": who_lists_jobs,
+    "user who may list jobs on the Ray cluster": who_lists_jobs,
 }
 
 

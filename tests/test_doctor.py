@@ -67,8 +67,8 @@ def test_everything_wrong_has_a_line_and_a_fix(toy_task: SimpleNamespace, write_
     wrong = {what for what, finding in found.items() if finding["state"] == "wrong"}
     assert wrong == {"storage", "mlflow", "base"}
     assert f"({tmp_path}/file is a file)" in found["storage"]["text"] and found["storage"]["fix"] == "choose another folder"
-    assert "does not answer" in found["mlflow"]["text"] and "start the server" in found["mlflow"]["fix"]
-    assert "is no folder here" in found["base"]["text"] and found["base"]["fix"] == "correct the path"
+    assert "does not respond" in found["mlflow"]["text"] and "start the server" in found["mlflow"]["fix"]
+    assert "is neither an existing folder nor" in found["base"]["text"] and found["base"]["fix"] == "correct the path"
 
 
 @pytest.mark.fast
@@ -98,7 +98,7 @@ def test_the_tested_versions_are_those_of_the_constraints() -> None:
 
 @pytest.mark.fast
 def test_nobody_at_the_address_is_an_error_of_the_user() -> None:
-    with pytest.raises(UserError, match="--address: nobody answers at 127.0.0.1:.*; start the cluster, or correct it"):
+    with pytest.raises(UserError, match="--address: no response from 127.0.0.1:.*; start the cluster, or correct it"):
         doctor.examine(None, f"127.0.0.1:{closed_port()}")
 
 

@@ -117,7 +117,7 @@ def test_a_merged_export_says_what_base_and_soft_prompt_say(
     assert (settings.max_new_tokens, settings.eos_token_id) == (7, base.tokenizer.eos_token_id)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer.decode(virtual(tmp_path / "merged"), skip_special_tokens=True) == ""
-    with pytest.raises(UserError, match="merged: is there already; choose a folder that is new or empty"):
+    with pytest.raises(UserError, match="merged: exists already; choose a new or empty folder"):
         export_merged(registry, version, str(tmp_path / "merged"))
 
 
@@ -199,7 +199,7 @@ def test_several_fields_and_no_template(tmp_path: Path, tiny_tokenizer: PreTrain
     assert chat.endswith("<|toy:4|><s>a {and} b")
     merged = write_merged(prompt_for(base, None), base, "toy", tmp_path / "none")
     assert not merged.chat and AutoTokenizer.from_pretrained(tmp_path / "none").chat_template is None
-    with pytest.raises(ExportError, match="its base has tokens called <|toy:0|> already".replace("|", r"\|")):
+    with pytest.raises(ExportError, match="its base already has a token <|toy:0|>".replace("|", r"\|")):
         again = find_base(ModelConfig(path=str(tmp_path / "none")))
         write_merged(prompt_for(again), again, "toy", tmp_path / "again")
 
@@ -210,7 +210,7 @@ def test_another_base_is_refused(tmp_path: Path, tiny_base_folder: Path, tiny_to
     prompt_for(base).save(str(tmp_path / "toy"))
     version = put(registry, "toy", str(tmp_path / "toy"))
     base_in(tmp_path / "base", tiny_tokenizer, "llama")
-    with pytest.raises(UserError, match=r"toy:1: made for .*tiny-llama \(config .*weights .*\), but .*base has config"):
+    with pytest.raises(UserError, match=r"toy:1: was made for .*tiny-llama \(config .*weights .*\), but .*base has config"):
         export_merged(registry, version, str(tmp_path / "merged"), str(tmp_path / "base"))
     assert not (tmp_path / "merged").exists()
 
@@ -294,7 +294,7 @@ def test_imports_that_cannot_be(
     tiny_tokenizer: Any,
     registry: Registry,  # noqa: F811
 ) -> None:
-    with pytest.raises(UserError, match="nowhere: is no folder here and no Hugging Face id; correct the path"):
+    with pytest.raises(UserError, match="nowhere: is neither an existing folder nor a Hugging Face id; correct the path"):
         locate(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="nobody/nothing: was not found on the Hugging Face Hub or in its cache"):
         locate("nobody/nothing")
@@ -303,9 +303,9 @@ def test_imports_that_cannot_be(
         (tmp_path / "wide" / name).unlink()
     with pytest.raises(UserError, match="wide: does not say which base it was made for; name it with --base"):
         import_adapter(registry, str(tmp_path / "wide"), "wide", None, None, None)
-    with pytest.raises(UserError, match="wide: made for width 64 .*, but .*tiny-llama has width 32; use its base"):
+    with pytest.raises(UserError, match="wide: was made for width 64 .*, but .*tiny-llama has width 32; use its base"):
         import_adapter(registry, str(tmp_path / "wide"), "wide", str(tiny_base_folder), None, None)
-    with pytest.raises(UserError, match="is no name"):
+    with pytest.raises(UserError, match="is not a valid name"):
         import_adapter(registry, str(tmp_path / "wide"), "../wide", str(tiny_base_folder), None, None)
     assert registry.versions() == []
 
@@ -314,4 +314,4 @@ def test_imports_that_cannot_be(
 def test_what_a_person_is_told() -> None:
     merged = Merged(5, 325, True, suppression=Suppression(exact=False, mean=9e-5, worst=0.01), prepends=False, chat=False)
     lines = merged.lines("toy:1", "here")
-    assert len(lines) == 5 and "a share of 9e-05 would be virtual ones" in lines[2]
+    assert len(lines) == 5 and "9e-05 of the tokens sampled at temperature 2 would be virtual tokens" in lines[2]

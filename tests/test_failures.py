@@ -37,9 +37,9 @@ def explain(tmp_path: Path, *workers: str) -> str:
         (["Traceback ...\nRuntimeError: boom"], "RuntimeError: boom"),
         ([ECHO, "Traceback ...\nRuntimeError: boom"], "RuntimeError: boom"),
         ([ECHO, f"{SILENT}The actor died unexpectedly before finishing this task."], "worker 1 (pid 7 on a) was killed or "),
-        ([ECHO, f"{SILENT}The actor is dead because its node has died."], "the node of worker 1 (pid 7 on a) is gone"),
-        ([ECHO], "a worker has lost its connection to another one, whose process or node is gone"),
-        ([f"{SILENT}timed out"], "worker 1 (pid 7 on a) gives no sign of life"),
+        ([ECHO, f"{SILENT}The actor is dead because its node has died."], "the node of worker 1 (pid 7 on a) was lost"),
+        ([ECHO], "a worker has lost its connection to another one, whose process or node has died"),
+        ([f"{SILENT}timed out"], "worker 1 (pid 7 on a) does not respond"),
     ],
 )
 def test_the_cause_is_named_in_one_sentence(tmp_path: Path, workers: list[str], said: str) -> None:
@@ -53,7 +53,9 @@ def test_want_of_memory_is_named_with_what_needs_less(tmp_path: Path, take: Call
     with pytest.raises((RuntimeError, MemoryError)) as raised:
         take()
     wanting = f"Traceback ...\n{raised.type.__name__}: {raised.value}"
-    assert re.match(r"a worker ran out of memory \(.+\); make room and .* smaller train.batch_size", explain(tmp_path, wanting))
+    assert re.match(
+        r"a worker ran out of memory \(.+\); free memory and .* smaller train.batch_size", explain(tmp_path, wanting)
+    )
 
 
 def test_want_of_memory_on_a_gpu_is_named(tmp_path: Path) -> None:

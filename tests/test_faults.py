@@ -165,7 +165,7 @@ def test_more_instants(tables: dict[str, Any]) -> None:
     tables["compute"] |= {"hang_s": 4.0, "max_failures": 4}
     faults = ("backward", 13, 1, "kill"), ("renamed", 20, 0, "kill"), ("barrier", 38, 0, "stop"), ("forward", 52, 0, "raise")
     message = survive(tables, *faults)
-    assert f"worker 0 (pid {happened(2)['pid']} on {socket.gethostname()}) gives no sign of life" in message
+    assert f"worker 0 (pid {happened(2)['pid']} on {socket.gethostname()}) does not respond" in message
 
 
 @pytest.mark.soak
@@ -253,7 +253,7 @@ def test_a_node_without_memory_is_a_sentence(tables: dict[str, Any], write_toml:
     done = short_of_memory([sys.executable, "-m", "ptuning", "train", str(write_toml(tables))], 0.01)
     assert done.returncode == 1 and "Traceback" not in done.stderr and not done.stdout
     assert re.match(
-        r"ptuning: \S+ ran out of memory \([\d.]+ of [\d.]+ GB in use; the largest: .*\); make room and continue with ",
+        r"ptuning: \S+ ran out of memory \([\d.]+ of [\d.]+ GB in use; the largest: .*\); free memory and continue with ",
         done.stderr.splitlines()[-1],
     )
 
@@ -289,7 +289,7 @@ def test_a_run_that_gives_up_says_why_and_goes_on_later(tables: dict[str, Any], 
     tables["compute"] |= {"workers": 1, "max_failures": 0}
     plan(("forward", 13, 0, "stop"))
     began = time.monotonic()
-    with pytest.raises(RunFailed, match=r"a worker failed: worker 0 \(pid \d+ on .*\) gives no sign") as failed:
+    with pytest.raises(RunFailed, match=r"a worker failed: worker 0 \(pid \d+ on .*\) does not respond") as failed:
         start(tables, [])
     print(failed.value, time.monotonic() - began)
     assert not psutil.pid_exists(happened(0)["pid"])
@@ -315,7 +315,7 @@ def test_one_driver_per_run_and_a_killed_one_costs_at_most_one_interval(
         if not life:
             second = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
             assert second.returncode == 2 and driver.poll() is None
-            assert f"another driver works on it (host {socket.gethostname()}, pid {driver.pid}, since " in second.stderr
+            assert f"another driver is running it (host {socket.gethostname()}, pid {driver.pid}, since " in second.stderr
         time.sleep(draw.uniform(0, 1))
         driver.kill()
         driver.communicate()

@@ -464,7 +464,7 @@ def test_a_database_that_vanishes_takes_nothing_along(tmp_path, base, caplog):
         assert service.models.find("fruits").id == "fruits:1"
         database.rename(tmp_path / "away")
         service._look()
-        assert service.models.find("fruits").id == "fruits:1" and "has gone; put it back" in caplog.text
+        assert service.models.find("fruits").id == "fruits:1" and "no longer exists; restore it" in caplog.text
     finally:
         service.close()
     again = Service(tables, {}, "two")
@@ -491,7 +491,7 @@ def test_a_damaged_memory_of_the_last_set_is_said_and_not_fatal(tmp_path, base, 
     service = Service(parse_experiment(tables), {}, "two")
     try:
         assert service.ready and set(service.models.names) == {"endless"}
-        assert "served.json is damaged, nothing of it is served" in caplog.text
+        assert "served.json is damaged, nothing in it is served" in caplog.text
     finally:
         service.close()
 
@@ -502,7 +502,7 @@ def test_a_disk_that_takes_nothing_is_no_reason_not_to_serve(tmp_path, base, cap
     service = Service(parse_experiment(settings(tmp_path / "runs", base, cache_mb=16)), {}, "one")
     try:
         assert service.models.find("fruits").id == "fruits:1"
-        assert "served.json could not be written" in caplog.text and "could not be renewed" not in caplog.text
+        assert "served.json could not be written" in caplog.text and "could not be updated" not in caplog.text
     finally:
         service.close()
 

@@ -52,7 +52,7 @@ def test_a_killed_driver_is_followed_at_once_and_a_living_one_never(tmp_path: Pa
         assert first.stdout is not None and first.stdout.readline() == "held\n"
         for refuse in (lambda: lease.check(str(tmp_path), print), lambda: lease.held(str(tmp_path), print).__enter__()):
             with pytest.raises(
-                UserError, match=rf"another driver works on it \(host .*, pid {first.pid}, since .* UTC\); wait"
+                UserError, match=rf"another driver is running it \(host .*, pid {first.pid}, since .* UTC\); wait"
             ):
                 refuse()
     finally:
@@ -70,7 +70,7 @@ def test_a_driver_elsewhere_is_given_time(tmp_path: Path, elsewhere: Callable[[i
     began = time.monotonic()
     with lease.held(str(tmp_path), lines.append):
         assert 1 <= time.monotonic() - began < 2
-    assert lines == [f"{tmp_path}: was left by a driver on far (pid 7); waiting up to 1 s for a sign of life"]
+    assert lines == [f"{tmp_path}: has a lease of a driver on far (pid 7); waiting up to 1 s for its renewal"]
 
     elsewhere(1)
     threading.Timer(0.4, elsewhere, (2,)).start()

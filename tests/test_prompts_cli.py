@@ -118,7 +118,7 @@ def test_promote_rollback_and_delete(shelf: SimpleNamespace) -> None:
     assert run("promote", "toy:2", *shelf.where).stdout == "toy:2 is champion already\n"
     assert refusal("promote", "toy", "3", *shelf.where) == (
         "ptuning: toy:3: its test accuracy 0.4000 is worse than the champion's 0.5000 (toy:2) by more than 0.01; nothing was "
-        "changed, --force promotes it all the same\n"
+        "changed, use --force to promote it anyway\n"
     )
     done = run("promote", "toy:3", "--force", *shelf.where)
     assert done.stdout == "toy:3 is champion, before it was 2\n"
@@ -128,7 +128,7 @@ def test_promote_rollback_and_delete(shelf: SimpleNamespace) -> None:
     assert run("rollback", "toy", *shelf.where).stdout == "toy:2 is champion again\n"
     assert "repeat it with --yes" in refusal("delete", "toy:3", *shelf.where)
     assert answer("delete", "toy:3", "--yes", *shelf.where) == {"deleted": "toy:3"}
-    assert "toy:3: is not there; toy has the versions 2, 1 and champion" in refusal("show", "toy:3", *shelf.where)
+    assert "toy:3: does not exist; toy has the versions 2, 1 and champion" in refusal("show", "toy:3", *shelf.where)
     assert "toy: which version? write toy:N" in refusal("promote", "toy", *shelf.where)
 
 
@@ -164,7 +164,7 @@ def test_import_and_export(store: Path, tmp_path: Path, tiny_base_folder: Path) 
     named = {"base_model_name_or_path": Path(config["base_model_name_or_path"] or "").name or None}
     assert json.loads((back / "adapter_config.json").read_text()) == config | named
     same_logits(find_base(ModelConfig(path=str(tiny_base_folder))), tmp_path / "theirs", tmp_path / "back")
-    assert "back: is there already" in refusal("export", "kind", str(tmp_path / "back"), *where)
+    assert "back: exists already" in refusal("export", "kind", str(tmp_path / "back"), *where)
     facts = answer("export", "kind", str(tmp_path / "merged"), "--format", "merged", *where)
     assert facts["tokens"] == 6 and facts["untied"] and facts["chat"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -175,7 +175,7 @@ def test_import_and_export(store: Path, tmp_path: Path, tiny_base_folder: Path) 
 @pytest.mark.fast
 def test_what_is_wrong_is_a_sentence(shelf: SimpleNamespace) -> None:
     where = shelf.where
-    assert refusal("show", "../x", *where) == "ptuning: '../x' names no soft prompt; write name, name:3 or name@champion\n"
+    assert refusal("show", "../x", *where) == "ptuning: '../x' is not a valid reference; write name, name:3 or name@champion\n"
     assert "nobody: no soft prompt of this name in sqlite" in refusal("show", "nobody", *where)
     for command in ("show", "export", "similar", "promote", "rollback", "delete"):
         arguments = {
@@ -186,12 +186,12 @@ def test_what_is_wrong_is_a_sentence(shelf: SimpleNamespace) -> None:
             "delete": ["tyo:1", "--yes"],
         }
         assert refusal(command, *arguments.get(command, ["tyo", "1"]), *where).endswith("; did you mean toy?\n"), command
-    assert "is no name; use letters" in refusal("import", str(shelf.folder), "--name", "a/b", *where)
+    assert "is not a valid name; use at most 64 letters" in refusal("import", str(shelf.folder), "--name", "a/b", *where)
     assert "adapter_config.json is missing" in refusal("import", str(shelf.folder), "--name", "a", *where)
     assert "a template needs both" in refusal("import", str(shelf.folder), "--name", "a", "--input", "{text}", *where)
     wrong = ("--input", "{text}", "--target", " {label}", "--labels", "one")
     assert "needs at least two labels" in refusal("import", str(shelf.folder), "--name", "a", *wrong, *where)
-    assert "does not answer" in refusal("list", "--tracking", "http://127.0.0.1:9")
+    assert "does not respond" in refusal("list", "--tracking", "http://127.0.0.1:9")
     assert "has no earlier champion to go back to" in refusal("rollback", "toy", *where)
     assert "cannot hold the tracking store" in refusal("list", "--storage", "s3://bucket/runs")
 
@@ -200,7 +200,7 @@ def test_what_is_wrong_is_a_sentence(shelf: SimpleNamespace) -> None:
 def test_a_bad_name_to_register_is_refused_before_anything_starts(toy_task: SimpleNamespace, write_toml: Any) -> None:
     path = str(write_toml(toy_task.experiment))
     done = CliRunner().invoke(app, ["train", path, "--register", "../x"])
-    assert done.exit_code == 2 and done.stderr.startswith("ptuning: --register: '../x' is no name; use letters")
+    assert done.exit_code == 2 and done.stderr.startswith("ptuning: --register: '../x' is not a valid name; use at most 64")
     assert not Path(toy_task.experiment["compute"]["storage"]).exists()
 
 

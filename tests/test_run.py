@@ -87,7 +87,7 @@ def test_train_gives_a_soft_prompt_and_an_mlflow_run_that_holds_everything(table
         "soft_prompt/adapter_model.safetensors",
     }
 
-    with pytest.raises(UserError, match=r"a run of this name is there \(finished\); continue it with --resume, or choose"):
+    with pytest.raises(UserError, match=r"a run of this name exists \(finished\); continue it with --resume, or choose"):
         start(tables, [])
     assert start(tables, [], resume=True) == summary
     tables["train"]["learning_rate"] = 0.1
@@ -139,7 +139,7 @@ def test_more_workers_than_the_cluster_has_is_a_sentence(tables: dict[str, Any])
 
 def test_offloading_needs_gpus(tables: dict[str, Any]) -> None:
     tables["zero"] = {"offload": True}
-    with pytest.raises(UserError, match="zero.offload: the workers have no GPU whose memory it could spare; remove it"):
+    with pytest.raises(UserError, match="zero.offload: has no effect on workers without GPUs; remove it"):
         ray_trainer.scale(parse_experiment(tables))
 
 

@@ -40,7 +40,7 @@ def chooser(task: Experiment, folder: Path) -> tuple[OptunaSearcher, TrialStore,
         ({"length": []}, "search.length: is empty; list at least one value"),
         (
             {"learning_rate": [0.1, 0.01]},
-            "search.learning_rate: [0.1, 0.01] is no range; write [low, high] with 0 < low <= high",
+            "search.learning_rate: [0.1, 0.01] is not a valid range; write [low, high] with 0 < low <= high",
         ),
         (
             {"scheduler": "hyperband"},
@@ -48,11 +48,11 @@ def chooser(task: Experiment, folder: Path) -> tuple[OptunaSearcher, TrialStore,
         ),
         (
             {"space": {"train.warmpu": [0, 0.5]}},
-            "search.space: 'train.warmpu' is no number to search; did you mean train.warmup?",
+            "search.space: 'train.warmpu' is not a searchable number; did you mean train.warmup?",
         ),
         (
             {"space": {"train.warmup": [0.5, 0.1]}},
-            'search.space: "train.warmup" = [0.5, 0.1] is no range; write [low, high] with low ',
+            'search.space: "train.warmup" = [0.5, 0.1] is not a valid range; write [low, high] with low ',
         ),
         (
             {"space": {"train.warmup": [0.1, 2.0]}},

@@ -124,7 +124,7 @@ def test_a_tag_names_no_folder(world, tmp_path, tag):
         (victim / f"x-{found.tag('card_hash')[:16]}" / "manifest.json").write_text("{}")
     else:
         (place / f"{found.tag('content_hash')}-").mkdir()
-    assert "its tags hold no SHA-256" in refused(world, version)
+    assert "its tags contain no SHA-256" in refused(world, version)
     assert (
         len(list(victim.rglob("manifest.json"))) == (2 if tag == "content_hash" else 1) and (victim / "manifest.json").exists()
     )
@@ -190,7 +190,7 @@ def test_a_base_brings_no_code(tmp_path, tiny_tokenizer):
         return ModelConfig(path=str(folder))
 
     auto = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    own = "brings its own code, which is not run; choose a base that transformers knows, or set model.trust_remote_code"
+    own = "contains its own code, which is not run; choose a base that transformers supports, or set model.trust_remote_code"
     for config in (
         base("unknown", auto_map=auto, model_type="evil"),
         base("elsewhere", auto_map={"AutoConfig": "org/repository--evil.Config"}, model_type="evil"),
@@ -208,7 +208,7 @@ def test_a_base_brings_no_code(tmp_path, tiny_tokenizer):
     for name, content in (("list", b"[]"), ("none", b"\xff"), ("deep", b"[" * 100_000)):
         config = base(name)
         (tmp_path / name / "config.json").write_bytes(content)
-        with pytest.raises(UserError, match="has a config.json that is no JSON object; take another copy"):
+        with pytest.raises(UserError, match="has a config.json that is not a JSON object; use another copy"):
             find_base(config)
     assert not (tmp_path / "ran").exists()
 
@@ -244,7 +244,7 @@ def test_keys_are_nowhere(world, tmp_path, caplog):
             asked = urllib.request.Request(world.url.removesuffix("/v1") + path, headers={"authorization": f"Bearer {ADMIN}"})
             with urllib.request.urlopen(asked) as response:
                 shown.append(response.read().decode())
-    for line, words in (("short", "is shorter than"), ("a secret key with blanks", "is no scope")):
+    for line, words in (("short", "is shorter than"), ("a secret key with blanks", "is followed by an unknown scope")):
         file = tmp_path / "keys"
         file.write_text(f"{line}\n")
         with pytest.raises(AccessError, match=words) as wrong:
@@ -272,13 +272,13 @@ def test_requests_write_no_lines_of_their_own_into_the_log(world, caplog):
 def test_loopback_unless_told_otherwise():
     assert auth.is_loopback(ServeConfig().host)
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", ""):
-        with pytest.raises(AccessError, match="can be reached by others and there are no API keys"):
+        with pytest.raises(AccessError, match="can be reached from other machines, but there are no API keys"):
             auth.check_address(host, {}, insecure=False)
 
 
 def test_without_rays_token_nothing_is_served(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    with pytest.raises(AccessError, match="whoever reaches this machine can run code in a replica; set it to token"):
+    with pytest.raises(AccessError, match="anyone who reaches this machine can run code in a replica; set it to token"):
         auth.check_token(insecure=False)
     auth.check_token(insecure=True)
     monkeypatch.delenv("RAY_AUTH_MODE")  # Ray then switches it on by itself where it is started

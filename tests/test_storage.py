@@ -29,7 +29,7 @@ def test_law_9_a_damaged_or_incomplete_folder_is_refused(tmp_path: Path) -> None
     folder = tmp_path / "a"
     storage.write_folder(str(folder), {"x": b"1234"})
     (folder / "x").write_bytes(b"1235")
-    with pytest.raises(StorageError, match="x differs from its hash in manifest.json; take another copy"):
+    with pytest.raises(StorageError, match="x differs from its hash in manifest.json; use another copy"):
         storage.read_folder(str(folder))
     (folder / "x").unlink()
     with pytest.raises(StorageError, match="x is missing"):
@@ -44,7 +44,7 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None
     (tmp_path / "secret").write_bytes(b"1")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "manifest.json").write_text('{"sha256": {"../secret": "x"}}')
-    with pytest.raises(StorageError, match="no plain file name"):
+    with pytest.raises(StorageError, match="which is not a file name; do not use"):
         storage.read_folder(str(tmp_path / "a"))
 
 

@@ -106,7 +106,7 @@ def test_exactly_what_the_experiment_names_travels(desk: SimpleNamespace, tmp_pa
     assert list(replaced) == ["train.steps", "data.train", "data.validation", "data.test", "model.path"]
     for key in ("data.train", "model.path"):
         assert (packed / "shipped" / replaced[key].removeprefix("shipped:")).exists()
-    assert shipped.notes == ["compute.storage: every node must see /shared/runs"]
+    assert shipped.notes == ["compute.storage: every node must have /shared/runs"]
 
 
 @fast
@@ -164,21 +164,21 @@ def test_a_soft_prompt_and_a_base_travel(desk: SimpleNamespace, monkeypatch: pyt
         ),
         ("data.train=data", "data.train: data is a folder; give one file per split"),
         ("model.path=no/such/base", "model.path: no/such/base is not in {folder}; correct the path"),
-        ("model.path=data", "model.path: data holds none of *.json, *.safetensors"),
+        ("model.path=data", "model.path: data contains none of *.json, *.safetensors"),
         (
             "compute.storage=runs",
-            "compute.storage: runs is a folder of this machine; name one that every node of the cluster sees",
+            "compute.storage: runs is a folder of this machine; give one that every node of the cluster can access",
         ),
         ("compute.storage=~/runs", "compute.storage: ~/runs is a folder of this machine; name one"),
         ("compute.storage=s3://b/runs", "compute.storage: s3://b/runs cannot hold the tracking store; set tracking.uri to an"),
-        ("tracking.uri=http://me:hunter2@host", "override tracking.uri=http://***@host: has a password in it"),
+        ("tracking.uri=http://me:hunter2@host", "override tracking.uri=http://***@host: contains a password"),
         (
             "tracking.uri=sqlite:///here.db",
-            "tracking.uri: sqlite:///here.db is a place on this machine; give an MLflow server's",
+            "tracking.uri: sqlite:///here.db is on this machine only; give the address of an MLflow server",
         ),
         (
             "data.input=http://me:hunter2@host {text}",
-            "override data.input=http://***@host {{text}}: has a password in it",
+            "override data.input=http://***@host {{text}}: contains a password",
         ),
     ],
 )
@@ -195,15 +195,15 @@ def test_large_files_are_refused_and_shared_ones_stay(desk: SimpleNamespace, mon
         weights.truncate(job_package.LIMIT + 1)  # takes no space
     with pytest.raises(UserError) as refused:
         desk.collect()
-    assert str(refused.value).startswith("model.path: base (100 MB) is with what travels already, 100 MB, too large to travel")
-    assert str(refused.value).endswith(f"or add --shared {desk.folder} if they see that")
+    assert str(refused.value).startswith("model.path: base (100 MB), with the other files 100 MB, is too large to upload")
+    assert str(refused.value).endswith(f"or add --shared {desk.folder} if the nodes mount it")
     shared = desk.collect("compute.storage=runs", shared=["."])
     assert list(shared.contents) == ["experiment.toml"] and not shared.notes
     assert f"model.path={desk.base}" in shared.overrides and f"compute.storage={desk.folder}/runs" in shared.overrides
     theirs = desk.collect("model.path=/models/llama", "data.train=/rows/train.jsonl")
     assert theirs.notes[:2] == [
-        "data.train: every node must see /rows/train.jsonl",
-        "model.path: every node must see /models/llama",
+        "data.train: every node must have /rows/train.jsonl",
+        "model.path: every node must have /models/llama",
     ]
 
 
@@ -232,7 +232,7 @@ def test_secrets_never_travel(desk: SimpleNamespace) -> None:
     assert shipped.env == job_package.ALWAYS | {"AWS_ENDPOINT_URL": "http://store:9000"}
     assert "tracking.uri=http://mlflow:5000" in shipped.overrides
     assert shipped.notes == [
-        "secrets do not travel; the cluster's nodes need in their environment: HF_TOKEN, AWS_SECRET_ACCESS_KEY, "
+        "secrets are not uploaded; set them in the environment of the cluster's nodes: HF_TOKEN, AWS_SECRET_ACCESS_KEY, "
         "MLFLOW_TRACKING_PASSWORD"
     ]
     assert "hunter2" not in str(shipped)
@@ -240,7 +240,7 @@ def test_secrets_never_travel(desk: SimpleNamespace) -> None:
     for name in ("HF_TOKEN", "MY_API_KEY=x", "DB_PASSWORD=x", "GOOGLE_APPLICATION_CREDENTIALS=x", "KEY=x", "BASIC_AUTH=x"):
         with pytest.raises(UserError, match="looks like a secret"):
             desk.collect(env=[name], here=here)
-    with pytest.raises(UserError, match=r"AWS_ENDPOINT_URL: http://\*\*\*@store has a password in it"):
+    with pytest.raises(UserError, match=r"AWS_ENDPOINT_URL: http://\*\*\*@store contains a password"):
         desk.collect(here={"AWS_ENDPOINT_URL": "http://me:hunter2@store"})
     with pytest.raises(UserError, match="--env: NOWHERE is not set here; set it, or write --env NOWHERE=VALUE"):
         desk.collect(env=["NOWHERE"])
@@ -263,7 +263,7 @@ def test_a_file_with_a_password_does_not_travel(desk: SimpleNamespace, table: st
     if key == "init_from":
         desk.experiment["prompt"]["init"] = "soft-prompt"
     with pytest.raises(
-        UserError, match=rf"^{table}\.{key}: .* has a password in it, which would lie open in the job"
+        UserError, match=rf"^{table}\.{key}: .* contains a password, which everyone who sees the job could read"
     ) as refused:
         desk.collect()
     assert fix in str(refused.value) and "ter2" not in str(refused.value)
@@ -272,10 +272,10 @@ def test_a_file_with_a_password_does_not_travel(desk: SimpleNamespace, table: st
 @fast
 def test_api_keys_never_travel(desk: SimpleNamespace) -> None:
     (desk.folder / "keys").write_text("hunter2hunter2hunter2\n")
-    with pytest.raises(UserError, match="serve.keys: keys does not travel, since others may read what does; name a file that"):
+    with pytest.raises(UserError, match="serve.keys: keys is not uploaded, since others could read it; give a file that"):
         desk.collect("serve.keys=keys", kind="serve")
     served = desk.collect("serve.keys=/etc/keys", kind="serve", here={"PTUNING_API_KEYS": "hunter2"})
-    assert "serve.keys: every node must see /etc/keys" in served.notes and "hunter2" not in str(served)
+    assert "serve.keys: every node must have /etc/keys" in served.notes and "hunter2" not in str(served)
     assert not any(override.startswith("data.") for override in served.overrides), "who serves reads no rows"
 
 
@@ -308,9 +308,9 @@ def test_dry_run_shows_all_and_sends_nothing(desk: SimpleNamespace, write_toml: 
     )
     words = CliRunner().invoke(app, [*command, "--dry-run"]).stdout
     assert "entrypoint  python -m ptuning train" in words and "env         RAY_JOB_STOP_WAIT_TIME_S=60" in words
-    assert "note        compute.storage: every node must see /shared/runs" in words
+    assert "note        compute.storage: every node must have /shared/runs" in words
     sent = CliRunner().invoke(app, command)
-    assert sent.exit_code == 1 and f"ptuning: {nobody}: nobody answers (connection refused); check the address" in sent.stderr
+    assert sent.exit_code == 1 and f"ptuning: {nobody}: no response (connection refused); check the address" in sent.stderr
 
 
 @fast
@@ -319,11 +319,11 @@ def test_dry_run_shows_all_and_sends_nothing(desk: SimpleNamespace, write_toml: 
     [
         (
             ["train", "--address", "ray://head:10001"],
-            "--address: ray://head:10001 is no address of a Ray dashboard; write http",
+            "--address: ray://head:10001 is not the address of a Ray dashboard; write http",
         ),
         (["train", "--insecure"], "--insecure: is nothing for train; leave it out"),
         (["serve", "--resume"], "--resume: is nothing for serve; leave it out"),
-        (["train", "--register", "a/b"], "--register: 'a/b' is no name; use letters"),
+        (["train", "--register", "a/b"], "--register: 'a/b' is not a valid name; use at most 64 letters"),
         (["train", "train.stops=1"], "train.stops: unknown key; did you mean train.steps?"),
     ],
 )
@@ -441,11 +441,11 @@ def test_without_the_token_401_with_a_wrong_one_403(cluster: SimpleNamespace) ->
     address = cluster.client["RAY_API_SERVER_ADDRESS"]
     nothing = run(cluster, "jobs", "list", RAY_AUTH_MODE=None, RAY_AUTH_TOKEN_PATH=None)
     assert nothing.returncode == 2 and nothing.stderr == (
-        f"ptuning: {address}: asks for a token (401); set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH, a file with it\n"
+        f"ptuning: {address}: requires a token (401); set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to its file\n"
     )
     wrong = run(cluster, "jobs", "list", RAY_AUTH_TOKEN_PATH=None, RAY_AUTH_MODE=None, RAY_AUTH_TOKEN=secrets.token_hex(16))
     assert wrong.returncode == 2 and wrong.stderr == (
-        f"ptuning: {address}: refuses the token (403); take the one that the cluster was started with, in "
+        f"ptuning: {address}: refuses the token (403); use the one that the cluster was started with, in "
         "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN\n"
     )
     assert json.loads(run(cluster, "jobs", "list", "--json", RAY_AUTH_MODE=None).stdout) == {"jobs": []}
@@ -551,7 +551,7 @@ def test_what_is_served_lives_on_until_it_is_stopped(cluster: SimpleNamespace, w
         replaced = run(cluster, "submit", "serve", experiment, f"serve.port={port}", "serve.waiting=9")
         assert replaced.returncode == 0, replaced.stderr
         wrong = run(cluster, "submit", "serve", experiment, f"serve.port={port}", "serve.cache_mb=1000000000")
-    said = "ptuning: the server did not start: serve.cache_mb: 1000000000 MB for keys and values, but beside the base "
+    said = "ptuning: the server did not start: serve.cache_mb: 1000000000 MB for keys and values exceed the "
     assert wrong.returncode == 2 and said in wrong.stderr and "Traceback" not in wrong.stderr
     assert not asking.failed and asking.answered > 20, asking.failed
 
@@ -590,7 +590,7 @@ def test_the_doctor_goes_to_the_cluster(cluster: SimpleNamespace, write_toml: Wr
     bare = run(cluster, "doctor", "--address", address)
     assert bare.returncode == 0 and "2 nodes" in bare.stdout, bare.stderr
     nobody = run(cluster, "doctor", "--address", f"http://127.0.0.1:{free_port()}")
-    assert nobody.returncode == 1 and "nobody answers" in nobody.stderr
+    assert nobody.returncode == 1 and "no response" in nobody.stderr
 
 
 @pytest.mark.slow

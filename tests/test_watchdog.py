@@ -98,8 +98,8 @@ def test_the_verdict_names_the_worker_that_the_others_wait_for() -> None:
     waits = StuckReport(60.2, "all_reduce (distributed_c10d.py:1)", "pid 2 on b", waits=True, last=True)
     stuck = StuckReport(61.0, "read (ssl.py:2)", "pid 1 on a", waits=False, last=True)
     places = ["pid 1 on a", "pid 2 on b"]
-    rest = "; all start again from the newest checkpoint"
-    assert diagnose(places, {0: waits}) == f"no progress for 60 s: worker 1 (pid 2 on b) gives no sign of life{rest}"
+    rest = "; all workers restart from the newest checkpoint"
+    assert diagnose(places, {0: waits}) == f"no progress for 60 s: worker 1 (pid 2 on b) does not respond{rest}"
     assert diagnose(places, {0: stuck, 1: waits}) == (
         f"no progress for 61 s: worker 0 (pid 1 on a) is stuck in read (ssl.py:2){rest}"
     )

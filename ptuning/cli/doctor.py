@@ -1,4 +1,4 @@
-"""`ptuning doctor`: what this machine or cluster can run, and what is wrong."""
+"""`ptuning doctor`: checks this machine or cluster."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def doctor(
         typer.Option(
             "--address",
             callback=non_blank,
-            help="Ray cluster: its dashboard, http://HEAD:8265, or HEAD:6379 from within, or auto: the one here.",
+            help="Ray cluster: http://HEAD:8265 (its dashboard), HEAD:6379 (from inside), or auto (on this machine).",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What this machine or cluster can run, and what is wrong.
+    """Check this machine or cluster.
 
-    Every line is ok, a warning or the fix.
+    Every line is ok, or a warning or an error with its fix.
 
     Example: ptuning doctor jobs/sentiment.toml --address http://head:8265
     """

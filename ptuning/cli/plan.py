@@ -1,4 +1,4 @@
-"""`ptuning plan`: what would fit. Parses first, imports torch inside."""
+"""`ptuning plan`: what fits into memory. Arguments are parsed first; torch is imported inside."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ptuning.cli.options import ExperimentArgument, Json, Overrides, busy, fail,
 from ptuning.config import read_experiment
 from ptuning.errors import UserError
 
-Gpus = Annotated[int, typer.Option("--gpus", min=0, help="GPUs, one for each worker; 0: CPU workers, compute.workers of them.")]
+Gpus = Annotated[int, typer.Option("--gpus", min=0, help="GPUs, one per worker; 0: compute.workers CPU workers.")]
 
 
 def plan(
@@ -20,29 +20,32 @@ def plan(
     overrides: Overrides = None,
     gpus: Gpus = 0,
     gpu_memory: Annotated[
-        float | None, typer.Option("--gpu-memory", min=0.01, help="GB of a GPU (80), or of a CPU worker (its share of here).")
+        float | None,
+        typer.Option("--gpu-memory", min=0.01, help="GB per GPU (80), or per CPU worker (its part of this machine)."),
     ] = None,
-    per_node: Annotated[int, typer.Option("--per-node", min=1, help="GPUs of a node.")] = 8,
+    per_node: Annotated[int, typer.Option("--per-node", min=1, help="GPUs per node.")] = 8,
     bandwidth: Annotated[
         float | None,
-        typer.Option("--bandwidth", min=0.001, help="GB/s that a worker receives: 300 in a node, 50 across, CPU 1."),
+        typer.Option(
+            "--bandwidth", min=0.001, help="GB/s that a worker receives: 300 within a node, 50 between nodes, 1 on CPU."
+        ),
     ] = None,
     tflops: Annotated[
         float | None,
-        typer.Option("--tflops", min=0.001, help="Tera-operations/s that a worker reaches: 400 with GPUs, else 0.1."),
+        typer.Option("--tflops", min=0.001, help="Tera-operations/s of a worker: 400 with GPUs, else 0.1."),
     ] = None,
     config: Annotated[
         str | None,
         typer.Option("--config", metavar="FILE", callback=non_blank, help="config.json of the base, instead of model.path."),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option("--tokens", min=2, help="Tokens of a row; else data.max_tokens or the rows.")
+        int | None, typer.Option("--tokens", min=2, help="Tokens per row; default: data.max_tokens, else counted.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What training and serving would take, without the weights.
+    """Plan the memory and time of training and serving, without weights.
 
-    Memory of a worker, soft prompts that fit side by side, bytes and least time of a step.
+    Shows the memory of a worker, the soft prompts that fit side by side, and the bytes and minimum time of a step.
 
     Example: ptuning plan jobs/sentiment.toml --config llama-70b.json --tokens 256 --gpus 8
     """

@@ -1,4 +1,4 @@
-"""The connection of this process to a Ray cluster: its own, or one that is there."""
+"""The connection of this process to a Ray cluster: an existing one, or one that it starts."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _own = False
 
 
 class _Job(JobConfig):
-    """A job whose workers import what is installed (`import_path`), and nothing from where the command was typed.
+    """A job config whose workers import installed packages (`sys_path`) and nothing from the driver's working folder.
 
-    Ray (2.60, _private/worker.py: connect) has them look into the driver's working folder and its script's before all else.
+    Ray (2.60, _private/worker.py: connect) puts the driver's working folder and its script's folder first on their import path.
     """
 
     def _serialize(self) -> str:
@@ -36,21 +36,21 @@ class _Job(JobConfig):
 
 
 def start_ray(experiment: Experiment) -> bool:
-    """Connect to the experiment's cluster, or start one of this machine only; True if it was started here."""
+    """Connect to the experiment's cluster, or start one on this machine; True if it was started."""
     return join_ray(experiment.compute.address or os.environ.get("RAY_ADDRESS"))
 
 
 def join_ray(address: str | None) -> bool:
-    """Connect to a cluster; without an address start one of this machine only. True if this process was in none before.
+    """Connect to a cluster, or without an address start one on this machine. True if this process was not connected before.
 
     Raises:
-        UserError: Ray's token is nowhere to be kept.
+        UserError: Ray cannot store its token.
     """
     if ray.is_initialized():
         return False
     environment.apply("ray")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if not (address or "").startswith("ray://"):  # Ray's client tells its workers no folders
+    if not (address or "").startswith("ray://"):  # Ray's client sends no folders to its workers
         options["job_config"] = _Job()
     if sys_path.carried:
         options["runtime_env"] = {"py_modules": [sys_path.PACKAGE], "excludes": ["__pycache__"]}
@@ -60,7 +60,7 @@ def join_ray(address: str | None) -> bool:
         ray.init(address=address, **options)
     else:
         environment.apply("own cluster")
-        # Not what the last `ray start` here has noted, which may be long gone: Ray would wait for it.
+        # Not the address that the last `ray start` recorded here: that cluster may have ended, and Ray would wait for it.
         try:
             with _not_interrupted():
                 ray.init(address="local", include_dashboard=False, **options)
@@ -71,22 +71,23 @@ def join_ray(address: str | None) -> bool:
             if not error.filename:
                 raise
             raise UserError(
-                f"{error.filename}: cannot be made ({error.strerror}), and Ray keeps its token there; set HOME to a folder "
+                f"{error.filename}: cannot be created ({error.strerror}), and Ray keeps its token there; set HOME to a folder "
                 "that can be written, or RAY_AUTH_TOKEN to a secret"
             ) from None
     return True
 
 
 def own_cluster() -> bool:
-    """Whether the cluster is this command's own and ends with it: no placement group outlives a controller, and nobody adds
-    nodes."""
+    """True if the cluster was started by this command and ends with it: placement groups do not outlive a controller, and no
+    nodes are added."""
     return _own
 
 
 def leave_ray() -> None:
-    """End the cluster that this process has started, with all its processes.
+    """End the cluster that this process started, with all its processes.
 
-    One may lock up at its end (2.60: a controller of Train's, once in some sixty runs), when the raylet no longer counts it.
+    A process may hang at its end (2.60: a Ray Train controller, about once in sixty runs) after the raylet has stopped tracking
+    it.
     """
     raylets = [each for each in psutil.Process().children() if each.name() == "raylet"]
     workers = [worker for raylet in raylets for worker in raylet.children(recursive=True)]
@@ -98,7 +99,8 @@ def leave_ray() -> None:
 
 @contextmanager
 def _not_interrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end, unless it comes twice: of a cluster that is half there, agents live on for a minute (2.60)."""
+    """Ctrl-C waits until the start is complete, unless pressed twice: agents of a half-started cluster live for a minute
+    (2.60)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -119,6 +121,6 @@ def _not_interrupted() -> Iterator[None]:
 
 
 def beside_driver(actor: Any) -> Any:
-    """An actor class whose instances live on the driver's node: to lose another node must not cost more than its workers."""
+    """An actor class whose instances run on the driver's node, so that losing another node costs only its workers."""
     here = ray.get_runtime_context().get_node_id()
     return actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))

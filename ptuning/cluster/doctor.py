@@ -1,4 +1,4 @@
-"""`ptuning doctor`: this machine, or every node of a Ray cluster, looked at by a small task on each."""
+"""`ptuning doctor`: checks this machine, or every node of a Ray cluster with a small task on each."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from ptuning.config import Experiment
 from ptuning.errors import UserError
 
 ANSWER_S = 120.0
-"""Seconds that a node has to answer: a new process imports torch first."""
+"""Seconds in which a node must respond: a new process first imports torch."""
 SKEW_S = 2.0
-"""Seconds that clocks may differ: so late is a promotion noticed anyway, and events are ordered by the driver."""
+"""Seconds that clocks may differ: promotions are noticed with this delay anyway, and the driver orders events."""
 
 
 def examine(experiment: Experiment | None, address: str | None) -> list[Finding]:
-    """Look at this machine, or with `address` at all nodes of that cluster.
+    """Check this machine or, with `address`, all nodes of that cluster.
 
     Raises:
-        UserError: no cluster answers there.
+        UserError: there is no cluster at that address.
     """
     written = absolute(experiment) if experiment else None
     tables = written.model_dump(mode="json") if written else None
@@ -47,22 +47,22 @@ def examine(experiment: Experiment | None, address: str | None) -> list[Finding]
 
 
 def _connect(address: str) -> bool:
-    """Join a cluster; True if this process was in none before.
+    """Connect to a cluster; True if this process was not connected before.
 
     Raises:
-        UserError: nobody answers, or not to us.
+        UserError: there is no response, or the connection is refused.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():  # ray.init would try for minutes
+    if host and port.isdigit():  # ray.init would retry for minutes
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
-            raise UserError(f"--address: nobody answers at {address} ({error}); start the cluster, or correct it") from None
+            raise UserError(f"--address: no response from {address} ({error}); start the cluster, or correct it") from None
     try:
         return join_ray(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--address: {address} is no cluster that lets us in ({reason}); check it and the token") from None
+        raise UserError(f"--address: {address} refuses the connection ({reason}); check the address and the token") from None
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -88,7 +88,7 @@ def _cluster(experiment: Experiment | None, tables: dict[str, Any] | None) -> It
     for node, answer in asked.items():
         try:
             found = ray.get(answer, timeout=ANSWER_S)
-        except Exception as error:  # whatever keeps a node from answering is the finding
+        except Exception as error:  # any error of a node is a finding
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             yield Finding("wrong", "node", reason, "install the same image or packages on it, or restart it", names[node])
             continue
@@ -105,7 +105,7 @@ def _on(node: dict[str, Any], function: Any) -> Any:
 
 
 def _names(nodes: list[dict[str, Any]]) -> dict[str, str]:
-    """A node is called by its address, several of one machine also by the beginning of their id."""
+    """The name of a node: its address; for several nodes on one machine also the start of their id."""
     addresses = [str(node["NodeManagerAddress"]) for node in nodes]
     return {
         node["NodeID"]: address if addresses.count(address) == 1 else f"{address}/{node['NodeID'][:6]}"
@@ -114,31 +114,31 @@ def _names(nodes: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _skew(node: str, nodes: list[dict[str, Any]]) -> Finding:
-    """Clocks, by a task on a process that is there already; the half of its way is what we cannot know."""
+    """Clock difference, measured by a task on a running process; half of the round trip is the uncertainty."""
     [there] = [each for each in nodes if each["NodeID"] == node]
     before = time.time()
     try:
         found = float(ray.get(_on(there, _clock).remote(), timeout=ANSWER_S))
     except Exception as error:
-        return Finding("wrong", "clock", f"does not answer ({type(error).__name__})", "restart the node")
+        return Finding("wrong", "clock", f"does not respond ({type(error).__name__})", "restart the node")
     after = time.time()
     skew = found - (before + after) / 2
     certain = max(0.0, abs(skew) - (after - before) / 2)
-    text = f"{certain:.1f} s apart from here" if certain > 0.05 else "as here"
+    text = f"differs by {certain:.1f} s from this machine" if certain > 0.05 else "as on this machine"
     return Finding("warn", "clock", text, "run a time service (chrony)") if certain > SKEW_S else Finding("ok", "clock", text)
 
 
 def _differences(facts: dict[str, dict[str, Any]], names: dict[str, str]) -> Iterator[Finding]:
-    """What must be the same everywhere: versions, and the base's bytes."""
+    """Checks of what must be equal on all nodes: versions, and the base's files."""
     for fact in sorted({name for each in facts.values() for name in each}):
         values = {node: each.get(fact) for node, each in facts.items()}
         if len(set(values.values())) > 1:
             said = ", ".join(f"{names[node]} {str(value)[:20]}" for node, value in values.items())
-            yield Finding("wrong", fact, f"differs between nodes: {said}", "install the same everywhere", "cluster")
+            yield Finding("wrong", fact, f"differs between nodes: {said}", "install the same version on all nodes", "cluster")
 
 
 def _sharing(experiment: Experiment, folder: str, facts: dict[str, Any], names: dict[str, str]) -> Iterator[Finding]:
-    """Whether what every node wrote can be seen from here: is it one storage, or a folder of the same name on each?"""
+    """Checks that all nodes share the storage: this machine must see the files that each node wrote."""
     store = experiment.compute.storage
     place = storage.join(store, folder)
     try:
@@ -151,7 +151,7 @@ def _sharing(experiment: Experiment, folder: str, facts: dict[str, Any], names: 
         yield Finding(
             "wrong",
             "shared storage",
-            f"what {', '.join(unseen)} wrote to {store} is not there from here",
+            f"files that {', '.join(unseen)} wrote to {store} are not visible here",
             "set compute.storage to a shared folder or s3://...",
             "cluster",
         )
@@ -161,13 +161,15 @@ def _sharing(experiment: Experiment, folder: str, facts: dict[str, Any], names: 
         "http"
     ):
         yield Finding(
-            "warn", "mlflow", "a file of one machine", "replicas on other nodes need tracking.uri, an MLflow server", "cluster"
+            "warn", "mlflow", "a file on one machine", "replicas on other nodes need tracking.uri, an MLflow server", "cluster"
         )
 
 
 def _auth(nodes: int) -> Finding:
     mode = os.environ.get("RAY_AUTH_MODE", "")
     if mode == "token" or (not mode and nodes == 1):
-        return Finding("ok", "ray auth", "token" if mode else "default: clusters of this machine make a token of their own")
+        return Finding("ok", "ray auth", "token" if mode else "default: clusters on this machine create their own token")
     text = f"RAY_AUTH_MODE is {mode or 'not set'}"
-    return Finding("warn", "ray auth", text, "set RAY_AUTH_MODE=token and one token on all nodes; Ray runs any code it is sent")
+    return Finding(
+        "warn", "ray auth", text, "set RAY_AUTH_MODE=token and one token on all nodes; Ray runs any code it receives"
+    )

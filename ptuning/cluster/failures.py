@@ -1,4 +1,4 @@
-"""What a person is told when a run has failed: one sentence that names the cause. All the rest goes to a file in its folder."""
+"""The error message of a failed run: one sentence that names the cause. Details go to a file in the run's folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import ray
 from ptuning import storage
 from ptuning.redaction import redact
 
-# Ray's memory monitor ends the newest processes of a node when 95 % of its memory is taken (2.60).
+# Ray's memory monitor kills the newest processes of a node when 95 % of its memory is in use (2.60).
 _MONITOR = re.compile(r"Memory on the node \(IP: ([^,]+),.*?\) was ([\d.]+)GB used / ([\d.]+)GB limit")
 
 _LARGEST = re.compile(r"^(\d+)\t([\d.]+)\t(.{1,40})", re.MULTILINE)
@@ -29,17 +29,18 @@ _HELPER = re.compile(r"class_name: (\w+).*?pid: (\d+).*?ip: (\S+)", re.DOTALL)
 
 _GONE = re.compile(r"worker process has died|died unexpectedly|Worker unexpectedly exits")
 
-# What the others say when one has gone: gloo and NCCL.
+# Errors of the other workers after one has died: gloo and NCCL.
 _ECHOES = re.compile(r"gloo/transport|ncclRemoteError|NCCL communicator was aborted|Connection (?:reset|closed) by peer")
 
 LESS = (
-    "make room and continue with --resume, or use less under another name: a smaller train.batch_size, model.dtype=bfloat16, "
-    "train.gradient_checkpointing=true (ptuning plan says what fits)"
+    "free memory and continue with --resume, or use less under another name: a smaller train.batch_size, model.dtype=bfloat16, "
+    "train.gradient_checkpointing=true (ptuning plan shows what fits)"
 )
 
 
 def explain(error: Exception, folder: str, hang: str | None = None) -> str:
-    """One sentence; the tracebacks of all workers go to a file in the run's folder. `hang`: what the watchdogs said last."""
+    """One sentence; the tracebacks of all workers go to a file in the run's folder. `hang`: the last report of the
+    watchdogs."""
     workers = [str(each) for each in (getattr(error, "worker_failures", None) or {}).values()]
     text = "\n".join([str(error), *workers])
     if os.strerror(errno.ENOSPC) in text:
@@ -56,9 +57,9 @@ def explain(error: Exception, folder: str, hang: str | None = None) -> str:
 
 
 def cause(workers: list[str]) -> str:
-    """What became of the worker that has gone, or says what is wrong with it, before those that only miss it.
+    """The cause of a failure: the worker that died or reported an error, not those that only lost the connection to it.
 
-    `workers`: what Ray Train says of each of them.
+    `workers`: Ray Train's report about each worker.
     """
     if wanting := memory("\n".join(workers)):
         return wanting
@@ -66,18 +67,18 @@ def cause(workers: list[str]) -> str:
     who = _WHO.search(failure)
     worker = "worker {2} (pid {1} on {0})".format(*who.groups()) if who else "its process"
     if "node has died" in failure:
-        return f"the node of {worker} is gone"
+        return f"the node of {worker} was lost"
     if _GONE.search(failure):
-        return f"{worker} was killed or crashed (the system's log says whether it was for want of memory)"
+        return f"{worker} was killed or crashed (the system log shows whether it ran out of memory)"
     if who and "health check" in failure:
-        return f"{worker} gives no sign of life"
+        return f"{worker} does not respond"
     if _ECHOES.search(failure):
-        return "a worker has lost its connection to another one, whose process or node is gone"
+        return "a worker has lost its connection to another one, whose process or node has died"
     return (failure.strip().splitlines() or ["no message"])[-1]
 
 
 def memory(text: str) -> str | None:
-    """Who ran out of memory, if that is what an error says."""
+    """The process that ran out of memory, if this is the error."""
     if found := _MONITOR.search(text):
         host, used, whole = found.groups()
         largest = ", ".join(f"{name.strip()} {size} GB" for _, size, name in _LARGEST.findall(text)[:3])
@@ -87,10 +88,10 @@ def memory(text: str) -> str | None:
 
 
 def disk_full(folder: str) -> str:
-    return f"{folder}: the disk is full; make room, then continue with --resume"
+    return f"{folder}: the disk is full; free space, then continue with --resume"
 
 
 def ray_logs() -> str:
-    """Where Ray, and what runs in its processes (DeepSpeed, torch, transformers), writes on each node."""
+    """The log folder of Ray and of its processes (DeepSpeed, torch, transformers) on each node."""
     context = ray.get_runtime_context()
     return str(Path(context.get_temp_dir(), context.get_session_name(), "logs"))

@@ -1,8 +1,8 @@
-"""What travels with a job: exactly the files that its experiment names, and what of the environment is no secret.
+"""The upload of a job: only the files that its experiment names, and environment variables that are not secret.
 
-The folder where the command was typed does not travel. Nothing in it is needed but what the experiment names, and it may be
-large (runs, data, environments) or private (`.env`). What a job gets can be read by everybody who may look at the cluster's
-jobs, so neither keys nor passwords travel: they belong into the environment of the cluster's nodes.
+The working folder is not uploaded. Only the files named in the experiment are needed, and the folder may be large (runs, data,
+environments) or private (`.env`). Everyone with access to the cluster's jobs can read the upload, so it contains neither keys
+nor passwords: they belong in the environment of the cluster's nodes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ptuning.tracking.client import default_uri
 Kind = Literal["train", "search", "serve", "doctor"]
 
 LIMIT = 100_000_000
-"""Bytes that travel with a job at most. Ray keeps them in the head's memory and on every node's disk."""
+"""Maximum bytes of an upload. Ray keeps it in the head's memory and on every node's disk."""
 
 BASE = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 SOFT_PROMPT = ("*.json", "*.safetensors")
@@ -35,13 +35,13 @@ PLAIN = (
     *("DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY"),
     *("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"),
 )
-"""Variables that travel if they are set here."""
+"""Variables that are uploaded if they are set."""
 PLACES = ("HF_DATASETS_CACHE", "HF_HOME", "HF_HUB_CACHE")
-"""Folders: they travel if they lie in a shared one."""
+"""Folders: uploaded only as paths, if they are inside a shared folder."""
 ALWAYS = {
     "PYTHONSAFEPATH": "1",  # the job's `python -m ptuning` imports nothing from its working directory
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    # Training stops in order upon SIGINT; then its MLflow run needs time to get its last records and its end.
+    # Training stops cleanly on SIGINT; then the last records and the end of the MLflow run must be uploaded.
     "RAY_JOB_STOP_SIGNAL": "SIGINT",
     "RAY_JOB_STOP_WAIT_TIME_S": "60",
     "TOKENIZERS_PARALLELISM": "false",
@@ -51,22 +51,22 @@ SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(^|_)(API)?KEYS?($|_)",
 
 @dataclass
 class JobPackage:
-    """What one job gets."""
+    """The upload of one job."""
 
     experiment: Path | None
-    """The experiment file as it was written; a doctor may come without."""
+    """The unchanged experiment file; None for `doctor` without one."""
     overrides: list[str]
-    """`key=value` for the job: the user's, then what replaces paths of this machine."""
+    """`key=value` for the job: the user's overrides, then those that replace paths of this machine."""
     env: dict[str, str]
     files: dict[str, list[tuple[str, Path]]] = field(default_factory=dict)
-    """Name in the folder of shipped files -> path below it ("" for a file) and where it lies here."""
+    """Name in the folder of uploaded files -> path below it ("" for a file) and its path on this machine."""
     notes: list[str] = field(default_factory=list)
-    """What the cluster must have for this job to work."""
+    """Notes about what the cluster must provide for this job."""
 
     @property
     def experiment_name(self) -> str:
-        """Of the experiment file in the job's working directory. Ray has all of a job's processes import from there: a file
-        that is called as a module is would be taken for it."""
+        """Name of the experiment file in the job's working directory. All processes of a job import from that directory, so a
+        file with the name of a module would hide the module."""
         assert self.experiment is not None
         return self.experiment.name if self.experiment.suffix == ".toml" else f"{self.experiment.name}.toml"
 
@@ -77,7 +77,7 @@ class JobPackage:
         return listed | {target: source.stat().st_size for target, source in self._shipped()}
 
     def pack(self, folder: Path) -> None:
-        """Copy everything to where it is uploaded from."""
+        """Copy all files to the folder that is uploaded."""
         if self.experiment:
             shutil.copyfile(self.experiment, folder / self.experiment_name)
         for target, source in self._shipped():
@@ -99,7 +99,7 @@ def build_package(
     env: Sequence[str],
     here: Mapping[str, str],
 ) -> JobPackage:
-    """Find out what a job needs of this machine.
+    """Collect what a job needs from this machine.
 
     Args:
         shared: folders that this machine and all nodes of the cluster see under the same path.
@@ -107,7 +107,7 @@ def build_package(
         here: the environment of this process.
 
     Raises:
-        UserError: the experiment is wrong, or names something that the cluster cannot have: too large, secret, or nowhere.
+        UserError: the experiment is wrong, or names something that cannot be uploaded: too large, secret, or missing.
     """
     folders = [Path(folder).expanduser().resolve() for folder in shared]
     shipment = JobPackage(Path(file) if file else None, list(overrides), _environment(folders, env, here))
@@ -125,12 +125,14 @@ def build_package(
         packer.override("compute.address", "auto")  # a job belongs to the cluster that runs it
     missing = _secrets(experiment, kind, here)
     if missing:
-        shipment.notes.append(f"secrets do not travel; the cluster's nodes need in their environment: {', '.join(missing)}")
+        shipment.notes.append(
+            f"secrets are not uploaded; set them in the environment of the cluster's nodes: {', '.join(missing)}"
+        )
     return shipment
 
 
 def _check_passwords(experiment: Experiment) -> None:
-    """The experiment file travels as it was written."""
+    """Pack the unchanged experiment file."""
     for table, settings in experiment.model_dump(mode="json", exclude=_TEXTS).items():
         for key, value in settings.items() if isinstance(settings, dict) else ():
             if isinstance(value, str) and _has_password(value):
@@ -141,14 +143,14 @@ _TEXTS: dict[str, set[str]] = {"data": {"input", "target", "labels"}, "prompt": 
 
 
 def _open(key: str, value: str) -> str:
-    """What is said of an address with a password."""
+    """The error for an address with a password."""
     fix = {
         "tracking.uri": "give an MLflow server's address, and its password as MLFLOW_TRACKING_PASSWORD",
         "compute.storage": "give s3://bucket/folder, and its keys as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     }.get(key, "give the address without it, and the password as a variable of the service")
     return (
-        f"{key}: {redact(value)} has a password in it, which would lie open in the job; {fix} in the environment of the "
-        "cluster's nodes"
+        f"{key}: {redact(value)} contains a password, which everyone who sees the job could read; {fix} in the environment "
+        "of the cluster's nodes"
     )
 
 
@@ -160,7 +162,7 @@ _ELSEWHERE = "set it in the environment of the cluster's nodes"
 
 
 class _Packer:
-    """Decides about each path: it is shared, it travels, or it is the cluster's."""
+    """Decides for each path whether it is shared, uploaded, or a path of the cluster."""
 
     def __init__(self, shipment: JobPackage, shared: Sequence[Path]) -> None:
         self._shipment = shipment
@@ -184,17 +186,18 @@ class _Packer:
             names = {found.name for pattern in patterns for found in path.glob(pattern) if found.is_file()}
             parts = [(name, path / name) for name in sorted(names) if not name.startswith(".")]
             if not parts:
-                raise UserError(f"{key}: {source} holds none of {', '.join(patterns)}; correct the path")
+                raise UserError(f"{key}: {source} contains none of {', '.join(patterns)}; correct the path")
             self._ship(key, path, parts)
 
     def storage(self, storage: str) -> None:
-        """Results must be where every node, and whoever asks for them later, sees them."""
+        """Results must be in a place that every node, and every later command, can read."""
         if "://" in storage or self._is_shared("compute.storage", Path(storage).expanduser()):
             return
         if not Path(storage).is_absolute():
             raise UserError(
-                f"compute.storage: {storage} is a folder of this machine; name one that every node of the cluster sees, as "
-                "compute.storage=/mnt/shared/runs or s3://bucket/runs, or add --shared FOLDER if they see FOLDER, too"
+                f"compute.storage: {storage} is a folder of this machine; give one that every node of the cluster can access, "
+                "such as compute.storage=/mnt/shared/runs or s3://bucket/runs, or add --shared FOLDER if the nodes mount "
+                "FOLDER, too"
             )
         self._theirs("compute.storage", storage)
 
@@ -211,16 +214,16 @@ class _Packer:
     def _theirs(self, key: str, source: str) -> None:
         if not Path(source).is_absolute():
             raise UserError(f"{key}: {source} is not in {Path.cwd()}; correct the path, or give an absolute one of the cluster")
-        self._shipment.notes.append(f"{key}: every node must see {source}")
+        self._shipment.notes.append(f"{key}: every node must have {source}")
 
     def _ship(self, key: str, path: Path, parts: list[tuple[str, Path]], suffix: str = "") -> None:
         size = sum(part.stat().st_size for _, part in parts)
         self._bytes += size
         if self._bytes > LIMIT:
-            among = "" if self._bytes == size else f" with what travels already, {self._bytes / 1e6:.0f} MB,"
+            among = "" if self._bytes == size else f", with the other files {self._bytes / 1e6:.0f} MB,"
             raise UserError(
-                f"{key}: {path} ({size / 1e6:.0f} MB) is{among} too large to travel with a job (at most {LIMIT / 1e6:.0f} MB); "
-                f"put it where every node sees it and name that path, or add --shared {path.absolute().parent} if they see that"
+                f"{key}: {path} ({size / 1e6:.0f} MB){among} is too large to upload with a job (at most {LIMIT / 1e6:.0f} MB); "
+                f"put it on shared storage and give that path, or add --shared {path.absolute().parent} if the nodes mount it"
             )
         digest = hashlib.sha256()
         for name, part in parts:
@@ -233,7 +236,7 @@ class _Packer:
 
 
 def _inputs(experiment: Experiment, kind: Kind, packer: _Packer) -> None:
-    """What a job reads. One that serves takes its soft prompts from the registry."""
+    """The inputs of a job. A serving job takes its soft prompts from the registry."""
     if kind != "serve":
         for split in ("train", "validation", "test"):
             source = getattr(experiment.data, split)
@@ -260,7 +263,7 @@ def _tracking(experiment: Experiment, shipment: JobPackage, packer: _Packer, her
         raise UserError(_open("tracking.uri", uri))
     local = uri.removeprefix("sqlite:///").removeprefix("file://") if uri.startswith(("sqlite:", "file:")) else uri
     if "://" not in local and not Path(local).is_absolute():
-        raise UserError(f"tracking.uri: {uri} is a place on this machine; give an MLflow server's address, http://host:port")
+        raise UserError(f"tracking.uri: {uri} is on this machine only; give the address of an MLflow server, http://host:port")
     if re.search(r"//(localhost|127\.)", uri):
         shipment.notes.append(f"tracking.uri: {uri} is, on every node, an address of that node")
 
@@ -270,7 +273,7 @@ def _serving(experiment: Experiment, shipment: JobPackage, packer: _Packer) -> N
     if keys and not packer._is_shared("serve.keys", Path(keys).expanduser()):
         if Path(keys).expanduser().exists() or not Path(keys).is_absolute():
             raise UserError(
-                f"serve.keys: {keys} does not travel, since others may read what does; name a file that every node has, or set "
+                f"serve.keys: {keys} is not uploaded, since others could read it; give a file that every node has, or set "
                 "PTUNING_API_KEYS in the environment of the cluster's nodes"
             )
         packer._theirs("serve.keys", keys)
@@ -292,13 +295,13 @@ def _environment(shared: Sequence[Path], wanted: Sequence[str], here: Mapping[st
     for name, value in env.items():
         if _has_password(value):
             raise UserError(
-                f"{name}: {redact(value)} has a password in it, and a job's variables can be read by others; {_ELSEWHERE}"
+                f"{name}: {redact(value)} contains a password, and a job's variables can be read by others; {_ELSEWHERE}"
             )
     return ALWAYS | env
 
 
 def _secrets(experiment: Experiment, kind: Kind, here: Mapping[str, str]) -> list[str]:
-    """Secrets that are set here and that this experiment seems to use."""
+    """Secrets that are set here and that this experiment probably needs."""
     data = [experiment.data.train, experiment.data.validation, experiment.data.test] if kind != "serve" else []
     hub = any(source and source.startswith("hub:") for source in data) or "/" in experiment.model.path
     used = {

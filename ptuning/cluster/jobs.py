@@ -1,11 +1,12 @@
-"""Jobs on a Ray cluster: sent, followed, found again and stopped over HTTP. The only module that knows Ray's Jobs API.
+"""Jobs on a Ray cluster: submitting, following, listing and stopping them over HTTP. The only module that uses Ray's Jobs API.
 
-A job runs `python -m ptuning train FILE ...`, the command that was tried at home, in a working directory that holds the
-experiment and what it names (`shipment`). The package itself travels, too, unless the nodes have it installed: as a module of
-its own, which Ray keeps by its hash, so that it is uploaded once and the cluster runs the code that the command was typed with.
+A job runs `python -m ptuning train FILE ...`, the same command as on a local machine, in a working directory with the
+experiment and the files that it names (`job_package`). The package itself is uploaded, too, unless the nodes have it installed:
+as a separate module, which Ray caches by its hash. So it is uploaded once, and the cluster runs the code of the submitting
+machine.
 
-The driver asks for no CPU of the cluster. If it did, as little as 0.01, a node would be short of a whole one, and workers that
-take all CPUs would wait for ever. Ray then starts it on the head node.
+The driver requests no CPU of the cluster. Even 0.01 CPU would make a node one whole CPU short, and workers that need all CPUs
+would wait for ever. Ray then starts the driver on the head node.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from ptuning.cluster.job_package import JobPackage, Kind
 from ptuning.errors import UserError, suggest
 
 KIND = "ptuning"
-"""Key of a job's metadata: what it runs. `experiment` is the name of its experiment."""
+"""Metadata key of a job: its command. `experiment` is the name of its experiment."""
 APPLICATION = "ptuning"
-"""What `ptuning serve` calls its application; one per cluster."""
+"""Name of the application of `ptuning serve`; one per cluster."""
 PACKAGES = "ptuning-packages"
 """Namespace of the actors that keep a served package on the cluster."""
 END = f"""
@@ -47,33 +48,33 @@ for actor in ray.util.list_named_actors(all_namespaces=True):
     if actor["namespace"] == {PACKAGES!r}:
         ray.kill(ray.get_actor(**actor))
 """
-"""The program that ends the application, and what keeps its package."""
+"""The program that ends the application, and the actors that keep its package."""
 PACKAGE = Path(__file__).parent.parent
 DASHBOARD = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-"""They would beat the address that Ray's client is given (2.60, dashboard/utils.py)."""
+"""They would override the address that Ray's client is given (2.60, dashboard/utils.py)."""
 STOPPED = 130
 """Exit code of a job that was stopped, as of a command that was interrupted."""
 CONNECT, ANSWER = 10.0, 300.0
-"""Seconds that a cluster has to accept a connection, and to answer."""
+"""Timeouts in seconds for connecting to a cluster, and for its response."""
 PATIENCE = 30
-"""Attempts in a row to follow a log, a second apart."""
+"""Consecutive attempts to follow a log, one second apart."""
 
 
 class ClusterError(RuntimeError):
-    """The cluster does not answer, or did not do what it was asked to."""
+    """The cluster does not respond, or a request to it failed."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is sent to the cluster."""
+    """A job to submit."""
 
     kind: Kind
     name: str
-    """The experiment's: the name of the run, the same when it is resumed."""
+    """The name of the experiment and its run; the same when the run is resumed."""
     flags: tuple[str, ...]
     shipment: JobPackage
     installed: bool
-    """Use the package that the nodes have; otherwise this one travels."""
+    """Use the package that is installed on the nodes; otherwise this one is uploaded."""
 
     @property
     def entrypoint(self) -> str:
@@ -88,7 +89,7 @@ class Job:
         return {KIND: self.kind, "experiment": self.name}
 
     def describe(self) -> dict[str, Any]:
-        """All of it, as `--dry-run` shows it. Sizes are in bytes."""
+        """The complete job, as shown by `--dry-run`. Sizes are in bytes."""
         package = {} if self.installed else {"ptuning/": sum(path.stat().st_size for path in _package_files())}
         return {
             "entrypoint": self.entrypoint,
@@ -105,7 +106,7 @@ class Cluster:
     """The Jobs API of one cluster.
 
     Raises:
-        ClusterError: nobody answers there.
+        ClusterError: there is no response.
         UserError: the address or the token is wrong.
     """
 
@@ -117,10 +118,10 @@ class Cluster:
             self._client = _Client(self.address)
 
     def submit(self, job: Job) -> str:
-        """Send a job; returns its id.
+        """Submit a job; returns its id.
 
         Raises:
-            UserError: a job of this run is not over. Two would write into the same folder.
+            UserError: a job of this run has not finished. Two jobs would write into the same folder.
         """
         for other in self.jobs():
             same = (other.metadata or {}) == job.metadata and job.kind in ("train", "search")
@@ -156,9 +157,9 @@ class Cluster:
             return self._client.get_job_logs(job)
 
     def follow(self, job: str, log: Log) -> JobDetails:
-        """Pass on what `log` has not got yet, as it grows, until the job is over; returns what became of it.
+        """Pass new log text to `log` until the job has finished; returns the job's details.
 
-        A connection that breaks is made again: nothing is missed or told twice.
+        A broken connection is reopened: no text is lost or repeated.
         """
         failures = 0
         while True:
@@ -172,7 +173,7 @@ class Cluster:
                     raise
             details = self.info(job)
             if details.status.is_terminal():
-                with suppress(ClusterError, UserError):  # the node with the log may be gone
+                with suppress(ClusterError, UserError):  # the node with the log may be lost
                     log(self.logs(job)[log.length :])
                 return details
             time.sleep(1)
@@ -184,7 +185,7 @@ class Cluster:
             log(text[max(0, len(text) - max(0, seen - log.length)) :])
 
     def stop(self, job: str) -> bool:
-        """Ask a job to end in order; False if it is over already. A served application is what is left of its job: it ends.
+        """Ask a job to stop cleanly; False if it has already finished. If the job has deployed an application, that is ended.
 
         Raises:
             ClusterError: the application could not be ended.
@@ -195,8 +196,8 @@ class Cluster:
         if (details.metadata or {}).get(KIND) != "serve" or not details.status.is_terminal():
             return stopped
         with self._explained(job):
-            # Needs Ray only, so it works whatever package the application was made with.
-            command = shlex.join(["python", "-P", "-c", END])  # -P: whatever lies in the folder where Ray starts it
+            # Needs only Ray, so it works with any version of the package that the application was deployed with.
+            command = shlex.join(["python", "-P", "-c", END])  # -P: do not import from the folder in which Ray starts it
             ending = self._client.submit_job(entrypoint=command, metadata={KIND: "stop", "experiment": APPLICATION})
         if self.follow(ending, Log(lambda line: None)).status != JobStatus.SUCCEEDED:
             raise ClusterError(f"the application was not ended; see ptuning jobs logs {ending}")
@@ -204,21 +205,21 @@ class Cluster:
 
     @contextmanager
     def _explained(self, job: str | None = None) -> Iterator[None]:
-        """Turn what Ray's client raises into one sentence with the fix."""
+        """Convert an error of Ray's client into one sentence with the fix."""
         try:
             yield
         except AuthenticationError as error:
             if "Authentication required" in str(error):
                 raise UserError(
-                    f"{self.address}: asks for a token (401); set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH, a file with it"
+                    f"{self.address}: requires a token (401); set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to its file"
                 ) from None
             raise UserError(
-                f"{self.address}: refuses the token (403); take the one that the cluster was started with, in "
+                f"{self.address}: refuses the token (403); use the one that the cluster was started with, in "
                 "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
             ) from None
         except (requests.RequestException, aiohttp.ClientError, OSError) as error:
             raise ClusterError(
-                f"{self.address}: nobody answers ({_reason(error)}); check the address, that the cluster is up, and the tunnel "
+                f"{self.address}: no response ({_reason(error)}); check the address, that the cluster is up, and the tunnel "
                 "to its dashboard"
             ) from None
         except RuntimeError as error:
@@ -230,14 +231,14 @@ class Cluster:
 
 
 class _Client(JobSubmissionClient):
-    """With limits in time: Ray's own waits for ever."""
+    """A client with timeouts: Ray's own waits for ever."""
 
     def _do_request(self, method: str, endpoint: str, **details: Any) -> requests.Response:
         return super()._do_request(method, endpoint, timeout=(CONNECT, ANSWER), **details)
 
 
 def exit_code(details: JobDetails) -> int:
-    """The job's, as a shell would give it."""
+    """The exit code of the job, as in a shell."""
     if details.status == JobStatus.SUCCEEDED:
         return 0
     if details.status == JobStatus.STOPPED:
@@ -249,17 +250,17 @@ def exit_code(details: JobDetails) -> int:
 
 
 def failure(details: JobDetails) -> str:
-    """Why a job did not succeed, in one sentence; its log says more."""
+    """The reason why a job did not succeed, in one sentence; its log has details."""
     if details.status == JobStatus.STOPPED:
         return "was stopped"
     if details.driver_exit_code is not None:
         return f"failed with exit code {exit_code(details)}"
-    lines = (details.message or "the cluster does not say why").strip().splitlines()
+    lines = (details.message or "the cluster gives no reason").strip().splitlines()
     return f"could not be started: {lines[-1].strip()}"
 
 
 class Log:
-    """A job's log, line by line. Its result, a JSON object in the last line, is kept and not shown."""
+    """A job's log, line by line. Its result, a JSON object in the last line, is stored and not shown."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.length = 0
@@ -275,7 +276,7 @@ class Log:
             self._line(line)
 
     def result(self) -> dict[str, Any] | None:
-        """To be asked when the log has ended: the result, if it ended with one."""
+        """The result, if the log ended with one. Only valid at the end of the log."""
         if self._rest:
             self._line(self._rest)
             self._rest = ""
@@ -299,7 +300,7 @@ def _package_files() -> list[Path]:
 
 
 def _checked(address: str) -> str:
-    """The address as Ray's client wants it."""
+    """The address in the form that Ray's client expects."""
     whole = address if "://" in address else f"http://{address}"
     parts = urlsplit(whole)
     try:
@@ -307,7 +308,7 @@ def _checked(address: str) -> str:
     except ValueError:
         good = False
     if not good:
-        raise UserError(f"--address: {address} is no address of a Ray dashboard; write http://HOST:8265")
+        raise UserError(f"--address: {address} is not the address of a Ray dashboard; write http://HOST:8265")
     return whole.rstrip("/")
 
 
@@ -321,7 +322,7 @@ def _without(names: tuple[str, ...]) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    text = f"{error} {error.__context__}"  # Ray's own ConnectionError does not say why
+    text = f"{error} {error.__context__}"  # Ray's own ConnectionError gives no reason
     known = {
         "Connection refused": "connection refused",
         "not known": "unknown host",

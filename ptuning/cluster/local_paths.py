@@ -1,4 +1,4 @@
-"""The paths of an experiment as processes in other folders can use them."""
+"""The paths of an experiment, made valid for processes in other folders."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ptuning.tracking.client import default_uri
 
 
 def absolute(experiment: Experiment) -> Experiment:
-    """The experiment with absolute paths: workers run in folders of their own.
+    """The experiment with absolute paths: workers run in other folders.
 
     Raises:
-        UserError: the storage cannot hold the tracking store that is to be in it.
+        UserError: the storage cannot contain the tracking store.
     """
     tables = experiment.model_dump()
     for split in ("train", "validation", "test"):
@@ -34,15 +34,15 @@ def absolute(experiment: Experiment) -> Experiment:
 
 
 def _without_credentials(experiment: Experiment) -> str:
-    """The storage's address; credentials in it move to the environment, for the processes that this one starts.
+    """The storage's address. Its credentials are moved to the environment of the processes that this one starts.
 
     Raises:
-        UserError: processes of a cluster, which others have started, would get them in the open.
+        UserError: the processes belong to an existing cluster, which would expose the credentials.
     """
     place, variables = storage.split_credentials(experiment.compute.storage)
     if variables and (experiment.compute.address or os.environ.get("RAY_ADDRESS")):
         raise UserError(
-            f"compute.storage: {redact(experiment.compute.storage)} has a password in it, which would lie open in the cluster; "
+            f"compute.storage: {redact(experiment.compute.storage)} contains a password, which the cluster would expose; "
             f"set {' and '.join(variables)} in the environment of its nodes instead"
         )
     os.environ |= variables

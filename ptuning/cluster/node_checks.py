@@ -1,4 +1,4 @@
-"""What is there on one machine, and what is wrong with it. Runs where it is asked: here, or in a task on any node. No ray."""
+"""Checks of one machine. They run in this process or in a task on any node, without importing Ray."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from ptuning.tracking.client import asking, connect, database, tracking_uri
 GB = 1_000_000_000
 CONSTRAINTS = "constraints.txt"
 LEAST_MEMORY, LEAST_SHARED = 2 * GB, GB // 2
-"""A worker's libraries take 0.7 GB (measured), a search has several; Ray keeps objects in /dev/shm."""
+"""The libraries of a worker take 0.7 GB (measured), and a search has several workers. Ray keeps objects in /dev/shm."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, what was found, and the fix if it is not ok."""
+    """One line: the check, its result, and the fix if it is not ok."""
 
     state: Literal["ok", "warn", "wrong"]
     what: str
@@ -42,10 +42,10 @@ class Finding:
 
 
 def check_node(tables: dict[str, Any] | None, probe: str | None = None) -> dict[str, Any]:
-    """Everything about this machine, as plain data: `findings`, and `facts` that must be the same on all nodes.
+    """The results for this machine as plain data: `findings`, and `facts` that must be equal on all nodes.
 
-    `tables` are an experiment's with absolute paths; `probe` names a file to be left in its storage, in a folder of that name,
-    so that others can see whether they share it.
+    `tables`: an experiment with absolute paths; `probe`: the name of a file, and of its folder, to write into the storage, so
+    that other machines can check whether they share it.
     """
     found = [*_software(), *_hardware()]
     facts: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "ray": _version("ray")}
@@ -63,17 +63,17 @@ def check_node(tables: dict[str, Any] | None, probe: str | None = None) -> dict[
 
 def _software() -> Iterator[Finding]:
     python = platform.python_version()
-    if sys.version_info < (3, 11):  # noqa: UP036  (a node's Python is not the one that installed the package)
+    if sys.version_info < (3, 11):  # noqa: UP036  (a node's Python may not be the one that installed the package)
         yield Finding("wrong", "python", python, "install Python 3.11 or newer")
     else:
         yield Finding("ok", "python", python)
     yield from versions()
     compiler = next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
-    yield Finding("ok", "compiler", f"{compiler or 'none'}; none is needed, DeepSpeed's compiled operations are not used")
+    yield Finding("ok", "compiler", f"{compiler or 'none'}; not needed, DeepSpeed's compiled operations are not used")
 
 
 def versions() -> Iterator[Finding]:
-    """Installed packages against what this package requires, and against the versions that its tests ran with."""
+    """Compares the installed packages with the required versions, and with the versions of the tests."""
     unmet = []
     for line in metadata.requires("ptuning") or []:
         needed = Requirement(line)
@@ -94,13 +94,13 @@ def versions() -> Iterator[Finding]:
     ]
     if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        yield Finding("warn", "packages", shown, f"if something is odd: pip install -c {CONSTRAINTS} ptuning")
+        yield Finding("warn", "packages", shown, f"in case of problems: pip install -c {CONSTRAINTS} ptuning")
     else:
-        yield Finding("ok", "packages", "as the tests ran with" if pins() else "as required")
+        yield Finding("ok", "packages", "the tested versions" if pins() else "as required")
 
 
 def pins() -> dict[str, str]:
-    """Name -> tested version: from the installed package, or from the repository that it was installed from."""
+    """Name -> tested version, from the installed package or its repository."""
     here = Path(__file__).parent.parent
     file = next((path for path in (here / CONSTRAINTS, here.parent / CONSTRAINTS) if path.is_file()), None)
     if file is None:
@@ -124,7 +124,7 @@ def _hardware() -> Iterator[Finding]:
         names = ", ".join(sorted({name for name, _ in gpus}))
         yield Finding("ok", "gpus", f"{len(gpus)} x {names}" if gpus else "none; workers compute on the CPU")
     if gpus:
-        half, fix = all(capability >= 8 for _, capability in gpus), "set model.dtype=float32, or take newer GPUs"
+        half, fix = all(capability >= 8 for _, capability in gpus), "set model.dtype=float32, or use newer GPUs"
     else:
         half, fix = computes_in_bfloat16(), "set model.dtype=float32; bfloat16 works but is emulated"
     yield Finding("ok", "bf16", "computed in hardware") if half else Finding("warn", "bf16", "not computed in hardware", fix)
@@ -134,7 +134,7 @@ def _hardware() -> Iterator[Finding]:
     yield (
         Finding("ok", "memory", text)
         if enough
-        else Finding("warn", "memory", text, "end other programs, or take a larger machine")
+        else Finding("warn", "memory", text, "end other programs, or use a larger machine")
     )
     if Path("/dev/shm").is_dir():
         size = shutil.disk_usage("/dev/shm")
@@ -148,7 +148,7 @@ def _hardware() -> Iterator[Finding]:
 
 
 def _gpus() -> list[tuple[str, float]]:
-    """Name and compute capability of every GPU of the machine, also of those that this process may not use."""
+    """Name and compute capability of every GPU of the machine, including those that this process may not use."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
@@ -173,7 +173,7 @@ def _tracker(experiment: Experiment) -> Finding:
         uri = tracking_uri(experiment)
         file = database(uri)
         if file is not None:
-            return Finding("ok", "mlflow", f"{redact(uri)}, a file of one machine")
+            return Finding("ok", "mlflow", f"{redact(uri)}, a file on one machine")
         with asking(uri):
             connect(uri).search_experiments(max_results=1)
     except UserError as error:
@@ -186,11 +186,11 @@ def _base(experiment: Experiment) -> tuple[Finding, str | None]:
         base = find_base(experiment.model)
         fingerprint = base.fingerprint.weights
     except UserError as error:
-        return Finding("wrong", "base", *_split(str(error), "put it where every node finds it")), None
+        return Finding("wrong", "base", *_split(str(error), "put it where every node can read it")), None
     return Finding("ok", "base", f"{base.name} in {base.folder}, {fingerprint[:12]}"), fingerprint
 
 
 def _split(sentence: str, fix: str) -> tuple[str, str]:
-    """A sentence of ours ends with its fix, behind the last semicolon."""
+    """Splits an error of ptuning at its last semicolon, which precedes the fix."""
     text, semicolon, own = sentence.rpartition("; ")
     return (text, own) if semicolon else (sentence, fix)

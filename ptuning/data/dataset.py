@@ -1,8 +1,7 @@
-"""Rows become token ids, in one way for training, evaluation and serving.
+"""Tokenised splits, cached on disk.
 
-`Encoder` holds the template and the tokenizer: input and target are tokenised apart and joined as ids, so no token
-spans the seam and the served tokens are the trained ones. `load_split` runs it over a whole split once and keeps the
-result as a memory-mapped Arrow file, found again by what decides it: the texts, the template, the limit, the tokenizer.
+`load_split` runs the `Encoder` over a whole split once and stores the result as a memory-mapped Arrow file. The key of the file
+is a hash of everything that determines it: the texts, the template, the limit and the tokenizer.
 """
 
 from __future__ import annotations
@@ -51,11 +50,11 @@ class Split:
     lengths: NDArray[np.int32]
     """[rows] tokens of input + target."""
     cut: int
-    """Rows whose input was cut to fit."""
+    """Number of rows whose input was truncated."""
     dropped: int
-    """Train rows that were left out: no text, or too long even without it."""
+    """Number of training rows that were dropped: without text, or too long even after truncation."""
     fingerprint: str
-    """sha256 of the texts of all rows, dropped ones too, in order; the same for every file format."""
+    """SHA-256 of the texts of all rows in order, dropped rows included; the same for every file format."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -82,10 +81,10 @@ class Split:
 
 
 def load_split(name: str, source: str, encoder: Encoder) -> Split:
-    """Read and tokenise the rows of `source`, or find them tokenised. In "train" unusable rows are dropped and counted.
+    """Read and tokenise the rows of `source`, or take them from the cache. In "train" unusable rows are dropped and counted.
 
     Raises:
-        DataError: anything wrong with the source or one of its rows.
+        DataError: the source or one of its rows is invalid.
     """
     texts = read_source(source, encoder.fields, references=encoder.template.labels is None)
     drop = name == "train"
@@ -105,7 +104,7 @@ def load_split(name: str, source: str, encoder: Encoder) -> Split:
         )
     if not len(rows):
         raise DataError(
-            f"{source}: none of its {len(texts.rows)} rows has a text that fits into {encoder.limit} tokens; "
+            f"{source}: none of its {len(texts.rows)} rows has text that fits into {encoder.limit} tokens; "
             "raise data.max_tokens"
         )
     columns = rows.with_format("numpy")
@@ -121,7 +120,7 @@ def load_split(name: str, source: str, encoder: Encoder) -> Split:
 
 
 def leaked(train: Split, other: Split) -> int:
-    """How many rows of `train` have an input that also stands in `other`."""
+    """Number of rows of `train` whose input also occurs in `other`."""
     seen = set(_input_hashes(other))
     return sum(digest in seen for digest in _input_hashes(train))
 
@@ -129,7 +128,7 @@ def leaked(train: Split, other: Split) -> int:
 def _encode(
     columns: dict[str, list[Any]], indices: list[int], encoder: Encoder, source: str, drop: bool
 ) -> dict[str, list[Any]]:
-    """One batch of rows of texts -> the same rows as `_COLUMNS`, without those that were dropped."""
+    """Text rows -> the columns of `_COLUMNS`, without the dropped rows."""
     references = columns.pop("references", [None] * len(indices))
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     inputs = [encoder.input_text(row) for row in rows]

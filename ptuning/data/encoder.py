@@ -1,6 +1,7 @@
-"""Rows become token ids, in one way for training, evaluation and serving.
+"""Rows -> token ids, in the same way for training, evaluation and serving.
 
-Input and target are tokenised apart and joined as ids, so no token spans the seam and the served tokens are the trained ones.
+Input and target are tokenised separately and joined as ids. So no token crosses the boundary between them, and serving sees the
+tokens of training.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ptuning.model.label_trie import LabelTrie, nested_labels
 
 
 class UnusableRow(DataError):
-    """A row that cannot become an example. Train rows are dropped and counted, others are refused."""
+    """A row that cannot be used. In the train split it is dropped and counted, elsewhere it is an error."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +29,13 @@ class Encoder:
     """Rows -> token ids. The same object for training, evaluation and serving.
 
     Raises:
-        DataError: the tokenizer has no end token, or cannot tell two labels apart.
+        DataError: the tokenizer has no end token, or two labels have the same tokens.
     """
 
     template: Template
     tokenizer: PreTrainedTokenizerBase
     limit: int
-    """Most tokens of input + target. Given: what the base's context leaves beside the soft prompt; the template's
-    max_tokens lowers it."""
+    """Maximum tokens of input + target: the base's context minus the soft prompt, or the template's max_tokens if smaller."""
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
@@ -55,33 +55,33 @@ class Encoder:
         for label, tokens in zip(self.template.labels or (), ids, strict=True):
             if labels[tuple(tokens)] != label:
                 raise DataError(
-                    f"the labels '{label}' and '{labels[tuple(tokens)]}' are the same tokens; rename one in data.labels"
+                    f"the labels '{label}' and '{labels[tuple(tokens)]}' have the same tokens; rename one in data.labels"
                 )
         nested = nested_labels(labels)
         if nested:  # an end token in the middle of a label
             shorter, longer = (labels[each] for each in nested)
-            raise DataError(f"the label '{longer}' goes on behind the end of '{shorter}'; rename one in data.labels")
+            raise DataError(f"the label '{longer}' contains the end token after '{shorter}'; rename one in data.labels")
         return ids
 
     @cached_property
     def label_trie(self) -> LabelTrie:
-        """The labels as a choice among their tokens; only with labels."""
+        """The labels as a trie of their tokens; only with labels."""
         return LabelTrie(tuple(map(tuple, self.label_ids)))
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of everything that decides the tokens of a row."""
+        """SHA-256 of everything that determines the tokens of a row."""
         template = self.template.model_dump(include=set(Template.model_fields))
         tokenizer = tokenizer_fingerprint(self.tokenizer)
         return json_hash([FORMAT, transformers.__version__, template, self.limit, tokenizer])
 
     @property
     def input_room(self) -> int:
-        """Most tokens of an input, where that does not depend on the row: with labels, every label fits behind it."""
+        """Maximum tokens of an input if it does not depend on the row: with labels, the longest label still fits."""
         return self.limit - max(map(len, self.label_ids), default=1)
 
     def input_ids(self, fields: Mapping[str, object]) -> list[int]:
-        """The whole input, with the special tokens that the tokenizer puts in front (and without those behind)."""
+        """The whole input with the special tokens that the tokenizer prepends, without those that it appends."""
         return self._inputs([self.input_text(fields)])[0]
 
     def target_ids(self, fields: Mapping[str, object]) -> list[int]:
@@ -95,18 +95,18 @@ class Encoder:
         return self.template.target.format_map(texts_of(fields, template_fields(self.template.target)))
 
     def fitted_ids(self, fields: Mapping[str, object], room: int | None = None) -> list[int]:
-        """The input in at most `room` tokens (default: `input_room`): the longest field is cut as the template says.
+        """The input in at most `room` tokens (default: `input_room`). The longest field is truncated as the template says.
 
         Raises:
-            DataError: it does not fit, or nothing is left of it.
+            DataError: the input does not fit, or no text would be left.
         """
         return self._fit(fields, self.input_ids(fields), self.input_room if room is None else room)
 
     def label_of(self, fields: Mapping[str, object]) -> int:
-        """The row's place in the template's labels; -1 if the template has none.
+        """The index of the row's label in the template's labels; -1 if the template has none.
 
         Raises:
-            DataError: the value is no label.
+            DataError: the value is not one of the labels.
         """
         labels = self.template.labels
         if labels is None:
@@ -125,7 +125,7 @@ class Encoder:
 
     @cached_property
     def _added(self) -> tuple[int, int]:
-        """How many special tokens the tokenizer puts in front of and behind a text."""
+        """The numbers of special tokens that the tokenizer prepends and appends to a text."""
         (bare,), (full,) = self._tokens(["a"], special=False), self._tokens(["a"], special=True)
         if not bare:
             return len(full), 0
@@ -140,23 +140,23 @@ class Encoder:
         return [[*ids, self.tokenizer.eos_token_id] for ids in self._tokens(texts, special=False)]
 
     def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        # verbose warns of texts longer than the base's context: here they are cut or refused.
+        # verbose=False: no warning about texts longer than the base's context; they are truncated or refused later.
         return self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
 
     def _fit(self, fields: Mapping[str, object], ids: list[int], room: int) -> list[int]:
-        """`ids`, the fields' whole input, or those of the longest beginning or end of the longest field that fits."""
+        """`ids` (the whole input) if they fit, else the ids after truncating the longest field as little as possible."""
         front, _ = self._added
         if len(ids) <= front:
             raise UnusableRow("the input has no text; fill the row or remove it")
         if len(ids) <= room:
             return ids
-        size = f"{len(ids)} tokens of input where {room} fit (limit {self.limit}, {self.limit - room} for the target)"
+        size = f"the input has {len(ids)} tokens, {room} fit (limit {self.limit}, {self.limit - room} for the target)"
         if self.template.truncate == "error":
             raise DataError(f'{size}; shorten the text, raise data.max_tokens or set data.truncate = "right"')
         texts = texts_of(fields, template_fields(self.template.input))
         longest = max(texts, key=lambda field: len(texts[field]), default=None)
         best: list[int] = []
-        # Characters kept: fewer than low fit, more than high do not.
+        # Binary search over the number of kept characters: fewer than low fit, more than high do not.
         low, high = 0, len(texts[longest]) - 1 if longest else -1
         while low <= high:
             kept = (low + high) // 2
@@ -166,7 +166,7 @@ class Encoder:
             else:
                 high = kept - 1
         if len(best) <= front:
-            raise UnusableRow(f"{size}, and no cut makes it fit; shorten the row, the template or the soft prompt")
+            raise UnusableRow(f"{size}, and truncating a field is not enough; shorten the row, the template or the soft prompt")
         return best
 
     def _cut(self, texts: dict[str, str], field: str, kept: int) -> list[int]:

@@ -1,13 +1,13 @@
-"""Where rows come from: a file, the Hugging Face hub or a built-in task, each as one memory-mapped Arrow file of texts.
+"""Sources of rows: a file, the Hugging Face Hub or a built-in task, each converted to a memory-mapped Arrow file of texts.
 
-Only the fields that the template names are read, and every value is a text from here on: the same rows give the same
-fingerprint and the same tokens whatever file format they came in. Text files are parsed here and not by the builders of
-`datasets`, because those guess types (5.2: "2020-01-01" becomes a timestamp, "NA" in a CSV null, "007" the number 7.0),
-and because a broken byte must be reported with its line. The result is found again by the hash of the file.
+Only the fields of the template are read, and all values are converted to text. So the same rows give the same fingerprint and
+the same tokens in every file format. Text files are parsed here and not by the builders of `datasets`: those guess types (5.2:
+"2020-01-01" becomes a timestamp, "NA" in a CSV null, "007" the number 7.0), and do not report the line of an invalid byte. The
+key of a converted file is the hash of its source.
 
-Files are read line by line and Arrow files are memory-mapped: rows never have to fit in memory. That is why there is no
-streaming mode: a stream has no lengths to group by and reaches step n only through all rows before it, while a mapped
-file is read in any order, so batches are grouped by length over many rows and a run resumes at any step at once.
+Files are read line by line and Arrow files are memory-mapped, so rows never have to fit into memory. That is why there is no
+streaming mode: a stream reaches step n only through all rows before it, while a mapped file is read in any order, so a run
+resumes at any step at once.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from ptuning.model.fingerprint import json_hash
 from ptuning.paths import locate
 
 FORMAT = 1
-"""Counted up when the same source would be stored or tokenised differently: older cache files are then not found."""
+"""Incremented when the same source would be stored or tokenised differently; older cache files are then ignored."""
 
 LINE_LIMIT = 10_000_000
-"""A line of a text file is shorter than this, in bytes."""
+"""Lines of a text file must be shorter than this, in bytes."""
 
 BUILTIN = Path(__file__).parent.parent / "builtin" / "tasks"
 
 Row = tuple[str, Mapping[str, Any]]
-"""Where the row stands, in words, and its values."""
+"""The location of a row, for error messages, and its values."""
 
 
 class DataError(UserError):
-    """A split cannot be used as it is. Names the file, the row or line, and the fix."""
+    """A split cannot be used. The message names the file, the row or line, and the fix."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Texts:
     """The rows of a split before they are tokenised."""
 
     rows: Dataset
-    """A text column per field and, if asked for, `references` (list of texts, or null)."""
+    """One text column per field and, if requested, `references` (list of texts, or null)."""
     fingerprint: str
-    """sha256 of the texts in order, whatever file they came from."""
+    """SHA-256 of the texts in order. It does not depend on the file format."""
 
 
 def read_source(source: str, fields: Sequence[str], references: bool) -> Texts:
-    """The named fields of all rows of a source, and their `references` where a row has them.
+    """The named fields of all rows of a source and, if requested, their `references` (null for rows without any).
 
     Raises:
         DataError: the source is missing, unreadable, broken or empty, or a row lacks a field.
@@ -76,7 +76,7 @@ def read_source(source: str, fields: Sequence[str], references: bool) -> Texts:
         rows, identity = _READERS[path.suffix.lower()](path, source, columns), _file_hash(path, source)
     stem = json_hash([FORMAT, identity, columns, references])[:32]
     folder = cache_folder()
-    # The file's name ends with the content's fingerprint: there is no second file that could be missing.
+    # The fingerprint of the content is part of the file name: no second file is needed that could be missing.
     found = next(folder.glob(f"{stem}-*.arrow"), None)
     if found is None:
         schema = pa.schema([(column, pa.string()) for column in columns])
@@ -87,10 +87,10 @@ def read_source(source: str, fields: Sequence[str], references: bool) -> Texts:
 
 
 def texts_of(row: Mapping[str, object], fields: Iterable[str]) -> dict[str, str]:
-    """The row's fields as texts: numbers and truth values as Python writes them.
+    """The row's fields as texts; numbers and booleans are formatted by `str`.
 
     Raises:
-        DataError: a field is missing, null or no single value. The message does not say which row.
+        DataError: a field is missing, null or not a single value. The message does not name the row.
     """
     texts = {}
     for field in fields:
@@ -106,18 +106,18 @@ def texts_of(row: Mapping[str, object], fields: Iterable[str]) -> dict[str, str]
 
 
 def cache_folder() -> Path:
-    """Where Arrow files are kept: inside the cache of `datasets` (HF_DATASETS_CACHE)."""
+    """The folder of the Arrow files: inside the cache of `datasets` (HF_DATASETS_CACHE)."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "ptuning"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be made ({error.strerror}); set HF_DATASETS_CACHE to a writable folder") from None
+        raise DataError(f"{folder}: cannot be created ({error.strerror}); set HF_DATASETS_CACHE to a writable folder") from None
     return folder
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars of `datasets`: the command line draws its own."""
+    """Hides the progress bars of `datasets`: the command line has its own."""
     before = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -131,18 +131,18 @@ def _local_path(source: str) -> Path:
     if source.startswith("builtin:"):
         known = {f"builtin:{path.parent.name}/{path.stem}": path for path in sorted(BUILTIN.glob("*/*.jsonl"))}
         if source not in known:
-            raise DataError(f"{source}: no such built-in split; there are {', '.join(known)}")
+            raise DataError(f"{source}: no such built-in split; use one of {', '.join(known)}")
         return known[source]
     path = locate(source)
     if path.suffix.lower() not in _READERS:
-        raise DataError(f"{source}: unknown kind of data; give a .jsonl, .csv or .parquet file, or hub:org/name:split")
+        raise DataError(f"{source}: unknown file type; give a .jsonl, .csv or .parquet file, or hub:org/name:split")
     if path.is_dir():
         raise DataError(f"{source}: is a folder; give one file per split")
     if not path.exists():
         there = {file.name: str(file) for file in sorted(path.parent.glob("*")) if file.suffix.lower() in _READERS}
         fix = suggest(
             path.name, there, "correct the path", alike=0.85, shown=there.__getitem__
-        )  # x-train.csv is no good guess for x-test.csv
+        )  # do not suggest x-train.csv for x-test.csv
         raise DataError(f"{source}: no such file in {Path.cwd()}; {fix}")
     return path
 
@@ -157,11 +157,11 @@ def _file_hash(path: Path, source: str) -> str:
 
 def _missing(field: str, known: Iterable[str]) -> DataError:
     names = ", ".join(f"'{name}'" for name in sorted(known)) or "none"
-    return DataError(f"the field '{field}' is missing (there are {names}); correct the data or the template")
+    return DataError(f"the field '{field}' is missing (found: {names}); correct the data or the template")
 
 
 def _lines(path: Path, source: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text file with their numbers, from 1. What is not plain UTF-8 text is refused."""
+    """The lines of a text file with their numbers from 1. Anything but plain UTF-8 text is refused."""
     with path.open("rb") as file:
         number = 0
         while line := file.readline(LINE_LIMIT):
@@ -203,7 +203,7 @@ def _csv_rows(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
         header = next(reader, [])
         twins = sorted({name for name in header if header.count(name) > 1})
         if twins:
-            raise DataError(f"{source}, line 1: the column '{twins[0]}' stands there twice; rename one")
+            raise DataError(f"{source}, line 1: the column '{twins[0]}' occurs twice; rename one")
         count, line = 0, reader.line_num + 1
         for record in reader:
             if record:
@@ -216,7 +216,7 @@ def _csv_rows(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
                 yield place, dict(zip(header, record, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{source}, line {reader.line_num}: is no CSV ({error}); check the quotes") from None
+        raise DataError(f"{source}, line {reader.line_num}: is not valid CSV ({error}); check the quotes") from None
 
 
 def _parquet_rows(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
@@ -228,7 +228,7 @@ def _parquet_rows(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
 
             yield from _arrow_rows(read, file.schema_arrow, source, columns)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: is no readable Parquet file ({_first_line(error)}); write it again") from None
+        raise DataError(f"{source}: is not a readable Parquet file ({_first_line(error)}); write it again") from None
 
 
 def _hub_rows(rows: Dataset, source: str, columns: list[str]) -> Iterator[Row]:
@@ -241,7 +241,7 @@ def _hub_rows(rows: Dataset, source: str, columns: list[str]) -> Iterator[Row]:
 def _arrow_rows(
     read: Callable[[list[str]], Iterator[pa.Table | pa.RecordBatch]], schema: pa.Schema, source: str, columns: list[str]
 ) -> Iterator[Row]:
-    """Rows of a columnar source. Numbers that stand for class names (ClassLabel) become the names."""
+    """Rows of a columnar source. Class indices (ClassLabel) are replaced by the class names."""
     lacking = [column for column in columns if column not in schema.names]
     if lacking:
         raise DataError(f"{source}: {_missing(lacking[0], schema.names)}")
@@ -270,11 +270,11 @@ def _load_from_hub(source: str) -> Dataset:
     name, _, split = source.removeprefix("hub:").partition(":")
     parts = name.split("/")
     if not split or len(parts) > 3 or not all(NAME.fullmatch(part) for part in parts):
-        raise DataError(f"{source}: is no data set on the hub; write hub:org/name:split or hub:org/name/config:split")
+        raise DataError(f"{source}: is not a valid data set of the Hub; write hub:org/name:split or hub:org/name/config:split")
     config = parts[2] if len(parts) == 3 else None
     try:
         with quiet():
-            # No code from the hub is run: datasets 4 and later has no loading scripts and opens no pickle.
+            # No code from the Hub is run: datasets 4 and later has no loading scripts and opens no pickle.
             return datasets.load_dataset("/".join(parts[:2]), config, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(
@@ -291,12 +291,12 @@ def _references(row: Mapping[str, Any]) -> list[str] | None:
     if value is None or isinstance(value, str):
         return [value] if value else None
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise DataError("the field 'references' is no list of texts; write it as a list of texts")
+        raise DataError("the field 'references' is not a list of texts; write it as a list of texts")
     return value or None
 
 
 def _checked(rows: Iterator[Row], columns: list[str], references: bool) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """The texts of every row, and the same as bytes to be hashed. Errors name the row."""
+    """The texts of every row, and the bytes to hash. Errors name the row."""
     for place, row in rows:
         try:
             texts: dict[str, Any] = texts_of(row, columns)
@@ -304,15 +304,15 @@ def _checked(rows: Iterator[Row], columns: list[str], references: bool) -> Itera
                 texts["references"] = _references(row)
             yield texts, json.dumps(list(texts.values()), ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise DataError(f"{place}: contains half a character (a lone surrogate); remove it") from None
+            raise DataError(f"{place}: contains a lone surrogate (half a character); remove it") from None
         except DataError as error:
             raise DataError(f"{place}: {error}") from None
 
 
 def _write(folder: Path, stem: str, source: str, rows: Iterator[tuple[dict[str, Any], bytes]], schema: pa.Schema) -> Path:
-    """Store the texts as an Arrow file and return its path. Several processes may do the same at once.
+    """Store the texts as an Arrow file and return its path. Several processes may do this at the same time.
 
-    The file gets its name when it is complete; whoever comes last replaces it by an equal one.
+    The file is renamed when it is complete; a later process replaces it with an identical one.
     """
     digest = hashlib.sha256(json.dumps(schema.names).encode())
     batch: list[dict[str, Any]] = []
@@ -331,7 +331,7 @@ def _write(folder: Path, stem: str, source: str, rows: Iterator[tuple[dict[str, 
                     writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
             if not count:
                 raise DataError(f"{source}: is empty; give a split with at least one row")
-            file.flush()  # before the rename: another process may read it at once
+            file.flush()  # before the rename: another process may read it immediately
             os.fsync(file.fileno())
             return Path(file.name).rename(folder / f"{stem}-{digest.hexdigest()}.arrow")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What is learned: the tokenised splits of an experiment, checked against the context of the base."""
+"""The tokenised splits of an experiment, checked against the context of the base."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ptuning.model.base import Base
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned: the encoder and the tokenised splits."""
+    """An encoder and the tokenised splits."""
 
     encoder: Encoder
     train: Split
@@ -21,7 +21,7 @@ class Task:
 
     @property
     def max_new_tokens(self) -> int:
-        """Longest target of the training rows, end token included."""
+        """Tokens of the longest training target, end token included."""
         return int(self.train.target_lengths.max())
 
 
@@ -29,18 +29,19 @@ def load_task(experiment: Experiment, base: Base) -> Task:
     """The tokenised splits of an experiment.
 
     Raises:
-        UserError: bad rows, or text that cannot fit into the base's context.
+        UserError: invalid rows, or text that cannot fit into the base's context.
     """
     config, length = experiment.data, experiment.prompt.length
     room = base.context - length
     if room < 2:
         raise ExperimentError(
-            f"prompt.length: {length} virtual tokens leave no room in the {base.context} positions of {base.name}; lower it"
+            f"prompt.length: {length} virtual tokens leave no space for text in the {base.context} positions of {base.name}; "
+            "lower it"
         )
     if config.max_tokens and config.max_tokens > room:
         raise ExperimentError(
             f"data.max_tokens: {length} virtual tokens and {config.max_tokens} of text exceed the {base.context} positions of "
-            f"{base.name}; at most {room}"
+            f"{base.name}; set it to at most {room}"
         )
     encoder = Encoder(config, base.tokenizer, min(config.max_tokens or room, room))
     splits = {
@@ -50,7 +51,7 @@ def load_task(experiment: Experiment, base: Base) -> Task:
 
 
 def describe_task(task: Task) -> list[str]:
-    """What was read, what was cut or dropped, and training rows that stand in other splits."""
+    """Lines about the splits: rows, tokens, truncated and dropped rows, and training rows that occur in other splits."""
     lines = []
     for split in (task.train, task.validation, task.test):
         if split is None:
@@ -60,5 +61,5 @@ def describe_task(task: Task) -> list[str]:
         notes += [f"{split.dropped} dropped"] if split.dropped else []
         lines.append(", ".join(notes))
         if split is not task.train and (many := leaked(task.train, split)):
-            lines.append(f"warning: {many} of the training rows also stand in {split.name}; its metrics flatter")
+            lines.append(f"warning: {many} of the training rows also occur in {split.name}; its metrics are too optimistic")
     return lines

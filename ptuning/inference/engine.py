@@ -1,19 +1,19 @@
-"""One frozen base, many resident soft prompts, requests of all of them in the same batch.
+"""One frozen base, many resident soft prompts, and requests for all of them in the same batch.
 
-A soft prompt is a run of virtual token ids (`virtual_tokens`), so a request is a list of ids and transformers' continuous
-batching does what it is good at: paged keys and values, shared beginnings, joining and leaving at every step, cancellation.
-Its pages are found by the ids they hold, and ids are never reused, so a soft prompt's keys and values are computed once and
-can never be taken for another's, whatever name either of them is served under.
+A soft prompt is a range of virtual token ids (`virtual_tokens`), so a request is a list of ids. transformers' continuous
+batching provides paged keys and values, shared prefixes, joining and leaving at every step, and cancellation. It finds cached
+pages by their ids, and ids are never reused. So the keys and values of a soft prompt are computed once and never confused with
+another's, regardless of the names they are served under.
 
-Where it falls short it is extended through the parts it is made of: `sampling` for what is particular to a request,
-`paged_attention` for requests that do not meet, an output router for results without a queue to search. Labels are scored by
-the pass that training and evaluation use (`PromptedModel`), between two steps of generation: one pass for all labels
-of all waiting rows, where generating would need a request per label and a step per token.
+The engine extends continuous batching: `sampling` for settings per request, `paged_attention` to separate requests, and an
+output router that delivers results without a queue. Labels are scored by the pass of training and evaluation (`PromptedModel`)
+between two steps of generation: one pass for all labels of all waiting rows. Generation would need a request per label and a
+step per token.
 
-Whole pages of text are shared as well as soft prompts. The answer is the same either way, but it begins sooner, and whoever can
-measure that may learn that somebody has asked the same: parties that distrust each other want replicas of their own.
+Whole pages of text are shared, too. This does not change an answer, but it starts sooner, which may reveal that someone else
+has sent the same text. Parties that do not trust each other need separate replicas.
 
-The engine knows token ids, not text, and no ray: it runs wherever torch does.
+The engine works on token ids, not text, and does not use Ray: it runs wherever torch does.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from ptuning.redaction import logger
 log = logger(__name__)
 
 _NO_CHECK = 1e6
-"""A share of the memory that nothing exceeds."""
+"""A `max_memory_percent` that never limits the cache."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class _Running:
 
 
 class _Router(OutputRouter):
-    """Hands what has ended to the engine instead of a queue that every reader would have to search."""
+    """Passes finished requests to the engine directly, without a queue that every reader would have to search."""
 
     def __init__(self, ended: Callable[[GenerationOutput], None]) -> None:
         super().__init__()
@@ -85,9 +85,9 @@ class _Router(OutputRouter):
 
 
 class Engine:
-    """Generates and labels. Every method may be called from any thread.
+    """Generates text and scores labels. All methods are thread-safe.
 
-    The base is taken over: its input embedding and its attention are replaced.
+    The engine modifies the base: it replaces the input embedding and the attention.
 
     Raises:
         RequestError: the base's attention cannot be replaced.
@@ -98,7 +98,7 @@ class Engine:
         self._model = PromptedModel(base)
         if not self._model.shared_prefix:
             raise RequestError(
-                f"model.path: {type(base).__name__} cannot be served, its attention is fixed; choose another base"
+                f"model.path: {type(base).__name__} cannot be served, its attention is not replaceable; choose another base"
             )
         described = base.config.get_text_config()
         self.vocabulary = int(described.vocab_size)
@@ -110,13 +110,13 @@ class Engine:
         base.set_input_embeddings(self._bank)
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
-        self._resident: dict[str, tuple[ResidentPrompt, int]] = {}  # by content hash, with the number of holders
+        self._resident: dict[str, tuple[ResidentPrompt, int]] = {}  # by content hash, with its reference count
         self._waiting_rows = 0
         _check_room(base, config.cache_bytes)
         pages = max(8, config.cache_bytes // (PAGE * _token_bytes(base)))
         self.longest = min(config.context, PAGE * pages * 3 // 4)
-        """Most positions of a request: what the base and the cache allow."""
-        # transformers chooses between two names here; ours is not among them and is set behind its back.
+        """Maximum number of positions of a request, given by the base and the cache."""
+        # transformers allows two names here; ours is not one of them and is set afterwards.
         base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
         batching: Any = base
         self._manager = batching.init_continuous_batching(
@@ -127,10 +127,10 @@ class Engine:
                 max_batch_tokens=config.batch_tokens,
                 max_requests_per_batch=config.running,
                 allow_block_sharing=config.share,
-                # Its own check counts a mask of batch_tokens times the whole cache for any attention but flash (5.23). Ours has
-                # none, and for a small base it would be many times the cache. What is made is checked above.
+                # Its own check assumes a mask of batch_tokens times the whole cache for every attention but flash (5.23). Ours
+                # has no mask; for a small base the mask would be many times the cache. The real sizes are checked above.
                 max_memory_percent=_NO_CHECK,
-                use_async_batching=False,  # the sampler chooses with Python, between the steps
+                use_async_batching=False,  # the sampler runs in Python, between the steps
                 use_cuda_graph=False,
                 auto_switch_to_flash=False,
             ),
@@ -139,17 +139,17 @@ class Engine:
         self._manager.output_router = _Router(self._ended)
         self._manager.logit_processor = Sampler(self._find, self._stepped)
         with torch.random.fork_rng():  # transformers seeds the whole process here
-            self._manager.warmup()  # makes the cache now, so that what is wrong with it is raised here
+            self._manager.warmup()  # allocates the cache now, so that errors are raised here
         self._manager.start()
         self._scorer = LabelScorer(self._model, self._bank, self._manager.pause, self._scored)
 
     # -- soft prompts ------------------------------------------------------------------------------------------------
 
     def add(self, vectors: Tensor, content_hash: str) -> ResidentPrompt:
-        """Make a soft prompt `[P, H]` resident, or hold it once more if it is.
+        """Make a soft prompt `[P, H]` resident, or increment its reference count if it is.
 
         Raises:
-            RequestError: it does not fit this base, or is not finite in its dtype.
+            RequestError: it does not fit this base, or is not finite in the base's dtype.
         """
         with self._lock:
             known = self._resident.get(content_hash)
@@ -164,7 +164,8 @@ class Engine:
         return handle
 
     def remove(self, handle: ResidentPrompt) -> None:
-        """Let go of a soft prompt. It leaves with its last holder; requests hold what they use."""
+        """Decrement the reference count of a soft prompt; at 0 it is removed. Requests hold a reference to their soft
+        prompt."""
         with self._lock:
             self._release(handle)
 
@@ -179,12 +180,12 @@ class Engine:
     # -- generation --------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request, deliver: Deliver) -> str:
-        """Start a request; returns its id. `deliver` takes its tokens and its end.
+        """Start a request; returns its id. `deliver` receives its tokens and its end.
 
         Raises:
-            RequestError: ids that are no tokens of the base, or more positions than there are.
-            EngineBusy: all places are taken.
-            EngineStopped: the engine does not run.
+            RequestError: invalid token ids, or too many positions.
+            EngineBusy: too many requests are running or waiting.
+            EngineStopped: the engine is not running.
         """
         self.check(request)
         request_id = uuid.uuid4().hex
@@ -208,10 +209,10 @@ class Engine:
         return request_id
 
     def check(self, request: Request) -> None:
-        """Refuse what cannot be answered.
+        """Check a request.
 
         Raises:
-            RequestError: ids that are no tokens of the base, or more positions than there are.
+            RequestError: invalid token ids, or too many positions.
         """
         if request.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {request.max_new_tokens}; ask for at least 1")
@@ -220,7 +221,7 @@ class Engine:
         self.check_room(length, len(request.ids), request.max_new_tokens)
 
     def check_ids(self, ids: Sequence[int]) -> None:
-        """Refuse ids that are not the base's own tokens: those above belong to somebody's soft prompt."""
+        """Refuse ids that are not tokens of the base: higher ids belong to soft prompts."""
         if not ids:
             raise RequestError("the text has no tokens; send some text")
         strange = next((token for token in ids if not 0 <= token < self.vocabulary), None)
@@ -230,19 +231,19 @@ class Engine:
             )
 
     def check_room(self, virtual: int, text: int, new: int) -> None:
-        """Refuse more positions than there are."""
+        """Refuse requests with too many positions."""
         if virtual + text + new > self.longest:
             raise RequestError(
-                f"{text} tokens of text, {virtual} virtual tokens and up to {new} new ones are {virtual + text + new}, "
-                f"where {self.longest} fit; shorten the text or lower max_tokens"
+                f"{text} tokens of text, {virtual} virtual tokens and up to {new} new ones exceed the {self.longest} "
+                "positions; shorten the text or lower max_tokens"
             )
 
     def cancel(self, request_id: str) -> None:
-        """End a request; it leaves the batch before the next step. One that has ended is left alone."""
+        """Cancel a request; it leaves the batch before the next step. No effect if it has ended."""
         self._finish(request_id, "cancelled", cancel=True)
 
     def generate(self, request: Request) -> Iterator[Token | End]:
-        """Tokens and end of a request, as they come. Leaving the iteration early cancels it."""
+        """The tokens of a request as they are generated, then its end. Leaving the iteration early cancels it."""
         events: queue.SimpleQueue[Token | End] = queue.SimpleQueue()
         request_id = self.submit(request, events.put)
         try:
@@ -259,10 +260,10 @@ class Engine:
     def choose(
         self, handle: ResidentPrompt | None, rows: Sequence[Sequence[int]], trie: LabelTrie
     ) -> Future[list[list[float]]]:
-        """Log-probability of every label behind every row: `[n][L]`, as training and evaluation compute it.
+        """Log-probability of every label after every row, `[n][L]`, computed as in training and evaluation.
 
         Raises:
-            RequestError, EngineBusy, EngineStopped: as `submit`.
+            RequestError, EngineBusy, EngineStopped: as in `submit`.
         """
         length = len(handle.ids) if handle else 0
         for row in rows:
@@ -283,37 +284,37 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """False once a step has failed: nothing is answered any more."""
+        """False after a step has failed: the engine no longer answers."""
         return self._manager.is_running() and self._manager.background_thread_status.can_accept_new_requests() is None
 
     @property
     def busy(self) -> int:
-        """Requests that run or wait, and rows that wait for labels."""
+        """Number of requests that run or wait, plus rows that wait for labels."""
         return len(self._running) + self._waiting_rows
 
     @property
     def full(self) -> bool:
-        """All places for generation are taken."""
+        """No further generation request is accepted."""
         return len(self._running) >= self.config.running + self.config.waiting
 
     def close(self) -> None:
-        """Stop at once. Whatever runs is told that it failed."""
+        """Stop immediately. Running requests fail."""
         self._scorer.close()
         self._manager.stop(block=True, hard_stop=True)
         for request_id in list(self._running):
             self._finish(request_id, "failed", "the engine was stopped")
 
     def _hold(self, handle: ResidentPrompt | None) -> None:
-        """One holder more; under the lock."""
+        """Increment the reference count; the lock must be held."""
         if handle is None:
             return
         known = self._resident.get(handle.content_hash)
         if known is None or known[0] is not handle:
-            raise RequestError(f"soft prompt {handle.content_hash[:12]} has left the engine; ask for its successor")
+            raise RequestError(f"soft prompt {handle.content_hash[:12]} was removed from the engine; use its successor")
         self._resident[handle.content_hash] = (handle, known[1] + 1)
 
     def _release(self, handle: ResidentPrompt | None) -> None:
-        """One holder less; under the lock."""
+        """Decrement the reference count; the lock must be held."""
         if handle is None:
             return
         _, holders = self._resident[handle.content_hash]
@@ -379,7 +380,7 @@ class Engine:
 def _deliver(running: _Running, event: Token | End) -> None:
     try:
         running.deliver(event)
-    except Exception:  # a receiver that has gone must not take the step, and so all other requests, with it
+    except Exception:  # a failing receiver must not fail the step, and with it all other requests
         log.exception("an answer could not be delivered")
 
 
@@ -388,13 +389,13 @@ def _check_room(base: PreTrainedModel, cache_bytes: int) -> None:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if cache_bytes > free:
         raise RequestError(
-            f"serve.cache_mb: {cache_bytes >> 20} MB for keys and values, but beside the base {free >> 20} MB of memory are "
-            "free; set it to less, or model.dtype=bfloat16"
+            f"serve.cache_mb: {cache_bytes >> 20} MB for keys and values exceed the {free >> 20} MB of memory that the base "
+            "leaves free; lower it, or set model.dtype=bfloat16"
         )
 
 
 def _token_bytes(base: PreTrainedModel) -> int:
-    """Bytes of one token's keys and values in all layers."""
+    """Bytes of the keys and values of one token in all layers."""
     config: Any = base.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

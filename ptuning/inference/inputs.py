@@ -18,7 +18,7 @@ def fields_of(encoder: Encoder, text: str | Mapping[str, str]) -> dict[str, str]
     """A text, or an object as a mapping or as JSON text -> the template's fields.
 
     Raises:
-        RequestError: other fields than the template's.
+        RequestError: the fields are not those of the template.
     """
     wanted = template_fields(encoder.template.input)
     if isinstance(text, str) and len(wanted) <= 1:
@@ -42,7 +42,7 @@ def row_ids(encoder: Encoder, fields: Mapping[str, str], room: int, truncate: bo
     """The token ids of a row in at most `room` tokens.
 
     Raises:
-        RequestError, DataError: too long and not to be cut, or without text.
+        RequestError, DataError: the row is too long and must not be truncated, or has no text.
     """
     if not truncate or encoder.template.truncate == "error":
         size = len(encoder.input_ids(fields))
@@ -52,4 +52,4 @@ def row_ids(encoder: Encoder, fields: Mapping[str, str], room: int, truncate: bo
 
 
 def too_long(size: int, room: int) -> RequestError:
-    return RequestError(f"{size} tokens of text where {room} fit; shorten the text or lower max_tokens")
+    return RequestError(f"the text has {size} tokens, {room} fit; shorten the text or lower max_tokens")

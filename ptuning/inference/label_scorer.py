@@ -24,12 +24,12 @@ from ptuning.redaction import logger
 log = logger(__name__)
 
 LABEL_TOKENS = 4096
-"""Tokens in one pass over labels, about: what generation waits for at most."""
+"""Approximate number of tokens in one pass over labels; it limits how long generation waits."""
 
 
 @dataclass
 class LabelJob:
-    """Rows behind a soft prompt (None: behind nothing), and the labels to be scored behind each of them."""
+    """Rows after a soft prompt (None: without one), and the labels to score after each row."""
 
     handle: ResidentPrompt | None
     rows: Sequence[Sequence[int]]
@@ -38,12 +38,12 @@ class LabelJob:
 
     @property
     def positions(self) -> int:
-        """Tokens of text and labels in its pass."""
+        """Number of tokens of text and labels in its pass."""
         return sum(map(len, self.rows)) + len(self.rows) * len(self.trie.tokens)
 
 
 class LabelScorer:
-    """Scores labels in a thread of its own, between two steps of generation: one pass for all labels of all waiting rows."""
+    """Scores labels in its own thread, between two steps of generation: one pass for all labels of all waiting rows."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class LabelScorer:
         pause: Callable[[], AbstractContextManager[Any]],
         scored: Callable[[Sequence[LabelJob]], None],
     ) -> None:
-        """`pause` keeps generation from taking a step; `scored` hears of jobs that have ended, before their futures do."""
+        """`pause` blocks generation steps; `scored` is called with finished jobs before their futures complete."""
         self._model = model
         self._bank = bank
         self._pause = pause
@@ -66,12 +66,12 @@ class LabelScorer:
         self._jobs.put(job)
 
     def close(self) -> None:
-        """Stop after the jobs that wait."""
+        """Stop after the waiting jobs."""
         self._jobs.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        """Label what waits, one pass after another; each pass takes whatever has come meanwhile."""
+        """Score the waiting jobs, pass by pass; each pass takes all jobs that have arrived since the last one."""
         while True:
             job = self._jobs.get()
             if job is None:
@@ -83,10 +83,10 @@ class LabelScorer:
                 together = [job for job in claimed if job.trie == trie]
                 try:
                     outcomes += zip(together, self._score_together(together), strict=True)
-                except Exception as error:  # whatever it is, those who wait must hear of it and the next jobs must be tried
+                except Exception as error:  # any error must reach the waiting callers, and the next jobs must run
                     log.exception("labels could not be scored")
                     outcomes += [(job, error) for job in together]
-            self._scored(jobs)  # before anybody is told, who might ask again at once
+            self._scored(jobs)  # before the callers are notified, who may send the next job immediately
             for job, outcome in outcomes:
                 if isinstance(outcome, Exception):
                     job.future.set_exception(outcome)
@@ -101,14 +101,14 @@ class LabelScorer:
             except queue.Empty:
                 return
             if job is None:
-                self._jobs.put(None)  # for the loop, which ends on it
+                self._jobs.put(None)  # ends the loop
                 return
             tokens += job.positions
             yield job
 
     @torch.no_grad()
     def _score_together(self, jobs: list[LabelJob]) -> list[list[list[float]]]:
-        """One pass for jobs with the same labels, a slot for each soft prompt."""
+        """One pass for jobs with the same labels, with one slot per soft prompt."""
         trie = jobs[0].trie
         handles = list(dict.fromkeys(job.handle for job in jobs))
         empty = torch.empty(0, self._bank.weight.shape[1])
@@ -116,7 +116,9 @@ class LabelScorer:
         rows: list[list[list[int]]] = [
             [list(row) for job in jobs if job.handle == handle for row in job.rows] for handle in handles
         ]
-        with self._pause():  # a step and a pass never run at once: both may change what the base keeps (rotary tables)
+        with (
+            self._pause()
+        ):  # a step and a pass must not run at the same time: both may modify state of the base (rotary tables)
             nll = self._model(vectors, pack_labels([len(rows) for rows in vectors], rows, trie)).double().cpu()
         scores = trie.label_logprobs(-nll.view(-1, len(trie.edges)))
         answers = {
@@ -127,7 +129,7 @@ class LabelScorer:
 
 
 def draw_label(scores: Sequence[float], sampling: Sampling) -> int:
-    """The label, given all their log-probabilities: the likeliest, or one drawn."""
+    """The chosen label, given the log-probabilities of all labels: the most likely one, or a sampled one."""
     totals = _finite(scores)
     if sampling.temperature == 0:
         return int(totals.argmax())
@@ -143,7 +145,7 @@ def probabilities(scores: Sequence[float], labels: Sequence[str]) -> dict[str, f
     """Label -> probability; they sum to 1.
 
     Raises:
-        AnswerFailed: the log-probabilities are not numbers.
+        AnswerFailed: a log-probability is NaN.
     """
     return dict(zip(labels, _finite(scores).exp().tolist(), strict=True))
 

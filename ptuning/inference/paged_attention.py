@@ -1,8 +1,9 @@
-"""Attention for serving: requests of any length side by side, each over its own pages of the key-value cache.
+"""Attention for serving: requests of any length in one batch, each over its own pages of the key-value cache.
 
-transformers' continuous batching (5.23) on a CPU puts all requests into one attention with a mask that keeps them apart. That
-costs the product of all queries and all keys, and masked is not absent: a neighbour that is NaN reaches everybody, as
-0 * NaN is NaN. Here each request is an attention of its own: the cost is the sum, and neighbours never meet.
+On a CPU, transformers' continuous batching (5.23) computes one attention for all requests, with a mask that separates them. Its
+cost is the product of all queries and all keys, and masking does not isolate: a NaN of one request spreads to all others,
+because 0 * NaN is NaN. Here each request has an attention call of its own: the cost is the sum, and requests cannot affect each
+other.
 
 Shapes: N packed query tokens and S packed keys of all requests, h heads, d head width.
 """
@@ -20,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ptuning.model.tree_attention import segment_attention, softcapped_attention
 
 ATTENTION = "ptuning_serving"
-"""Name of the attention below. Only for `segments` and paged caches, which both need no mask from transformers."""
+"""Name of the attention below. Only for `segments` and paged caches, neither of which needs a mask from transformers."""
 
 
 def serving_attention(
@@ -36,10 +37,10 @@ def serving_attention(
     cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function given to transformers: `[1, h, N, d]` -> `[1, N, h, d]`.
+    """The attention function that transformers calls: `[1, h, N, d]` -> `[1, N, h, d]`.
 
     Raises:
-        NotImplementedError: the architecture wants something in its attention that is not computed here.
+        NotImplementedError: the architecture's attention has a feature that is not implemented here.
     """
     if cache is None:
         return segment_attention(module, query, key, value, attention_mask, dropout, scaling, sliding_window, softcap, **kwargs)
@@ -61,9 +62,9 @@ def serving_attention(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, groups: int, scale: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
-    """One request: its last T tokens `[1, h, T, d]` over all S that it has kept."""
+    """Attention of one request: its last T tokens `[1, h, T, d]` over all its S cached tokens."""
     length, seen = query.shape[2], key.shape[2]
-    if groups > 1:  # the query heads of one key head become more rows: no copy of keys and values per query head
+    if groups > 1:  # the query heads of one key head become additional rows, so keys and values are not copied per query head
         query = query.unflatten(1, (key.shape[1], groups)).flatten(2, 3)
     mask = None
     if length > 1 or (window is not None and window < seen):
@@ -79,7 +80,7 @@ def _attend(
 
 @lru_cache(maxsize=1024)
 def _causal(length: int, seen: int, window: int | None, groups: int, device: torch.device) -> Tensor:
-    """`[groups * T, S]`, True where a query may look; the queries are the last of the keys."""
+    """`[groups * T, S]`, True where a query attends to a key; the queries are the last positions of the keys."""
     distance = torch.arange(seen - length, seen, device=device)[:, None] - torch.arange(seen, device=device)[None]
     mask = distance >= 0
     if window is not None:

@@ -1,9 +1,9 @@
-"""How the next token of each request is chosen, and what is told about it.
+"""Chooses the next token of each request and reports it.
 
-transformers' continuous batching (5.23) has one seed and one way of sampling for all requests, tells only the chosen token's
-log-probability, and copies a request's whole text at every token it streams. Its list of logits processors sees every step
-with all its requests, so this list takes its place: it chooses each request's token with the request's own generator, makes
-that token the only possible one, and tells it at once.
+transformers' continuous batching (5.23) has one seed and one set of sampling parameters for all requests, reports only the log-
+probability of the chosen token, and copies a request's whole text for every streamed token. Its list of logits processors is
+called at every step with all requests, so the sampler replaces that list: it chooses each request's token with the request's
+own generator, makes that token the only possible one, and reports it immediately.
 
 Shapes: R requests of a step, V vocabulary.
 """
@@ -23,15 +23,15 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose. Temperature 0: the most likely token."""
+    """Sampling parameters. Temperature 0: the most likely token."""
 
     temperature: float = 0.0
     top_p: float = 1.0
-    """Choose among the most likely tokens that have this much probability together."""
+    """Sample from the most likely tokens whose probabilities sum to this."""
     seed: int | None = None
-    """The same seed gives the same answer, whoever else is answered at the same time."""
+    """The same seed gives the same answer, regardless of other requests in the batch."""
     top: int | None = None
-    """Tell log-probabilities: the chosen token's and so many of the most likely ones. None: tell nothing."""
+    """Report log-probabilities: of the chosen token and of this many most likely ones. None: report none."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ class Token:
 
     id: int
     logprob: float | None = None
-    """Before temperature and top_p: what the model thinks."""
+    """Log-probability from the model's logits, before temperature and top_p."""
     top: tuple[tuple[int, float], ...] = ()
-    """The most likely ids with their log-probabilities, the likeliest first."""
+    """The most likely ids with their log-probabilities, the most likely first."""
 
 
 @dataclass
 class SamplerState:
-    """What the sampler keeps of a request."""
+    """The sampler's state of a request."""
 
     sampling: Sampling
     generator: torch.Generator | None = None
     computed: int = 0
-    """Tokens computed for this request so far."""
+    """Number of tokens computed for this request so far."""
     on_token: Callable[[Token | None], None] = field(default=lambda token: None)
-    """Called with every token, at once; with None where the model's answer is not a number."""
+    """Called with every token immediately; with None if the logits are NaN."""
 
     def __post_init__(self) -> None:
         if self.sampling.temperature > 0:
@@ -66,7 +66,7 @@ class SamplerState:
 
 
 class Sampler(ContinuousBatchingLogitsProcessorList):
-    """Stands where transformers keeps its logits processors."""
+    """Takes the place of transformers' list of logits processors."""
 
     def __init__(self, find: Callable[[str], SamplerState | None], stepped: Callable[[int], None]) -> None:
         super().__init__(LogitsProcessorList())
@@ -86,11 +86,11 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
         return arg_storage
 
     def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
-        """Logits `[R or more, V]` fp32 -> the same, the chosen tokens being the largest."""
+        """Logits `[R or more, V]` fp32 -> the same, with the chosen tokens as maximum."""
         largest, likeliest = scores[: len(self._step)].max(-1)
         for row, (logit, token) in enumerate(zip(largest.tolist(), likeliest.tolist(), strict=True)):
             choice = self._find(self._step[row])
-            if choice is None:  # cancelled meanwhile
+            if choice is None:  # the request was cancelled
                 continue
             if not math.isfinite(logit):
                 choice.on_token(None)
@@ -103,12 +103,12 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """A token drawn from logits `[V]`."""
+    """A token sampled from logits `[V]`."""
     exact = logits.double().cpu()
-    probabilities = torch.softmax((exact - exact.max()) / sampling.temperature, -1)  # no overflow, however cold
+    probabilities = torch.softmax((exact - exact.max()) / sampling.temperature, -1)  # no overflow at low temperatures
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
-        # Kept while the tokens before have not reached top_p: the likeliest always is.
+        # A token is kept if those before it do not reach top_p, so the most likely one always is.
         kept = ordered.cumsum(-1) - ordered < sampling.top_p
         ordered = ordered * kept
         return int(order[torch.multinomial(ordered, 1, generator=generator)])
@@ -116,7 +116,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
 
 
 def describe(logits: Tensor, token: int, top: int | None) -> Token:
-    """A token with the log-probabilities that were asked for."""
+    """A token with the requested log-probabilities."""
     if top is None:
         return Token(token)
     logprobs = torch.log_softmax(logits.float(), -1)

@@ -1,4 +1,4 @@
-"""Requests to the engine, what it answers, and its errors."""
+"""Requests to the engine, its answers and its errors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ptuning.model.limits import STEP_TOKENS
 
 
 class RequestError(UserError):
-    """A request that cannot be answered as it is."""
+    """A request that is not valid."""
 
 
 class EngineBusy(RuntimeError):
-    """All places are taken; ask again later."""
+    """Too many requests are running or waiting; retry later."""
 
 
 class EngineStopped(RuntimeError):
-    """The engine does not run (any more)."""
+    """The engine is not running."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ class ResidentPrompt:
 
 @dataclass(frozen=True)
 class End:
-    """The last thing a request tells."""
+    """The end of an answer."""
 
     reason: Literal["stop", "length", "cancelled", "failed"]
-    """stop: an end token; length: as many tokens as were asked for."""
+    """stop: an end token; length: the requested number of tokens."""
     message: str = ""
     cached: int = 0
-    """Tokens of soft prompt and text whose keys and values were in the cache."""
+    """Number of tokens of soft prompt and text whose keys and values were in the cache."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate: text ids behind a soft prompt (None: behind nothing, the bare base)."""
+    """A generation request: text ids after a soft prompt (None: the bare base)."""
 
     ids: Sequence[int]
     handle: ResidentPrompt | None = None
@@ -55,7 +55,7 @@ class Request:
 
 
 Deliver = Callable[[Token | End], None]
-"""Takes a request's tokens and then its one `End`, in the engine's thread: it must not block."""
+"""Receives the tokens of a request and then one `End`, in the engine's thread. It must not block."""
 
 
 @dataclass(frozen=True)
@@ -63,31 +63,31 @@ class EngineConfig:
     """Sizes of an engine."""
 
     running: int = 32
-    """Requests in one batch."""
+    """Maximum requests in one batch."""
     waiting: int = 256
-    """Requests, or rows to be labelled, that may wait beyond."""
+    """Maximum requests, or rows to label, that wait in addition."""
     batch_tokens: int = STEP_TOKENS
-    """Tokens in one step; longer prefills are spread over several."""
+    """Maximum tokens in one step; longer prefills take several steps."""
     cache_bytes: int = 1 << 29
     """Memory for keys and values."""
     context: int = 2**31
-    """Most positions of a request, soft prompt included; the base's own limit."""
+    """Maximum positions of a request, soft prompt included; default: the base's limit."""
     share: bool = True
-    """Keep the keys and values of whole pages for the next request that begins alike. Off: every request computes its own, and
-    none can tell from its time what others have asked."""
+    """Reuse the keys and values of whole pages for requests with the same prefix. False: every request computes its own, so its
+    latency reveals nothing about other requests."""
 
 
 @dataclass
 class Stats:
-    """Counted since the engine started."""
+    """Counters since the engine started."""
 
     steps: int = 0
     batched: int = 0
-    """Requests in all steps together."""
+    """Sum of the requests over all steps."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Tokens of prompts that were found in the cache."""
+    """Prompt tokens that were found in the cache."""
 
 
 class AnswerFailed(RuntimeError):
-    """The engine could not go on. Not the client's fault."""
+    """The engine failed to complete an answer. Not the client's fault."""

@@ -1,10 +1,10 @@
 """Virtual tokens: soft prompts as token ids above the vocabulary.
 
-Every resident soft prompt has a run of ids; the input embedding becomes "row of the base, or row of the bank". A request is
-then a plain list of ids, and whatever caches by ids (paged keys and values, shared prefixes) caches by soft prompt. The
-output head does not know these ids, so they are never generated.
+Every resident soft prompt has a range of ids. The input embedding looks up an id in the base's embedding or in a bank of soft
+prompts. A request is then a plain list of ids, and caches that are keyed by ids (paged keys and values, shared prefixes) work
+for soft prompts. The output head has no rows for these ids, so they are never generated.
 
-Ids are handed out upwards and never again: what is cached under the ids of a soft prompt that has left can never be hit.
+Ids increase and are never reused: entries that are cached for a removed soft prompt can never be hit.
 
 Shapes: P virtual tokens, H width, R rows of the bank, n resident soft prompts.
 """
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 ROWS = 1024
 """Rows of a new bank."""
 LAST = 2**31 - 1
-"""Ids travel as int32. At 100 virtual tokens this is twenty million soft prompts in the life of a process."""
+"""Ids are int32. With 100 virtual tokens each, a process can load twenty million soft prompts."""
 
 
 @dataclass(frozen=True)
 class _Bank:
-    """A state of the bank. Whoever computes holds one state; changes make a new one beside it."""
+    """An immutable state of the bank. A forward pass uses one state; changes create a new one."""
 
     vectors: Tensor
-    """`[R, H]`; rows behind `used` are spare."""
+    """`[R, H]`; rows from `used` on are spare."""
     used: int
     firsts: Tensor
     """`[n]` first id of each soft prompt, ascending."""
@@ -37,7 +37,7 @@ class _Bank:
 
 
 class VirtualTokens(nn.Module):
-    """The input embedding of a base, extended by a bank of soft prompts. Threads may add and remove while others compute."""
+    """The input embedding of a base, extended by a bank of soft prompts. Adding and removing is safe while others compute."""
 
     def __init__(self, embedding: nn.Module, vocabulary: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class VirtualTokens(nn.Module):
         assert isinstance(weight, Tensor)
         self.embedding = embedding
         self.first = max(vocabulary, len(weight))
-        """The first virtual id: all below are tokens of the base."""
+        """The first virtual id: all lower ids are tokens of the base."""
         self._next = self.first
         self._lock = threading.Lock()
         self._places: dict[int, tuple[int, int]] = {}  # first id -> row, length; ascending, as ids only grow
@@ -55,7 +55,7 @@ class VirtualTokens(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's rows: what code that ties or measures embeddings expects here."""
+        """The base's rows, for code that ties or measures embeddings."""
         weight = self.embedding.weight
         assert isinstance(weight, Tensor)
         return weight
@@ -73,7 +73,7 @@ class VirtualTokens(nn.Module):
         """
         rows = vectors.detach().to(self.weight)
         if rows.ndim != 2 or rows.shape[1] != self.weight.shape[1] or not len(rows):
-            raise ValueError(f"vectors {tuple(vectors.shape)} where [P, {self.weight.shape[1]}] fit")
+            raise ValueError(f"vectors are {tuple(vectors.shape)}, not [P, {self.weight.shape[1]}]")
         if not bool(torch.isfinite(rows).all()):
             raise ValueError(f"vectors are not finite in {rows.dtype}")
         with self._lock:
@@ -86,13 +86,13 @@ class VirtualTokens(nn.Module):
                 grown = bank.new_empty(max(2 * len(bank), used + len(rows)), bank.shape[1])
                 grown[:used] = bank[:used]
                 bank = grown
-            bank[used : used + len(rows)] = rows  # spare rows: nobody reads them yet
+            bank[used : used + len(rows)] = rows  # spare rows, which are not read yet
             self._places[ids.start] = (used, len(rows))
             self._publish(bank, used + len(rows))
         return ids
 
     def remove(self, ids: range) -> None:
-        """Let a soft prompt go. Its ids mean nothing from now on, and are never given to another."""
+        """Remove a soft prompt. Its ids become invalid and are never reused."""
         with self._lock:
             _, length = self._places.pop(ids.start)
             self._removed += length
@@ -118,17 +118,17 @@ class VirtualTokens(nn.Module):
         return self._bank.vectors[row : row + length]
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Ids `[..., N]` -> `[..., N, H]`, whatever the base's own embedding does (scaling) done to the base's tokens only."""
+        """Ids `[..., N]` -> `[..., N, H]`. Scaling by the base's own embedding applies only to the base's tokens."""
         bank = self._bank
         virtual = ids >= self.first
-        # Most steps only decode. On an accelerator the question itself would cost a wait for it.
+        # Most steps only decode. On an accelerator the check itself would force a synchronisation.
         if ids.device.type == "cpu" and not bool(virtual.any()):
             return self.embedding(ids)
         text = self.embedding(torch.where(virtual, 0, ids))
         if not len(bank.firsts):
             return text
         slots = (torch.searchsorted(bank.firsts, ids.long(), right=True) - 1).clamp_(min=0)
-        # A request that was cancelled may still be computed for one step when its soft prompt has left: any row will do.
+        # A cancelled request may run for one more step after its soft prompt was removed: any row will do.
         rows = (ids + bank.shifts[slots]).clamp_(0, bank.used - 1)
         return torch.where(virtual[..., None], bank.vectors[rows], text)
 

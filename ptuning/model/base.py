@@ -1,4 +1,4 @@
-"""The frozen base: found, checked and described before a weight is read; loaded; fingerprinted."""
+"""The frozen base: finding, checking and describing it without reading weights; loading; fingerprints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BUILTIN = Path(__file__).parent.parent / "builtin" / "base"
 
 @dataclass(frozen=True)
 class Base:
-    """A base as it lies on disk."""
+    """A base on disk."""
 
     name: str
     revision: str | None
@@ -44,7 +44,7 @@ class Base:
 
     @property
     def context(self) -> int:
-        """Most positions; a base that names no limit has none."""
+        """Maximum number of positions; practically unlimited if the base's config gives no limit."""
         return int(getattr(self.config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
     @property
@@ -53,7 +53,7 @@ class Base:
 
     @cached_property
     def numbers(self) -> int:
-        """Parameters in the files, tied ones once."""
+        """Number of parameters in the files; tied ones count once."""
         return sum(math.prod(tensor.shape) for tensor in stored_tensors(self.folder))
 
     @cached_property
@@ -65,22 +65,22 @@ class Base:
         )
 
     def dtype(self, wanted: str) -> torch.dtype:
-        """The dtype to compute in. auto: bfloat16 for 16-bit weights where the hardware computes in it, else float32."""
+        """The dtype to compute in. auto: bfloat16 for 16-bit weights if the hardware supports it, else float32."""
         if wanted != "auto":
             return cast(torch.dtype, getattr(torch, wanted))
         stored = {tensor.dtype for tensor in stored_tensors(self.folder)}
         return torch.bfloat16 if stored <= {"BF16", "F16"} and computes_in_bfloat16() else torch.float32
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The weights, on the CPU (or partitioned, inside `zero.partitioned`).
+        """The model with its weights, on the CPU (partitioned inside `zero.partitioned`).
 
         Raises:
-            BaseError: the files do not hold all weights.
+            BaseError: the files do not contain all weights.
         """
         model: PreTrainedModel
         report: dict[str, Any]
-        disable_progress_bar()  # transformers draws one per process on stderr, whatever it is connected to
-        loading: Any = AutoModelForCausalLM.from_pretrained  # typed as if it could only return a model
+        disable_progress_bar()  # transformers shows one per process, even if stderr is not a terminal
+        loading: Any = AutoModelForCausalLM.from_pretrained  # its type allows only a model as result
         model, report = loading(
             self.folder,
             config=self.config,
@@ -97,17 +97,17 @@ class Base:
 
 
 def find_base(config: ModelConfig) -> Base:
-    """Find a base and read all but its weights.
+    """Find a base and read everything but its weights.
 
     Raises:
-        BaseError: unknown, without safetensors, or no decoder-only model.
+        BaseError: unknown, without safetensors, or not a decoder-only model.
     """
     folder = _folder(config)
     if not (folder / "config.json").is_file():
         raise BaseError(f"model.path: {config.path} has no config.json; give a Hugging Face id or a folder with a model")
     _check_code(config, folder)
     if not any(folder.glob("*.safetensors")):
-        raise BaseError(f"model.path: {config.path} has no .safetensors file, and nothing else is opened; convert it")
+        raise BaseError(f"model.path: {config.path} has no .safetensors file, the only format that is opened; convert it")
     try:
         described = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
         check_decoder(config.path, described)
@@ -117,8 +117,8 @@ def find_base(config: ModelConfig) -> Base:
             raise
         if "custom code" in str(error):
             raise BaseError(
-                f"model.path: {config.path} brings its own code, which is not run; choose a base that transformers knows, or "
-                "set model.trust_remote_code = true if you trust it"
+                f"model.path: {config.path} contains its own code, which is not run; choose a base that transformers supports, "
+                "or set model.trust_remote_code = true if you trust it"
             ) from None
         reason = str(error).splitlines()[0]
         raise BaseError(f"model.path: {config.path} cannot be used ({reason}); choose another base") from None
@@ -134,16 +134,16 @@ def find_base(config: ModelConfig) -> Base:
 
 
 def _check_code(config: ModelConfig, folder: Path) -> None:
-    """Refuse a folder that asks for code from elsewhere, unless the experiment says that it may.
+    """Refuse a folder whose config loads code from elsewhere, unless the experiment allows it.
 
-    `auto_map` alone is no reason: where transformers knows the type it uses its own class, and otherwise it refuses. But the
-    name of an attention may be that of a repository of the Hub, from which code is fetched and run, trusted or not, if the
-    package `kernels` is installed (5.23, modeling_utils.py).
+    `auto_map` alone is harmless: transformers uses its own class if it knows the model type, and refuses otherwise. But the
+    name of an attention implementation may be a Hub repository, from which transformers downloads and runs code without asking
+    if the package `kernels` is installed (5.23, modeling_utils.py).
     """
     if config.trust_remote_code:
         return
     described = _read_json(config, folder)
-    for place in (described, *(each for each in described.values() if isinstance(each, dict))):  # a text_config inside, say
+    for place in (described, *(each for each in described.values() if isinstance(each, dict))):  # such as a nested text_config
         for key, value in place.items():
             if key.strip("_").startswith(("attn_implementation", "experts_implementation")) and _is_foreign(value):
                 raise BaseError(
@@ -162,7 +162,7 @@ def _read_json(config: ModelConfig, folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         described = None
     if not isinstance(described, dict):
-        raise BaseError(f"model.path: {config.path} has a config.json that is no JSON object; take another copy")
+        raise BaseError(f"model.path: {config.path} has a config.json that is not a JSON object; use another copy")
     return described
 
 
@@ -174,13 +174,13 @@ def _folder(config: ModelConfig) -> Path:
         return folder.absolute()
     if config.path.count("/") != 1 or config.path.startswith((".", "/", "~")):
         fix = suggest(config.path, ["builtin"], "correct the path", shown=quoted)
-        raise BaseError(f"model.path: {config.path} is no folder here and no Hugging Face id; {fix}")
+        raise BaseError(f"model.path: {config.path} is neither an existing folder nor a Hugging Face id; {fix}")
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     if config.trust_remote_code:
         patterns.append("*.py")
     try:
         return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many kinds: offline, unknown, gated; the user's fix is the same
+    except Exception as error:  # the hub client raises many types (offline, unknown, gated); the fix is the same
         reason = str(error).splitlines()[0]
         raise BaseError(
             f"model.path: {config.path} was not found on the Hugging Face Hub or in its cache ({reason}); "

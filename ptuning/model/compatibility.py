@@ -1,4 +1,4 @@
-"""Whether a soft prompt and a base fit each other."""
+"""Checks whether a soft prompt fits a base."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ptuning.errors import BaseError
 from ptuning.model.base import Base, find_base
 from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
 
-if TYPE_CHECKING:  # importing it imports scipy, torch's compiler and more: a driver needs none of them
+if TYPE_CHECKING:  # importing it imports scipy, torch's compiler and more, which a driver does not need
     from transformers import PreTrainedModel
 
 
 def check_base(soft_prompt: SoftPrompt, label: str, base: Base) -> None:
-    """Refuse a soft prompt that was made for another base; `label` is what the error calls it.
+    """Refuse a soft prompt that was made for another base. The error calls the soft prompt `label`.
 
     Raises:
-        SoftPromptError: names both sides and what differs.
+        SoftPromptError: names both bases and the difference.
     """
     check_made_for(soft_prompt, label, base.width, base.name, base.fingerprint.model_dump())
 
@@ -29,12 +29,12 @@ def check_made_for(soft_prompt: SoftPrompt, folder: str, width: int, base: str, 
     """Refuse a soft prompt that was made for another base.
 
     Raises:
-        SoftPromptError: names both sides and what differs.
+        SoftPromptError: names both bases and the difference.
     """
     card = soft_prompt.card
     if card.width != width:
         raise SoftPromptError(
-            f"{folder}: made for width {card.width} ({card.base}), but {base} has width {width}; use its base"
+            f"{folder}: was made for width {card.width} ({card.base}), but {base} has width {width}; use its base"
         )
     if card.base_fingerprint is None or fingerprint is None:
         return
@@ -42,14 +42,16 @@ def check_made_for(soft_prompt: SoftPrompt, folder: str, width: int, base: str, 
     if differ:
         ours = ", ".join(f"{part} {card.base_fingerprint.get(part, '?')[:12]}" for part in differ)
         theirs = ", ".join(f"{part} {fingerprint[part][:12]}" for part in differ)
-        raise SoftPromptError(f"{folder}: made for {card.base} ({ours}), but {base} has {theirs}; use the base it was made for")
+        raise SoftPromptError(
+            f"{folder}: was made for {card.base} ({ours}), but {base} has {theirs}; use the base it was made for"
+        )
 
 
 def base_of(card: Card, name: str, path: str | None = None) -> Base:
     """The base of a card, or the one at `path`.
 
     Raises:
-        BaseError: not here, or the card does not know it.
+        BaseError: the base is not found, or the card does not name it.
     """
     if path is None and card.base == "unknown":
         raise BaseError(f"{name}: its base is unknown; name it with --base")
@@ -63,7 +65,7 @@ def base_of(card: Card, name: str, path: str | None = None) -> Base:
 
 @torch.no_grad()
 def next_logits(model: PreTrainedModel, vectors: Tensor | None, ids: Tensor) -> Tensor:
-    """Logits `[V]` of the token behind `ids` [1, T], with a soft prompt `[P, H]` in front or without."""
+    """Logits `[V]` of the token after `ids` [1, T], with a soft prompt `[P, H]` in front or without one."""
     rows = model.get_input_embeddings()(ids)
     if vectors is not None:
         rows = torch.cat([vectors.to(rows)[None], rows], dim=1)

@@ -1,16 +1,16 @@
-"""Attention in training on CPU: a backward pass that is as quick as the rest, and no work where nobody may look.
+"""Attention for training on CPU: a faster backward pass, and no work for masked blocks.
 
 torch's own backward pass in half precision (2.13, `_scaled_dot_product_flash_attention_for_cpu_backward`) takes 3 to 10 times
-as long as the four matrix products that it consists of while rows are short, as soft prompts and texts are: it was a third of
-a training step. Here are these products, as many heads at a time as a core's cache holds.
+as long as its four matrix products if rows are short, as soft prompts and texts are: it was a third of a training step. This
+module computes these products directly, for as many heads at a time as fit into a core's cache.
 
-Behind a soft prompt a mask says who may look where, and with a mask torch computes every score. Long rows are therefore cut
-into blocks of queries, each with the keys that any of its queries may see: for 512 tokens five eighths of the scores.
+Rows after a soft prompt need a mask, and with a mask torch computes every score. Long rows are therefore split into blocks of
+queries, each with only the keys that at least one of its queries attends to: for 512 tokens five eighths of the scores.
 
-The forward pass of a block is torch's own, so what is trained is what is served. In bf16 the gradients are 4e-3 to 5e-3 from
-those in float64 (relative norm), torch's 2e-3 to 5e-3; in float32 both are 3e-7 to 4e-7.
+The forward pass of a block is torch's own, so training and serving compute the same. In bf16 the relative error of the
+gradients against float64 is 4e-3 to 5e-3 (torch: 2e-3 to 5e-3); in float32 both are at 3e-7 to 4e-7.
 
-Shapes: R rows, h heads, T queries, S keys, d head width; t and s of them in a block.
+Shapes: R rows, h heads, T queries, S keys, d head width; a block has t queries and s keys.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 SCORES = 1 << 18
-"""Scores that are worked on at a time: half a MiB in half precision."""
+"""Scores that are computed at a time: half a MiB in half precision."""
 QUERIES = 128
-"""Queries of a block."""
+"""Queries per block."""
 
 
 class Block(NamedTuple):
-    """Queries, and the keys that any of them may see."""
+    """Queries, and the keys that at least one of them attends to."""
 
     queries: slice
     keys: slice
     seen: int
-    """So many of the first of these keys are seen by all of these queries."""
+    """Number of leading keys that all of these queries attend to."""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Who may look where: `allowed` is `[R or 1, 1, T, S]`, True where a query may look; None for causal with T = S."""
+    """`allowed` is `[R or 1, 1, T, S]`, True where a query attends to a key; None: causal with T = S."""
 
     allowed: Tensor | None
     size: int
@@ -49,7 +49,7 @@ class Mask:
 
     @cached_property
     def hidden(self) -> Tensor:
-        """`[R or 1, 1, T, S]`, True where a query may not look."""
+        """`[R or 1, 1, T, S]`, True where a query does not attend to a key."""
         if self.allowed is not None:
             return ~self.allowed
         return torch.ones(self.size, self.size, dtype=torch.bool).triu(1)[None, None]
@@ -70,7 +70,8 @@ class Mask:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> Tensor:
-    """`scaled_dot_product_attention` `[R, h, T, d]`. Short rows in float32 and whatever needs no gradient are torch's alone."""
+    """`scaled_dot_product_attention` `[R, h, T, d]`. torch computes short rows in float32, and everything without a
+    gradient."""
     here = q.device.type == "cpu" and (q.dtype in (torch.bfloat16, torch.float16) or mask.size > QUERIES)
     if here and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         output: Tensor = _Attention.apply(q, k, v, mask, scale)
@@ -88,10 +89,10 @@ class _Attention(torch.autograd.Function):
     def forward(context: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> Tensor:
         context.save_for_backward(q, k, v)
         context.mask, context.scale = mask, scale if scale is not None else q.shape[-1] ** -0.5
-        if mask.allowed is None or mask.size <= QUERIES:  # torch knows how to leave out the half of causal attention
+        if mask.allowed is None or mask.size <= QUERIES:  # torch skips the masked half of causal attention
             return whole(q, k, v, mask, scale)
         rows, heads, queries, width = q.shape
-        output = q.new_empty(rows, queries, heads, width).transpose(1, 2)  # as torch lays it out
+        output = q.new_empty(rows, queries, heads, width).transpose(1, 2)  # torch's memory layout
         for block in mask.blocks:
             looks = mask.allowed[:, :, block.queries, block.keys]
             found = scaled_dot_product_attention(
@@ -109,7 +110,7 @@ class _Attention(torch.autograd.Function):
         once = len(blocks) == 1 and blocks[0].keys == slice(0, k.shape[2])
         if once:
             of_k, of_v = (torch.empty_like(each, memory_format=torch.contiguous_format) for each in (k, v))
-        else:  # a key is seen by several blocks, or by none; their sum is rounded at its end
+        else:  # several blocks, or none, attend to a key; their sum is rounded once, at the end
             of_k, of_v = (each.new_zeros(each.shape, dtype=torch.float32) for each in (k, v))
         for block in blocks:
             for part in _parts(q, block):
@@ -126,7 +127,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _parts(q: Tensor, block: Block) -> Iterator[tuple[slice, slice]]:
-    """Rows and heads whose scores in a block are worked on together."""
+    """Rows and heads whose scores in a block are computed together."""
     rows, heads = q.shape[:2]
     scores = (block.queries.stop - block.queries.start) * (block.keys.stop - block.keys.start)
     most_heads, most_rows = max(1, min(heads, SCORES // scores)), max(1, SCORES // (heads * scores))
@@ -136,12 +137,12 @@ def _parts(q: Tensor, block: Block) -> Iterator[tuple[slice, slice]]:
 
 
 def _gradients(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """Those of queries, keys and values, given that of the output (all `[R, h, ., d]`); `hidden` are the last of the keys."""
+    """Gradients of queries, keys and values from that of the output (all `[R, h, ., d]`); `hidden` masks the last keys."""
     shape = q.shape[:2]
     q, k, v, gradient = (each.flatten(0, 1) for each in (q * scale, k, v, gradient))
     scores = torch.bmm(q, k.transpose(1, 2))
     if hidden.shape[-1]:
-        # Not -inf: a padded query that may look nowhere would be NaN, and 0 * NaN would reach the others as a value.
+        # Not -inf: a padded query that attends to nothing would be NaN, and 0 * NaN would spread to the other queries.
         scores.unflatten(0, shape)[..., -hidden.shape[-1] :].masked_fill_(hidden, torch.finfo(scores.dtype).min)
     shares = scores.softmax(-1)
     of_values = torch.bmm(shares.transpose(1, 2), gradient)

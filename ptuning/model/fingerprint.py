@@ -1,4 +1,4 @@
-"""Fingerprints: whether two bases, tokenizers or data sets are the same."""
+"""Fingerprints, which tell whether two bases, tokenizers or data sets are the same."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from ptuning.model.safetensors_files import stored_tensors
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of what decides a tokenizer's ids, the same in every process and after saving and loading."""
+    """SHA-256 of everything that determines a tokenizer's ids; equal in every process and after saving and loading."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer written in Python
         rules: dict[str, Any] = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     else:
         rules = json.loads(backend.to_str())
-        # What the last call left behind, not part of the tokenizer.
+        # State of the last call, not part of the tokenizer.
         del rules["truncation"], rules["padding"]
     return json_hash([rules, {name: str(token) for name, token in tokenizer.special_tokens_map.items()}])
 
 
 def json_hash(value: object) -> str:
-    """sha256 of anything JSON can write."""
+    """SHA-256 of a value as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 SAMPLE = 4096
-"""Bytes read at the beginning, in the middle and at the end of every tensor for the fingerprint."""
+"""Bytes that the fingerprint reads at the beginning, the middle and the end of every tensor."""
 
 
 class Fingerprint(Table):
-    """SHA-256 of what makes a base this base. Loading it in another dtype or in shares does not change it."""
+    """SHA-256 hashes that identify a base. They do not depend on the dtype or partitioning it is loaded with."""
 
     config: str
     tokenizer: str
@@ -43,7 +43,7 @@ class Fingerprint(Table):
 
 
 def weights_hash(folder: Path) -> str:
-    """Hash of every tensor's name, dtype, shape and sampled bytes, whatever files they are spread over."""
+    """Hash of every tensor's name, dtype, shape and sampled bytes. How tensors are split into files does not matter."""
     digest = hashlib.sha256()
     for tensor in sorted(stored_tensors(folder), key=lambda tensor: tensor.name):
         digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())

@@ -1,4 +1,4 @@
-"""How the vectors of a soft prompt begin, `[P, H]` fp32."""
+"""Initial vectors of a soft prompt, `[P, H]` fp32."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ Embed = Callable[[list[int]], Tensor]
 
 
 def random_rows(length: int, sample: Tensor, generator: torch.Generator) -> Tensor:
-    """`[P, H]` normal numbers with mean and spread, per dimension, of the sampled embedding rows `[n, H]`.
+    """`[P, H]` normal numbers with the mean and standard deviation, per dimension, of the sampled embedding rows `[n, H]`.
 
-    A unit normal, PEFT's default, is some fifty times wider than a trained embedding.
+    PEFT's default, a unit normal, has about fifty times the standard deviation of a trained embedding.
     """
     noise = torch.randn(length, sample.shape[1], generator=generator)
     return sample.mean(0) + noise * sample.std(0)
 
 
 def vocabulary_rows(length: int, frequent: Sequence[int], embed: Embed, generator: torch.Generator) -> Tensor:
-    """`[P, H]` embeddings of tokens drawn from the most frequent ones (Lester et al. 2021, section 3.2)."""
+    """`[P, H]` embeddings of tokens sampled from the most frequent ones (Lester et al. 2021, section 3.2)."""
     order = torch.randperm(len(frequent), generator=generator).tolist()
     drawn = [frequent[order[place % len(order)]] for place in range(length)]
     return embed(drawn)
 
 
 def text_rows(length: int, ids: Sequence[int], embed: Embed) -> Tensor:
-    """`[P, H]` embeddings of a text's tokens, repeated or cut to the length."""
+    """`[P, H]` embeddings of a text's tokens, repeated or truncated to the length."""
     return embed([ids[place % len(ids)] for place in range(length)])
 
 
@@ -43,7 +43,7 @@ def label_rows(
 
 
 def transferred_rows(length: int, source: Tensor, frequent: Sequence[int], embed: Embed, generator: torch.Generator) -> Tensor:
-    """`[P, H]` rows of another soft prompt (SPoT, Vu et al. 2022), cut, or filled up from the vocabulary."""
+    """`[P, H]` rows of another soft prompt (SPoT, Vu et al. 2022), truncated, or filled up from the vocabulary."""
     if len(source) >= length:
         return source[:length].clone()
     return torch.cat([source, vocabulary_rows(length - len(source), frequent, embed, generator)])

@@ -1,13 +1,13 @@
-"""The distribution over labels: a choice at every place where their tokens part.
+"""The probability distribution over labels: a choice wherever their token sequences branch.
 
-The token paths of the labels, end token included, form a trie. At each node with more than one child the model's logits are
-normalised over the children alone, and p(label | text) is the product of these shares along the label's path. It sums to 1 over
-the labels, and it is what decoding draws from when every next token must go on with a label (constrained decoding). Training
-minimises its negative logarithm; evaluation and serving read it.
+The token sequences of the labels, end token included, form a trie. At each node with more than one child the model's logits are
+normalised over the children only, and p(label | text) is the product of these probabilities along the label's path. It sums to
+1 over the labels. It is the distribution of constrained decoding, where every next token must continue a label. Training
+minimises its negative logarithm; evaluation and serving use it.
 
-Tokens that follow from those before them cost nothing: they have probability 1 and are fed only where a node lies behind them.
+Tokens without an alternative cost nothing: they have probability 1, and are fed only if a branching node follows them.
 
-Words: a *fed* token is one that has to be computed behind the text; an *edge* leads from a branching node to one of its
+Terms: a *fed* token is one that the model must process after the text; an *edge* leads from a branching node to one of its
 children.
 Shapes: L labels, F fed tokens, Q branching nodes, E edges, C children of the widest node, D edges of the longest path.
 """
@@ -28,11 +28,11 @@ Label = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Node:
-    """A place where labels part: behind fed token `place` (-1: behind the text), to `children`, ascending token ids."""
+    """A point where labels branch: after fed token `place` (-1: after the text), into `children`, ascending token ids."""
 
     place: int
     depth: int
-    """Tokens of the label in front of it."""
+    """Number of label tokens before it."""
     children: tuple[int, ...]
 
 
@@ -41,7 +41,7 @@ class LabelTrie:
     """The labels of a task, as a trie.
 
     Raises:
-        ValueError: fewer than two labels, or one that is another's beginning or the same.
+        ValueError: fewer than two labels, or one that is a prefix of another or equal to it.
     """
 
     labels: tuple[Label, ...]
@@ -51,13 +51,13 @@ class LabelTrie:
             raise ValueError("a choice needs at least two labels")
         nested = nested_labels(self.labels)
         if nested:
-            raise ValueError(f"label {nested[0]} is the beginning of label {nested[1]}")
+            raise ValueError(f"label {nested[0]} is a prefix of label {nested[1]}")
 
     @cached_property
     def _shape(self) -> tuple[list[Node], list[int], list[int]]:
-        """Branching nodes from the root down, fed tokens, and the fed token in front of each."""
+        """Branching nodes from the root down, fed tokens, and the fed token before each."""
         nodes: list[Node] = []
-        fed: dict[Label, int] = {(): -1}  # beginnings of labels that are fed -> their last token's place
+        fed: dict[Label, int] = {(): -1}  # prefixes of labels that are fed -> the index of their last token
         tokens: list[int] = []
         parents: list[int] = []
         children: dict[Label, set[int]] = {}
@@ -77,32 +77,32 @@ class LabelTrie:
 
     @property
     def nodes(self) -> list[Node]:
-        """The Q branching nodes, shallow ones first."""
+        """The Q branching nodes, by depth."""
         return self._shape[0]
 
     @property
     def tokens(self) -> list[int]:
-        """The F fed tokens, each behind the one it follows."""
+        """The F fed tokens, each after the one it follows."""
         return self._shape[1]
 
     @property
     def parents(self) -> list[int]:
-        """For each fed token the place of the one before it among the fed tokens; -1: it follows the text."""
+        """For each fed token the index of its predecessor among the fed tokens; -1: it follows the text."""
         return self._shape[2]
 
     @cached_property
     def ids(self) -> list[int]:
-        """Token ids that any node chooses from, ascending: rows of the output head that are needed."""
+        """Ascending token ids of all children: the rows of the output head that are needed."""
         return sorted({child for node in self.nodes for child in node.children})
 
     @cached_property
     def edges(self) -> list[tuple[int, int]]:
-        """(node, which of its children), node by node."""
+        """(node, index of the child), node by node."""
         return [(at, child) for at, node in enumerate(self.nodes) for child in range(len(node.children))]
 
     @cached_property
     def paths(self) -> dict[Label, list[tuple[int, int]]]:
-        """The edges of every label, from the root down."""
+        """The edges of each label, from the root down."""
         nodes = {self._beginning(at): at for at in range(len(self.nodes))}
         found: dict[Label, list[tuple[int, int]]] = {}
         for label in self.labels:
@@ -111,7 +111,7 @@ class LabelTrie:
         return found
 
     def _beginning(self, at: int) -> Label:
-        """The tokens in front of a node."""
+        """The tokens before a node."""
         tokens: list[int] = []
         place = self.nodes[at].place
         while place >= 0:
@@ -120,12 +120,12 @@ class LabelTrie:
         return tuple(reversed(tokens))
 
     def fed_length(self, label: Label) -> int:
-        """Tokens of a label that have to be fed to make all its choices."""
+        """Number of tokens of a label that must be fed to compute all its choices."""
         return self.nodes[self.paths[label][-1][0]].depth
 
     @cached_property
     def _path_edges(self) -> Tensor:
-        """`[L, D]` edges of every label, filled up with E."""
+        """`[L, D]` edges of each label, padded with E."""
         number = {edge: at for at, edge in enumerate(self.edges)}
         longest = max(map(len, self.paths.values()))
         rows = [[number[edge] for edge in self.paths[label]] for label in self.labels]
@@ -135,10 +135,10 @@ class LabelTrie:
         """Log-probabilities of the edges `[..., E]` -> of the labels `[..., L]`, in float64."""
         padded = torch.nn.functional.pad(edge_logprobs.double(), (0, 1))
         sums = padded[..., self._path_edges.to(padded.device)].sum(-1)
-        return sums - sums.logsumexp(-1, keepdim=True)  # 1 in all, whatever float32 has rounded
+        return sums - sums.logsumexp(-1, keepdim=True)  # removes the rounding of float32: they sum to 1
 
     def token_logprobs(self, label_logprobs: Sequence[float], chosen: int) -> list[dict[int, float]]:
-        """For every token of label `chosen`: the tokens that could stand there, with log-probabilities given those before."""
+        """For each token of label `chosen`: its alternatives and itself, with log-probabilities given the tokens before."""
         label = self.labels[chosen]
         found = []
         for depth in range(len(label)):
@@ -154,7 +154,7 @@ class LabelTrie:
 
 
 def nested_labels(labels: Iterable[Label]) -> tuple[Label, Label] | None:
-    """A label and another one that it is the beginning of, or the same as; None if there are none."""
+    """A label, and another one that it is a prefix of or equal to; None if there are none."""
     ordered = sorted(labels)
     pairs = zip(ordered, ordered[1:], strict=False)
     return next(((shorter, longer) for shorter, longer in pairs if longer[: len(shorter)] == shorter), None)

@@ -1,8 +1,8 @@
-"""The last decoder layer, computed only where its output is read.
+"""Computes the last decoder layer only at the positions whose output is used.
 
-Keys and values of all tokens are needed there, but of its outputs only those that predict a token. In a pass over short
-targets these are few, and query, output projection and MLP are the most part of a layer: they work on the places that are read,
-and what they would have said elsewhere is zero and never looked at. A quarter of a base of 4 layers, a fiftieth of one of 40.
+The last layer needs the keys and values of all tokens, but outputs only where a token is predicted. With short targets these
+positions are few. Query projection, output projection and MLP, which are most of a layer, are computed there only; elsewhere
+their output is zero and never read. This saves about a quarter of the work of a base with 4 layers, a fiftieth with 40.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 from torch import Tensor, nn
 
 QUERIES = ("q_proj", "o_proj")
-"""Maps of an attention that treat tokens one by one and are not needed for keys and values."""
+"""Linear layers of an attention that process each token separately and are not needed for keys and values."""
 
 
 class LastLayer:
-    """Watches the last decoder layer of a base. Passes without a segment tree are left alone."""
+    """Hooks on the last decoder layer of a base. Passes without a segment tree are unchanged."""
 
     def __init__(self, base: nn.Module, layers: int) -> None:
         self._read: Tensor | None = None
-        """Places `[U]` whose outputs are read in the pass that the layer computes; None: all of them may be."""
+        """Positions `[U]` whose outputs are read in the current pass; None: any may be read."""
         self._tokens = 0
         self.numbers = 0
-        """Parameters that only such places go through; 0 where a base is built in a way that is not known here."""
+        """Parameters that are applied at these positions only; 0 if the structure of the base is not recognised."""
         lists = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == layers]
         if not lists:
             return
@@ -31,7 +31,7 @@ class LastLayer:
         attention = next((module for module in layer.modules() if type(module).__name__.endswith("Attention")), None)
         if attention is None:
             return
-        # Not the layer itself: when gradient checkpointing computes it again, hooks of the layer are not called.
+        # Not on the layer itself: gradient checkpointing does not call the layer's hooks when it recomputes.
         attention.register_forward_pre_hook(self._enter, with_kwargs=True)
         modules = _tokenwise(layer)
         self.numbers = sum(parameter.numel() for module in modules for parameter in module.parameters())
@@ -57,9 +57,9 @@ class LastLayer:
 
 
 def _tokenwise(layer: nn.Module) -> list[nn.Module]:
-    """Parts of a layer that treat tokens one by one: a dense MLP, and an attention's maps to queries and from its output.
+    """Parts of a layer that process each token separately: a dense MLP, and an attention's query and output projections.
 
-    Experts are left out: they are called in ways of their own.
+    Mixtures of experts are skipped, because they are called differently.
     """
     found: list[nn.Module] = [
         module for name, module in layer.named_modules() if name.rpartition(".")[2] in QUERIES and isinstance(module, nn.Linear)

@@ -1,4 +1,4 @@
-"""What soft prompts say: the words nearest to their vectors, their norms, and which of them resemble each other.
+"""Interpretation of soft prompts: the words nearest to their vectors, and the vectors' norms.
 
 Shapes: P virtual tokens, H width, V vocabulary.
 """
@@ -16,19 +16,19 @@ from ptuning.model.base import Base
 from ptuning.model.safetensors_files import StoredTensor, stored_tensors, stored_values
 
 ROWS = 8192
-"""Rows of the vocabulary that are looked at at once."""
+"""Rows of the vocabulary that are compared at a time."""
 
 
 def nearest_words(vectors: Tensor, base: Base, most: int = 3) -> list[list[tuple[str, float]]]:
     """The words of the vocabulary nearest to each virtual token, by cosine (Lester et al. 2021, section 7).
 
-    Reads the embedding from the base's files; nothing is loaded besides.
+    Reads only the embedding from the base's files.
     """
     unit = torch.nn.functional.normalize(vectors.float(), dim=1)
     best, ids = torch.full((len(vectors), most), -2.0), torch.zeros((len(vectors), most), dtype=torch.long)
     words = len(base.tokenizer)
     for first, rows in _embedding_rows(base):
-        rows = rows[: max(0, words - first)]  # behind the words come rows that only fill up
+        rows = rows[: max(0, words - first)]  # the rows after the last token are padding
         cosines = unit @ torch.nn.functional.normalize(rows, dim=1).T
         together = torch.cat([best, cosines], dim=1)
         places = torch.cat([ids, torch.arange(first, first + cosines.shape[1]).expand(len(vectors), -1)], dim=1)
@@ -41,7 +41,7 @@ def nearest_words(vectors: Tensor, base: Base, most: int = 3) -> list[list[tuple
 
 
 def norms(vectors: Tensor, base: Base | None) -> dict[str, float]:
-    """Mean and largest length of the virtual tokens and, to compare with, the mean length of the base's own rows."""
+    """Mean and largest norm of the virtual tokens and, for comparison, the mean norm of the base's own embeddings."""
     lengths = vectors.float().norm(dim=1)
     found = {"mean": float(lengths.mean()), "largest": float(lengths.max())}
     if base:
@@ -65,7 +65,9 @@ def _embedding(base: Base) -> StoredTensor:
     weight = model.get_input_embeddings().weight
     name = next(name for name, parameter in model.named_parameters() if parameter is weight)
     for tensor in stored_tensors(base.folder):
-        # Some checkpoints were saved without their model's outermost prefix.
+        # Some checkpoints lack the outermost prefix of the parameter names.
         if tensor.shape == tuple(weight.shape) and (f".{name}".endswith(f".{tensor.name}") or tensor.name.endswith(f".{name}")):
             return tensor
-    raise BaseError(f"{base.name}: its files name no input embedding {name}; the nearest words cannot be found")
+    raise BaseError(
+        f"{base.name}: its files contain no input embedding {name}, so there are no nearest words; convert the base"
+    )

@@ -1,7 +1,7 @@
-"""Rows of all slots packed into one forward pass: which tokens are fed, and where something is predicted.
+"""Packs the rows of all slots into one forward pass: the tokens to feed and the positions of the predictions.
 
-Shapes: K slots, P soft-prompt tokens, N packed tokens, M predictions among the vocabulary, M' choices, Q comparisons of a
-node's children (at most C), U tokens that are compared anywhere.
+Shapes: K slots, P soft-prompt tokens, N packed tokens, M predictions over the vocabulary, M' choices, Q comparisons of a
+node's children (at most C), U tokens that occur in any comparison.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ptuning.model.label_trie import LabelTrie
 from ptuning.model.token_tree import SegmentGroup, TokenTree
 
 WORTHWHILE = 0.75
-"""Share of attention's scores that must be left for a second group of rows to pay: it is called twice as often then."""
+"""Rows are split into two groups only if the attention scores shrink to this fraction: two groups need two attention calls."""
 
 Row = tuple[list[int], list[int]]
 """Token ids of one example: input, target (with the end token)."""
@@ -26,27 +26,27 @@ Row = tuple[list[int], list[int]]
 
 @dataclass(frozen=True)
 class Choices:
-    """Predictions among the children of label tries, over the nodes of all slots' tries."""
+    """Predictions over the children of label trie nodes. Nodes are numbered over the tries of all slots."""
 
     at: Tensor
-    """`[Q]` packed places where a node's children are compared."""
+    """`[Q]` packed positions where the children of a node are compared."""
     node: Tensor
-    """`[Q]` which node."""
+    """`[Q]` number of the node."""
     children: Tensor
-    """`[nodes, C]` columns of `ids`, filled up with -1."""
+    """`[nodes, C]` columns of `ids`, padded with -1."""
     ids: Tensor
-    """`[U]` token ids that any node chooses from, ascending."""
+    """`[U]` ascending token ids of all children."""
     asked: Tensor
-    """`[M']` which of the Q comparisons a prediction belongs to."""
+    """`[M']` index of the comparison (of Q) that a prediction belongs to."""
     child: Tensor
-    """`[M']` the child that is predicted."""
+    """`[M']` the predicted child."""
     per_slot: list[int]
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One forward pass: `tokens` [N - sum of P] text ids behind the soft prompts, predictions `targets` [M] among the whole
-    vocabulary made at packed places `at` [M], and how many of them belong to each slot; then those among labels."""
+    """One forward pass: `tokens` [N - sum of P] text ids after the soft prompts; predictions `targets` [M] over the whole
+    vocabulary at the packed positions `at` [M], and their number per slot; then the choices among labels."""
 
     segments: TokenTree
     tokens: Tensor
@@ -57,16 +57,16 @@ class PackedBatch:
 
     @property
     def positions(self) -> int:
-        """Tokens that go through the base."""
+        """Number of tokens that the base processes."""
         return self.segments.tokens
 
     @cached_property
     def kept(self) -> Tensor:
-        """Packed places at which anything is predicted, ascending, each once."""
+        """Packed positions at which anything is predicted, ascending, without duplicates."""
         return (torch.cat([self.at, self.choices.at]) if self.choices else self.at).unique()
 
     def split(self, nll: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What the pass returns, slot by slot: of tokens of the text, and of choices."""
+        """The result of the pass for each slot: losses of the text's tokens, and of the choices."""
         text = nll[: len(self.at)].split(self.per_slot)
         chosen = nll[len(self.at) :].split(self.choices.per_slot if self.choices else [0] * len(self.per_slot))
         return list(zip(text, chosen, strict=True))
@@ -74,7 +74,7 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class Objective:
-    """What the predictions of a slot's rows are: the target's tokens (`text`), the choices along a label's path (`trie`), or
+    """What is predicted for the rows of a slot: the target's tokens (`text`), the choices along a label's path (`trie`), or
     both."""
 
     trie: LabelTrie | None = None
@@ -82,11 +82,11 @@ class Objective:
 
 
 class _Packer:
-    """Collects the pieces of a plan in packed order."""
+    """Collects the parts of a `PackedBatch` in packed order."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.segments = TokenTree()
-        # A slot without soft prompt (length 0) is the bare base: its texts are roots themselves.
+        # A slot without a soft prompt (length 0) is the bare base: its texts are roots themselves.
         self.roots = [self.segments.add([length]) if length else None for length in lengths]
         self.tokens: list[int] = []
         self.at: list[int] = []
@@ -103,7 +103,7 @@ class _Packer:
 
 
 class _ChoicePacker:
-    """Collects the choices of a plan. Slots of the same task share its trie's nodes."""
+    """Collects the `Choices` of a batch. Slots of the same task share the nodes of its trie."""
 
     def __init__(self) -> None:
         self.first_node: dict[LabelTrie, int] = {}
@@ -150,10 +150,10 @@ def _ids(values: Sequence[Any]) -> Tensor:
 def pack_targets(
     lengths: Sequence[int], batches: Sequence[Sequence[Row]], objectives: Sequence[Objective] | None = None
 ) -> PackedBatch:
-    """The pass that predicts every row's target: training, and evaluation by loss.
+    """The pass that predicts every row's target, for training and for evaluation by loss.
 
-    `lengths` [K] are the soft prompts' lengths, `batches[k]` the rows of slot k, `objectives[k]` what is predicted of them
-    (default: all tokens of the targets). What comes behind a row's last prediction is never fed.
+    `lengths` [K] are the lengths of the soft prompts, `batches[k]` the rows of slot k, `objectives[k]` what is predicted for
+    them (default: all tokens of the targets). Tokens after a row's last prediction are not fed.
     """
     packer = _Packer(lengths)
     for root, rows, objective in zip(packer.roots, batches, objectives or [Objective()] * len(lengths), strict=True):
@@ -188,8 +188,8 @@ def _add_targets(packer: _Packer, root: SegmentGroup | None, rows: Sequence[Row]
 
 
 def _alike(lengths: list[int], before: int) -> list[list[int]]:
-    """Rows `[R]` cut where it saves most of attention's padding, which is what a batch of mixed lengths costs: in a group every
-    row is computed as long as the longest. Rows come ordered by length, so two groups save most of it."""
+    """Row lengths `[R]`, split into two groups where this saves most of attention's padding: attention pads every row of a
+    group to the longest. Rows are sorted by length, so two groups remove most of the padding."""
 
     def scores(part: list[int]) -> int:
         return len(part) * max(part) * (before + max(part))
@@ -201,9 +201,9 @@ def _alike(lengths: list[int], before: int) -> list[list[int]]:
 
 
 def pack_labels(lengths: Sequence[int], inputs: Sequence[Sequence[list[int]]], trie: LabelTrie) -> PackedBatch:
-    """The pass that predicts every edge of the label trie behind every input: `inputs[k]` are slot k's texts.
+    """The pass that predicts every edge of the label trie after every input: `inputs[k]` are the texts of slot k.
 
-    Predictions come slot by slot, row by row, edge by edge. A text is computed once, however many labels continue it.
+    Predictions are ordered by slot, row and edge. A text is computed once, regardless of the number of labels.
     """
     packer = _Packer(lengths)
     for root, texts in zip(packer.roots, inputs, strict=True):

@@ -1,12 +1,12 @@
 """`PromptedModel`: K soft prompts of any lengths over one frozen base, in one forward pass.
 
-The pass is described by a `Plan`: which tokens stand where (a segment tree) and what is predicted at which place: a token
-among the whole vocabulary, or a choice among the children of a label trie's node. Training, evaluation by loss and scoring of
-labels are plans for the same pass, so they cannot see different tokens. Logits are computed only where something is predicted,
-and only for the tokens that it is predicted among.
+A `PackedBatch` describes the pass: the arrangement of the tokens (a segment tree), and the predictions: a token of the whole
+vocabulary, or a choice among the children of a label trie's node. Training, evaluation by loss and scoring of labels use the
+same pass, so they cannot see different tokens. Logits are computed only at positions with a prediction, and only for the tokens
+that can be predicted there.
 
-Shapes: K slots, B rows, P soft-prompt tokens, H width, V vocabulary, N packed tokens, M predictions among V, M' choices, Q
-comparisons of a node's children (at most C), U tokens that are compared anywhere.
+Shapes: K slots, B rows, P soft-prompt tokens, H width, V vocabulary, N packed tokens, M predictions over V, M' choices, Q
+comparisons of a node's children (at most C), U tokens that occur in any comparison.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ log = logger(__name__)
 
 
 class PromptedModel(nn.Module):
-    """A frozen base that runs plans.
+    """A frozen base that runs packed batches.
 
-    Soft prompts are arguments, not parameters of this module: the base may be partitioned by ZeRO-3 while the soft prompts,
-    a few thousand numbers, stay whole on every rank.
+    Soft prompts are arguments, not parameters of this module: ZeRO-3 may partition the base, while the soft prompts, a few
+    thousand numbers, stay whole on every rank.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__()
         if "logits_to_keep" not in inspect.signature(base.forward).parameters:
-            raise ValueError(f"{type(base).__name__} cannot compute logits at chosen places (no logits_to_keep)")
+            raise ValueError(f"{type(base).__name__} cannot compute logits at selected positions (no logits_to_keep)")
         self.base = base.requires_grad_(False).eval()
         environment.apply("torch")
         _remove_dropout(base)
         self.head = OutputHead(base)
         self.last_layer = LastLayer(base, base.config.get_text_config().num_hidden_layers)
         self.shared_prefix = self._take_segment_attention()
-        """True if soft prompts are computed once per pass and shared by their rows, False for plain concatenation."""
+        """True if a soft prompt is computed once per pass and shared by its rows, False for plain concatenation."""
 
     def _take_segment_attention(self) -> bool:
         kinds = set(getattr(self.base.config, "layer_types", None) or ["full_attention"])
@@ -61,13 +61,13 @@ class PromptedModel(nn.Module):
         """Recompute activations in the backward pass: less memory, about a third more compute."""
         self.base.activation_checkpointing_enable({"use_reentrant": False})
         for module in self.base.modules():
-            # transformers checkpoints layers in training mode only.
+            # transformers checkpoints layers only in training mode.
             if getattr(module, "gradient_checkpointing", False) or hasattr(module, "_gradient_checkpointing_func"):
                 module.training = True
 
     def forward(self, soft_prompts: Sequence[Tensor], plan: PackedBatch) -> Tensor:
-        """Negative log-likelihood of every prediction, `[M + M']` fp32: tokens of the text among the whole vocabulary, then
-        choices among the children of their nodes. `soft_prompts[k]` is `[P_k, H]` (P_k may be 0)."""
+        """Negative log-likelihood of every prediction, `[M + M']` fp32: tokens of the text over the whole vocabulary, then
+        choices over the children of their nodes. `soft_prompts[k]` is `[P_k, H]` (P_k may be 0)."""
         device = self.base.device
         text = self.base.get_input_embeddings()(plan.tokens.to(device))
         pieces = [soft_prompt.to(text) for soft_prompt in soft_prompts if len(soft_prompt)]
@@ -88,12 +88,12 @@ class PromptedModel(nn.Module):
         return torch.cat(parts)
 
     def _shared(self, packed: Tensor, plan: PackedBatch, kept: Tensor) -> Tensor:
-        """Logits of the packed places `kept`, `[kept, V or U]`, every segment computed once."""
+        """Logits at the packed positions `kept`, `[kept, V or U]`; every segment is computed once."""
         device = packed.device
         out = self.base(
             inputs_embeds=packed[None],
             position_ids=plan.segments.positions()[None].to(device),
-            # A ready 4-D mask switches off transformers' own mask building; segment_attention builds its own.
+            # Given a 4-D mask, transformers does not build its own; segment_attention builds the mask that is used.
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
             use_cache=False,
             logits_to_keep=kept.to(device),
@@ -102,7 +102,7 @@ class PromptedModel(nn.Module):
         return out.logits[0]
 
     def _concatenated(self, packed: Tensor, plan: PackedBatch, kept: Tensor) -> Tensor:
-        """The same with every sequence written out, padded on the right and computed whole."""
+        """The same by concatenation: every sequence is written out in full and padded on the right."""
         device = packed.device
         index, lengths = plan.segments.sequences()
         valid = torch.arange(index.shape[1])[None] < lengths[:, None]
@@ -133,8 +133,8 @@ def choice_nll(logits: Tensor, choices: Choices) -> Tensor:
 
 
 def _remove_dropout(base: PreTrainedModel) -> None:
-    """A frozen base is the same function in training, evaluation and serving."""
-    # Falcon reads its dropout from the config in every pass, most others from their modules.
+    """Remove dropout: a frozen base must be the same function in training, evaluation and serving."""
+    # Falcon reads its dropout rate from the config in every pass, most other models from their modules.
     for owner in (base.config.get_text_config(), *base.modules()):
         for name, value in vars(owner).items():
             if "drop" in name and isinstance(value, float):

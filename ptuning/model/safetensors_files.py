@@ -1,4 +1,4 @@
-"""The tensors of a base as they lie in its safetensors files."""
+"""The tensors in the safetensors files of a base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ptuning.errors import BaseError
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a safetensors file: where its bytes lie."""
+    """One tensor of a safetensors file, with the location of its bytes."""
 
     name: str
     file: Path
@@ -34,7 +34,7 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path) -> Iterator[StoredTensor]:
-    """All tensors of a folder's safetensors files, by file and place; only the headers are read.
+    """All tensors of a folder's safetensors files, ordered by file and offset; only the headers are read.
 
     Format: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON header, data).
     """
@@ -43,7 +43,7 @@ def stored_tensors(folder: Path) -> Iterator[StoredTensor]:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= min(os.path.getsize(file) - 8, 100_000_000):
-                raise BaseError(f"{file}: is no safetensors file (header of {length} bytes); take another copy")
+                raise BaseError(f"{file}: is not a safetensors file (header of {length} bytes); use another copy")
             header: dict[str, Any] = json.loads(stream.read(length))
         for name, entry in header.items():
             if name != "__metadata__":
@@ -55,7 +55,7 @@ STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 
 
 def stored_values(tensor: StoredTensor, first: int, count: int) -> Tensor:
-    """Numbers `first .. first + count` of a stored tensor, flattened, `[count]` fp32."""
+    """Elements `first .. first + count` of a stored tensor, flattened, `[count]` fp32."""
     dtype = STORED_DTYPES[tensor.dtype]
     width = torch.finfo(dtype).bits // 8
     return torch.frombuffer(bytearray(tensor.read(first * width, count * width)), dtype=dtype).float()

@@ -1,6 +1,6 @@
-"""A soft prompt: `[P, H]` vectors and the card that says what they fit. Initialisers, saving, loading.
+"""A soft prompt: `[P, H]` vectors and a card that describes them. Saving and loading.
 
-The folder is a PEFT prompt-tuning adapter (`PeftModel.from_pretrained` reads it as it is) and carries a card beside it. Only
+The folder is a PEFT prompt-tuning adapter (`PeftModel.from_pretrained` reads it unchanged) with an additional card. Only
 safetensors and JSON are opened.
 """
 
@@ -33,7 +33,7 @@ TENSOR = "prompt_embeddings"
 VERSIONS = ("ptuning", "torch", "transformers", "deepspeed", "ray")
 
 LARGEST = 1 << 30
-"""Bytes of a weights file beyond which it is no soft prompt."""
+"""Maximum size of a weights file in bytes."""
 
 PUBLIC_SETTINGS = {
     "prompt": ("length", "init", "init_text"),
@@ -43,35 +43,35 @@ PUBLIC_SETTINGS = {
         *("objective", "text_weight", "class_weights", "starts"),
     ),
 }
-"""Of a card's experiment, what everybody may know who gets the soft prompt. Fixed: a setting that is new is not public."""
+"""The settings in a card that every receiver of the soft prompt may know. An allow list: new settings are not public."""
 
 
 class SoftPromptError(UserError):
-    """A folder that is no soft prompt, or one that does not fit."""
+    """A folder that is not a soft prompt, or a soft prompt that does not fit."""
 
 
 class Card(Table):
-    """Where a soft prompt came from and what it fits."""
+    """The origin of a soft prompt, and the base it fits."""
 
     format: Literal[1] = 1
     name: str
     base: str
-    """The base as the experiment named it."""
+    """The base as named in the experiment."""
     revision: str | None = None
     base_fingerprint: dict[str, str] | None = None
-    """SHA-256 of the base's config, tokenizer and weights; None: unknown (made elsewhere)."""
+    """SHA-256 of the base's config, tokenizer and weights; None if unknown (made by another tool)."""
     length: int
     width: int
     template: Template | None = None
     max_new_tokens: int | None = None
-    """Longest target of the training rows, in tokens with the end token."""
+    """Tokens of the longest training target, end token included."""
     init: str | None = None
     metrics: dict[str, float] = {}
     data: dict[str, str] = {}
     """Fingerprint of each split."""
     experiment: dict[str, Any] | None = None
     parent: str | None = None
-    """Content hash of the soft prompt this one started from."""
+    """Content hash of the soft prompt that this one was initialised from."""
     versions: dict[str, str] = {}
     content_hash: str
     """SHA-256 of the vectors."""
@@ -79,11 +79,11 @@ class Card(Table):
     @field_validator("base", "experiment")
     @classmethod
     def _without_passwords(cls, value: Any) -> Any:
-        """Also of cards that are read: those of earlier versions may hold some."""
+        """Also applied to cards that are read: cards of earlier versions may contain passwords."""
         return redacted(value)
 
     def public(self) -> Card:
-        """The card as whoever receives the soft prompt may know it: no path, no setting but what made the vectors."""
+        """The card for receivers of the soft prompt: no paths, and only the settings that determined the vectors."""
         tables = self.experiment or {}
         kept = {
             table: {key: tables[table][key] for key in keys if key in tables[table]}
@@ -101,7 +101,7 @@ class SoftPrompt:
     card: Card
 
     def save(self, folder: str, *, layers: int = 0, heads: int = 0) -> None:
-        """Write the folder, whole or not at all. `layers` and `heads` of the base are only there for PEFT's config."""
+        """Write the folder atomically. `layers` and `heads` of the base are only needed for PEFT's config."""
         adapter = {
             "peft_type": "PROMPT_TUNING",
             "task_type": "CAUSAL_LM",
@@ -133,22 +133,24 @@ def content_hash(vectors: Tensor) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what made a soft prompt."""
+    """Versions of the libraries that a soft prompt is made with."""
     return {name: version(name) for name in VERSIONS}
 
 
 def load(folder: str) -> SoftPrompt:
-    """Read a soft prompt of ours, or a PEFT prompt-tuning adapter made elsewhere (its card is then mostly empty).
+    """Read a soft prompt, or a PEFT prompt-tuning adapter made by another tool (its card is then mostly empty).
 
     Raises:
-        SoftPromptError, StorageError: not a soft prompt, damaged, or not finite.
+        SoftPromptError, StorageError: the folder is not a soft prompt, is damaged, or its vectors are not finite.
     """
     _check_size(folder)
     if storage.exists(folder, storage.MANIFEST):
         files = storage.read_folder(folder)
         config, weights, card = (files.get(name) for name in (CONFIG, WEIGHTS, CARD))
         if config is None or weights is None:
-            raise SoftPromptError(f"{folder}: its manifest names no {CONFIG} and {WEIGHTS}; it is no soft prompt")
+            raise SoftPromptError(
+                f"{folder}: is not a soft prompt (no {CONFIG} or {WEIGHTS} in its manifest); choose another folder"
+            )
     else:
         config, weights = storage.read_file(folder, CONFIG), _read_weights(folder)
         card = storage.read_file(folder, CARD) if storage.exists(folder, CARD) else None
@@ -164,20 +166,21 @@ def load(folder: str) -> SoftPrompt:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise SoftPromptError(f"{folder}: {CARD} is not valid ({where}: {problem['msg']}); take another copy") from None
+        raise SoftPromptError(f"{folder}: {CARD} is not valid ({where}: {problem['msg']}); use another copy") from None
     if (known.length, known.width) != tuple(vectors.shape) or known.content_hash != content_hash(vectors):
-        raise SoftPromptError(f"{folder}: the vectors are not those of its card; take another copy of this folder")
+        raise SoftPromptError(f"{folder}: the vectors do not match the card; use another copy of this folder")
     return SoftPrompt(vectors, known)
 
 
 def public_base(name: str) -> str:
-    """A base as everybody may know it: its id or, of a folder, the last name of its path."""
+    """The public name of a base: its id or, for a folder, the last name of its path."""
     local = name.startswith(("/", "~", ".", SCHEME)) or name.count("/") > 1 or "\\" in name
     return last_name(name.removeprefix(SCHEME).replace("\\", "/")) if local else name
 
 
 def without_passwords(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The files of a soft prompt, with the card as `load` reads it: one of an earlier version may hold passwords."""
+    """The files of a soft prompt, with the card as `load` reads it: the stored card of an earlier version may hold
+    passwords."""
     if CARD not in files:
         return dict(files)
     written = json.loads(files[CARD])
@@ -186,7 +189,7 @@ def without_passwords(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def public_files(soft_prompt: SoftPrompt, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The files of a soft prompt as they may be given away, with the public card."""
+    """The files of a soft prompt for others, with the public card."""
     adapter = json.loads(files[CONFIG])
     paths = {key: public_base(value) for key, value in adapter.items() if key.endswith("_path") and isinstance(value, str)}
     public = {**adapter, **paths}
@@ -198,16 +201,16 @@ def public_files(soft_prompt: SoftPrompt, files: Mapping[str, bytes]) -> dict[st
 
 
 def _check_size(folder: str) -> None:
-    """Before anything is read into memory."""
+    """Check the size before anything is read into memory."""
     system, path = storage.resolve(folder)
     size = system.get_file_info(f"{path}/{WEIGHTS}").size or 0
     if size > LARGEST:
-        raise SoftPromptError(f"{folder}: {WEIGHTS} has {size} bytes, too many for a soft prompt")
+        raise SoftPromptError(f"{folder}: {WEIGHTS} has {size} bytes, too many for a soft prompt; choose another folder")
 
 
 def _read_weights(folder: str) -> bytes:
     if not storage.exists(folder, WEIGHTS):
-        raise SoftPromptError(f"{folder}: has no {WEIGHTS}, and nothing else is opened; save the adapter as safetensors")
+        raise SoftPromptError(f"{folder}: has no {WEIGHTS}, the only format that is opened; save the adapter as safetensors")
     return storage.read_file(folder, WEIGHTS)
 
 
@@ -216,7 +219,9 @@ def _parse_adapter(folder: str, content: bytes) -> dict[str, Any]:
         adapter: dict[str, Any] = json.loads(content)
         kind = adapter["peft_type"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise SoftPromptError(f"{folder}: {CONFIG} is no PEFT config; it is no soft prompt") from None
+        raise SoftPromptError(
+            f"{folder}: is not a soft prompt ({CONFIG} is not a PEFT config); choose another folder"
+        ) from None
     if kind != "PROMPT_TUNING":
         raise SoftPromptError(f"{folder}: is a PEFT adapter of type {kind}, not PROMPT_TUNING; train a soft prompt instead")
     return adapter
@@ -224,18 +229,20 @@ def _parse_adapter(folder: str, content: bytes) -> dict[str, Any]:
 
 def _parse_weights(folder: str, content: bytes, adapter: dict[str, Any]) -> Tensor:
     try:
-        # Given twice, a tensor could be one thing to this reader and another to the next.
+        # With a duplicate key, two readers could see different tensors.
         json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")], object_pairs_hook=_each_once)
         tensors = safetensors.torch.load(content)
     except (safetensors.SafetensorError, ValueError, KeyError, RecursionError) as error:
-        raise SoftPromptError(f"{folder}: {WEIGHTS} is no safetensors file ({error}); take another copy") from None
+        raise SoftPromptError(f"{folder}: {WEIGHTS} is not a safetensors file ({error}); use another copy") from None
     if set(tensors) != {TENSOR}:
-        raise SoftPromptError(f"{folder}: {WEIGHTS} must hold the one tensor {TENSOR}, not {sorted(tensors)}")
+        raise SoftPromptError(
+            f"{folder}: {WEIGHTS} must contain the single tensor {TENSOR}, not {sorted(tensors)}; use another copy"
+        )
     vectors = tensors[TENSOR]
     expected = (adapter.get("num_virtual_tokens"), adapter.get("token_dim"))
     if vectors.ndim != 2 or tuple(vectors.shape) != expected or not vectors.is_floating_point() or not len(vectors):
         raise SoftPromptError(
-            f"{folder}: {TENSOR} is {vectors.dtype} {tuple(vectors.shape)}, {CONFIG} says {expected}; take another copy"
+            f"{folder}: {TENSOR} is {vectors.dtype} {tuple(vectors.shape)}, but {CONFIG} says {expected}; use another copy"
         )
     vectors = vectors.float()
     if not bool(torch.isfinite(vectors).all()):

@@ -1,4 +1,4 @@
-"""The tree of token segments that one pass computes: soft prompts, texts behind them, labels behind texts."""
+"""The tree of token segments in one pass: soft prompts, texts after soft prompts, labels after texts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ptuning.model.cpu_attention import Mask
 
 
 class SegmentGroup:
-    """R segments that lie one after another in the packed row and continue segments of one parent group.
+    """R consecutive segments of the packed row that continue segments of the same parent group.
 
-    Groups exist so that attention is computed once per group and not once per segment: the texts of one slot's batch
-    are one group. Groups of different slots never share a tensor, so a slot's numbers cannot depend on its neighbours' shapes.
+    Attention is computed once per group instead of once per segment: the texts of one slot's batch are one group. Groups of
+    different slots never share a tensor, so the results of a slot cannot depend on the shapes of its neighbours.
     """
 
     def __init__(
@@ -26,12 +26,12 @@ class SegmentGroup:
         parent_rows: list[int] | None,
         tree: Sequence[int] | None = None,
     ) -> None:
-        """`tree`: every row is the same tree of tokens instead of a line: for each token the one of its row that it follows,
-        -1 for the parent's last. So a text is continued in many ways without a copy of its keys for each."""
+        """`tree`: every row is the same tree of tokens instead of a sequence. It gives the predecessor of each token within its
+        row, -1 for the parent's last token. So a text has many continuations without a copy of its keys for each."""
         if min(lengths) < 1:
             raise ValueError("a segment needs at least one token")
         if tree is not None and (parent is None or {*lengths} != {len(tree)}):
-            raise ValueError("a tree continues a parent, and all its rows have its tokens")
+            raise ValueError("a tree needs a parent, and every row must have as many tokens as the tree")
         self.start = start
         self.lengths = lengths
         self.parent = parent
@@ -49,12 +49,12 @@ class SegmentGroup:
 
     @cached_property
     def dense(self) -> bool:
-        """True if no row is shorter than another: packed and padded are then the same memory."""
+        """True if all rows have the same length: packed and padded layout are then identical."""
         return min(self.lengths) == self.longest
 
     @cached_property
     def offsets(self) -> list[int]:
-        """Tokens that stand before each segment: the position of its first token."""
+        """Number of tokens before each segment, which is the position of its first token."""
         if self.parent is None:
             return [0] * len(self.lengths)
         before = [offset + length for offset, length in zip(self.parent.offsets, self.parent.lengths, strict=True)]
@@ -62,7 +62,7 @@ class SegmentGroup:
 
     @cached_property
     def depths(self) -> Tensor:
-        """`[T]` how many tokens of its own row stand before each token."""
+        """`[T]` number of tokens of the same row before each token."""
         if self.tree is None:
             return torch.arange(self.longest)
         depths: list[int] = []
@@ -71,7 +71,7 @@ class SegmentGroup:
         return torch.tensor(depths)
 
     def _follows(self) -> Tensor:
-        """`[T, T]`, True where a token of a tree follows another one, or is it."""
+        """`[T, T]`, True where a token of the tree is a descendant of another one or the same."""
         assert self.tree is not None
         follows = torch.eye(self.longest, dtype=torch.bool)
         for token, before in enumerate(self.tree):
@@ -80,7 +80,7 @@ class SegmentGroup:
         return follows
 
     def paths(self) -> list[list[int]]:
-        """The tokens of a tree from its beginning to each of its ends."""
+        """The tokens on each path of the tree, from a root to a leaf."""
         assert self.tree is not None
         found = []
         for end in sorted({*range(self.longest)} - {*self.tree}):
@@ -98,7 +98,7 @@ class SegmentGroup:
     def padded(self) -> Tensor:
         """`[R, T]` index of each token within this group's part of the packed row.
 
-        A short row repeats its own last token, never a neighbour's: what is NaN there cannot leak from here.
+        A short row is padded with its own last token, never with a neighbour's, so a neighbour's NaN cannot leak into it.
         """
         lengths = torch.tensor(self.lengths)[:, None]
         starts = torch.cumsum(lengths, 0) - lengths
@@ -112,7 +112,7 @@ class SegmentGroup:
 
     @cached_property
     def chain(self) -> list[tuple[SegmentGroup, list[int] | None]]:
-        """The ancestors from the root to this group, each with the row that every row of this group continues."""
+        """The ancestors from the root to this group, each with its row for every row of this group."""
         if self.parent is None:
             return [(self, None)]
         rows = self._parent_rows
@@ -120,7 +120,7 @@ class SegmentGroup:
         return [*above, (self, None)]
 
     def mask(self, window: int | None, shared: int, device: torch.device) -> Mask:
-        """Where `T * shared` queries may look, every token's `shared` ones side by side."""
+        """The attention mask of `T * shared` queries; the `shared` queries of a token are adjacent."""
         key = (window, shared, device)
         if key not in self._masks:
             allowed = self._allowed(window)
@@ -132,7 +132,7 @@ class SegmentGroup:
         return self._masks[key]
 
     def _allowed(self, window: int | None) -> Tensor | None:
-        """`[R or 1, 1, T, S]`, True where a token may look; None if plain causal attention says the same."""
+        """`[R or 1, 1, T, S]`, True where a token attends; None if this equals plain causal attention."""
         positions, valid = [], []
         for group, rows in self.chain:
             at = torch.tensor(group.offsets)[:, None] + group.depths[None]
@@ -155,13 +155,13 @@ class SegmentGroup:
 
 
 class TokenTree:
-    """A segment tree, built group by group in the order in which the tokens are packed."""
+    """A segment tree. Groups are added in the order in which their tokens are packed."""
 
     def __init__(self) -> None:
         self.groups: list[SegmentGroup] = []
         self.tokens = 0
         self.read: Tensor | None = None
-        """Places `[U]` in the packed row whose outputs are read, each once; None: all of them may be."""
+        """Packed positions `[U]` whose outputs are read, without duplicates; None: any may be read."""
 
     def add(
         self,
@@ -170,15 +170,15 @@ class TokenTree:
         parent_rows: list[int] | None = None,
         tree: Sequence[int] | None = None,
     ) -> SegmentGroup:
-        """Append R segments of the given lengths; `parent_rows` names the parent's row for each (None: row 0); `tree`: see
-        `Group`."""
+        """Append R segments of the given lengths. `parent_rows`: the parent's row for each (None: row 0); `tree`: see
+        `SegmentGroup`."""
         group = SegmentGroup(self.tokens, lengths, parent, parent_rows, tree)
         self.groups.append(group)
         self.tokens += group.tokens
         return group
 
     def positions(self) -> Tensor:
-        """`[N]` position of every token in its own sequence, as if its ancestors stood right in front of it."""
+        """`[N]` position of every token in its own sequence, which starts with its ancestors."""
         parts = [
             group.depths[:length] + offset
             for group in self.groups
@@ -187,9 +187,9 @@ class TokenTree:
         return torch.cat(parts)
 
     def sequences(self) -> tuple[Tensor, Tensor]:
-        """The tree written out: `[L, S]` packed index of every token of every leaf's sequence, and `[L]` their lengths.
+        """The sequence of every leaf: `[L, S]` packed indices of its tokens, and `[L]` lengths.
 
-        What plain concatenation computes on: shared beginnings appear once per leaf. Short rows repeat their last token.
+        Plain concatenation computes on these: a shared prefix appears once per leaf. Short rows repeat their last token.
         """
         parents = {id(group.parent) for group in self.groups}
         sequences = []

@@ -1,14 +1,14 @@
-"""Attention over a tree of segments: what makes "one base, many soft prompts" cheap.
+"""Attention over a tree of segments: it makes "one base, many soft prompts" cheap.
 
-A causal model computes a token from itself and from what stands before it. So the keys and values of a soft prompt do not
-depend on the text after it, and those of a text do not depend on the label that is scored behind it. A *segment tree* says who
-stands before whom: soft prompts are roots, texts continue a soft prompt, labels continue a text. All tokens of all segments
-lie side by side, unpadded, in one row `[1, N, H]`. Whatever treats tokens one by one (projections, norms, MLP) sees N tokens
-and every shared beginning once. Only attention has to know the tree, and attention is the one function that transformers
-lets anybody replace (https://huggingface.co/docs/transformers/attention_interface).
+A causal model computes a token from itself and the tokens before it. So the keys and values of a soft prompt do not depend on
+the text after it, and those of a text do not depend on the label that is scored after it. A *segment tree* gives the order:
+soft prompts are roots, texts continue a soft prompt, labels continue a text. The tokens of all segments are packed without
+padding into one row `[1, N, H]`. Operations on single tokens (projections, norms, MLP) see these N tokens, so a shared prefix
+is computed once. Only attention has to know the tree, and attention is the function that transformers allows to replace
+(https://huggingface.co/docs/transformers/attention_interface).
 
-Against the usual two passes with a key-value cache this needs one pass: under ZeRO-3 each layer is gathered once forward and
-once backward, and gradient checkpointing (which switches caches off) works.
+The usual alternative, a key-value cache, needs two passes; this needs one. Under ZeRO-3 each layer is gathered once in the
+forward and once in the backward pass, and gradient checkpointing, which disables caches, works.
 
 Shapes: N packed tokens, R rows of a group, T its longest row, S the longest chain of ancestors plus T, h heads, d head width.
 """
@@ -27,14 +27,14 @@ from ptuning.model import cpu_attention
 from ptuning.model.token_tree import SegmentGroup, TokenTree
 
 ATTENTION = "ptuning_segments"
-"""Name of the attention below. Called without a segment tree it is transformers' own SDPA."""
+"""Name of the attention below. Without a segment tree it is transformers' own SDPA."""
 
 
 def _rows(packed: Tensor, groups: list[SegmentGroup]) -> dict[int, Tensor]:
     """`[h, N, d]` packed -> `[R, h, T, d]` padded rows of every group, by the group's id.
 
-    One split, whose backward pass is one concatenation. A slice for each group would have a backward pass that fills a whole
-    `[h, N, d]` each time: with K slots, K times K of them.
+    The backward pass of a single `split` is one concatenation. With one slice per group the backward pass would fill a whole
+    `[h, N, d]` for each: quadratic in the number of slots.
     """
     rows = {}
     for group, part in zip(groups, packed.split([group.tokens for group in groups], 1), strict=True):
@@ -53,14 +53,14 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of one group's rows to themselves and their ancestors: rows `[R, h, T, d]` -> `[tokens, h, d]`."""
+    """Attention of a group's rows to themselves and their ancestors: rows `[R, h, T, d]` -> `[tokens, h, d]`."""
     q = queries[id(group)]
     k = torch.cat([_inherited(keys[id(ancestor)], rows) for ancestor, rows in group.chain], 2)  # [R, key heads, S, d]
     v = torch.cat([_inherited(values[id(ancestor)], rows) for ancestor, rows in group.chain], 2)
     shared = q.shape[1] // k.shape[1]  # grouped-query attention: query heads per key head
     mask = group.mask(window, shared, k.device)
     if shared > 1:
-        # The query heads of one key head become more query rows: no copy of keys and values per query head.
+        # The query heads of one key head become additional query rows, so keys and values are not copied per query head.
         q = q.unflatten(1, (k.shape[1], shared)).transpose(2, 3).flatten(2, 3)
     if softcap is None:
         out = cpu_attention.attention(q, k, v, mask, scale)
@@ -73,7 +73,7 @@ def _attend(
 
 
 def _inherited(above: Tensor, rows: list[int] | None) -> Tensor:
-    """An ancestor's keys or values, one row for each row that continues it."""
+    """The keys or values of an ancestor, one row for each row of the group."""
     if rows is None:
         return above
     if len(above) == 1:
@@ -85,9 +85,9 @@ def softcapped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, s
     """Attention with tanh-capped scores (Gemma 2, arXiv 2408.00118, section 2), which SDPA cannot do."""
     scores = (q @ k.transpose(-1, -2)) * (scale if scale is not None else q.shape[-1] ** -0.5)
     scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:  # causal, the queries being the last of the keys
+    if mask is None:  # causal: the queries are the last positions of the keys
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-    # Not -inf: a padded query that may look nowhere would be NaN, and 0 * NaN would reach the others as a value.
+    # Not -inf: a padded query that attends to nothing would be NaN, and 0 * NaN would spread to the other queries.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
 
@@ -105,12 +105,12 @@ def segment_attention(
     segments: TokenTree | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function given to transformers: `[1, h, N, d]` -> `[1, N, h, d]`.
+    """The attention function that transformers calls: `[1, h, N, d]` -> `[1, N, h, d]`.
 
-    Without `segments` it is SDPA (or capped attention), so the same model generates text and runs plain batches.
+    Without `segments` it is SDPA (or softcapped attention), so the same model can generate text and run plain batches.
 
     Raises:
-        NotImplementedError: the architecture wants something in its attention that is not computed here.
+        NotImplementedError: the architecture's attention has a feature that is not implemented here.
     """
     if segments is None:
         if softcap is None:

@@ -1,1 +1,1 @@
-"""What fits into memory and how long it takes, by arithmetic."""
+"""Capacity plans: memory and time of training and serving, by arithmetic."""

@@ -1,6 +1,6 @@
-"""What fits where, and how fast: memory and time of training and serving, by arithmetic. No torch, no weights.
+"""Memory and time of training and serving, by arithmetic. Without torch and weights.
 
-Bytes are bytes, GB are 10^9 of them. A rank is one worker, with a GPU or a share of a machine's memory.
+1 GB is 10^9 bytes. A rank is one worker, with one GPU or a part of a machine's memory.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from ptuning.planning.zero3_simulator import (
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Memory of a rank in bytes, and time, of a step with so many slots."""
+    """Memory of a rank in bytes, and time, for a step with `slots` slots."""
 
     slots: int
     reserved: int
     share: int
-    """The rank's part of the base, with what stays whole."""
+    """The rank's part of the base, including tensors that are not partitioned."""
     gathered: int
     activations: int
     step: int
-    """Most gathered tensors and activations at once in a step: less than their sum if they peak at different moments."""
+    """Peak of gathered tensors plus activations in a step: less than the sum of their peaks if these differ in time."""
     evaluation: int
-    """The same of an evaluation, with the keys and values of generated text."""
+    """The same for an evaluation, with the keys and values of generated text."""
     soft_prompts: int
-    """Soft prompts, the best of each, gradients and two moments of the optimiser, all in fp32."""
+    """Soft prompts, the best version of each, gradients and two optimiser moments, all in fp32."""
     holes: int
-    """On a CPU: what the C library's heap may keep between tensors, at most (`HOLES`). GPU memory is handed out by torch, whose
-    own holes are part of `reserved`."""
+    """On a CPU: the maximum fragmentation of the C library's heap (`HOLES`). On a GPU torch allocates the memory, and its
+    fragmentation is part of `reserved`."""
     received: int
-    """Bytes that all-gathers bring to a rank per step, its own share included."""
+    """Bytes that a rank receives by all-gathers per step, its own part included."""
     seconds: float
-    """Of a step, at least: the slower of arithmetic and gathering on a GPU, where they overlap, and both on a CPU."""
+    """Lower bound of a step: the maximum of arithmetic and gathering on a GPU, where they overlap; their sum on a CPU."""
     flops: int
     bound: Literal["arithmetic", "gathering"]
     node_copy: bool
 
     @property
     def peak(self) -> int:
-        """Most bytes on a rank but for the heap's holes."""
+        """Peak bytes on a rank without the fragmentation of the heap."""
         return self.reserved + self.share + max(self.step, self.evaluation) + self.soft_prompts
 
     @property
@@ -61,16 +61,16 @@ class TrainingPlan:
 
     @property
     def working(self) -> int:
-        """Of these, what is taken when the base is there."""
+        """Of these, the bytes in use after the base is loaded."""
         return self.needed - self.reserved - self.share
 
 
 HOLES = 1.5
-"""Of what a step takes, what glibc's heap keeps in holes at most (measured: 0.5 to 1.4; BENCHMARKS.md)."""
+"""Maximum fragmentation of glibc's heap, relative to the memory of a step (measured: 0.5 to 1.4; BENCHMARKS.md)."""
 
 STATES = 8
-"""Tensors like a soft prompt in fp32: itself, the best so far, two moments; in a step its gradient, that of all slots in one
-tensor, its part of it, and a clipped copy."""
+"""Number of fp32 tensors of the size of a soft prompt: itself, the best version, two moments; in a step its gradient, its part
+of the tensor with the gradients of all slots, a copy of that part, and a clipped copy."""
 
 
 def step_flops(shape: BaseShape, work: Workload) -> int:
@@ -83,7 +83,7 @@ def step_flops(shape: BaseShape, work: Workload) -> int:
 
 
 def sharing(shape: BaseShape, settings: RunShape, machine: Machine) -> Sharing:
-    """How `zero.derive_config` spreads a base over such a machine."""
+    """How `zero.derive_config` partitions a base on such a machine."""
     free = machine.memory - machine.reserved
     whole = shape.numbers * shape.itemsize
     copy = node_copies_fit(whole, machine.ranks, machine.per_node, free)
@@ -116,7 +116,7 @@ class Training:
         )
 
     def plan(self, slots: int) -> TrainingPlan:
-        """Memory and time of a step with so many slots."""
+        """Memory and time of a step with `slots` slots."""
         shape, settings, machine = self.shape, self.settings, self.machine
         timeline = self._one.with_slots(self._two, slots)
         sharded = settings.stage == 3 and machine.ranks > 1
@@ -147,7 +147,7 @@ class Training:
         )
 
     def _evaluated(self, slots: int, spread: Sharing) -> int:
-        """Passes are cut to the same size whatever the number of slots, until one row of each is more than that."""
+        """Passes have the same size for any number of slots, until one row per slot exceeds that size."""
         settings, shape = self.settings, self.shape
         slots = slots if slots * settings.tokens > TOKENS // 2 else 1
         fitting = min(TOKENS // (slots * settings.tokens), LOGITS // (slots * settings.targets * shape.vocabulary))
@@ -155,7 +155,7 @@ class Training:
         if settings.new_tokens:
             rows = max(1, TOKENS // (settings.tokens + settings.new_tokens))
             positions = rows * (settings.length + settings.tokens + settings.new_tokens)
-            # transformers' cache grows by concatenation, one layer at a time.
+            # transformers' cache grows by concatenation, layer by layer.
             cache = positions * shape.token_numbers * shape.itemsize * (shape.layers + 1) // shape.layers
             peak = max(peak, cache + gather(self._pass(1, rows, 1), spread, shape.itemsize).peak)
         return peak
@@ -167,16 +167,16 @@ class Training:
         return one.with_slots(self._evaluation(replace(work, slots=2)), slots) if slots > 1 else one
 
     def most_slots(self, limit: int) -> int:
-        """So many fit, `limit` at most; 0 if not even one does."""
+        """The number of slots that fit, at most `limit`; 0 if not even one fits."""
         return _most(limit, lambda slots: self.plan(slots).needed <= self.machine.memory)
 
     def most_slots_in(self, room: int, limit: int) -> int:
-        """So many fit into `room` bytes beside a base that is there already."""
+        """The number of slots that fit into `room` bytes if the base is already loaded."""
         return _most(limit, lambda slots: self.plan(slots).working <= room)
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to `limit` that fits, if all smaller ones do."""
+    """The largest number up to `limit` that fits, assuming that all smaller ones fit."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -191,17 +191,17 @@ class ServingPlan:
     reserved: int
     weights: int
     cache: int
-    """Keys and values, as `serve.cache_mb` sets them."""
+    """Keys and values, as set by `serve.cache_mb`."""
     bank: int
     """Rows of the bank of soft prompts: it starts with 1,024 and doubles."""
     step: int
     """Activations of a step of 1,024 tokens."""
     room: int
-    """Bytes that the cache could have; negative if the replica does not fit."""
+    """Bytes available for the cache; negative if the replica does not fit."""
     running: int
-    """Requests of `length + tokens + new` positions that the cache holds at once."""
+    """Number of requests with `length + tokens + new` positions that fit into the cache."""
     most_running: int
-    """The same if the cache takes all the room."""
+    """The same if the cache uses all available memory."""
 
     @property
     def peak(self) -> int:
@@ -219,9 +219,9 @@ def plan_serving(
     resident: int,
     new: int,
 ) -> ServingPlan:
-    """A replica that answers up to `new` tokens, with `resident` soft prompts, each of which is asked at the moment."""
+    """A replica that generates up to `new` tokens, with `resident` soft prompts, all in use."""
     positions = settings.tokens
-    # A step's tokens may be many requests' prefills or one's; logits are computed for every running request.
+    # The tokens of a step may belong to one prefill or to many; logits are computed for every running request.
     rows = max(1, STEP_TOKENS // positions)
     step = evaluation(Workload(1, settings.length, rows, positions + 1, 1)).peak
     step += running * shape.vocabulary * (shape.itemsize + 4 + 4)
@@ -231,7 +231,7 @@ def plan_serving(
     bank = vectors * shape.width * shape.itemsize
     room = machine.memory - machine.reserved - shape.bytes - bank - step
     page = PAGE * shape.token_numbers * shape.itemsize
-    shared = settings.length // PAGE  # whole pages of a soft prompt are there once
+    shared = settings.length // PAGE  # whole pages of a soft prompt are stored once
     each = -(-(settings.length - shared * PAGE + positions + new) // PAGE)
 
     def fitting(size: int) -> int:

@@ -11,7 +11,7 @@ from ptuning.planning.workload import BaseShape, Machine, RunShape
 
 @dataclass(frozen=True)
 class Estimate:
-    """Everything that `ptuning plan` knows."""
+    """The result of `ptuning plan`."""
 
     name: str
     base: str
@@ -24,7 +24,7 @@ class Estimate:
     slots: int
     """Soft prompts that fit side by side; 0: not even one."""
     packed: TrainingPlan | None
-    """With all of them."""
+    """The plan with all of them."""
     serving: ServingPlan
     advice: list[str]
 
@@ -40,7 +40,7 @@ class Estimate:
         return self.serving.peak <= self.machine.memory and self.serving.running > 0
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data; bytes and seconds."""
+        """As plain data, in bytes and seconds."""
         found = asdict(self) | {"fits": self.fits, "serves": self.serves}
         for name, plan in (("training", self.training), ("packed", self.packed), ("serving", self.serving)):
             if plan is not None:
@@ -84,7 +84,7 @@ def _describe(found: Estimate) -> str:
     row("  trial-steps per second", *(f"{each.slots / each.seconds:.3g}" for each in columns))
     row("  bound by", *(each.bound for each in columns))
     if one.node_copy:
-        lines.append("  every node keeps a second copy of the base, so gathers stay inside it")
+        lines.append("  every node keeps a second copy of the base, so gathers stay inside the node")
     lines.append(f"  slots that fit: {found.slots if found.fits else 'not even one'}\n")
     row("serving, a replica", "")
     for words, size in (

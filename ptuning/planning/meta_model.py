@@ -1,9 +1,8 @@
-"""A base from its config alone, on torch's meta device: its tensors, and what a pass allocates and when. No weight is read.
+"""A base on torch's meta device, from its config alone: its tensors, and the allocations of a pass over time. Reads no weights.
 
-The pass is the real one (`PromptedModel`, forward and backward), run on tensors that have shapes but no memory: a dispatch mode
-counts the bytes of every storage from its birth to its death, and hooks note which module needs its tensors when, as
-DeepSpeed's hooks do. So there is no formula per architecture that could fall behind the code. What it cannot see is memory
-that kernels take for themselves while they run.
+It runs the real pass (`PromptedModel`, forward and backward) on tensors with shapes but no memory. A dispatch mode counts the
+bytes of every storage from allocation to release, and hooks record which module needs its tensors when, as DeepSpeed's hooks
+do. So there are no formulas per architecture that could become outdated. Memory that kernels allocate internally is not seen.
 """
 
 from __future__ import annotations
@@ -33,26 +32,26 @@ from ptuning.planning.zero3_simulator import Moment, Timeline
 
 
 def read_config(path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a base: a config.json, or the folder of one. Nothing else has to be there.
+    """The config of a base, from a config.json or a folder that contains one. No other file is needed.
 
     Raises:
-        BaseError: there is none, or none of a decoder-only language model.
+        BaseError: there is no config, or it is not one of a decoder-only language model.
     """
     file = Path(path).expanduser()
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():
-        raise BaseError(f"{path}: there is no config.json; give the file or a folder that holds it")
+        raise BaseError(f"{path}: there is no config.json; give the file or a folder that contains it")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(file, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise BaseError(f"{path}: is no config that transformers knows ({reason}); give one with a known model_type") from None
+        raise BaseError(f"{path}: is not a supported config ({reason}); give one with a model_type of transformers") from None
     check_decoder(str(path), config)
     return config
 
 
 class MetaModel:
-    """A base without memory, in the dtype it computes in.
+    """A base without memory, in its compute dtype.
 
     Raises:
         BaseError: its code does not run without weights.
@@ -88,7 +87,7 @@ class MetaModel:
         text = work.tokens - work.targets
         lengths = [work.length] * work.slots
         target, objective = [0] * work.targets, Objective()
-        if work.compared:  # labels that part as late as they can
+        if work.compared:  # labels that branch as late as possible
             shared = [0] * (work.targets - 2)
             labels = tuple((*shared, last, 0) for last in range(work.compared))
             target, objective = list(labels[0]), Objective(LabelTrie(labels), text=False)
@@ -100,7 +99,7 @@ class MetaModel:
             _fused_attention(),
             torch.set_grad_enabled(backward),
         ):
-            # transformers lets embeddings ask for gradients when it recomputes, and torch finds their hooks odd.
+            # With checkpointing transformers enables gradients of the embeddings' output, and torch warns about those hooks.
             warnings.filterwarnings("ignore", "Full backward hook", UserWarning)
             nll = self.model(vectors, plan)
             if backward:
@@ -133,8 +132,8 @@ def _shape(model: PromptedModel, dtype: torch.dtype) -> BaseShape:
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """On the meta device SDPA is the mathematical one, which keeps every score. Real devices take a fused kernel, which keeps
-    queries, keys, values, the result and a mask as numbers: so does the CPU's, whose shapes stand for all of them here."""
+    """On the meta device SDPA uses its math implementation, which stores every score. Real devices use a fused kernel, which
+    stores queries, keys, values, the result and a numeric mask. The shapes of the CPU kernel are used for all devices."""
     original = functional.scaled_dot_product_attention
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -160,7 +159,7 @@ def _fused_attention() -> Iterator[None]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Counts bytes of storages that are alive, and writes down the moments of a pass."""
+    """Counts the bytes of live storages, and records the moments of a pass."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -213,7 +212,7 @@ class _Recorder(TorchDispatchMode):
         self._moments.append(Moment(kind, own, 0, forward))
 
     def _close(self) -> None:
-        """The peak since the latest moment belongs to it."""
+        """Assign the peak since the latest moment to that moment."""
         if self._moments:
             latest = self._moments[-1]
             self._moments[-1] = Moment(latest.kind, latest.tensors, max(latest.peak, self._peak), latest.forward)

@@ -1,4 +1,4 @@
-"""From an experiment and some numbers about a machine to plans of training and serving. Reads rows and a config, no weights."""
+"""Plans training and serving from an experiment and some figures of a machine. Reads rows and a config, no weights."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ GB = 1_000_000_000
 GPU = {"memory_gb": 80.0, "bandwidth_gb": 50.0, "tflops": 400.0}
 """An H100: 80 GB, a 400 Gb/s link of its own, 40 % of its dense bf16 peak."""
 INSIDE_GB = 300.0
-"""GB/s that a GPU receives where all gathers stay inside a node: two thirds of an H100's NVLink."""
+"""GB/s that a GPU receives if all gathers stay inside a node: two thirds of an H100's NVLink."""
 CPU = {"bandwidth_gb": 1.0, "tflops": 0.1}
 LABEL_TOKENS, FREE_SHARE, MOST_RANKS = 4, 4, 1024
-"""Where no rows can be counted: tokens of a label with its end token; free text is a quarter of a row."""
+"""Assumed tokens of a label, end token included, if there are no rows to count; free text is a quarter of a row."""
 
 
 def make_plan(
@@ -40,15 +40,15 @@ def make_plan(
     config: str | None = None,
     tokens: int | None = None,
 ) -> Estimate:
-    """Plan an experiment on `gpus` GPUs, or with 0 on `compute.workers` CPU workers of this machine.
+    """Plan an experiment on `gpus` GPUs or, if 0, on `compute.workers` CPU workers of this machine.
 
     Raises:
-        UserError: no such base, rows that cannot be counted, or a batch that is too small for so many workers.
+        UserError: no such base, rows that cannot be counted, or a batch that is too small for the number of workers.
     """
     ranks = gpus or experiment.compute.most_workers
     if experiment.train.batch_size < ranks:
         raise UserError(
-            f"train.batch_size: {experiment.train.batch_size} rows cannot be shared by {ranks} workers; "
+            f"train.batch_size: {experiment.train.batch_size} rows cannot be split over {ranks} workers; "
             f"plan with train.batch_size={ranks}, or fewer workers"
         )
     usual = GPU if gpus else CPU | {"memory_gb": psutil.virtual_memory().total / GB / ranks}
@@ -66,7 +66,7 @@ def make_plan(
     if settings.length + settings.tokens > context:
         raise UserError(
             f"data.max_tokens: {settings.length} virtual tokens and {settings.tokens} of text exceed the {context} positions "
-            f"of the base; at most {context - settings.length}"
+            f"of the base; set it to at most {context - settings.length}"
         )
     meta_model = MetaModel(described, dtype, checkpoint_gradients=experiment.train.gradient_checkpointing)
     inside = ranks <= per_node or sharing(meta_model.shape, settings, machine).per_node
@@ -105,7 +105,7 @@ def make_plan(
 def _read(
     experiment: Experiment, config: str | None, tokens: int | None, gpus: bool
 ) -> tuple[PretrainedConfig, torch.dtype, RunShape]:
-    """The base's config, the dtype it will compute in, and the size of the rows."""
+    """The base's config, its compute dtype, and the size of the rows."""
     folder = Path(experiment.model.path).expanduser()
     bare = folder.suffix == ".json" or (folder.is_dir() and not any(folder.glob("*.safetensors")))
     tokens = tokens or experiment.data.max_tokens
@@ -116,7 +116,7 @@ def _read(
         dtype = torch.bfloat16 if half and (gpus or computes_in_bfloat16()) else torch.float32
         dtype = dtype if wanted == "auto" else getattr(torch, wanted)
         if tokens is None:
-            raise UserError("data.max_tokens: is not set, and a config alone has no tokenizer to count with; give --tokens")
+            raise UserError("data.max_tokens: is not set, and without a tokenizer rows cannot be counted; give --tokens")
         return described, dtype, _settings(experiment, tokens)
     base = find_base(experiment.model)
     if tokens is not None:
@@ -136,7 +136,7 @@ def _training(meta_model: MetaModel, settings: RunShape, machine: Machine) -> Tr
 
 
 def _more_for_training(meta_model: MetaModel, dtype: torch.dtype, settings: RunShape, machine: Machine) -> str:
-    """What would have to change for one soft prompt to fit."""
+    """The changes that would make one soft prompt fit."""
     small = replace(settings, micro_batch=1)
     recomputing = MetaModel(meta_model.model.base.config, dtype, checkpoint_gradients=True)
     ways = [
@@ -153,15 +153,15 @@ def _more_for_training(meta_model: MetaModel, dtype: torch.dtype, settings: RunS
         changed = replace(small, batch=max(ranks, settings.batch))
         if _training(recomputing, changed, wider).most_slots(1):
             memory = f"of {machine.memory / GB:g} GB each"
-            return f"training: {ranks} {kind} {memory} would do, with {ways[-1][0]}"
+            return f"training: {ranks} {kind} {memory} would be enough, with {ways[-1][0]}"
         ranks *= 2
     needed = _training(recomputing, replace(small, batch=MOST_RANKS), replace(machine, ranks=MOST_RANKS)).plan(1).needed
-    return f"training: even {MOST_RANKS} {kind} need {needed / GB:.1f} GB each; take larger ones, or a smaller base"
+    return f"training: even {MOST_RANKS} {kind} need {needed / GB:.1f} GB each; use larger ones, or a smaller base"
 
 
 def _more_for_serving(found: Estimate) -> str:
     serving = found.serving
     if serving.peak > found.machine.memory:
         place = "one GPU" if found.machine.gpus else "one worker"
-        return f"serving: a replica needs {serving.peak / GB:.1f} GB on {place}; take a larger one, or a smaller base"
+        return f"serving: a replica needs {serving.peak / GB:.1f} GB on {place}; use a larger one, or a smaller base"
     return "serving: not one request fits into serve.cache_mb; raise it"

@@ -1,4 +1,4 @@
-"""What a capacity plan is about: the base's shape, one pass, the machine, what an experiment decides about memory."""
+"""Input of a capacity plan: the base's shape, one pass, the machine, and the settings that affect memory."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from ptuning.planning.zero3_simulator import Timeline
 
 @dataclass(frozen=True)
 class BaseShape:
-    """A base, as far as plans need it."""
+    """The sizes of a base that plans need."""
 
     numbers: int
-    """All parameters, tied ones once."""
+    """All parameters; tied ones count once."""
     embedding: int
     """Of these, in the input embedding."""
     head: int
     """Of these, in the output head; 0 where it is tied to the embedding."""
     last: int
-    """In the last layer, those that only tokens that predict go through (`LastLayer`)."""
+    """Of the last layer, the parameters that are applied only where a token is predicted (`LastLayer`)."""
     width: int
     layers: int
     vocabulary: int
     attention_width: int
     """Query heads times their width."""
     token_numbers: int
-    """Numbers of one token's keys and values in all layers."""
+    """Elements of one token's keys and values in all layers."""
     itemsize: int
-    """Bytes of a number as it is computed in."""
+    """Bytes per element in the compute dtype."""
     buffers: int = 0
-    """Bytes of what is no parameter and whole on every rank."""
+    """Bytes of buffers, which are not parameters and are whole on every rank."""
 
     @property
     def inner(self) -> int:
-        """Parameters that every token goes through."""
+        """Parameters that are applied to every token."""
         return self.numbers - self.embedding - self.head - self.last
 
     @property
@@ -54,17 +54,17 @@ class Workload:
     tokens: int
     targets: int
     compared: int = 0
-    """Token ids that a choice among labels compares; 0: every target token is predicted among the whole vocabulary."""
+    """Token ids that a choice among labels compares; 0: every target token is predicted over the whole vocabulary."""
 
     @property
     def fed_per_row(self) -> int:
-        """Tokens of a row that go through the base. The last target token is predicted but never fed; of a chosen label
-        neither are the end token and the one before it, the latest choice."""
+        """Tokens of a row that the base processes. The last target token is predicted but never fed. For a choice among labels,
+        neither the end token nor the token before it (the latest possible choice) is fed."""
         return self.tokens - (2 if self.compared else 1)
 
     @property
     def fed(self) -> int:
-        """Tokens of text that go through the base."""
+        """Tokens of text that the base processes."""
         return self.slots * self.rows * self.fed_per_row
 
     @property
@@ -86,21 +86,21 @@ class Machine:
     per_node: int
     """Ranks of one node."""
     bandwidth: float
-    """Bytes a second that a rank can receive from the others."""
+    """Bytes per second that a rank can receive from the others."""
     flops: float
-    """Operations a second that a rank really computes in the base's dtype."""
+    """Operations per second that a rank achieves in the base's dtype."""
     gpus: bool = True
 
     @property
     def reserved(self) -> int:
-        """Bytes that are taken before the base: on a GPU the CUDA context, NCCL's buffers and cuBLAS's workspaces (an estimate,
-        not measured here), on a CPU the libraries (measured: 0.62 GB of private memory after the imports)."""
+        """Bytes in use before the base is loaded: on a GPU the CUDA context, NCCL's buffers and cuBLAS's workspaces (an
+        estimate, not measured), on a CPU the libraries (measured: 0.62 GB of private memory after the imports)."""
         return 1_500_000_000 if self.gpus else 650_000_000
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """What an experiment decides about memory."""
+    """Settings of an experiment that affect memory."""
 
     length: int
     tokens: int
@@ -108,12 +108,12 @@ class RunShape:
     targets: int
     """Of these, target tokens with the end token."""
     batch: int
-    """Rows of a step over all ranks."""
+    """Rows of a step, summed over all ranks."""
     micro_batch: int | None = None
     new_tokens: int = 0
-    """Tokens that evaluation generates; 0 where labels are scored."""
+    """Tokens that evaluation generates; 0 if labels are scored."""
     compared: int = 0
-    """Token ids that a choice among labels compares, at most; 0: the objective is text."""
+    """Maximum token ids that a choice among labels compares; 0: the objective is text."""
     live: int | None = None
     persistent: int = 10_000
     stage: int = 3
@@ -121,7 +121,7 @@ class RunShape:
 
     @staticmethod
     def read(experiment: Experiment, tokens: int, targets: int) -> RunShape:
-        """Those of an experiment with rows of so many tokens; a search plans for its longest soft prompts."""
+        """The settings of an experiment whose rows have this many tokens; a search plans for its longest soft prompts."""
         train, zero = experiment.train, experiment.zero
         return RunShape(
             experiment.prompt.length,
@@ -139,7 +139,7 @@ class RunShape:
 
     @staticmethod
     def of_rows(experiment: Experiment, lengths: Sequence[int], targets: Sequence[int]) -> RunShape:
-        """Those of an experiment whose rows have these lengths and target lengths, for its heaviest batch."""
+        """The settings of an experiment whose rows have these lengths and target lengths, for its heaviest batch."""
         batch = experiment.train.batch_size
         return RunShape.read(experiment, heaviest_rows(lengths, batch), heaviest_rows(targets, batch))
 
@@ -156,17 +156,17 @@ class RunShape:
 
 
 def compared(experiment: Experiment, targets: int) -> int:
-    """Token ids that a step compares where it only chooses: a tree with so many leaves has fewer than twice as many edges.
-    `targets`: tokens of the longest label."""
+    """Token ids that a step compares if it only chooses among labels: a tree with n leaves has fewer than 2n edges. `targets`:
+    tokens of the longest label."""
     only = experiment.objective == "choice" and not experiment.train.resolved_text_weight(targets)
     return 2 * len(experiment.data.labels or ()) if only else 0
 
 
 Trace = Callable[[Workload], Timeline]
-"""Writes down a pass (`MetaModel.training`, `MetaModel.evaluation`, which remember what they were asked)."""
+"""Records a pass (`MetaModel.training`, `MetaModel.evaluation`, which cache their results)."""
 
 
 def heaviest_rows(lengths: Sequence[int], batch: int) -> int:
-    """Tokens of the rows of the heaviest batch, in the mean: rows of about the same length share a batch."""
+    """Mean tokens of the rows in the heaviest batch."""
     longest = sorted(lengths)[-batch:]
     return -(-sum(longest) // len(longest))

@@ -1,8 +1,8 @@
-"""Which tensors of a sharded base are gathered when: DeepSpeed's rules, replayed on what a pass needs. Arithmetic, no torch.
+"""Simulates which tensors of a partitioned base are gathered when, by DeepSpeed's rules. Arithmetic, without torch.
 
-`meta_model` writes down what a pass over a base allocates and which module needs its tensors when; here DeepSpeed's rules for
-gathering and releasing them are replayed on it, for any number of workers. The same rules choose how much a worker may
-gather (`live_numbers`) and whether nodes keep copies (`node_copies_fit`), so `zero` and the plans cannot disagree.
+`meta_model` records the allocations of a pass and when each module needs its tensors. This module replays DeepSpeed's rules for
+gathering and releasing tensors on that record, for any number of workers. The same rules determine how much a worker may gather
+(`live_numbers`) and whether nodes keep copies (`node_copies_fit`), so `zero` and the plans cannot disagree.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Moment:
-    """A module begins to need its own tensors (fetch) or has used them (release); `peak` bytes of activations at most until
-    the next moment."""
+    """A module starts to need its tensors (fetch) or has used them (release). `peak`: maximum bytes of activations until the
+    next moment."""
 
     kind: Literal["fetch", "release"]
     tensors: tuple[int, ...]
@@ -27,77 +27,77 @@ class Moment:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A pass: its moments in order, and the numbers of every parameter by its index in the moments."""
+    """A pass: its moments in order, and the number of elements of each parameter by its index in the moments."""
 
     sizes: tuple[int, ...]
     moments: tuple[Moment, ...]
 
     @property
     def peak(self) -> int:
-        """Most bytes of activations at once."""
+        """Peak bytes of activations."""
         return max((moment.peak for moment in self.moments), default=0)
 
     def with_slots(self, other: Timeline, slots: int) -> Timeline:
-        """The same pass with so many slots, from those with one (self) and two (other): every slot adds the same bytes."""
+        """The pass with `slots` slots, extrapolated from one (self) and two (other): every slot adds the same bytes."""
         pairs = zip(self.moments, other.moments, strict=True)
         return replace(self, moments=tuple(replace(a, peak=a.peak + (slots - 1) * (b.peak - a.peak)) for a, b in pairs))
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """How DeepSpeed spreads a base: workers, and its limits in numbers."""
+    """How DeepSpeed partitions a base: workers, and its limits in elements."""
 
     workers: int
     live: int
     prefetch: int
     persistent: int
     per_node: int = 0
-    """Workers of a node that keep a second copy together; 0: none."""
+    """Number of workers per node that hold a second copy together; 0: no second copy."""
     copies: int = 1
-    """Times that a gathered tensor is in memory while it arrives: gloo fills a buffer of its own first."""
+    """Copies of a gathered tensor in memory while it arrives: gloo first fills its own buffer."""
 
 
 @dataclass(frozen=True)
 class Gathering:
-    """What a step brings to a rank and what it takes there, in bytes."""
+    """Traffic and memory of a step on a rank, in bytes."""
 
     received: int
-    """Gathered per pass, the rank's own share included, as all-gathers count it."""
+    """Gathered per pass, the rank's own part included, as all-gathers count it."""
     gathered: int
-    """Most gathered tensors at once, with the buffers they arrive in."""
+    """Peak of gathered tensors, including the buffers they arrive in."""
     peak: int
-    """Most gathered tensors and activations at once."""
+    """Peak of gathered tensors plus activations."""
 
 
 def share_bytes(whole: int, workers: int, per_node: int = 0) -> int:
-    """Bytes of a base that stay on a rank, about: its part, and with `per_node` its part of the node's copy."""
+    """Approximate bytes of a base that stay on a rank: its part and, with `per_node`, its part of the node's copy."""
     return whole // workers + (whole // per_node if per_node else 0)
 
 
 def live_numbers(free: int, share: int, itemsize: int) -> int:
-    """Numbers of the base that may be gathered at once: a third of what is left when the rank's own share is there.
+    """Maximum elements of the base that may be gathered at once: a third of the memory that the rank's own part leaves free.
 
-    `free`: bytes before the base is loaded; `share`: bytes that stay on the rank.
+    `free`: free bytes before the base is loaded; `share`: bytes that stay on the rank.
     """
     return max(10_000_000, max(0, free - share) // 3 // itemsize)
 
 
 def prefetch_numbers(numbers: int, layers: int, live: int) -> int:
-    """Numbers that are fetched ahead: about two layers."""
+    """Elements that are prefetched: about two layers."""
     return min(live, 2 * numbers // max(1, layers))
 
 
 def node_copies_fit(whole: int, workers: int, per_node: int, free: int) -> bool:
-    """Whether a second copy of the base per node (ZeRO++'s hpZ) leaves a rank half of its memory for the rest.
+    """True if a second copy of the base per node (ZeRO++'s hpZ) leaves a rank half of its memory.
 
-    All later gathers then stay inside the node; but for a base of 405 B in bf16 each of a node's eight GPUs would have to
-    hold 101 GB more.
+    With it all later gathers stay inside the node; but for a base with 405 B parameters in bf16 each of a node's eight GPUs
+    would need 101 GB more.
     """
     return workers > per_node > 1 and whole / workers + whole / per_node <= free / 2
 
 
 def share_numbers(sizes: Iterable[int], sharing: Sharing) -> int:
-    """Numbers that stay on a rank: its part of every tensor (padded), small ones whole, and its part of the node's copy."""
+    """Elements that stay on a rank: its part of every tensor (padded), whole small tensors, and its part of the node's copy."""
     total = 0
     for size in sizes:
         part = -(-size // sharing.workers)
@@ -108,11 +108,11 @@ def share_numbers(sizes: Iterable[int], sharing: Sharing) -> int:
 
 
 class _GatherSimulator:
-    """DeepSpeed's parameter coordinator (0.19: runtime/zero/partitioned_param_coordinator.py), once it knows a pass by heart.
+    """DeepSpeed's parameter coordinator (0.19: runtime/zero/partitioned_param_coordinator.py), after it has recorded a pass.
 
-    It fetches a module's tensors, then those that come next (prefetch), in one all-gather each; several in one arrive in a
-    flat buffer, are copied out of it when the first of them is needed, and the buffer stays until all were. It releases
-    a module's tensors after use, unless they are needed again soon.
+    It fetches a module's tensors, then the next ones (prefetch), with one all-gather each. Several tensors of one all-gather
+    arrive in a flat buffer; they are copied out when the first is needed, and the buffer stays until all are copied. A module's
+    tensors are released after use unless they are needed again soon.
     """
 
     def __init__(self, timeline: Timeline, sharing: Sharing, itemsize: int) -> None:
@@ -120,7 +120,7 @@ class _GatherSimulator:
         self.fetches = [moment for moment in timeline.moments if moment.kind == "fetch"]
         self.queue = deque((tensor, step) for step, moment in enumerate(self.fetches) for tensor in sorted(set(moment.tensors)))
         self.uses: dict[int, list[int]] = {}
-        self.before = [0]  # numbers of all fetches before a step
+        self.before = [0]  # elements of all fetches before a step
         for step, moment in enumerate(self.fetches):
             for tensor in set(moment.tensors):
                 self.uses.setdefault(tensor, []).append(step)
@@ -130,15 +130,15 @@ class _GatherSimulator:
         self.available = 0
         self.whole: set[int] = set()  # gathered, usable
         self.numbers = 0  # of these
-        self.flights: dict[int, list[int]] = {}  # tensor on its way -> all tensors of its all-gather
+        self.flights: dict[int, list[int]] = {}  # tensor in flight -> all tensors of its all-gather
         self.buffers: list[tuple[set[int], int]] = []  # tensors that have not been fetched from a flat buffer, its bytes
         self.received = 0
         self.persistent = {tensor for tensor, size in enumerate(self.sizes) if size <= sharing.persistent}
 
     def bytes(self) -> int:
-        """Gathered tensors and buffers now."""
+        """Current bytes of gathered tensors and buffers."""
         numbers = self.numbers
-        for tensor, group in self.flights.items():  # one alone arrives in its own place, several in a flat buffer
+        for tensor, group in self.flights.items():  # a single tensor arrives in place, several in a flat buffer
             numbers += self.sizes[tensor] * (self.sharing.copies - (len(group) > 1))
         return numbers * self.itemsize + sum(size for _, size in self.buffers)
 
@@ -199,7 +199,7 @@ class _GatherSimulator:
 
 
 def gather(timeline: Timeline, sharing: Sharing, itemsize: int) -> Gathering:
-    """Replay a pass; a single worker has everything, and nothing is gathered."""
+    """Replay a pass. A single worker holds the whole base, and nothing is gathered."""
     if sharing.workers == 1:
         return Gathering(0, 0, timeline.peak)
     gatherer = _GatherSimulator(timeline, sharing, itemsize)

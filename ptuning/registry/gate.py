@@ -1,7 +1,7 @@
-"""What a version must pass before it becomes champion, and the promotion itself.
+"""The checks before a version becomes champion, and the promotion itself.
 
-Whatever is damaged is refused for good. What the gate measures (the base, the logits, the metric) `force` overrides; then the
-reasons stand in a tag of the version and in the log.
+Damaged versions are always refused. `force` overrides the measured checks (base, logits, metric); the findings are then
+recorded in a tag of the version and in the promotion log.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from ptuning.registry.registry import FORCED, STATE, Reference, Registry, Versio
 
 
 class GateError(UserError):
-    """A version did not pass."""
+    """A version did not pass the checks."""
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What a promotion did."""
+    """Result of a promotion."""
 
     version: Version
     previous: int | None
     findings: list[str]
     """What `force` overrode."""
     moved: bool
-    """False: it was champion already."""
+    """False: the version already was champion."""
 
 
 def promote(
     registry: Registry, reference: Reference, *, base: str | None = None, margin: float = MARGIN, force: bool = False
 ) -> Promotion:
-    """Make a version champion if it passes the gate and nobody moved the champion since the gate began.
+    """Make a version champion if it passes the checks and the champion did not change since they began.
 
     Args:
-        base: where its base lies on this machine, if not where its card says.
+        base: the location of its base on this machine, if it differs from the card.
 
     Raises:
-        GateError: it does not pass.
-        champion.MovedMeanwhile: another promotion was faster; nothing was changed.
-        RegistryError, SoftPromptError, StorageError: not there, or damaged.
+        GateError: the version does not pass.
+        MovedMeanwhile: another promotion came first; nothing was changed.
+        RegistryError, SoftPromptError, StorageError: the version is missing or damaged.
     """
     version = registry.find(reference)
     log = PromotionLog(registry, version.name)
@@ -56,24 +56,24 @@ def promote(
         return Promotion(version, _previous(seen), [], moved=False)
     findings = examine(registry, version, seen, base, margin)
     if findings and not force:
-        raise GateError(f"{version}: {'; '.join(findings)}; nothing was changed, --force promotes it all the same")
+        raise GateError(f"{version}: {'; '.join(findings)}; nothing was changed, use --force to promote it anyway")
     log.promote(version.version, seen, "; ".join(findings) or None)
     registry.tag(version, {STATE: "forced", FORCED: "; ".join(findings)[:4000]} if findings else {STATE: "passed"})
     return Promotion(version, seen.champion, findings, moved=True)
 
 
 def examine(registry: Registry, version: Version, seen: State, base: str | None, margin: float) -> list[str]:
-    """Everything that speaks against a version, as half sentences; empty if it passes.
+    """All findings against a version, as clauses; empty if it passes.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the version is damaged.
     """
     candidate, _ = retrieve(registry, version)
     findings = []
     try:
         findings += on_its_base(candidate, str(version), base)
     except UserError as error:
-        findings.append(f"it cannot be tried on its base ({error})")
+        findings.append(f"it cannot be tested on its base ({error})")
     if seen.champion is not None:
         champion = registry.find(Reference(version.name, seen.champion))
         findings += compare(candidate.card, retrieve(registry, champion)[0].card, str(champion), margin)
@@ -81,15 +81,15 @@ def examine(registry: Registry, version: Version, seen: State, base: str | None,
 
 
 def on_its_base(candidate: SoftPrompt, name: str, path: str | None) -> list[str]:
-    """What is wrong with a soft prompt on its base: not finite in the base's own dtype, or without any effect.
+    """Findings about a soft prompt on its base: not finite in the base's dtype, or without effect.
 
     Raises:
-        UserError: the base is not there, or another one.
+        UserError: the base is missing, or not the one the soft prompt was made for.
     """
     base = base_of(candidate.card, name, path)
     check_base(candidate, name, base)
     dtype = base.dtype("auto")
-    # Squared, because the first thing a layer does is to square them; a norm that overflows makes a silent zero.
+    # Squared, because a layer first computes the norm of its input; if that overflows, the result is silently zero.
     if not bool(torch.isfinite(candidate.vectors.to(dtype).square().sum(-1)).all()):
         return [f"its vectors are too large for {str(dtype).removeprefix('torch.')}, in which its base computes"]
     model = base.load(dtype).eval()
@@ -98,24 +98,24 @@ def on_its_base(candidate: SoftPrompt, name: str, path: str | None) -> list[str]
     if not bool(torch.isfinite(tuned).all()):
         return ["its logits are not finite"]
     if torch.equal(tuned, untuned):
-        return ["the base answers the same with and without it"]
+        return ["it does not change the base's answer"]
     return []
 
 
 def compare(candidate: Card, champion: Card, champion_name: str, margin: float) -> list[str]:
-    """What a candidate does worse than the champion: on the same rows, by the metric that both have."""
+    """Findings from the comparison with the champion: on the same rows, by a metric that both have."""
     for split in ("test", "validation"):
         if not candidate.data.get(split) or candidate.data.get(split) != champion.data.get(split):
             continue
         for metric in (f"{split}_{name}" for name in preferred_metrics(champion)):
             if metric in candidate.metrics and metric in champion.metrics:
                 return _worse(metric, candidate.metrics[metric], champion.metrics[metric], champion_name, margin)
-    return [f"no metric on the same rows compares it with the champion {champion_name}"]
+    return [f"it has no metric on the same rows as the champion {champion_name}"]
 
 
 def _worse(metric: str, value: float, best: float, name: str, margin: float) -> list[str]:
     loss = metric.endswith("loss")
-    good = value <= best * (1 + margin) if loss else value >= best - margin  # false for what is not a number
+    good = value <= best * (1 + margin) if loss else value >= best - margin  # false for NaN
     allowed = f"{margin:.0%}" if loss else f"{margin:g}"
     words = metric.replace("_", " ")
     return [] if good else [f"its {words} {value:.4f} is worse than the champion's {best:.4f} ({name}) by more than {allowed}"]

@@ -1,4 +1,4 @@
-"""Everything there is to say about one published soft prompt, as plain data and as lines of text."""
+"""All information about one published soft prompt, as plain data and as lines of text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ptuning.registry.registry import CHAMPION, Reference, Registry, RegistryErr
 
 
 def inspect_version(registry: Registry, name: str, base_path: str | None) -> dict[str, Any]:
-    """Card, lineage, promotions, norms, and the words nearest to every virtual token (None without its base).
+    """Card, lineage, promotions, norms, and the words nearest to every virtual token (None if its base is missing).
 
     Raises:
-        UserError: not there, or damaged.
+        UserError: the version is missing or damaged.
     """
     version = registry.find(name)
     loaded, _ = retrieve(registry, version)
@@ -56,7 +56,7 @@ def _base(card: Card, version: Version, path: str | None) -> tuple[Base | None, 
 
 
 def version_lines(shown: dict[str, Any]) -> list[str]:
-    """The inspection for a person."""
+    """The inspection as text."""
     card, lineage = shown["card"], shown["lineage"]
     aliases = f" ({', '.join(shown['aliases'])})" if shown["aliases"] else ""
     lines = [f"{shown['name']}:{shown['version']}{aliases}", *_card_lines(card)]
@@ -68,7 +68,7 @@ def version_lines(shown: dict[str, Any]) -> list[str]:
     if shown["forced"]:
         lines.append(f"forced       {shown['forced']}")
     lengths = shown["norms"]
-    own = f", the base's own words {lengths['vocabulary_mean']:.3f}" if "vocabulary_mean" in lengths else ""
+    own = f", mean of the base's embeddings {lengths['vocabulary_mean']:.3f}" if "vocabulary_mean" in lengths else ""
     lines.append(f"norms        mean {lengths['mean']:.3f}, largest {lengths['largest']:.3f}{own}")
     if shown["nearest_words"] is None:
         return [*lines, f"words        unknown: {shown['missing']}"]
@@ -96,23 +96,23 @@ def _card_lines(card: dict[str, Any]) -> list[str]:
 
 
 def _objective(card: dict[str, Any]) -> list[str]:
-    """How the labels were learned: whoever generates without a constraint has to know."""
+    """The training objective. It matters for generation that is not constrained to the labels."""
     train = (card["experiment"] or {}).get("train", {})
     if train.get("objective") != "choice":
         return []
     weight = train.get("text_weight", 0.0)
-    text = f"text weight {weight:g}" if weight else "free generation does not say the labels: constrain it to them"
+    text = f"text weight {weight:g}" if weight else "free generation does not produce the labels; constrain it to them"
     return [f"objective    choice; {text}"]
 
 
 def similar(registry: Registry, reference: Reference) -> list[tuple[Version, float]]:
     """Other soft prompts of the same base, the most similar first: candidates to start from (SPoT, Vu et al. 2022).
 
-    Similarity is the cosine of the averaged vectors, the paper's first measure (section 4.1). Of every name the champion is
-    looked at, or the newest version.
+    Similarity is the cosine of the averaged vectors, the paper's first measure (section 4.1). Of every name only the champion
+    is compared, or the newest version if there is none.
 
     Raises:
-        UserError: not there, or its base is unknown.
+        UserError: the version is missing, or its base is unknown.
     """
     wanted = registry.find(reference)
     base = (wanted.fingerprint or {}).get("weights")

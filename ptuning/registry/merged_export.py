@@ -1,8 +1,8 @@
-"""A base and one soft prompt as a plain Hugging Face checkpoint, for servers that do not know what a soft prompt is.
+"""Exports a base with one soft prompt as a plain Hugging Face checkpoint, for servers without support for soft prompts.
 
-The vocabulary grows by the virtual tokens `<|NAME:0|>` ..., whose embeddings are the soft prompt's vectors. The tokenizer
-puts them in front of every text, before the special tokens it puts there itself, as in our own pass; so does the chat template,
-whose last user message fills the field of the card's template. `token_suppression` keeps virtual tokens from being generated.
+The vocabulary is extended by the virtual tokens `<|NAME:0|>` ..., whose embeddings are the soft prompt's vectors. The tokenizer
+prepends them to every text, before its own special tokens, as in ptuning's own pass. The chat template does the same, and puts
+the last user message into the field of the card's template. `token_suppression` prevents the generation of virtual tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ptuning.registry.token_suppression import Suppression
 
 PROBES = ("This is a test.", "a", "Two  words, 3 numbers\nand äöü!")
 TOLERANCE = 1e-4
-"""Most that the logits may change, relative to the largest: scaling an embedding down and up again rounds."""
+"""Maximum change of a logit, relative to the largest: scaling an embedding down and up again rounds."""
 
 
 class ExportError(UserError):
@@ -45,13 +45,13 @@ class ExportError(UserError):
 
 @dataclass(frozen=True)
 class Merged:
-    """What became of a merged export."""
+    """Result of a merged export."""
 
     tokens: int
     """Virtual tokens."""
     vocabulary: int
     untied: bool
-    """The base shared one matrix between input and output; the export has two."""
+    """The base ties input embedding and output head; the export has two matrices."""
     suppression: Suppression
     """What keeps virtual tokens from being generated."""
     prepends: bool
@@ -63,27 +63,27 @@ class Merged:
         return asdict(self)
 
     def lines(self, name: str, folder: str) -> list[str]:
-        """What a person should know."""
+        """The report as lines of text."""
         lines = [f"{name} merged into {folder}: {self.tokens} virtual tokens, vocabulary {self.vocabulary}"]
         if self.untied:
-            lines.append("the output head is now a matrix of its own; engines that always tie this architecture cannot load it")
+            lines.append("the output head is no longer tied to the embedding; engines that always tie them cannot load it")
         if not self.suppression.safe:
             lines.append(
-                f"warning: of tokens drawn at temperature 2, a share of {self.suppression.mean:.0e} would be virtual ones "
-                "where an engine ignores suppress_tokens of the generation config (transformers does not); suppress them there"
+                f"warning: with an engine that ignores suppress_tokens of the generation config, {self.suppression.mean:.0e} "
+                "of the tokens sampled at temperature 2 would be virtual tokens (transformers honours it); suppress them there"
             )
         if not self.prepends:
-            lines.append("warning: this tokenizer cannot put the virtual tokens in front; begin every text with all of them")
+            lines.append("warning: this tokenizer cannot prepend the virtual tokens; begin every text with all of them")
         if not self.chat:
             lines.append("no chat template: the card has no template, or this tokenizer would split its text differently")
         return lines
 
 
 def export_merged(registry: Registry, version: Version, folder: str, base_path: str | None = None) -> Merged:
-    """Write a version and its base as one checkpoint into a new folder, whole or not at all.
+    """Write a version and its base as one checkpoint into a new folder, atomically.
 
     Raises:
-        UserError: damaged, not for this base, or this architecture cannot be merged.
+        UserError: the version is damaged or for another base, or the architecture cannot be merged.
     """
     check_free(folder)
     loaded, _ = retrieve(registry, version)
@@ -93,7 +93,7 @@ def export_merged(registry: Registry, version: Version, folder: str, base_path: 
 
 
 def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Merged:
-    """As `export_merged`, for a soft prompt at hand."""
+    """Like `export_merged`, for a loaded soft prompt."""
     dtype = _stored_dtype(base)
     vectors = loaded.vectors.to(dtype)
     if not bool(torch.isfinite(vectors).all()):
@@ -106,12 +106,14 @@ def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Mer
     expected = next_logits(model, loaded.vectors, probe)
     first = cast(list[int], plain.convert_tokens_to_ids(front))
     states = token_suppression.hidden_states(model, loaded.vectors, first, len(plain))
-    tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=base.trust_remote_code)  # a fresh one to change
+    tokenizer = AutoTokenizer.from_pretrained(
+        base.folder, trust_remote_code=base.trust_remote_code
+    )  # a new copy, which is modified
     ids = _add_tokens(tokenizer, tokens, name)
     untied = _grow(model, ids, vectors)
     guarded = token_suppression.suppress(model, ids, states)
     _check_logits(model, ids, probe, expected, name)
-    tokenizer.padding_side = "left"  # generation goes on at the right end
+    tokenizer.padding_side = "left"  # generation continues at the right end
     prepends = _prepend(tokenizer, tokens, ids)
     chat = _chat(tokenizer, plain, loaded.card.template, [*tokens, *front], ids)
     model.generation_config = _generation(model, base, ids, loaded.card)
@@ -128,17 +130,17 @@ def _stored_dtype(base: Base) -> torch.dtype:
 
 
 def _in_front(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens that the tokenizer puts in front of a text."""
+    """The special tokens that the tokenizer prepends to a text."""
     ids = Encoder(Template(input="{text}", target="{text}"), tokenizer, 2**31).input_ids({"text": "a"})
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     return [str(token) for token in tokenizer.convert_ids_to_tokens(ids[: len(ids) - len(bare)])]
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str], name: str) -> list[int]:
-    """Add the virtual tokens as special ones: never split, and left out when text is decoded."""
+    """Add the virtual tokens as special tokens: they are never split, and skipped in decoded text."""
     known = tokenizer.get_vocab()
     if any(token in known for token in tokens):
-        raise ExportError(f"{name}: its base has tokens called {tokens[0]} already; publish the soft prompt under another name")
+        raise ExportError(f"{name}: its base already has a token {tokens[0]}; publish the soft prompt under another name")
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
     numbers = tokenizer.get_vocab()
     return [numbers[token] for token in tokens]
@@ -146,7 +148,10 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str], name: str
 
 @torch.no_grad()
 def _grow(model: PreTrainedModel, ids: list[int], vectors: Tensor) -> bool:
-    """Give the virtual tokens rows of the input embedding and of the head, which gets its own matrix. True if it was tied."""
+    """Add rows for the virtual tokens to the input embedding and to the head, which gets a matrix of its own.
+
+    Returns: True if the two were tied.
+    """
     scale = _scale(model)
     head, embedding = model.get_output_embeddings(), cast(nn.Embedding, model.get_input_embeddings())
     if head is None:
@@ -163,7 +168,7 @@ def _grow(model: PreTrainedModel, ids: list[int], vectors: Tensor) -> bool:
 
 
 def _scale(model: PreTrainedModel) -> float:
-    """What the embedding multiplies its rows with; Gemma 3's is the root of the width, almost all others' is 1."""
+    """The factor that the embedding multiplies its rows with: the square root of the width in Gemma 3, almost always 1."""
     embedding = cast(nn.Embedding, model.get_input_embeddings())
     ids = torch.arange(min(64, embedding.num_embeddings))
     given, rows = embedding(ids).float(), embedding.weight[ids].float()
@@ -174,7 +179,7 @@ def _scale(model: PreTrainedModel) -> float:
 
 
 def _check_logits(model: PreTrainedModel, ids: list[int], probe: Tensor, expected: Tensor, name: str) -> None:
-    """The merged model, fed with ids, must say what base and soft prompt said."""
+    """Check that the merged model, fed with ids, gives the logits of base and soft prompt."""
     together = torch.cat([torch.tensor([ids]), probe], dim=1)
     with torch.no_grad():
         logits = model(input_ids=together, use_cache=False).logits[0, -1]
@@ -188,11 +193,11 @@ def _check_logits(model: PreTrainedModel, ids: list[int], probe: Tensor, expecte
 
 
 def _prepend(tokenizer: PreTrainedTokenizerBase, tokens: list[str], ids: list[int]) -> bool:
-    """Let the tokenizer put the virtual tokens in front of every text; False for one written in Python."""
+    """Make the tokenizer prepend the virtual tokens to every text; False if it is a Python tokenizer, which cannot."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return False
-    # One piece that stands for all of them; a piece's own name must not contain a colon.
+    # One special token of the template stands for all of them; its name must not contain a colon.
     front: Any = {"id": "soft_prompt", "ids": ids, "tokens": tokens}
     virtual = processors.TemplateProcessing(
         single=["soft_prompt", "$A"], pair=["soft_prompt", "$A", "$B:1"], special_tokens=[front]
@@ -210,13 +215,13 @@ def _chat(
     tokenizer: PreTrainedTokenizerBase, plain: PreTrainedTokenizerBase, template: Template | None, front: Sequence[str],
     ids: list[int],
 ) -> bool:  # fmt: skip
-    """Set a chat template that renders to the ids of our own pass; False if there is none, or none that does."""
+    """Set a chat template that renders to the ids of ptuning's own pass; False if that is impossible."""
     tokenizer.chat_template = None
     if template is None:
         return False
     encoder = Encoder(template, plain, 2**31)
     fields = template_fields(template.input)
-    for space in ("", " "):  # some tokenizers put a space in front of a text, but not behind a special token
+    for space in ("", " "):  # some tokenizers prepend a space to a text, but not after a special token
         tokenizer.chat_template = _jinja("".join(front) + space, template)
         if all(
             _rendered(tokenizer, _message(template, text)) == [*ids, *encoder.input_ids(dict.fromkeys(fields, text))]
@@ -238,7 +243,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
 
 
 def _jinja(front: str, template: Template) -> str:
-    """The last user message in the place of the field; with several fields it is the whole input."""
+    """The chat template: the last user message replaces the field; with several fields it is the whole input."""
     before, behind = "", ""
     fields = template_fields(template.input)
     if len(fields) == 1:
@@ -253,7 +258,7 @@ def _jinja(front: str, template: Template) -> str:
 
 
 def _generation(model: PreTrainedModel, base: Base, ids: list[int], card: Card) -> GenerationConfig:
-    """The base's own settings, its end token, and the virtual tokens suppressed for engines that honour it."""
+    """The generation config: the base's settings, its end token, and `suppress_tokens` with the virtual tokens."""
     settings = model.generation_config or GenerationConfig()
     settings.eos_token_id = base.tokenizer.eos_token_id
     settings.pad_token_id = base.tokenizer.eos_token_id if settings.pad_token_id is None else settings.pad_token_id
@@ -264,8 +269,8 @@ def _generation(model: PreTrainedModel, base: Base, ids: list[int], card: Card) 
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: Card, folder: Path) -> None:
-    # save_pretrained imports DeepSpeed wherever it is installed, and that looks for an accelerator and warns of what it finds,
-    # unless it was imported with that told.
+    # save_pretrained imports DeepSpeed if it is installed, which then searches for an accelerator and warns of what it finds,
+    # unless it was imported before with the accelerator set.
     load_deepspeed()
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""Soft prompts made elsewhere: a PEFT prompt-tuning adapter in a folder or on the Hugging Face Hub gets a card and a name."""
+"""Imports soft prompts of other tools: a PEFT prompt-tuning adapter in a folder or on the Hugging Face Hub gets a card and a
+name."""
 
 from __future__ import annotations
 
@@ -21,14 +22,14 @@ from ptuning.registry.registry import FILES, Registry, Version, check_name
 def import_adapter(
     registry: Registry, source: str, name: str, base: str | None, template: Template | None, artifact_root: str | None
 ) -> Version:
-    """Publish an adapter, its two files as they are, beside a card. What nobody said is recorded as unknown.
+    """Publish an adapter: its two files unchanged, and a card. Missing information is recorded as unknown.
 
     Args:
-        base: the base it was made for; default: what the adapter itself says.
-        template: how a row becomes text; an adapter with a card of ours brings its own.
+        base: the base it was made for; default: the base that the adapter names.
+        template: how a row becomes text; default: the template of the adapter's card, if it has one.
 
     Raises:
-        UserError: no such adapter, not one for this base, or MLflow does not answer.
+        UserError: no such adapter, made for another base, or MLflow does not respond.
     """
     check_name(name)
     folder = locate(source)
@@ -42,8 +43,8 @@ def import_adapter(
 
 
 def _known_base(registry: Registry, card: Card) -> str | None:
-    """Where the base of a card lies that does not tell: an export of ours names a folder's last name only. The registry may
-    know a soft prompt of the same base."""
+    """The location of a card's base if the card does not give it (exports contain only the last name of a folder): taken from a
+    registered soft prompt of the same base."""
     weights = (card.base_fingerprint or {}).get("weights")
     if weights is None or "/" in card.base or card.base == "builtin":
         return None
@@ -52,7 +53,7 @@ def _known_base(registry: Registry, card: Card) -> str | None:
 
 
 def locate(source: str) -> str:
-    """The folder of an adapter: this one, or a copy of the Hub's.
+    """The folder of an adapter: a local one, or a download from the Hub.
 
     Raises:
         SoftPromptError: neither a folder nor on the Hub.
@@ -61,10 +62,10 @@ def locate(source: str) -> str:
     if "://" in source or folder.is_dir():
         return source if "://" in source else str(folder.absolute())
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise SoftPromptError(f"{source}: is no folder here and no Hugging Face id; correct the path")
+        raise SoftPromptError(f"{source}: is neither an existing folder nor a Hugging Face id; correct the path")
     try:
         return snapshot_download(source, allow_patterns=list(FILES))
-    except Exception as error:  # the hub client raises many kinds: offline, unknown, gated; the user's fix is the same
+    except Exception as error:  # the hub client raises many types (offline, unknown, gated); the fix is the same
         reason = str(error).splitlines()[0]
         raise SoftPromptError(
             f"{source}: was not found on the Hugging Face Hub or in its cache ({reason}); check the id, or give a folder"
@@ -72,10 +73,10 @@ def locate(source: str) -> str:
 
 
 def find_named_base(loaded: SoftPrompt, source: str, base: str | None) -> Base:
-    """The base that was named, or the one that the adapter names, if the soft prompt fits it.
+    """The given base, or the one that the adapter names, if the soft prompt fits it.
 
     Raises:
-        UserError: no base is known, it is not here, or it is another one.
+        UserError: no base is known, it is missing, or the soft prompt does not fit it.
     """
     path = base or (loaded.card.base if loaded.card.base != "unknown" else None)
     if path is None:
@@ -96,7 +97,7 @@ def find_named_base(loaded: SoftPrompt, source: str, base: str | None) -> Base:
 
 
 def new_card(loaded: SoftPrompt, folder: str, name: str, base: Base, template: Template | None) -> Card:
-    """The card it has, or a new one with what is known; a template that was given replaces the card's."""
+    """The adapter's card, or a new one with the known values; a given template replaces the card's."""
     known = loaded.card
     if storage.exists(folder, CARD):
         return known.model_copy(update={"template": template}) if template else known

@@ -1,20 +1,20 @@
-"""Who is champion: promotions of a name, one after another, whoever asks and from wherever.
+"""The champion of a name: promotions are serialised, from all processes and machines.
 
-MLflow's `set_registered_model_alias` overwrites blindly: it has no compare-and-set. What it does have, on every SQL store and
-through its server, is an append-only log with a total order: versions of a registered model are numbered by its database, under
-a primary key, and a number is never given twice. So each name has a log, the registered model `NAME~promotions` (no soft
-prompt can be called so), and a promotion is an entry in it:
+MLflow's `set_registered_model_alias` overwrites blindly: it has no compare-and-set. But MLflow offers, on every SQL store and
+through its server, an append-only log with a total order: its database numbers the versions of a registered model under a
+primary key, and never uses a number twice. So each name has a log, the registered model `NAME~promotions` (not a valid name of
+a soft prompt), and a promotion is an entry in it:
 
     request: "version 5, and the last move I saw was number 7"
 
-An entry counts if its `seen` is the number of the last move that counted before it, and otherwise never happened. Everybody
-who reads the log comes to the same list of moves, so of two promotions that saw the same state exactly one wins. There is
-no lock, hence no lease to expire: a promoter that dies before its entry has done nothing, and one that dies behind it has won.
+An entry counts if its `seen` is the number of the last move that counted before it; otherwise it is ignored. Every reader of
+the log derives the same list of moves, so of two promotions that saw the same state exactly one wins. There is no lock, hence
+no lease to expire: a process that dies before it writes its entry has changed nothing, and one that dies afterwards has won.
 
-The alias `champion` is then written from the log, and written again until the log did not move meanwhile; the last
-writer wrote what the last move says. If a promoter dies within these milliseconds the alias is late, until the next
-promotion, rollback, deletion, or repetition of the same promotion of this name. An alias moved by hand in MLflow is put back
-at the same occasions: move it with `ptuning prompts promote`.
+The alias `champion` is then set from the log, again and again until the log does not change in between, so the last writer sets
+the result of the last move. If a process dies within these milliseconds, the alias is outdated until the next promotion,
+rollback or deletion of this name, or until the promotion is repeated. The same events reset an alias that was changed by hand
+in MLflow: change it with `ptuning prompts promote`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from ptuning.tracking.client import TrackingError, asking
 
 Kind = Literal["promote", "rollback", "delete"]
 PATIENCE = 30.0
-"""Seconds: MLflow gives up numbering a version after three collisions (CREATE_MODEL_VERSION_RETRIES); we ask again."""
+"""Seconds. MLflow gives up numbering a version after three collisions (CREATE_MODEL_VERSION_RETRIES); then we retry."""
 DESCRIPTION = "Promotions of {name}, one per version, in order. Written by ptuning only: the alias champion follows from it."
 
 
 class MovedMeanwhile(RegistryError):
-    """Another promotion was faster."""
+    """Another promotion came first."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Move:
 
 @dataclass(frozen=True)
 class State:
-    """What a log says up to some move."""
+    """The state after some move of a log."""
 
     name: str
     champion: int | None = None
     earlier: tuple[int, ...] = ()
-    """Champions before, the last one at the end; a rollback takes from here."""
+    """Earlier champions, the latest last; a rollback returns to the last one."""
     deleted: frozenset[int] = frozenset()
     moves: tuple[Move, ...] = ()
     """The moves that counted, deletions included."""
@@ -69,9 +69,9 @@ class State:
     """Number of the last promotion or rollback that counted."""
 
     def after(self, move: Move) -> State:
-        """The state behind an entry; the same state if the entry does not count."""
+        """The state after an entry; unchanged if the entry does not count."""
         if any(move.request == other.request for other in self.moves):
-            return self  # an append that was repeated because its answer got lost
+            return self  # an append that was repeated because its response was lost
         if move.kind == "delete":
             if move.version == self.champion:
                 return self
@@ -102,21 +102,21 @@ class PromotionLog:
         return self._read(self._generation())
 
     def promote(self, version: int, seen: State, forced: str | None = None) -> State:
-        """Make a version champion, if nobody moved the champion since `seen`. Returns the state behind.
+        """Make a version champion if the champion did not change since `seen`. Returns the new state.
 
         Raises:
-            MovedMeanwhile: somebody did; nothing was changed.
-            RegistryError: the version is not there.
+            MovedMeanwhile: the champion changed; nothing was changed here.
+            RegistryError: the version does not exist.
         """
         self.registry.find(Reference(self.name, version))
         return self._move("promote", version, seen, forced)
 
     def rollback(self) -> State:
-        """Make the champion before the present one champion again.
+        """Make the previous champion champion again.
 
         Raises:
-            MovedMeanwhile: somebody moved the champion at this moment; nothing was changed.
-            RegistryError: there is none.
+            MovedMeanwhile: the champion changed at this moment; nothing was changed here.
+            RegistryError: there is no previous champion.
         """
         seen = self.state()
         there = {version.version for version in self.registry.versions(self.name)} - seen.deleted
@@ -126,10 +126,10 @@ class PromotionLog:
         return self._move("rollback", target, seen, None)
 
     def mark_deleted(self, version: int) -> None:
-        """Allow the removal of a version: from now on it cannot be promoted.
+        """Mark a version as deleted, so that it can no longer be promoted. It can then be removed.
 
         Raises:
-            RegistryError: it is champion.
+            RegistryError: the version is champion.
         """
         champion = RegistryError(f"{self.name}:{version}: is the champion; promote another version first, then delete this one")
         state = self.state()
@@ -141,7 +141,7 @@ class PromotionLog:
                 raise champion
 
     def sync_alias(self) -> State:
-        """Write the alias from the log, until the log did not move meanwhile.
+        """Set the alias from the log until the log does not change in between.
 
         Raises:
             RegistryError: the champion was removed from MLflow by other means.
@@ -171,13 +171,13 @@ class PromotionLog:
             if version in state.deleted:
                 raise RegistryError(f"{self.name}:{version}: was deleted; choose another version")
             raise MovedMeanwhile(
-                f"{self.name}: its champion moved from {seen.champion or 'none'} to {state.champion} meanwhile, nothing was "
-                "changed; look at it with ptuning prompts list, and decide again"
+                f"{self.name}: its champion has just changed from {seen.champion or 'none'} to {state.champion}, so nothing "
+                "was done; check it with ptuning prompts list and decide again"
             )
         return self.sync_alias()
 
     def _append(self, kind: Kind, version: int, seen: int, forced: str | None) -> str:
-        """Write an entry, surely and as often as need be once; returns its request id."""
+        """Append an entry, with retries. Returns its request id; an entry that is appended twice counts once."""
         request = uuid.uuid4().hex
         generation = self._generation()
         self._create()
@@ -201,7 +201,7 @@ class PromotionLog:
             time.sleep(random.uniform(0, 0.02 * 2 ** min(attempt, 6)))
             attempt += 1
             if any(move.request == request for move in self._entries(generation)):
-                return request  # it was written, only the answer got lost
+                return request  # the entry was written, only the response was lost
 
     def _create(self) -> None:
         try:
@@ -213,7 +213,7 @@ class PromotionLog:
                 raise
 
     def _generation(self) -> str:
-        """When the name was created: a name that was deleted in MLflow and created again begins with an empty log."""
+        """The creation time of the name: a name that was deleted in MLflow and created again starts with an empty log."""
         try:
             with asking(self.registry.uri):
                 return str(self.registry.client.get_registered_model(self.name).creation_timestamp)
@@ -235,13 +235,13 @@ class PromotionLog:
 
 
 def delete(registry: Registry, reference: Reference) -> Version:
-    """Remove a version that is not champion; the run that made it stays.
+    """Delete a version that is not champion. The run that created it stays.
 
     Raises:
-        RegistryError: not there, champion, or no version was named.
+        RegistryError: the version does not exist or is champion, or no single version was named.
     """
     if reference.version is None:
-        raise RegistryError(f"{reference}: names no single version; write {reference.name}:N to delete version N")
+        raise RegistryError(f"{reference}: is not a single version; write {reference.name}:N to delete version N")
     version = registry.find(reference)
     log = PromotionLog(registry, version.name)
     log.mark_deleted(version.version)

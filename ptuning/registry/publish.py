@@ -1,4 +1,4 @@
-"""Soft prompts into the registry and out of it: as folders, whole and checked, and described by the tags that `list` shows."""
+"""Publishing soft prompts to the registry and reading them back, with all checks. Tags hold what `list` shows."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ptuning.model.soft_prompt import Card, SoftPrompt
 from ptuning.registry.registry import FILES, STATE, Registry, RegistryError, Version, check_name
 from ptuning.storage import StorageError
 
-AGAIN = "choose another version, or publish it again from a copy that is whole"
+AGAIN = "choose another version, or publish it again from an intact copy"
 
 
 def publish(registry: Registry, name: str, folder: str, run_id: str | None, artifact_root: str | None) -> Version:
-    """Make the soft prompt in a folder the newest version of a name. The same again is the version it already is.
+    """Publish the soft prompt in a folder as the newest version of a name. Publishing it twice returns the existing version.
 
     Args:
-        run_id: the MLflow run that made it; without one, a run is created that only holds it.
+        run_id: the MLflow run that created it; without one, a run is created to hold it.
         artifact_root: where a local tracking store keeps the artifacts of that new run.
 
     Raises:
-        UserError: a bad name, no soft prompt, or MLflow does not answer.
+        UserError: an invalid name, not a soft prompt, or MLflow does not respond.
     """
     check_name(name)
     loaded = soft_prompt.load(folder)
@@ -39,13 +39,13 @@ def publish(registry: Registry, name: str, folder: str, run_id: str | None, arti
         run_id = registry.create_run(name, artifact_root, {"content_hash": loaded.card.content_hash})
     with tempfile.TemporaryDirectory(prefix="ptuning-") as temporary:
         whole = Path(temporary) / "whole"
-        storage.write_folder(str(whole), files)  # with its manifest
+        storage.write_folder(str(whole), files)  # including the manifest
         registry.upload(run_id, whole)
     return registry.create(name, run_id, tags)
 
 
 def describe(card: Card, files: dict[str, bytes]) -> dict[str, str]:
-    """The tags of a version. What is not known is left out."""
+    """The tags of a version, without unknown values."""
     metric = headline(card)
     known = {
         "base": card.base,
@@ -65,44 +65,44 @@ def describe(card: Card, files: dict[str, bytes]) -> dict[str, str]:
 
 
 def headline(card: Card) -> str | None:
-    """The metric that stands for a soft prompt in a list: on the test rows if there were any."""
+    """The metric that a list shows for a soft prompt: on the test rows if there are any."""
     names = [f"{split}_{metric}" for split in ("test", "validation") for metric in preferred_metrics(card)]
     return next((name for name in names if name in card.metrics), None)
 
 
 def preferred_metrics(card: Card) -> list[str]:
-    """What a soft prompt is judged by: the metric that chose its best step, then the loss."""
+    """The metrics to compare soft prompts by: the one that selected the best step, then the loss."""
     chosen = (card.experiment or {}).get("train", {}).get("metric")
     default = "accuracy" if card.template and card.template.labels else "loss"
     return [chosen or default, "loss"]
 
 
 def retrieve(registry: Registry, version: Version) -> tuple[SoftPrompt, dict[str, bytes]]:
-    """A version's soft prompt and its files, every hash checked, also against the registry. Passwords that an earlier version
-    has left in its card are taken out.
+    """A version's soft prompt and its files. Every hash is checked, also against the registry. Passwords that an earlier
+    version of ptuning left in the card are removed.
 
     Raises:
-        UserError: damaged, incomplete, not what was published, or MLflow does not answer.
+        UserError: damaged, incomplete, not what was published, or MLflow does not respond.
     """
-    with tempfile.TemporaryDirectory(prefix="ptuning-") as folder:  # readable by us only
+    with tempfile.TemporaryDirectory(prefix="ptuning-") as folder:  # readable only by this account
         registry.download(version, Path(folder))
         try:
             loaded, files = soft_prompt.load(folder), storage.read_folder(folder)
         except UserError as error:
             raise RegistryError(str(error).replace(folder, str(version))) from None
     if loaded.card.content_hash != version.tag("content_hash"):
-        raise RegistryError(f"{version}: its run {version.run_id} holds other vectors than were published; {AGAIN}")
+        raise RegistryError(f"{version}: the vectors in its run {version.run_id} are not those that were published; {AGAIN}")
     card_hash = version.tag("card_hash")
     if card_hash and hashlib.sha256(files.get(soft_prompt.CARD, b"")).hexdigest() != card_hash:
-        raise RegistryError(f"{version}: its run {version.run_id} holds another card than was published; {AGAIN}")
+        raise RegistryError(f"{version}: the card in its run {version.run_id} is not the one that was published; {AGAIN}")
     return loaded, soft_prompt.without_passwords(files)
 
 
 def fetch(registry: Registry, version: Version, folder: str) -> SoftPrompt:
-    """Write a version to a folder as it may be given away: the vectors bit for bit, the public part of the card.
+    """Write a version to a folder for others: the vectors bit for bit, and the public part of the card.
 
     Raises:
-        UserError: damaged, or the folder is in use.
+        UserError: the version is damaged, or the folder is not empty.
     """
     check_free(folder)
     loaded, files = retrieve(registry, version)
@@ -111,13 +111,13 @@ def fetch(registry: Registry, version: Version, folder: str) -> SoftPrompt:
 
 
 def check_free(folder: str) -> None:
-    """Refuse to write over anything.
+    """Refuse to overwrite anything.
 
     Raises:
-        StorageError: something is there.
+        StorageError: the folder exists.
     """
     _, path = storage.resolve(folder)
     if storage.is_local(folder) and Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())):
-        raise StorageError(f"{folder}: is there already; choose a folder that is new or empty")
+        raise StorageError(f"{folder}: exists already; choose a new or empty folder")
     if storage.exists(folder, storage.MANIFEST):
-        raise StorageError(f"{folder}: is there already; choose another one")
+        raise StorageError(f"{folder}: exists already; choose another one")

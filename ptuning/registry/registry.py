@@ -1,11 +1,11 @@
 """The registry: every published soft prompt is a version of a name in MLflow's model registry, and aliases point to versions.
 
-    name            its champion, or its newest version while it has none
+    name            its champion, or its newest version if it has no champion
     name:3          a version
-    name@champion   what an alias points to
+    name@champion   the version that an alias points to
 
-A version's source is the raw folder `soft_prompt/` among the artifacts of its run: no model flavour, no pickle. What `list`
-shows stands in the version's tags, so that a thousand versions are two calls. Imports neither torch nor MLflow.
+A version's source is the plain folder `soft_prompt/` among the artifacts of its run: no model flavour, no pickle. Everything
+that `list` shows is in the version's tags, so listing a thousand versions takes two calls. Imports neither torch nor MLflow.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ptuning.tracking import client as tracking_client
 from ptuning.tracking.client import TrackingError, asking
 
 CHAMPION = "champion"
-"""The alias of the version that is served. Moved by `champion.Ledger` only."""
+"""The alias of the served version. Only `promotions.PromotionLog` moves it."""
 ARTIFACT = "soft_prompt"
 """Folder of the soft prompt among the artifacts of its run."""
 FILES = {"adapter_config.json": 1 << 20, "adapter_model.safetensors": 1 << 30, "card.json": 1 << 24, "manifest.json": 1 << 20}
-"""The files that are ever downloaded, and the most bytes of each."""
+"""The only files that are downloaded, and their maximum sizes in bytes."""
 FORMAT = "ptuning.format"
 STATE, FORCED = "ptuning.state", "ptuning.forced"
 EXPERIMENT = "ptuning imports"
@@ -42,7 +42,7 @@ _REFERENCE = re.compile(
 
 
 class RegistryError(UserError):
-    """No such name, version or alias, or what was asked is not allowed."""
+    """No such name, version or alias, or the operation is not allowed."""
 
 
 @dataclass(frozen=True)
@@ -58,26 +58,26 @@ class Reference:
 
 
 def parse_reference(text: str) -> Reference:
-    """Read a reference.
+    """Parse a reference.
 
     Raises:
-        RegistryError: it is none.
+        RegistryError: the text is not a valid reference.
     """
     match = _REFERENCE.fullmatch(text)
     if not match:
-        raise RegistryError(f"{text[:80]!r} names no soft prompt; write name, name:3 or name@champion")
+        raise RegistryError(f"{text[:80]!r} is not a valid reference; write name, name:3 or name@champion")
     version = match["version"]
     return Reference(match["name"], int(version) if version else None, match["alias"])
 
 
 def check_name(name: str) -> str:
-    """The name, if it can be that of a soft prompt.
+    """Check the name of a soft prompt.
 
     Raises:
-        RegistryError: it cannot.
+        RegistryError: the name is not valid.
     """
     if not NAME.fullmatch(name):
-        raise RegistryError(f"{name[:80]!r} is no name; use letters, digits, '-', '_' and '.', at most 64, no slashes")
+        raise RegistryError(f"{name[:80]!r} is not a valid name; use at most 64 letters, digits, '-', '_' and '.', no slashes")
     return name
 
 
@@ -96,7 +96,7 @@ class Version:
         return f"{self.name}:{self.version}"
 
     def tag(self, key: str) -> str | None:
-        """The value of the tag `ptuning.<key>`; None if it is not known."""
+        """The value of the tag `ptuning.<key>`; None if there is no such tag."""
         return self.tags.get(f"ptuning.{key}") or None
 
     def number(self, key: str) -> float | None:
@@ -109,16 +109,16 @@ class Version:
 
     @property
     def fingerprint(self) -> dict[str, str] | None:
-        """Fingerprint of its base; None: unknown."""
+        """Fingerprint of its base; None if unknown."""
         parts = {part: self.tag(f"base.{part}") for part in ("config", "tokenizer", "weights")}
         return {part: value for part, value in parts.items() if value} or None
 
 
 class Registry:
-    """The published soft prompts of one MLflow.
+    """The published soft prompts in one MLflow.
 
     Raises:
-        TrackingError: MLflow cannot be asked. Any method may.
+        TrackingError: MLflow does not respond. Any method may raise it.
     """
 
     def __init__(self, uri: str) -> None:
@@ -131,12 +131,13 @@ class Registry:
 
     @property
     def is_there(self) -> bool:
-        """False: the database's file does not exist (yet, or any more)."""
+        """False: the file of the database does not exist."""
         path = tracking_client.database(self.uri)
-        return path is None or path.exists()  # looking must not create a database
+        return path is None or path.exists()  # reading must not create a database
 
     def versions(self, name: str | None = None) -> list[Version]:
-        """All versions, or those of one name; by name, the newest first. As many calls for one as for a thousand."""
+        """All versions, or those of one name, by name and with the newest first. The number of calls does not grow with
+        them."""
         if not self.is_there:
             return []
         names = f"name = '{check_name(name)}'" if name else None
@@ -155,12 +156,12 @@ class Registry:
                 dict(entry.tags),
             )
             for entry in self.pages("search_model_versions", ours, PAGE)
-            if NAME.fullmatch(entry.name)  # by others MLflow may be given any name: line breaks, look-alikes
+            if NAME.fullmatch(entry.name)  # other clients of MLflow may use any name: line breaks, look-alikes
         ]
         return sorted(found, key=lambda version: (version.name, -version.version))
 
     def with_content(self, content_hash: str) -> list[Version]:
-        """The versions that hold these vectors."""
+        """The versions with these vectors."""
         if not self.is_there or not re.fullmatch(r"[0-9a-f]{64}", content_hash):
             return []
         entries = self.pages("search_model_versions", f"tags.`ptuning.content_hash` = '{content_hash}'", PAGE)
@@ -173,7 +174,7 @@ class Registry:
         ]
 
     def pages(self, method: str, condition: str | None, size: int) -> Iterator[Any]:
-        """All results of one of the client's searches."""
+        """All results of a search method of the client, page by page."""
         token: str | None = None
         while True:
             with asking(self.uri):
@@ -184,10 +185,10 @@ class Registry:
                 return
 
     def find(self, reference: str | Reference) -> Version:
-        """What a reference points to.
+        """The version that a reference points to.
 
         Raises:
-            RegistryError: nothing.
+            RegistryError: there is none.
         """
         wanted = parse_reference(reference) if isinstance(reference, str) else reference
         versions = self.versions(wanted.name)
@@ -202,12 +203,12 @@ class Registry:
         if not fitting:
             known = ", ".join(sorted({alias for version in versions for alias in version.aliases})) or "no alias"
             raise RegistryError(
-                f"{wanted}: is not there; {wanted.name} has the versions {_numbers(versions)} and {known}, choose one of these"
+                f"{wanted}: does not exist; {wanted.name} has the versions {_numbers(versions)} and {known}, choose one"
             )
         return fitting[0]
 
     def unknown(self, name: str) -> RegistryError:
-        """What to say of a name that nobody has published."""
+        """The error for a name that is not in the registry."""
         fix = suggest(name, {version.name for version in self.versions()}, "see ptuning prompts list")
         return RegistryError(f"{name}: no soft prompt of this name in {redact(self.uri)}; {fix}")
 
@@ -231,14 +232,14 @@ class Registry:
                 self.client.set_model_version_tag(version.name, str(version.version), key, value)
 
     def upload(self, run_id: str, folder: Path) -> None:
-        """Put a soft prompt's files into a run; the manifest comes last."""
+        """Upload the files of a soft prompt to a run; the manifest comes last."""
         with asking(self.uri):
             store = tracking_client.artifacts(self.client, run_id)
             for file in sorted(folder.iterdir(), key=lambda file: list(FILES).index(file.name)):
                 store.log_artifact(str(file), ARTIFACT)
 
     def create_run(self, name: str, artifact_root: str | None, tags: Mapping[str, str]) -> str:
-        """A run for a soft prompt that was made elsewhere; returns its id."""
+        """Create a run for an imported soft prompt; returns its id."""
         with asking(self.uri):
             experiment = tracking_client.experiment_id(self.client, EXPERIMENT, artifact_root)
             run_id = str(self.client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id)
@@ -246,10 +247,10 @@ class Registry:
         return run_id
 
     def download(self, version: Version, folder: Path) -> None:
-        """Bring the files of a version into a folder. Nothing but these four is ever fetched.
+        """Download the files of a version into a folder: only the four files of `FILES`.
 
         Raises:
-            RegistryError: too large, or not there.
+            RegistryError: a file is too large or missing.
         """
         missing = set(FILES)
         with asking(self.uri):
@@ -268,12 +269,12 @@ class Registry:
         if missing:
             place = redact(tracking_client.artifact_place(self.client, version.run_id))
             raise RegistryError(
-                f"{version}: {', '.join(sorted(missing))} not found in {place}/{ARTIFACT}; if that place has moved or is not "
-                "mounted, bring it back, or name the storage folder where it is now (--storage, compute.storage)"
+                f"{version}: {', '.join(sorted(missing))} not found in {place}/{ARTIFACT}; mount that folder again or, if it "
+                "was moved, give the storage folder it is in now (--storage, compute.storage)"
             )
 
     def remove(self, version: Version) -> None:
-        """Remove a version from MLflow's registry. `PromotionLog.mark_deleted` must have allowed it. Its run stays."""
+        """Delete a version from MLflow's registry, after `PromotionLog.mark_deleted`. Its run stays."""
         try:
             with asking(self.uri):
                 self.client.delete_model_version(version.name, str(version.version))

@@ -1,14 +1,15 @@
-"""Rows of an output head that hardly ever win: how virtual tokens are kept from being generated.
+"""Rows of the output head that prevent the generation of virtual tokens.
 
-What is promised. Engines that honour `suppress_tokens` of the generation config, as transformers' `generate` does, never
-generate a virtual token. Neither does any other engine if the head has a bias: it is -10,000 there. Without both there is no
-"never", only a small share of the tokens, which is measured and said.
+Guarantees: engines that honour `suppress_tokens` of the generation config, such as transformers' `generate`, never generate a
+virtual token. If the head has a bias, no engine does: the bias of virtual tokens is -10,000. Without either, virtual tokens are
+only very unlikely; their fraction is measured and reported.
 
-A head without a bias cannot say "never" because its logits are products `w . h` with the last hidden state h: a row of zeros
-has the logit 0, which is often among the largest, and what is far below all others for h is far above them for -h. But the
-states that a language model reaches fill a part of the space only (Ethayarajh 2019), for most bases one half of it: then there
-is a w with `w . h` far below zero for nearly all of them. So the row is fitted to make its own probability, averaged over the
-states of this base, as small as possible: a convex problem. What remains is measured on texts that were not used.
+A head without a bias cannot exclude a token, because its logits are products `w . h` with the last hidden state h: a row of
+zeros has the logit 0, which is often among the largest, and a row with a very small logit for h has a very large one for -h.
+But the hidden states of a language model fill only a part of the space (Ethayarajh 2019), for most bases one half of it: then
+there is a w with `w . h` far below zero for nearly all states. So the row is fitted to minimise its own probability, averaged
+over states of this base, which is a convex problem. The remaining probability is measured on texts that were not used for the
+fit.
 
 Shapes: n states, H width, V vocabulary.
 """
@@ -23,17 +24,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 NEVER = -1e4
-"""A bias that 16-bit floats can hold."""
+"""A bias that fits into 16-bit floats."""
 TEXTS, HELD, LENGTH = 48, 16, 96
-"""Texts of each kind, how many of them are kept for the trial, and their tokens."""
+"""Texts of each kind, the number of them that is held out for measuring, and their tokens."""
 HOT = 2.0
-"""The temperature at which the share of virtual tokens is made small; at lower ones it is smaller."""
+"""The temperature at which the fraction of virtual tokens is minimised; it is smaller at lower temperatures."""
 DOUBT = 0.35
-"""By how much of its size a state to come may differ, in any direction, from those the row is fitted to. Such noise amounts to
-a penalty on the squared length of w, as the mean of exp(w . noise) is exp((size * |w|)^2 / 2). A longer row promises more on
-the trial and breaks it elsewhere: with a doubt of 0.12 every state of the trial gave less than 1e-5, but two of 80,000 new
-states lay so far on the wrong side of w that a virtual token was certain. With 0.35 there was none, for three bases; beyond it
-the share only grows."""
+"""Relative size of the noise that is assumed on states that were not seen, in any direction. It amounts to a penalty on the
+squared norm of w, as the mean of exp(w . noise) is exp((size * |w|)^2 / 2). A longer row is better on the held-out states but
+generalises worse: with 0.12 the probability was below 1e-5 on every held-out state, but on two of 80,000 new states a virtual
+token was certain. With 0.35 this did not happen, for three bases; larger values only increase the fraction."""
 
 
 @dataclass(frozen=True)
@@ -46,30 +46,31 @@ class States:
 
 @dataclass(frozen=True)
 class Suppression:
-    """What keeps virtual tokens out, beside the generation config."""
+    """What prevents virtual tokens, in addition to the generation config."""
 
     exact: bool
     """The head has a bias."""
     mean: float
-    """Share of virtual tokens among those drawn at temperature 2, on the trial's states; on new ones it is about the same."""
+    """Fraction of virtual tokens among those sampled at temperature 2, on held-out states; about the same on new ones."""
     worst: float
-    """The same at the trial's worst state; among more states there are worse ones."""
+    """The same at the worst held-out state; with more states it would be larger."""
 
     @property
     def safe(self) -> bool:
-        """Not one token in a billion."""
+        """Less than one token in a billion."""
         return self.exact or self.mean < 1e-9
 
 
 @torch.no_grad()
 def hidden_states(model: PreTrainedModel, vectors: Tensor, front: list[int], words: int) -> States:
-    """States at random texts and at texts that the base writes, hot and cold, behind the soft prompt and without it.
+    """States at random texts and at texts that the base generates at high and low temperature, with and without the soft
+    prompt.
 
-    Without those at the virtual tokens themselves: nothing is generated there.
+    States at the virtual tokens themselves are left out: nothing is generated there.
 
     Args:
         front: special tokens that every text begins with.
-        words: the ids below are those of the base's own tokens.
+        words: ids below this one are the base's own tokens.
     """
     generator = torch.Generator().manual_seed(0)
     prompt = vectors.to(model.dtype)[None].expand(TEXTS, -1, -1)
@@ -87,7 +88,7 @@ def _write(
     model: PreTrainedModel, prompt: Tensor, first: Tensor, words: int, length: int, temperature: float,
     generator: torch.Generator,
 ) -> Tensor:  # fmt: skip
-    """Ids: `first`, then `[TEXTS, length]` sampled from the whole vocabulary, past every end token."""
+    """Ids: `first`, then `[TEXTS, length]` sampled from the whole vocabulary; end tokens are ignored."""
     embed = model.get_input_embeddings()
     ids = [torch.cat([first, torch.randint(words, (TEXTS, 1), generator=generator)], dim=1)]
     out = model(inputs_embeds=torch.cat([prompt, embed(ids[0])], dim=1), use_cache=True)
@@ -115,7 +116,7 @@ def _behind(model: PreTrainedModel, start: Tensor, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def suppress(model: PreTrainedModel, ids: list[int], states: States) -> Suppression:
-    """Write the rows (and biases) of the virtual tokens `ids` into the head, all the same."""
+    """Write the rows (and biases) of the virtual tokens `ids` into the head; all are equal."""
     head = model.get_output_embeddings()
     head.weight.data[ids] = 0
     if getattr(head, "bias", None) is not None:

@@ -1,5 +1,5 @@
-"""The HTTP face of a replica: OpenAI's routes, classification, health and metrics. Everything that is wrong with a request is
-an OpenAI-shaped 4xx.
+"""The HTTP API of a replica: OpenAI's routes, classification, health and metrics. Invalid requests get a 4xx error in OpenAI's
+format.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from ptuning.serving.service import Service
 log = logger(__name__)
 
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 256
-"""Most new tokens where neither the request nor the soft prompt's card says."""
+"""Maximum new tokens if neither the request nor the soft prompt's card gives a number."""
 
 
 class Api:
@@ -83,7 +83,7 @@ class Api:
     async def _chat(self, body: ChatRequest, served: Served, began: float) -> Response:
         asked = body.max_completion_tokens or body.max_tokens
         constrain, new = self._constrain(body, served), self._new_tokens(body, served, asked, CHAT_TOKENS)
-        # In a thread, because a megabyte of text is tokenised in more than an instant.
+        # In a thread, because tokenising a megabyte of text takes a while.
         room = self._room(served, served.encoder or served.raw, asked, constrain)
         ids = await asyncio.to_thread(chat_ids, served, body, room)
         told = (body.top_logprobs or 0) if body.logprobs else None
@@ -97,7 +97,10 @@ class Api:
         texts: list[str | dict[str, str]] = [body.input] if isinstance(body.input, str | dict) else list(body.input)
         if len(texts) > self._limits.waiting:
             raise ApiError(
-                400, f"input: {len(texts)} texts, at most {self._limits.waiting} at once", "invalid_request_error", "input"
+                400,
+                f"input: {len(texts)} texts, at most {self._limits.waiting} are allowed; send fewer",
+                "invalid_request_error",
+                "input",
             )
 
         def encode() -> list[list[int]]:
@@ -117,7 +120,7 @@ class Api:
         return json_response(answer)
 
     async def _scores(self, served: Served, rows: list[list[int]], trie: LabelTrie) -> list[list[float]]:
-        """Log-probabilities of the labels behind rows, in portions of one pass each, so that generation goes on in between."""
+        """Log-probabilities of the labels after rows, one pass at a time, so that generation continues in between."""
         portions: list[list[list[int]]] = []
         tokens = LABEL_TOKENS
         for row in rows:
@@ -150,13 +153,13 @@ class Api:
 
     def _new_tokens(self, body: Body, served: Served, asked: int | None, default: int) -> int:
         if asked is not None and asked > self._limits.max_new_tokens:
-            message = f"max_tokens: {asked} is more than the {self._limits.max_new_tokens} that are allowed here; lower it"
+            message = f"max_tokens: {asked} is more than the {self._limits.max_new_tokens} allowed by this server; lower it"
             raise ApiError(400, message, "invalid_request_error", "max_tokens")
         return min(asked or (served.card and served.card.max_new_tokens) or default, self._limits.max_new_tokens)
 
     def _room(self, served: Served, encoder: Encoder, asked: int | None, constrain: bool) -> int:
-        """Most tokens of the text: what training left it, and what the context leaves it. The default of max_tokens is no
-        demand: a long text leaves fewer new tokens, down to what the soft prompt was trained to say."""
+        """Maximum tokens of the text, from the limit of training and from the context. If max_tokens is not given, a long text
+        may reduce the number of new tokens, down to the longest target that the soft prompt was trained on."""
         if constrain and served.encoder:
             return served.encoder.input_room
         usual = (served.card and served.card.max_new_tokens) or 1
@@ -175,7 +178,7 @@ class Api:
     ) -> Response:
         n = body.n or 1
         if n * len(questions) > self._limits.max_answers:
-            message = f"n: {n * len(questions)} answers, at most {self._limits.max_answers} to one request; lower it"
+            message = f"n: {n * len(questions)} answers, at most {self._limits.max_answers} per request; lower it"
             raise ApiError(400, message, "invalid_request_error", "n")
         reply = kind(served, self._service.models.base_id, questions[0].sampling.top is not None)
         answers: list[Generation] = []
@@ -185,7 +188,7 @@ class Api:
                     answers.append(Generation(self._engine, question, number))
             if body.stream:
                 events = self._stream(body, served, answers, reply, began, n)
-                answers = []  # theirs to close
+                answers = []  # the stream closes them
                 return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
             pieces: list[list[Piece]] = [[] for _ in answers]
             first = 0.0
@@ -203,7 +206,7 @@ class Api:
     async def _stream(
         self, body: Body, served: Served, answers: list[Generation], reply: Reply, began: float, n: int
     ) -> AsyncIterator[bytes]:
-        """Server-sent events. When the client has gone, the generator is closed, and with it the answers."""
+        """Server-sent events. If the client disconnects, the generator is closed, and with it the answers."""
         first = 0.0
         try:
             async with asyncio.timeout(self._limits.deadline_s):
@@ -218,7 +221,7 @@ class Api:
             if body.stream_options and body.stream_options.include_usage:
                 yield server_sent_event(reply.last(spent))
             yield b"data: [DONE]\n\n"
-        except Exception as error:  # the status is sent already: the client is told by an event
+        except Exception as error:  # the status is already sent, so the error is sent as an event
             yield server_sent_event(as_api_error(error).body)
         finally:
             for answer in answers:
@@ -253,13 +256,13 @@ class Api:
         )
 
     async def reload(self, request: Request) -> Response:
-        """Look at the registry now, and say what is served and what was refused."""
+        """Check the registry now; returns the served and the refused versions."""
         authorize(request, self._service.keys, "admin")
         try:
             changed = await asyncio.to_thread(self._service.models.sync)
         except UserError as error:
-            log.warning("the registry does not answer, what is served stays: %s", error)
-            message = "the registry does not answer, what is served stays; see the server's log"
+            log.warning("the registry does not respond, the served versions stay: %s", error)
+            message = "the registry does not respond, the served versions stay; see the server's log"
             return ApiError(503, message, "server_error", retry_after="5").response()
         models = self._service.models
         return JSONResponse({"changed": changed, "served": sorted(models.names), "refused": dict(models.refused)})
@@ -272,7 +275,7 @@ class Api:
         return JSONResponse({"alive": self._service.alive}, 200 if self._service.alive else 503)
 
     async def readyz(self) -> Response:
-        """Ready: the base is loaded, one real generation is done, and the engine runs."""
+        """Ready: the base is loaded, a test generation has succeeded, and the engine is running."""
         ready = self._service.ready and self._service.alive and not self._service.draining
         known = {"ready": ready, "soft_prompts": self._engine.residents, "refused": len(self._service.models.refused)}
         return JSONResponse(known, 200 if ready else 503)
@@ -294,19 +297,19 @@ class Api:
             spared = request.headers.get(REFUSED, "")
             if spared.isdigit() and len(spared) < 7:
                 self._service.metrics.answered(model, route, 429, int(spared))
-            if route != "classify" and self._engine.full:  # before anything is read: what is refused must cost next to nothing
+            if route != "classify" and self._engine.full:  # before the body is read: refusing must be cheap
                 refusal = as_api_error(EngineBusy("all places are taken; ask again later"))
                 refusal.headers[BUSY] = "1"
                 raise refusal
             body = await read_body(request, shape, self._limits)
-            served = self._service.models.find(body.model)  # type: ignore[attr-defined]  # every shape has it
+            served = self._service.models.find(body.model)  # type: ignore[attr-defined]  # every request type has it
             model = served.id
             response = await answer(body, served, began)
-        except Exception as error:  # whatever it is, the client gets an OpenAI-shaped answer
+        except Exception as error:  # any error must become a response in OpenAI's format
             response = as_api_error(error).response()
             if not await drain(request, self._limits):
-                # Said, not left to the keep-alive timer: bytes that come behind the answer stop that timer for good
-                # (uvicorn 0.54, data_received), and the connection would stay for as long as the client likes.
+                # Closed explicitly instead of by the keep-alive timer: bytes that arrive after the answer stop that timer for
+                # good (uvicorn 0.54, data_received), and the client could keep the connection open for ever.
                 response.headers["connection"] = "close"
         self._service.metrics.answered(model, route, response.status_code)
         return response

@@ -1,4 +1,4 @@
-"""The FastAPI application: routes, and what every answer goes through."""
+"""The FastAPI application: routes and middleware."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def build_app(service: Service) -> FastAPI:
             schemas |= schema.pop("$defs", {}) | {shape.__name__: schema}
         return document
 
-    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way of extending it
+    app.openapi = openapi  # type: ignore[method-assign]  # the way that FastAPI documents
     return app
 
 
@@ -75,7 +75,7 @@ def _errors() -> dict[int | str, dict[str, Any]]:
 
 
 class _Counted:
-    """Counts the requests that are open, to the last byte of their answers. What is refused by who stops does not count."""
+    """Counts open requests until the last byte of their answer. Requests that a stopping replica refuses do not count."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app

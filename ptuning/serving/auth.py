@@ -1,4 +1,4 @@
-"""Who may ask: API keys with scopes, compared in constant time and never stored, only their hashes."""
+"""API keys with scopes. They are compared in constant time; only their hashes are stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Literal, cast, get_args
 from ptuning.errors import UserError
 
 Scope = Literal["inference", "admin"]
-"""admin may also read metrics and reload; it includes inference."""
+"""admin includes inference, and may also read metrics and reload."""
 
 VARIABLE = "PTUNING_API_KEYS"
 
@@ -21,14 +21,14 @@ SHORTEST = 16
 
 
 class AccessError(UserError):
-    """Keys that cannot be read, or an address that must not be opened without them."""
+    """The keys cannot be read, or the address requires keys."""
 
 
 def read_keys(file: str | None) -> dict[str, Scope]:
     """SHA-256 of each key -> its scope, from a file (one `KEY` or `KEY SCOPE` per line) or the environment.
 
     Raises:
-        AccessError: the file cannot be read, or a line is no key.
+        AccessError: the file cannot be read, or a line is not a valid key.
     """
     if file:
         try:
@@ -45,39 +45,37 @@ def read_keys(file: str | None) -> dict[str, Scope]:
             continue
         scope = scope.strip() or "inference"
         if scope not in get_args(Scope):
-            raise AccessError(
-                f"serve.keys: {place}, key {number}: what follows the key is no scope; write inference or admin there"
-            )
+            raise AccessError(f"serve.keys: {place}, key {number}: is followed by an unknown scope; write inference or admin")
         if len(key) < SHORTEST:
             raise AccessError(f"serve.keys: {place}, key {number}: is shorter than {SHORTEST} characters; use a longer one")
         keys[_digest(key)] = cast(Scope, scope)
     if file and not keys:
-        raise AccessError(f"serve.keys: {file} holds no key; write one per line")
+        raise AccessError(f"serve.keys: {file} contains no keys; write one per line")
     return keys
 
 
 def check_address(host: str, keys: dict[str, Scope], insecure: bool) -> None:
-    """Refuse to answer strangers.
+    """Require keys for every address but loopback.
 
     Raises:
-        AccessError: an address that others can reach, without keys.
+        AccessError: other machines can reach the address, and there are no keys.
     """
     if not is_loopback(host) and not keys and not insecure:
         raise AccessError(
-            f"serve.host: {host} can be reached by others and there are no API keys; set serve.keys or {VARIABLE}, "
+            f"serve.host: {host} can be reached from other machines, but there are no API keys; set serve.keys or {VARIABLE}, "
             "or add --insecure"
         )
 
 
 def check_token(insecure: bool) -> None:
-    """Refuse to serve without Ray's token: a replica listens on every interface and unpickles what it is sent (Ray 2.60).
+    """Refuse to serve without Ray's token: a replica listens on all interfaces and unpickles what it receives (Ray 2.60).
 
     Raises:
-        AccessError: the token is switched off.
+        AccessError: the token is disabled.
     """
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" and not insecure:
         raise AccessError(
-            "RAY_AUTH_MODE: without Ray's token whoever reaches this machine can run code in a replica; set it to token, or "
+            "RAY_AUTH_MODE: without Ray's token anyone who reaches this machine can run code in a replica; set it to token, or "
             "add --insecure"
         )
 
@@ -91,13 +89,13 @@ def is_loopback(host: str) -> bool:
 
 
 def scope_of(header: str | None, keys: dict[str, Scope]) -> Scope | None:
-    """The scope that an Authorization header gives; None: none. Without any keys everybody has every scope."""
+    """The scope of an Authorization header, or None. If there are no keys at all, every request has every scope."""
     if not keys:
         return "admin"
     scheme, _, key = (header or "").partition(" ")
     found: Scope | None = None
     digest = _digest(key.strip())
-    for known, scope in keys.items():  # all of them, however early one fits
+    for known, scope in keys.items():  # compares all keys, even after a match
         if hmac.compare_digest(known, digest):
             found = scope
     return found if scheme.lower() == "bearer" else None

@@ -1,4 +1,4 @@
-"""The same text through the base, through a text in front of it, and through every version of a soft prompt, side by side."""
+"""Compares the answers to a text: of the base, of the base with a text prompt, and of every version of a soft prompt."""
 
 from __future__ import annotations
 
@@ -24,25 +24,26 @@ from ptuning.registry.registry import Registry, RegistryError
 
 @dataclass(frozen=True)
 class Opinion:
-    """What one of them says."""
+    """One answer of the comparison."""
 
     who: str
     answer: str
     probability: float | None = None
-    """Among the labels; None for free text."""
+    """Probability among the labels; None for free text."""
 
 
 def compare(registry: Registry, name: str, text: str, base_path: str | None = None) -> list[Opinion]:
-    """Ask the base, the text that the first version began as (if it did), and every version, oldest first.
+    """The answers of the base, of the text that the first version was initialised from (if any), and of every version, oldest
+    first.
 
-    All are asked with the newest version's template and decide greedily.
+    All use the newest version's template and greedy decoding.
 
     Raises:
         UserError: no such name, no template, text that does not fit, or a base that the newest version was not made for.
     """
     versions = sorted(registry.versions(name), key=lambda version: version.version)
     if not versions:
-        registry.find(name)  # says so
+        registry.find(name)  # raises the error
     loaded = {str(version): retrieve(registry, version)[0] for version in versions}
     newest = list(loaded.values())[-1]
     card = newest.card
@@ -76,7 +77,7 @@ def compare(registry: Registry, name: str, text: str, base_path: str | None = No
 
 
 def _written(loaded: dict[str, SoftPrompt]) -> str | None:
-    """The text that somebody wrote as the beginning of a soft prompt, the oldest first."""
+    """The texts that soft prompts were initialised from, the oldest first."""
     prompts = ((soft_prompt.card.experiment or {}).get("prompt") or {} for soft_prompt in loaded.values())
     return next((prompt["init_text"] for prompt in prompts if prompt.get("init_text")), None)
 

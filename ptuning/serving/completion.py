@@ -1,10 +1,10 @@
-"""From a request's text to token ids and from tokens back to text: templates, labels, stop strings, log-probabilities.
+"""Answers to a request: generation or label choice, decoding, stop strings, log-probabilities.
 
-An `Answer` is one of the `n` answers to one prompt: started at once, so that whatever is wrong with it is known before the
-first byte is sent, then read piece by piece. Text is tokenised by the `Encoder` that training used (law 6).
+An `Answer` is one of the `n` answers to one prompt. It starts immediately, so that errors are known before the first byte is
+sent, and is then read piece by piece. Text is tokenised by the `Encoder` that training uses.
 
-An answer that is constrained to labels is the label that evaluation would choose: the likeliest as a whole, end token
-included, and not the one whose first token looks best.
+An answer that is constrained to labels is the label that evaluation would choose: the most likely whole label, end token
+included, not the one with the most likely first token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ptuning.serving.served_models import Served
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of an answer; the last piece has a finish."""
+    """A piece of an answer; the last one has a finish reason."""
 
     text: str = ""
     tokens: tuple[TokenText, ...] = ()
@@ -36,7 +36,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What all answers to one prompt have in common."""
+    """The properties that all answers to one prompt share."""
 
     served: Served
     ids: list[int]
@@ -45,11 +45,11 @@ class GenerationRequest:
     stops: tuple[str, ...] = ()
     constrain: bool = False
     strip: bool = False
-    """Without the white space in front, as chat messages are."""
+    """Strip leading white space, as in chat messages."""
 
 
 class Generation:
-    """One answer, from start to finish. Close it, whatever happens: that frees its place in the batch."""
+    """One answer. It must always be closed, which frees its place in the batch."""
 
     def __init__(self, engine: Engine, question: GenerationRequest, number: int = 0) -> None:
         self.prompt_tokens = len(question.ids)
@@ -61,7 +61,7 @@ class Generation:
         self._scores: Future[list[list[float]]] | None = None
         self._events: asyncio.Queue[Token | End] = asyncio.Queue()
         sampling = question.sampling
-        if sampling.seed is not None:  # each of n answers its own
+        if sampling.seed is not None:  # each of the n answers has its own
             sampling = replace(sampling, seed=(sampling.seed + number) & (2**63 - 1))
         self._sampling = sampling
         handle = question.served.handle
@@ -77,17 +77,17 @@ class Generation:
             self._id = engine.submit(request, deliver)
 
     def close(self) -> None:
-        """Let go of the place in the batch; nothing if the answer is complete."""
+        """Free the place in the batch; no effect if the answer is complete."""
         if self._id:
             self._engine.cancel(self._id)
         if self._scores:
             self._scores.cancel()
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """The answer as it comes. Its pieces together are the whole answer.
+        """The pieces of the answer as they are generated.
 
         Raises:
-            AnswerFailed: the engine could not go on.
+            AnswerFailed: the engine failed.
         """
         tokenizer = self._question.served.raw.tokenizer
         told = self._sampling.top is not None

@@ -21,7 +21,7 @@ DEPLOYMENT = "replica"
 
 @serve.ingress()
 class Replica:
-    """One copy of the base with all soft prompts."""
+    """A replica: one copy of the base with all soft prompts."""
 
     def __init__(self, experiment: dict[str, Any], keys: dict[str, Scope]) -> None:
         self._id = serve.get_replica_context().replica_id.unique_id
@@ -31,17 +31,17 @@ class Replica:
         return build_app(self._service)
 
     async def check_health(self) -> None:
-        """Called by Serve; raising has this replica replaced."""
+        """Health check of Serve; if it raises, the replica is replaced."""
         if not self._service.alive:
             raise RuntimeError("the engine has stopped")
 
     async def drain(self) -> tuple[str, int]:
-        """From now on nothing new is answered (503). Tells which replica this is and how many requests it still answers."""
+        """Refuse new requests (503). Returns the id of this replica and the number of requests in flight."""
         self._service.draining = True
         return self._id, self._service.open
 
     def state(self) -> dict[str, Any]:
-        """What is served, and what was refused and why."""
+        """The served versions, and the refused ones with reasons."""
         models = self._service.models
         served = {name: served.id for name, served in models.names.items() if ":" not in name}
         return {"served": served, "refused": dict(models.refused)}
@@ -53,7 +53,7 @@ class Replica:
 
 
 def application(experiment: Experiment, keys: Mapping[str, Scope], surge: int = 0) -> serve.Application:
-    """The application of an experiment with absolute paths. `surge`: percent of the replicas that a rollout may have on top."""
+    """The application of an experiment with absolute paths. `surge`: additional replicas during a rollout, in percent."""
     limits = experiment.serve
     places = limits.running + limits.waiting
     scaled: dict[str, Any] = {"num_replicas": limits.replicas}
@@ -66,10 +66,10 @@ def application(experiment: Experiment, keys: Mapping[str, Scope], surge: int = 
                 "target_ongoing_requests": limits.running,
             }
         }
-    deployment: Any = serve.deployment(  # typed as if it took a class only
+    deployment: Any = serve.deployment(  # its type allows only a class
         name=DEPLOYMENT,
         ray_actor_options={"num_cpus": limits.cpus_per_replica, "num_gpus": limits.gpus_per_replica},
-        # The replica itself says 429 when its places are taken; this is for what does not even reach it.
+        # A full replica answers 429 itself; this limit is for requests that do not reach it.
         max_ongoing_requests=2 * places,
         max_queued_requests=2 * places,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
@@ -88,7 +88,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     the cluster's nodes) and `overrides`.
 
     Raises:
-        UserError: the experiment or the keys are wrong. Without keys nothing is built: a cluster is no loopback.
+        UserError: the experiment or the keys are invalid. Keys are required, because a cluster does not listen on loopback.
     """
     experiment = absolute(read_experiment(args["experiment"], args.get("overrides", ())))
     keys = read_keys(experiment.serve.keys)

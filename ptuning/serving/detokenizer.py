@@ -1,4 +1,4 @@
-"""From tokens back to text: whole characters, stop strings, tokens with their log-probabilities."""
+"""Tokens -> text: whole characters, stop strings, tokens with their log-probabilities."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ptuning.inference.sampling import Token
 
 @dataclass(frozen=True)
 class TokenText:
-    """A token as text, and where it begins in the answer."""
+    """A token as text, with its offset in the answer."""
 
     text: str
     offset: int
@@ -21,7 +21,7 @@ class TokenText:
 
 
 class TextStream:
-    """Tokens -> text that may be sent: whole characters, and nothing that may turn out to be the start of a stop string."""
+    """Tokens -> text that can be sent: whole characters, without a suffix that may become a stop string."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], strip: bool) -> None:
         self.text = ""
@@ -31,12 +31,12 @@ class TextStream:
         self._stops = stops
         self._strip = strip
         self._ids: list[int] = []
-        self._context = 0  # tokens before this one no longer change how the next ones read
-        self._read = 0  # tokens that are in the text
+        self._context = 0  # tokens before this one no longer affect how the next ones are decoded
+        self._read = 0  # number of tokens in the text
         self._sent = 0
 
     def push(self, token: int) -> str:
-        """Add a token; returns the text that may be sent now."""
+        """Add a token; returns the text that can be sent now."""
         self._ids.append(token)
         known = self._decode(self._ids[self._context : self._read])
         whole = self._decode(self._ids[self._context :])
@@ -46,7 +46,7 @@ class TextStream:
         return self._take(whole[len(known) :])
 
     def flush(self) -> str:
-        """What is left at the end."""
+        """The remaining text at the end."""
         known = self._decode(self._ids[self._context : self._read])
         new = self._take(self._decode(self._ids[self._context :])[len(known) :])
         if not self.stopped:

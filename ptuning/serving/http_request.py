@@ -1,7 +1,7 @@
-"""Reading a request: its key, its body, and errors in OpenAI's shape.
+"""Reading a request: its key, its body, and errors in OpenAI's format.
 
-Bodies are read and parsed here and not by FastAPI: bounded while they arrive, without a detour through Python objects that
-JSON cannot hold (lone surrogates, NaN), and refused in one sentence that names the parameter.
+Bodies are read and parsed here and not by FastAPI: their size is limited while they arrive, they are not converted to Python
+objects that JSON cannot represent (lone surrogates, NaN), and an error is one sentence that names the parameter.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ Asked = TypeVar("Asked", bound=BaseModel)
 BUSY, REFUSED = proxy.BUSY.decode(), proxy.REFUSED.decode()
 
 DRAIN_S = 1.0
-"""Seconds for the rest of a body that is refused."""
+"""Seconds to read the rest of a refused body."""
 
 
 class ApiError(Exception):
-    """A request that is not answered, and how that is said."""
+    """An error response."""
 
     def __init__(
         self, status: int, message: str, kind: str, param: str | None = None, *, code: str | None = None, **headers: str
@@ -53,13 +53,13 @@ class ApiError(Exception):
 _CODES = {401: "invalid_api_key", 413: "body_too_large", 429: "rate_limit_exceeded"}
 
 _ROUTES = {
-    404: "there is no such route; /openapi.json lists those there are",
-    405: "this route is not asked by this method; /openapi.json lists those there are",
+    404: "there is no such route; see /openapi.json for all routes",
+    405: "this route does not support this method; see /openapi.json for all routes",
 }
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Any error as the client is to see it: never the text of an exception that was not written for people."""
+    """Any error as the client sees it: never the text of an exception that was not written for users."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UnknownModel):
@@ -71,10 +71,10 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, EngineStopped):
         return ApiError(503, str(error), "server_error", retry_after="5")
     if isinstance(error, TimeoutError):
-        # OpenAI's clients repeat what has timed out, twice, unless they are told not to.
+        # OpenAI's clients retry twice after a timeout unless a header forbids it.
         return ApiError(
             408,
-            "the answer took longer than is allowed here; ask for less",
+            "the answer took longer than this server allows; ask for less",
             "timeout",
             x_should_retry="false",
         )
@@ -103,8 +103,8 @@ def authorize(request: Request, keys: dict[str, Scope], wanted: Scope) -> None:
 
 
 async def read_body(request: Request, shape: type[Asked], limits: ServeConfig) -> Asked:
-    """The body, bounded in size and time, as what it should be."""
-    # A web page may send forms and plain text to a local server without asking; JSON only with leave.
+    """The parsed body. Its size and the time to receive it are limited."""
+    # A web page can send forms and plain text to a local server without permission (CORS), but not JSON.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" or request.headers.get("content-encoding", "identity") != "identity":
         raise ApiError(415, "the body must be plain application/json; set Content-Type", "invalid_request_error")
@@ -113,7 +113,7 @@ async def read_body(request: Request, shape: type[Asked], limits: ServeConfig) -
     size, chunks = int(declared) if declared.isdigit() else 0, []
     if size <= most:
         size = 0
-        async with asyncio.timeout(limits.deadline_s):  # a body that never ends, drop by drop
+        async with asyncio.timeout(limits.deadline_s):  # for a body that arrives very slowly
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > most:
@@ -129,9 +129,9 @@ async def read_body(request: Request, shape: type[Asked], limits: ServeConfig) -
 
 
 async def drain(request: Request, limits: ServeConfig) -> bool:
-    """Read on for a while: a connection that is closed with an unread body is reset, and the answer lost with it.
+    """Read the rest of the body for a while: closing a connection with an unread body resets it, and the answer is lost.
 
-    Returns: whether the body has come to its end.
+    Returns: whether the body was read to its end.
     """
     size = 0
     try:
@@ -142,6 +142,6 @@ async def drain(request: Request, limits: ServeConfig) -> bool:
                     return False
     except TimeoutError:
         return False
-    except (RuntimeError, ClientDisconnect):  # RuntimeError: it has been read already
+    except (RuntimeError, ClientDisconnect):  # RuntimeError: the body was read before
         pass
     return True

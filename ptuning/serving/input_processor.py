@@ -1,4 +1,4 @@
-"""From a request's text to token ids: templates, fields, conversations. Tokenised by the `Encoder` that training used."""
+"""Text of a request -> token ids: templates, fields, conversations. Tokenised by the `Encoder` that training uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def chat_ids(served: Served, request: ChatRequest, room: int) -> list[int]:
     """The token ids of a conversation.
 
     Raises:
-        RequestError, DataError: it does not fit, or is not what the template wants.
+        RequestError, DataError: the conversation does not fit, or does not match the template.
     """
     if served.encoder is None:
         return _conversation(served, request, room)
@@ -25,10 +25,10 @@ def chat_ids(served: Served, request: ChatRequest, room: int) -> list[int]:
 
 
 def raw_ids(served: Served, text: str, room: int) -> list[int]:
-    """The token ids of text as it is.
+    """The token ids of text without a template.
 
     Raises:
-        RequestError, DataError: too long, or no text.
+        RequestError, DataError: the text is too long or empty.
     """
     return row_ids(served.raw, {"text": text}, room, truncate=False)
 
@@ -40,8 +40,8 @@ def _conversation(served: Served, request: ChatRequest, room: int) -> list[int]:
     messages = [{"role": message.role, "content": message.text} for message in request.messages]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template may raise what it likes about an order of roles it does not want
-        said = f" ({' '.join(str(error).split())[:200]})" if type(error) is TemplateError else ""  # what its author wrote
+    except Exception as error:  # a template may raise any error about roles that it does not support
+        said = f" ({' '.join(str(error).split())[:200]})" if type(error) is TemplateError else ""  # the message of its author
         raise RequestError(f"messages: the chat template refuses them{said}; change their order or roles") from None
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) > room:

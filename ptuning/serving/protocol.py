@@ -1,7 +1,7 @@
-"""The wire shapes: OpenAI's completions and chat completions, as far as they are meant here, and classification beside them.
+"""Requests and responses: the supported part of OpenAI's completions and chat completions, and classification.
 
-Strict: a parameter that is not known, or known and not supported, is refused by name and never ignored. Parameters that
-change nothing at their neutral value are accepted at that value, because clients send them. Imports pydantic only.
+Strict: parameters that are unknown or not supported are refused by name, never ignored. Parameters with a neutral value are
+accepted at that value, because clients send them. Imports only pydantic.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _as_list(value: Any) -> Any:
 
 class StreamOptions(Shape):
     include_usage: bool = False
-    """End the stream with a chunk that holds the usage."""
+    """End the stream with a chunk that contains the usage."""
 
 
 class TextFormat(Shape):
@@ -37,7 +37,7 @@ class TextFormat(Shape):
 
 
 class Body(Shape):
-    """What completions and chat completions share."""
+    """Parameters of both completions and chat completions."""
 
     model: Name
     """A soft prompt's name (its champion), name:3 (a version), or the base's own name."""
@@ -51,11 +51,11 @@ class Body(Shape):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     constrain: bool | None = None
-    """Answer with one of the soft prompt's labels and nothing else. Default: whether it has labels."""
+    """Answer only with one of the soft prompt's labels. Default: true if it has labels."""
     truncate: bool = False
-    """Cut too long a text as in training, instead of refusing it."""
+    """Truncate a text that is too long, as in training, instead of refusing it."""
     user: str | None = None
-    """Whom the client asks for; nothing depends on it."""
+    """An end user of the client; ignored."""
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -69,7 +69,7 @@ class Body(Shape):
 
 class CompletionRequest(Body):
     prompt: str | Annotated[list[str], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
-    """Text as it is, without any template; or token ids below the vocabulary."""
+    """Text, to which no template is applied, or token ids of the vocabulary."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -93,8 +93,8 @@ class Message(Shape):
 
 class ChatRequest(Body):
     messages: Annotated[list[Message], Field(min_length=1)]
-    """A soft prompt with a template takes the last user message: its text, or a JSON object if the template has several
-    fields. Without a template the tokenizer's chat template takes all of them."""
+    """A soft prompt with a template uses only the last user message: its text, or a JSON object if the template has several
+    fields. Without a template, the tokenizer's chat template is applied to all messages."""
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -121,11 +121,11 @@ class ClassifyRequest(Shape):
 
 class Usage(Shape):
     prompt_tokens: int
-    """Tokens of the text, with the template's own words."""
+    """Tokens of the text, including the template's own words."""
     completion_tokens: int = 0
     total_tokens: int = 0
     virtual_tokens: int = 0
-    """Length of the soft prompt; not in the other numbers."""
+    """Length of the soft prompt; not included in the other numbers."""
     prompt_tokens_details: dict[str, int] | None = None
     """`cached_tokens`: text and virtual tokens whose keys and values were in the cache."""
 
@@ -195,7 +195,7 @@ class ChunkChoice(Shape):
 
 
 class Envelope(Shape):
-    """What every answer carries."""
+    """Fields of every answer."""
 
     id: str
     created: int
@@ -238,7 +238,7 @@ class Model(Shape):
     created: int
     owned_by: str
     soft_prompt: str | None = None
-    """name:version that answers under this id."""
+    """The name:version that answers under this id."""
     content_hash: str | None = None
     length: int | None = None
     """Virtual tokens."""
@@ -264,25 +264,25 @@ class ErrorBody(Shape):
 
 
 def complaint(error: ValidationError) -> tuple[str, str | None]:
-    """The first problem of a request as one sentence, and the parameter that it is about.
+    """The first problem of a request as one sentence, and the parameter it concerns.
 
-    The sentence repeats no value of the client's, and its parameter's name only as printable text.
+    The sentence never repeats a value from the client, and names of parameters only as printable text.
     """
     problems = error.errors(include_input=False, include_url=False)
     problem = problems[0]
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "json_invalid":
-        return f"the body is no JSON ({message.removeprefix('Invalid JSON: ')}); send a JSON object", None
+        return f"the body is not valid JSON ({message.removeprefix('Invalid JSON: ')}); send a JSON object", None
     if problem["type"] == "value_error" and not problem["loc"]:
         return message, message.partition(":")[0]
     if not problem["loc"]:
-        return "the body is no JSON object; send one", None
+        return "the body is not a JSON object; send one", None
     param = printable(str(problem["loc"][0]))
     if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
         return f"{param}: is not supported; remove it", param
     if problem["type"] == "missing" and len(problem["loc"]) == 1:
         return f"{param}: is missing; send it", param
-    # Behind the parameter's name stand the fields and places below it, and names of our classes, which are nobody's business.
+    # After the parameter's name come nested fields and indices, and names of internal classes, which must not be disclosed.
     where = ".".join([param, *(str(part) for part in problem["loc"][1:] if isinstance(part, int) or part in _FIELDS)])
     if problem["type"] in ("literal_error", "too_long") and param in Body.model_fields:
         return f"{where}: is not supported at this value; remove it", param
@@ -293,5 +293,5 @@ _FIELDS = {field for shape in (*Shape.__subclasses__(), *Body.__subclasses__()) 
 
 
 def printable(text: str) -> str:
-    """Text of a client's that may stand in an answer: short, and free of what cannot be sent."""
+    """Text from a client, made safe for an answer: short and printable."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:80])

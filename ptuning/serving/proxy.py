@@ -1,9 +1,9 @@
-"""What Ray Serve's proxy does not do by itself: it bounds what a stranger can make it hold before any key has been looked at.
+"""Middleware for Ray Serve's proxy: it limits the resources that untrusted input can occupy before its key is checked.
 
-Ray 2.60 reads requests with uvicorn and httptools, which keep a request's head in memory however long it grows and wait for its
-end for ever; it lets clients switch limits off by headers; and a header that is not UTF-8 makes it answer 500. Ray calls
+Ray 2.60 reads requests with uvicorn and httptools. They keep a request head of any length in memory and wait for its end
+without a timeout. Ray also lets clients disable limits by headers, and answers 500 to a header that is not UTF-8. Ray calls
 `middlewares` when a proxy starts if the variables of the part "proxy" (`environment`) are set for the cluster's processes:
-`ptuning serve` sets them for a cluster that it starts, the image has them.
+`ptuning serve` sets them for a cluster that it starts, and the image contains them.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_BYTES = 64 * 1024
-"""Most bytes of a request's head, or of anything behind it that is not body, give or take one read of the socket."""
+"""Maximum bytes of a request head, or of anything after it that is not body; one read of the socket more is possible."""
 HEAD_S = 20.0
-"""Seconds in which the head of a request must have come, from the first byte or the beginning of the connection."""
+"""Seconds in which a request head must arrive, counted from its first byte or from the start of the connection."""
 
 BUSY = b"x-all-places-taken"
-"""A replica's header on an answer that says so: for `BUSY_S` seconds the proxy repeats it to others by itself. To have Ray
-pass a request on, only to be refused, costs a replica some ten milliseconds of what it answers others with."""
+"""A header by which a replica reports that it is full: for `BUSY_S` seconds the proxy then answers 429 itself. A request that
+Ray passes on only to be refused costs a replica some ten milliseconds."""
 BUSY_S = 0.2
 REFUSED = b"x-refused-meanwhile"
-"""The proxy's header on the next request that it passes on: how many it has refused by itself, for the replica's metrics."""
+"""A header of the proxy on the next request that it passes on: how many it has refused itself, for the replica's metrics."""
 SMALL_BYTES, SMALL_S = 64 * 1024, 1.0
-"""The largest body that the proxy reads to its end by itself, and the seconds in which it must be there."""
+"""The largest body that the proxy itself reads to its end, and the seconds in which it must arrive."""
 
 CONTROLS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve_multiplexed_model_id", REFUSED})
-"""Headers by which a client would steer Ray Serve, or what stands behind it."""
+"""Headers by which a client could control Ray Serve or the replica."""
 
 
 def middlewares() -> list[Middleware]:
-    """Called by Ray in a proxy's process, before it listens."""
+    """Called by Ray in the process of a proxy before it listens."""
     uvicorn.config.HTTP_PROTOCOLS["auto"] = (
-        f"{__name__}:{BoundedHttpProtocol.__name__}"  # Ray gives uvicorn no choice of protocol
+        f"{__name__}:{BoundedHttpProtocol.__name__}"  # Ray does not let uvicorn choose the protocol
     )
     return [Middleware(ProxyMiddleware)]
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """HTTP/1.1 whose heads are bounded in bytes and in time."""
+    """HTTP/1.1 with limits on the size and duration of request heads."""
 
     _silent = 0
     _moved = False
@@ -72,7 +72,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             if between:
                 self.send_400_response("The head of the request is too large.")
             else:
-                self.transport.abort()  # behind a body: an answer may be on its way
+                self.transport.abort()  # after a body: an answer may be in progress
         elif between and self._late is None and self.timeout_keep_alive_task is None:
             self._wait()
 
@@ -99,12 +99,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 
 class ProxyMiddleware:
-    """Takes Ray's own controls out of requests, refuses headers that Ray cannot read and connections that are not HTTP, and
-    spares the replicas what they would refuse."""
+    """Removes Ray's control headers from requests, refuses headers that Ray cannot read and connections that are not HTTP, and
+    answers for replicas that are full."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._full: dict[str, _Full] = {}  # by path: only of those where a replica has said so
+        self._full: dict[str, _Full] = {}  # by path, only for paths where a replica was full
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -130,7 +130,7 @@ class ProxyMiddleware:
         await self._app(scope, receive, send)
 
     def _listening(self, path: str, send: Send) -> Send:
-        """Remembers an answer by which a replica says that all its places are taken."""
+        """Remembers an answer by which a replica reports that it is full."""
         full = _Full()
 
         async def listen(message: Message) -> None:
@@ -138,7 +138,7 @@ class ProxyMiddleware:
                 headers = [header for header in message["headers"] if header[0] != BUSY]
                 if len(headers) < len(message["headers"]):
                     message = {**message, "headers": headers}
-                    # Ray's id of this one request is not that of the others.
+                    # Ray's id of this request is not valid for others.
                     kept = [header for header in headers if header[0] != b"x-request-id"]
                     full.answer = [{**message, "headers": kept}]
             elif full.answer:
@@ -154,7 +154,7 @@ class ProxyMiddleware:
 
 @dataclass
 class _Full:
-    """What a replica without a free place has answered, until when it holds, and how many were told."""
+    """The answer of a full replica, its time limit, and how often it was repeated."""
 
     answer: list[Message] = field(default_factory=list)
     until: float = 0.0
@@ -162,11 +162,11 @@ class _Full:
 
 
 async def _read(headers: list[tuple[bytes, bytes]], receive: Receive) -> bool:
-    """Read a small body to its end; False if there is none to be had, and then nothing was read."""
+    """Read a small body to its end; False if it is not small, and then nothing was read."""
     size = dict(headers).get(b"content-length", b"")
     if not size.isdigit() or int(size) > SMALL_BYTES:
         return False
-    with suppress(TimeoutError):  # the answer may then be lost, with a client that did not listen
+    with suppress(TimeoutError):  # the answer may be lost then, if the client did not read it
         async with asyncio.timeout(SMALL_S):
             while (message := await receive())["type"] == "http.request" and message.get("more_body"):
                 pass

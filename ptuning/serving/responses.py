@@ -1,4 +1,4 @@
-"""Answers as OpenAI's clients expect them: whole, or chunk by chunk."""
+"""Responses in OpenAI's format: complete, or as a stream of chunks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ptuning.serving.served_models import Served
 
 
 def envelope(served: Served, base: str, prefix: str) -> dict[str, Any]:
-    """What every answer carries: its id, when it was made, and who made it."""
+    """Fields of every response: its id, its time, and the version that answered."""
     soft_prompt = served.id if served.handle else None
     answered = Answered(soft_prompt=soft_prompt, content_hash=served.content_hash, base=base)
     return {
@@ -47,7 +47,7 @@ def envelope(served: Served, base: str, prefix: str) -> dict[str, Any]:
 
 
 def usage(served: Served, answers: Sequence[Generation], n: int) -> Usage:
-    """Tokens of a request. Each prompt counts once, whatever n."""
+    """Tokens of a request. Each prompt counts once, regardless of n."""
     prompt = sum(answer.prompt_tokens for answer in answers[::n])
     completion = sum(answer.completion_tokens for answer in answers)
     return Usage(
@@ -71,7 +71,7 @@ class CompletionReply:
         return Completion(**self._envelope, choices=choices, usage=spent)
 
     def first(self, index: int) -> Envelope | None:
-        """What a stream begins with."""
+        """The first chunk of a stream."""
         return None
 
     def chunk(self, index: int, piece: Piece) -> Envelope:
@@ -147,7 +147,7 @@ def _bytes(text: str) -> list[int]:
 
 
 async def merged(answers: list[Generation]) -> AsyncIterator[tuple[int, Piece]]:
-    """The pieces of all answers as they come, each with its answer's place."""
+    """The pieces of all answers as they are generated, each with the index of its answer."""
     if len(answers) == 1:
         async for piece in answers[0].pieces():
             yield 0, piece
@@ -159,7 +159,7 @@ async def merged(answers: list[Generation]) -> AsyncIterator[tuple[int, Piece]]:
             async for piece in answer.pieces():
                 pieces.put_nowait((index, piece))
             pieces.put_nowait((index, None))
-        except Exception as error:  # raised again where it is read
+        except Exception as error:  # raised again by the reader
             pieces.put_nowait((index, error))
 
     tasks = [asyncio.create_task(pump(index, answer)) for index, answer in enumerate(answers)]

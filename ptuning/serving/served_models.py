@@ -1,11 +1,11 @@
-"""What is served under which name: the registry's versions, checked, resident in the engine, and kept on disk.
+"""The served versions by name: checked, resident in the engine, and cached on disk.
 
-The replica looks at the registry again and again, instead of being told through Serve's `user_config`: a promotion is a word
-to MLflow from any machine, by people who need not know which clusters serve, and there is nothing that could be forgotten
-between the two. The price is that replicas may differ for `serve.refresh_s`; every answer says which version gave it.
+A replica polls the registry instead of being notified through Serve's `user_config`: a promotion only changes MLflow, from any
+machine, by people who need not know which clusters serve. So there is no second step that could be forgotten. The price is that
+replicas may differ for `serve.refresh_s`; every answer names the version that gave it.
 
-Whoever answers takes one immutable entry and keeps it to the end. A version that fails a check is refused, loudly and with
-its reason, and the name stays with the version it had. The last good set lies on disk: a server starts without its registry.
+Each request uses one immutable entry from start to end. A version that fails a check is refused with a logged reason, and the
+name keeps its previous version. The last good set is on disk, so a server can start without its registry.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ log = logger(__name__)
 
 SNAPSHOT = "served.json"
 AGAIN = 60.0
-"""Seconds until a refused version is tried again: its run may have been repaired."""
+"""Seconds until a refused version is checked again: its run may have been repaired."""
 LISTED = 160
-"""Most characters of the names that a client is told who has asked for an unknown one."""
+"""Maximum characters of the list of names in the error for an unknown model."""
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -50,13 +50,13 @@ class UnknownModel(UserError):
 
 @dataclass(frozen=True)
 class Served:
-    """What answers under a name. `handle` None: the bare base."""
+    """The entry that answers under a name. `handle` None: the bare base."""
 
     id: str
     created: int
     """Unix seconds."""
     raw: Encoder
-    """For text that comes as it is."""
+    """For text without a template."""
     handle: ResidentPrompt | None = None
     card: Card | None = None
     encoder: Encoder | None = None
@@ -77,7 +77,7 @@ class Served:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A version as the registry or the snapshot names it."""
+    """A version in the registry or in the snapshot."""
 
     name: str
     version: int
@@ -85,7 +85,7 @@ class _Entry:
     content_hash: str
     card_hash: str
     fits: bool = field(default=True, compare=False)
-    """False: its tags say that it was made for another base."""
+    """False: according to its tags it was made for another base."""
 
     def __str__(self) -> str:
         return f"{self.name}:{self.version}"
@@ -108,22 +108,22 @@ class ServedModels:
         self._names: Mapping[str, Served] = {self.base_id: bare}
         self._champions: dict[str, _Entry] = {}
         self.refused: Mapping[str, str] = {}
-        """Versions that failed a check, with the reason as clients may know it; the log has all of it."""
+        """Versions that failed a check, with the reason for clients; the log has the full reason."""
         self.patience = 20.0
-        """Seconds that a new version waits for a place among the requests before the next look tries again."""
+        """Seconds that a new version waits for a free request before the next poll tries again."""
         self.looked = 0.0
         """When the registry was last read, in Unix seconds."""
 
     @property
     def names(self) -> Mapping[str, Served]:
-        """Every id that answers: the base, each name (its champion), each version."""
+        """All served ids: the base, each name (its champion), each version."""
         return self._names
 
     def find(self, model: str) -> Served:
-        """Who answers under an id.
+        """The entry of an id.
 
         Raises:
-            UnknownModel: nobody; names who does.
+            UnknownModel: there is none; the message lists the known names.
         """
         served = self._names.get(model)
         if served is None:
@@ -132,21 +132,21 @@ class ServedModels:
             more = f", ... ({len(known)} in all)" if len(known) > len(listed) else ""
             hint = suggest(model, self._names, "/v1/models lists them all")
             raise UnknownModel(
-                f"there is no such model; the known names are {', '.join(listed)}{more}, and their versions as name:3; {hint}"
+                f"there is no such model; the names are {', '.join(listed)}{more}, and versions are written name:3; {hint}"
             )
         return served
 
     def sync(self) -> bool:
-        """Bring the served set to what the registry says; True if anything changed.
+        """Update the served set from the registry; True if anything changed.
 
         Raises:
-            TrackingError: MLflow does not answer; everything stays as it is.
+            TrackingError: MLflow does not respond; nothing was changed.
         """
         with self._lock:
             if not self._registry.is_there and (self._loaded or storage.exists(self._folder, SNAPSHOT)):
                 raise TrackingError(
-                    f"{redact(self._registry.uri)} has gone; put it back", OFFLINE
-                )  # not the same as an empty one
+                    f"{redact(self._registry.uri)} no longer exists; restore it", OFFLINE
+                )  # not the same as an empty registry
             versions = [version for version in self._registry.versions() if not self._only or version.name in self._only]
             self.looked = time.time()
             champions: dict[str, _Entry] = {}
@@ -168,7 +168,7 @@ class ServedModels:
                 entries = [_Entry(**entry) for entry in snapshot["versions"]]
                 snapshot["champions"].items()
             except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                log.error("%s/%s is damaged, nothing of it is served: %s", self._folder, SNAPSHOT, error)
+                log.error("%s/%s is damaged, nothing in it is served: %s", self._folder, SNAPSHOT, error)
                 return False
             wanted = [entry for entry in entries if not self._only or entry.name in self._only]
             by_id = {str(entry): entry for entry in wanted}
@@ -187,14 +187,14 @@ class ServedModels:
         )
 
     def _apply(self, champions: Mapping[str, _Entry], entries: Mapping[_Entry, Version | None]) -> bool:
-        """Load what is new, champions first; publish; let go of what has left."""
+        """Load new versions, champions first; publish the new set; release the versions that are no longer served."""
         before = (dict(self._loaded), dict(self._champions), dict(self.refused))
         refused = {str(entry): self.refused[str(entry)] for entry in entries if str(entry) in self.refused}
         for entry in dict.fromkeys([*champions.values(), *entries]):
             if entry in self._loaded or time.monotonic() < self._retry.get(entry, 0):
                 continue
             if not entry.fits and entry.name not in self._only and entry.name not in self._champions:
-                continue  # somebody else's, for another base
+                continue  # for another base
             try:
                 self._loaded[entry] = self._load(entry, entries[entry])
                 refused.pop(str(entry), None)
@@ -202,14 +202,14 @@ class ServedModels:
                 raise
             except (EngineBusy, EngineStopped):
                 raise
-            except Exception as error:  # whatever is wrong with it, the others are served
+            except Exception as error:  # any error must not affect the other versions
                 if not isinstance(error, UserError):
                     log.exception("%s could not be loaded", entry)
                 self._retry[entry] = time.monotonic() + AGAIN
                 refused[str(entry)] = self._public(entry, error)
                 stays = self._champions.get(entry.name)
                 log.error("%s is refused, %s stays: %s", entry, stays or "nothing", error)
-        # A name whose champion was refused stays with the one it had.
+        # A name whose champion was refused keeps its previous one.
         self._champions = {
             name: entry if entry in self._loaded else self._champions[name]
             for name, entry in champions.items()
@@ -228,11 +228,11 @@ class ServedModels:
         return True
 
     def _public(self, entry: _Entry, error: Exception) -> str:
-        """Why a version is refused, for those who may not know this machine."""
+        """The reason why a version is refused, for clients: without details of this machine."""
         if not isinstance(error, UserError):
             return f"{entry}: could not be loaded; see the server's log"
         reason = str(error)
-        for place in (self._folder, self._base.name):  # whole: a path with blanks looks like several
+        for place in (self._folder, self._base.name):  # as a whole: a path with spaces looks like several paths
             reason = reason.replace(place, last_name(place))
         return placeless(reason)
 
@@ -247,25 +247,27 @@ class ServedModels:
         }
         try:
             storage.write_file(self._folder, SNAPSHOT, json.dumps(snapshot, indent=1).encode())
-        except OSError as error:  # a full disk is no reason not to serve
+        except OSError as error:  # serve even if the disk is full
             log.error("%s could not be written, a start without the registry would serve an older set: %s", SNAPSHOT, error)
 
     def _load(self, entry: _Entry, version: Version | None) -> Served:
-        """A version, from disk or from its run, checked in every way and tried once.
+        """A version from disk or from its run, fully checked and tested once.
 
         Raises:
-            UserError: why it cannot be served.
-            TrackingError: MLflow does not answer.
+            UserError: it cannot be served; the message gives the reason.
+            TrackingError: MLflow does not respond.
         """
-        # The hashes are tags that anybody with access to MLflow writes, and they name a folder.
+        # The hashes are tags that everyone with access to MLflow can write, and they name a folder.
         if not _HASH.fullmatch(entry.content_hash) or not _HASH.fullmatch(entry.card_hash):
-            raise SoftPromptError(f"{entry}: its tags hold no SHA-256 of vectors and card; publish it again")
+            raise SoftPromptError(f"{entry}: its tags contain no SHA-256 of vectors and card; publish it again")
         loaded = self._bytes(entry, version)
         base, card = self._base, loaded.card
         check_base(loaded, str(entry), base)
         room = self._engine.longest - card.length
         if room < 3:
-            raise SoftPromptError(f"{entry}: {card.length} virtual tokens leave no room in {self._engine.longest} positions")
+            raise SoftPromptError(
+                f"{entry}: {card.length} virtual tokens leave no space in {self._engine.longest} positions; shorten it"
+            )
         encoder = Encoder(card.template, base.tokenizer, room) if card.template else None
         if encoder is not None and card.template is not None and card.template.labels:
             self._engine.check_room(card.length, 1, max(map(len, encoder.label_ids)))
@@ -285,11 +287,11 @@ class ServedModels:
                 kept = soft_prompt.load(folder)
                 if kept.card.content_hash == entry.content_hash:
                     return kept
-                raise SoftPromptError(f"{folder} holds other vectors")
+                raise SoftPromptError(f"{folder} contains other vectors")
             except UserError as error:
-                log.warning("%s: %s; it is fetched again", entry, error)  # and stays until the new copy replaces it
+                log.warning("%s: %s; it is downloaded again", entry, error)  # and kept until the new copy replaces it
         if version is None:
-            raise SoftPromptError(f"{entry}: is not in {self._folder}; start the registry")
+            raise SoftPromptError(f"{entry}: is not cached in {self._folder}; start the registry")
         loaded, files = retrieve(self._registry, version)
         try:
             storage.write_folder(folder, files)
@@ -298,14 +300,14 @@ class ServedModels:
         return loaded
 
     def _smoke_test(self, entry: _Entry, handle: ResidentPrompt) -> None:
-        """Two real tokens. They also bring the soft prompt's keys and values into the cache: one would not, since
-        transformers 5.23 keeps nothing of a request that ends with its prefill (PagedAttentionCache.mark_complete_blocks)."""
+        """Generate two tokens. This also caches the soft prompt's keys and values. One token would not suffice: transformers
+        5.23 caches nothing of a request that ends with its prefill (PagedAttentionCache.mark_complete_blocks)."""
         for event in self._generate(Request([0], handle, 2, ignore_end=True)):
             if isinstance(event, End) and event.reason == "failed":
                 raise SoftPromptError(f"{entry}: {event.message}; train it again with a lower learning rate")
 
     def _generate(self, request: Request) -> Iterator[Token | End]:
-        """A request that stands in the queue like any other, and under load comes back until there is a place."""
+        """A request that is queued like any other; if the engine is full, it is retried."""
         until = time.monotonic() + self.patience
         while True:
             try:

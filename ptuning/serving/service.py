@@ -1,4 +1,4 @@
-"""One replica: the base, the engine, what is served, and the thread that keeps it up to date. No HTTP and no ray here."""
+"""One replica: the base, the engine, the served versions, and the thread that updates them. Without HTTP and Ray."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logger(__name__)
 
 
 class Service:
-    """Everything that answers. `experiment` has absolute paths.
+    """Everything of a replica but HTTP. `experiment` has absolute paths.
 
     Raises:
         UserError: the base cannot be served.
@@ -57,7 +57,7 @@ class Service:
             {
                 "busy": ("Requests that run or wait, and texts that wait for labels.", lambda: self.engine.busy),
                 "soft_prompts": ("Resident soft prompts.", lambda: self.engine.residents),
-                "soft_prompt_bytes": ("Memory that they take.", lambda: self.engine.resident_bytes),
+                "soft_prompt_bytes": ("Memory of the resident soft prompts.", lambda: self.engine.resident_bytes),
                 "refused": ("Versions that failed a check.", lambda: len(self.models.refused)),
                 "registry_read_seconds": ("When the registry was last read, in Unix seconds.", lambda: self.models.looked),
                 "steps_total": ("Steps of the engine.", lambda: self.engine.stats.steps),
@@ -68,9 +68,9 @@ class Service:
         )
         self.ready = False
         self.draining = False
-        """Nothing new is answered any more."""
+        """True while the replica is stopping and refuses new requests."""
         self.open = 0
-        """HTTP requests that have begun and whose answer is not out yet."""
+        """HTTP requests whose answer is not yet complete."""
         self._stopped = threading.Event()
         self._look(first=True)
         *_, end = self.engine.generate(Request([self.base.tokenizer.eos_token_id], None, 1, ignore_end=True))
@@ -96,16 +96,16 @@ class Service:
             self._look()
 
     def _look(self, first: bool = False) -> None:
-        """Look at the registry. If it does not answer, what is served stays, or comes from disk."""
+        """Poll the registry. If it does not respond, the served versions stay, or are loaded from disk."""
         try:
             if self.models.sync():
                 log.info("serving %s", ", ".join(self.models.names))
         except TrackingError as error:
-            log.warning("the registry does not answer, what is served stays: %s", error)
+            log.warning("the registry does not respond, the served versions stay: %s", error)
             if first and not self.models.restore():
-                log.error("no soft prompts are served until the registry answers")
-        except Exception:  # whatever it is must not end the thread: the next look may succeed
-            log.exception("what is served could not be renewed")
+                log.error("no soft prompts are served until the registry responds")
+        except Exception:  # no error must end the thread: the next poll may succeed
+            log.exception("the served versions could not be updated")
 
     def _batched(self) -> float:
         return self.engine.stats.batched

@@ -15,25 +15,25 @@ from ptuning.redaction import redact
 from ptuning.tracking.outbox import locked
 
 ARTIFACTS = "mlartifacts"
-"""Folder of all artifacts in the storage folder."""
+"""Folder of all artifacts inside the storage folder."""
 
 environment.apply("mlflow")
 
 
 def default_uri(storage: str | Path) -> str:
-    """The tracking store in the storage folder: sqlite under an absolute path, since Ray changes the working directory.
+    """The tracking store in the storage folder: SQLite with an absolute path, since Ray changes the working directory.
 
     Raises:
-        UserError: the storage is no local folder, or one that has no address as a database.
+        UserError: the storage is not a local folder, or its path cannot be the address of a database.
     """
     if "://" in str(storage):
         raise UserError(f"compute.storage: {storage} cannot hold the tracking store; set tracking.uri to an MLflow server")
     folder = Path(storage).expanduser().absolute()
-    # SQLAlchemy (2.1) and MLflow (3.17) do not agree on what these mean in the address of a database: it would lie elsewhere.
+    # SQLAlchemy (2.1) and MLflow (3.17) interpret these differently in the address of a database, so its path would differ.
     unclear = re.search(r"\?|%[0-9A-Fa-f]{2}", str(folder))
     if unclear:
         raise UserError(
-            f"compute.storage: {folder} has {unclear[0]!r} in its path, which MLflow's database cannot; choose another folder, "
+            f"compute.storage: {folder} has {unclear[0]!r} in its path, which MLflow does not support; choose another folder, "
             "or set tracking.uri to an MLflow server"
         )
     return f"sqlite:///{folder / 'mlflow.db'}"
@@ -49,7 +49,7 @@ def tracking_uri(experiment: Experiment) -> str:
 
 
 def default_artifact_root(storage: str | Path) -> str:
-    """Where the runs of `default_uri` keep their artifacts."""
+    """The artifact folder of runs in `default_uri`."""
     if "://" in str(storage):
         return f"{storage}/{ARTIFACTS}"
     return (Path(storage).expanduser().absolute() / ARTIFACTS).as_uri()
@@ -59,7 +59,7 @@ OFFLINE = "OFFLINE"
 
 
 class TrackingError(UserError):
-    """MLflow did not answer (`code` is OFFLINE), or said no (`code` is its own, such as RESOURCE_DOES_NOT_EXIST)."""
+    """MLflow did not respond (`code` is OFFLINE) or returned an error (`code` is MLflow's, such as RESOURCE_DOES_NOT_EXIST)."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
@@ -67,7 +67,7 @@ class TrackingError(UserError):
 
 
 def connect(uri: str) -> Any:
-    """An `MlflowClient` for runs and registry; a local database is created if it is not there."""
+    """An `MlflowClient` for runs and registry; a missing local database is created."""
     mlflow = load_mlflow()
     if path := database(uri):
         _create_database(path)
@@ -81,22 +81,22 @@ def database(uri: str) -> Path | None:
 
 @contextmanager
 def asking(uri: str) -> Iterator[None]:
-    """Around calls of a client: whatever goes wrong with MLflow becomes a `TrackingError` of one sentence."""
+    """Wraps calls of a client: every error of MLflow becomes a `TrackingError` of one sentence."""
     exceptions = load_mlflow().exceptions
     try:
         yield
     except (exceptions.MlflowException, OSError) as error:  # requests' errors are OSErrors, and wrapped in MlflowException
         reason = reason_of(error)
         if isinstance(error, OSError) or " failed with exception " in reason:
-            raise TrackingError(f"MLflow ({redact(uri)}) does not answer; is it running? ({reason[-160:]})", OFFLINE) from None
+            raise TrackingError(f"MLflow ({redact(uri)}) does not respond; is it running? ({reason[-160:]})", OFFLINE) from None
         raise TrackingError(f"MLflow ({redact(uri)}): {reason}", str(error.error_code)) from None
 
 
 def artifacts(client: Any, run_id: str) -> Any:
     """MLflow's store of a run's files (`ArtifactRepository`).
 
-    MLflow notes where the files of a run lie as a whole path. The files of the database in a storage folder lie beside it:
-    they are looked for there wherever the folder is by now, moved, copied, or mounted elsewhere.
+    MLflow stores the absolute path of a run's files. For the database in a storage folder, the files are next to it, so they
+    are found even if the folder was moved, copied, or mounted elsewhere.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -105,17 +105,17 @@ def artifacts(client: Any, run_id: str) -> Any:
 
 
 def artifact_place(client: Any, run_id: str) -> str:
-    """Where the files of a run lie."""
+    """The location of the files of a run."""
     noted = str(client.get_run(run_id).info.artifact_uri)
     before, now = _artifact_roots(client)
     return now + noted.removeprefix(before) if before and noted.startswith(f"{before}/") else noted
 
 
 def _artifact_roots(client: Any) -> tuple[str, str]:
-    """The folder of artifacts as the database in a storage folder has noted it when it was made, and as it is now; nothing for
-    all other stores."""
+    """The artifact folder that the database in a storage folder recorded at its creation, and the current one; empty for all
+    other stores."""
     path = database(client.tracking_uri)
-    first = client.get_experiment_by_name("Default") if path else None  # made with the database
+    first = client.get_experiment_by_name("Default") if path else None  # created with the database
     root, _, number = first.artifact_location.rpartition("/") if first else ("", "", "")
     if path is None or number != "0" or not root.endswith(f"/{ARTIFACTS}"):
         return "", ""
@@ -123,11 +123,13 @@ def _artifact_roots(client: Any) -> tuple[str, str]:
 
 
 def experiment_id(client: Any, name: str, artifact_root: str | None) -> str:
-    """Id of the MLflow experiment of this name, which is created if it is not there."""
+    """Id of the MLflow experiment of this name; it is created if it does not exist."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         before, now = _artifact_roots(client)
-        artifact_root = before if before and artifact_root == now else artifact_root  # as all of this database: `artifacts`
+        artifact_root = (
+            before if before and artifact_root == now else artifact_root
+        )  # the same as for the whole database, see `artifacts`
         try:
             return str(client.create_experiment(name, artifact_root))
         except load_mlflow().MlflowException as error:
@@ -138,7 +140,8 @@ def experiment_id(client: Any, name: str, artifact_root: str | None) -> str:
 
 
 def load_mlflow() -> Any:
-    # Imported when the shipping thread first needs it: 1.2 to 5 s that neither a command nor training should wait for.
+    # Imported when the uploading thread first needs it: it takes 1.2 to 5 s, which neither a command nor training should wait
+    # for.
     import mlflow
 
     return mlflow
@@ -149,11 +152,11 @@ def reason_of(error: Exception) -> str:
 
 
 def _create_database(path: Path) -> None:
-    """Create MLflow's sqlite database whole or not at all.
+    """Create MLflow's SQLite database atomically.
 
     MLflow 3.17 migrates a new database in place and without a lock (store/tracking/sqlalchemy_store.py calls
-    _initialize_tables, not _safe_initialize_tables). Two processes break each other, and one that ends within these
-    seconds leaves a database that no later one can open. So one process makes it under another name, and renames it.
+    _initialize_tables, not _safe_initialize_tables). Two processes at a time break it, and a process that ends during these
+    seconds leaves a database that cannot be opened. So one process creates it under another name, and renames it.
     """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 

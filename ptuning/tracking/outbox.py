@@ -1,10 +1,10 @@
-"""The outbox of a run: its records on the local disk until MLflow has them. Knows nothing of MLflow.
+"""The outbox of a run: its records on the local disk until they are uploaded. Independent of MLflow.
 
-<outbox>/run.json       our run key, and what is needed to create the MLflow run
+<outbox>/run.json       ptuning's run key, and the data to create the MLflow run
 <outbox>/events.jsonl   the records
-<outbox>/sent.json      how far they are shipped
+<outbox>/sent.json      the position up to which records are uploaded
 <outbox>/files/         artifacts given as bytes
-<outbox>/refused.jsonl  records that MLflow will never take, and why
+<outbox>/refused.jsonl  records that MLflow refuses permanently, with the reason
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Record = dict[str, Any]
 
 
 class Sent(NamedTuple):
-    """How far an outbox is shipped to one MLflow."""
+    """The upload progress of an outbox to one MLflow."""
 
     uri: str
     run_id: str | None = None
@@ -35,7 +35,7 @@ class Sent(NamedTuple):
 
 
 class Outbox:
-    """A run on local disk. One process writes it (`writer.lock`), one at a time ships it (`shipping.lock`)."""
+    """A run on local disk. One process writes it (`writer.lock`), and one at a time uploads it (`shipping.lock`)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -58,9 +58,9 @@ class Outbox:
         return cls(folder)
 
     def append(self, line: bytes, sync: bool) -> int:
-        """Write one line and return the new size. All of it or, on a full disk, nothing.
+        """Append one line, completely or (if the disk is full) not at all. Returns the new size.
 
-        Unbuffered and opened per line (some 20 microseconds): a process that is killed has lost nothing.
+        The file is opened for each line and unbuffered (some 20 microseconds), so a killed process loses nothing.
         """
         with self.events.open("ab", buffering=0) as file:
             start = file.tell()
@@ -75,7 +75,7 @@ class Outbox:
             return file.tell()
 
     def read(self, offset: int) -> Iterator[tuple[Record, int, int]]:
-        """The records from a byte offset on, each with its length and the offset behind it; not a half-written line."""
+        """The records from a byte offset on, each with its length and end offset, without an incomplete last line."""
         with self.events.open("rb") as file:
             file.seek(offset)
             for line in file:
@@ -89,7 +89,7 @@ class Outbox:
                 yield record, len(line), offset
 
     def replay(self) -> Iterator[Record]:
-        """All records; then cuts off a line that a killed machine left half-written."""
+        """All records. Afterwards, an incomplete last line is removed."""
         whole = 0
         for record, size, _ in self.read(0):
             yield record
@@ -103,13 +103,13 @@ class Outbox:
         return sum(1 for _ in self.read(offset))
 
     def finished(self) -> bool:
-        """True if the last record is a finish (a short line: reading the end of the file is enough)."""
+        """True if the last record is a finish. It is a short line, so only the end of the file is read."""
         with self.events.open("rb") as file:
             file.seek(max(0, self.size() - 200))
             return b'{"kind": "finish"' in file.read().rstrip(b"\n").rpartition(b"\n")[2]
 
     def sent(self, uri: str) -> Sent:
-        """How far it is shipped to this MLflow. Unknown means not at all: shipping again is harmless."""
+        """The upload progress to this MLflow. If unknown, 0: uploading again is harmless."""
         try:
             sent = Sent(**json.loads((self.folder / "sent.json").read_text()))
         except (OSError, ValueError, TypeError):
@@ -122,7 +122,7 @@ class Outbox:
 
 @contextmanager
 def locked(path: Path, seconds: float = 0) -> Iterator[bool]:
-    """Hold a lock that dies with the process; yields False if another one holds it for longer than `seconds`."""
+    """Hold a lock that is released when the process ends; yields False if another process holds it for `seconds`."""
     lock = FileLock(path, timeout=seconds, thread_local=False)  # may be released by another thread
     try:
         lock.acquire()
@@ -136,7 +136,7 @@ def locked(path: Path, seconds: float = 0) -> Iterator[bool]:
 
 
 def write_file(path: Path, content: bytes, sync: bool = True) -> None:
-    """Replace a file whole or not at all."""
+    """Replace a file atomically."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     with fresh.open("wb") as file:
         file.write(content)

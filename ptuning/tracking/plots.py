@@ -1,6 +1,6 @@
-"""The only module that knows matplotlib: pictures of a run as PNG bytes.
+"""Plots of a run as PNG bytes. The only module that imports matplotlib.
 
-`Figure` objects with the Agg canvas, never pyplot: its global state is not safe beside threads, and wants a display.
+Uses `Figure` objects with the Agg canvas, never pyplot, whose global state is not thread-safe and needs a display.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 DPI = 100
 SMOOTHED = 30
-"""A line with more points than this is noise to the eye: it is drawn pale, with its moving average on top."""
+"""A line with more points than this is drawn pale, with its moving average on top."""
 MOST_TOKENS = 32
-"""Virtual tokens in one picture of their nearest words."""
+"""Maximum virtual tokens in one plot of nearest words."""
 COLOURS = ("#1f6fb4", "#d1602b", "#2f8f4e", "#8a4fb0", "#b0902f", "#4a4a4a")
 
 
@@ -32,7 +32,7 @@ def curves(
 ) -> bytes:
     """Metrics over steps, one line each: (step, value) points. Long lines are smoothed, short ones show every point.
 
-    `stairs`: the values hold until the next point, as a best so far does, and are never smoothed.
+    `stairs`: each value holds until the next point, as for the best value so far; never smoothed.
     """
     figure = Figure(figsize=(10, 5.6), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     axes = figure.add_subplot()
@@ -100,14 +100,14 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> bytes:
     """A confusion matrix `[true][predicted]`: counts as numbers, colour as the share of the true label.
 
     Raises:
-        ValueError: the matrix is not as high and as wide as there are labels.
+        ValueError: the shape of the matrix does not match the number of labels.
     """
     counts = np.array(matrix, dtype=int)
     if counts.shape != (len(labels), len(labels)):
         raise ValueError(f"a matrix of {counts.shape} does not fit {len(labels)} labels")
     many = len(labels)
     names = [_plain(label, 24) for label in labels]
-    # A cell has room for its number up to some 20 labels; beyond, the picture grows until the names are readable.
+    # Up to some 20 labels the numbers fit into the cells; with more, the plot grows until the names are readable.
     side = min(max(0.75 * many, 4.0), 7.5) if many <= 20 else 0.2 * many + 4
     size = 12 if many <= 10 else 9 if many <= 20 else 8
     figure = Figure(figsize=(side + 2.5, side + 1.5), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
@@ -126,13 +126,13 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> bytes:
         colour = "white" if shares[row, column] > 0.6 else "#1a1a1a"
         text = axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour)
         text.set_fontsize(size if many <= 20 else 9 - min(digits, 4))
-        text.set_in_layout(False)  # thousands of them; the layout does not depend on what lies inside the axes
+        text.set_in_layout(False)  # thousands of texts inside the axes, which do not affect the layout
     figure.colorbar(image, shrink=0.6, aspect=30).set_label("share of the true label", fontsize=12)
     return _png(figure)
 
 
 def reliability(bins: Sequence[Mapping[str, Any]], ece: float, title: str) -> bytes:
-    """How often predictions are right, over how sure they are: on the diagonal the probabilities can be taken as they are.
+    """Reliability diagram: accuracy over confidence. On the diagonal the probabilities are calibrated.
 
     `bins`: `confidence`, `accuracy` and `rows` of each (Guo et al. 2017, figure 1); the area of a dot is its share of the rows.
     """
@@ -152,7 +152,8 @@ def reliability(bins: Sequence[Mapping[str, Any]], ece: float, title: str) -> by
 
 
 def neighbours(words: Sequence[Sequence[tuple[str, float]]], title: str) -> bytes:
-    """The words nearest to each virtual token with their cosines, the nearest first. Of many tokens, those nearest to words."""
+    """The words nearest to each virtual token with their cosines, nearest first. Too many tokens: only those nearest to
+    words."""
     nearest = sorted(range(len(words)), key=lambda place: -words[place][0][1])
     places = sorted(nearest[:MOST_TOKENS])
     cosines = np.array([[cosine for _, cosine in words[place]] for place in places])
@@ -179,20 +180,20 @@ def neighbours(words: Sequence[Sequence[tuple[str, float]]], title: str) -> byte
 
 @cache
 def _drawable() -> frozenset[int]:
-    """Characters that the font has."""
+    """The characters of the font."""
     return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
 def _plain(text: str, most: int) -> str:
-    """A text from outside as matplotlib can show it: no formulas, no character without a glyph, at most so many."""
-    half = (most - 1) // 2  # labels often differ at their ends only
+    """Untrusted text in a form that matplotlib can show: no formulas, only characters with a glyph, limited length."""
+    half = (most - 1) // 2  # labels often differ only at their ends
     text = text if len(text) <= most else f"{text[: most - 1 - half]}…{text[-half:]}"
     known = "".join(each if ord(each) in _drawable() else each.encode("unicode_escape").decode() for each in text)
     return known.replace("$", r"\$")
 
 
 def _moving_average(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over a twentieth of the points around each; what is not a number is left out."""
+    """Moving average over a twentieth of the points; NaN is skipped."""
     finite = np.isfinite(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     number = np.concatenate([[0], np.cumsum(finite)])

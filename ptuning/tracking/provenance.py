@@ -1,4 +1,4 @@
-"""What ran: versions, platform, command line, commit."""
+"""Provenance of a run: versions, platform, command line, commit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ptuning.redaction import redact
 
 
 def provenance() -> dict[str, str]:
-    """What ran: versions, platform, command line and, in a git work tree, the commit. Imports none of the libraries."""
+    """Versions, platform, command line and, in a git work tree, the commit. Imports none of the libraries."""
     facts = {
         "command": redact(shlex.join(sys.argv)),
         "platform": platform.platform(),
@@ -33,13 +33,13 @@ def provenance() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str:
-    """What git answers about the working folder; nothing where there is no repository.
+    """The output of git in the working folder; empty if there is no repository.
 
-    The repository may be anybody's, and its settings name commands that `git status` would run: they are switched off.
+    The repository may be untrusted: its settings can name commands that `git status` would run, so they are disabled.
     """
     known = _run_git("config", "--null", "--name-only", "--get-regexp", r"^filter\..*\.(clean|process|required)$")
     settings = {"core.fsmonitor": "false", "core.hooksPath": os.devnull} | {name: "" for name in known.split("\0") if name}
-    # For what a partial clone lacks git would ask its remote, by a command of the remote's.
+    # In a partial clone git would fetch missing objects from the remote, by a command that the remote's settings name.
     given = int(os.environ.get("GIT_CONFIG_COUNT") or 0)
     environment = {"GIT_ALLOW_PROTOCOL": "", "GIT_NO_LAZY_FETCH": "1", "GIT_CONFIG_COUNT": str(given + len(settings))}
     for number, (name, value) in enumerate(settings.items(), given):

@@ -1,11 +1,11 @@
-"""The recorder of a run. Training never waits for it, and nothing is lost.
+"""Records a run in MLflow. Training never waits for MLflow, and no record is lost.
 
     record -> outbox on local disk -> thread -> MLflow
 
-A `Tracker` belongs to the driver of one run. Each record is one line in the outbox; a daemon thread ships the lines in
-batches and remembers how far it came. MLflow may be slow, down, or absent from start to end: the lines wait, and the
-same run resumed, or `ship_leftovers` in a later command, ships them. Shipping twice is harmless: each point carries its
-own time and step, and the run is found again by a key of ours, so an answer that got lost never makes a second run.
+A `Tracker` belongs to the driver of one run. Each record is one line in the outbox; a daemon thread uploads the lines in
+batches and stores its progress. If MLflow is slow or down, the lines wait; the resumed run, or `ship_leftovers` in a later
+command, uploads them. Uploading twice is harmless: each point has its own time and step, and the MLflow run is found by a key,
+so a lost response never creates a second run.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from ptuning.tracking.uploader import BATCH_METRICS, KEY_LENGTH, PARAM_LENGTH, T
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 PAUSE, LONGEST_PAUSE = 0.5, 30.0
-"""Seconds: so long are records gathered before they are shipped, for each run that this process tracks: MLflow's part of a core
-does not grow with them. After a failure it doubles up to the longest."""
+"""Seconds between uploads, per tracked run, so that the CPU time for MLflow does not grow with the number of runs. After a
+failure it doubles up to the maximum."""
 
 log = logger(__name__)
 
@@ -39,9 +39,9 @@ _open: set[str] = set()
 
 
 class Tracker:
-    """One MLflow run. Created again on the same outbox it continues that run.
+    """One MLflow run. A second `Tracker` on the same outbox continues the run.
 
-    A record costs one write to the local disk, whatever MLflow does (`OSError` if that disk is full).
+    A record costs one write to the local disk, regardless of MLflow (`OSError` if that disk is full).
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Tracker:
         run_name: str,
         parent: str | None = None,
     ) -> None:
-        """Open or continue the outbox and start shipping.
+        """Open or continue the outbox and start uploading.
 
         Args:
             artifact_root: where a new MLflow experiment keeps artifacts; ignored for a server, which decides itself.
@@ -64,7 +64,7 @@ class Tracker:
         """
         outbox.mkdir(parents=True, exist_ok=True)
         self._held = ExitStack()
-        if not self._held.enter_context(locked(outbox / "writer.lock", seconds=2)):  # ship_leftovers holds it shortly
+        if not self._held.enter_context(locked(outbox / "writer.lock", seconds=2)):  # ship_leftovers holds it for a short time
             raise UserError(f"run {run_name}: another process is writing {outbox}; wait for it or choose another name")
         remote = uri.startswith(("http://", "https://"))
         self._outbox = Outbox.create(outbox, uri, experiment, None if remote else artifact_root, run_name, parent)
@@ -88,12 +88,12 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run; None as long as MLflow did not answer."""
+        """MLflow's id of the run; None until MLflow has responded."""
         return self._shipment.run_id
 
     def params(self, values: Mapping[str, object]) -> None:
-        """Log parameters; nested tables become dotted keys. MLflow never changes a parameter: a value that differs from
-        the first one becomes a tag `ptuning.changed.<key>`."""
+        """Log parameters; nested tables become dotted keys. Parameters are immutable in MLflow: a value that differs from the
+        first one becomes a tag `ptuning.changed.<key>`."""
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in _flat(values)}
         self._texts("params", texts, PARAM_LENGTH)
 
@@ -102,8 +102,8 @@ class Tracker:
         self._texts("tags", values, TAG_LENGTH)
 
     def metrics(self, values: Mapping[str, float], step: int, timestamp_ms: int | None = None) -> None:
-        """Log points at a step. The steps of one metric only rise: a point at or below its last step is what a run
-        repeats after a restart from its checkpoint, and is dropped."""
+        """Log points at a step. The steps of a metric only increase: a point at or below the last step is a repetition after a
+        restart from a checkpoint, and is dropped."""
         points = {_safe(name): float(value) for name, value in values.items()}
         new = {key: value for key, value in points.items() if step > self._last_step.get(key, -1)}
         self._last_step.update(dict.fromkeys(new, step))
@@ -118,12 +118,12 @@ class Tracker:
         self._record({"kind": "dataset", **facts})
 
     def artifact_bytes(self, name: str, content: bytes) -> None:
-        """Upload bytes as the file `name` (slashes make folders). The same name again replaces it."""
+        """Upload bytes as the file `name` (slashes create folders). An existing file is replaced."""
         path = self._outbox.files / _inside(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, content)
         folder = str(PurePosixPath(name).parent)
-        kept = str(path.relative_to(self._outbox.folder))  # relative: the outbox may be moved before it is shipped
+        kept = str(path.relative_to(self._outbox.folder))  # relative: the outbox may be moved before the upload
         self._record({"kind": "artifact", "path": kept, "folder": "" if folder == "." else folder}, sync=True)
 
     def text(self, name: str, content: str) -> None:
@@ -135,9 +135,9 @@ class Tracker:
         self.text(name, json.dumps(redacted(content), indent=2, ensure_ascii=False, default=str))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Upload a table as `MlflowClient.log_table` would: MLflow shows it and `mlflow.load_table` reads it.
+        """Upload a table in the format of `MlflowClient.log_table`: MLflow shows it and `mlflow.load_table` reads it.
 
-        Not by `log_table` itself: that appends to what is there, so that shipping twice would double the rows.
+        `log_table` itself appends to an existing table, so uploading twice would duplicate the rows.
         """
         name = name if name.endswith(".json") else f"{name}.json"
         data = [[None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row] for row in rows]
@@ -149,11 +149,12 @@ class Tracker:
             self._record({"kind": "tags", "values": tag, "tables": [entry]})
 
     def finish(self, status: Status) -> None:
-        """The run has ended. Call it last; `close` waits for MLflow."""
+        """Record the end of the run. Must be the last record; `close` waits for MLflow."""
         self._record({"kind": "finish", "status": status}, sync=True)
 
     def flush(self, deadline_s: float) -> int:
-        """Wait until everything is shipped, at most `deadline_s` seconds. Returns how many records wait on disk."""
+        """Wait until everything is uploaded, at most `deadline_s` seconds. Returns the number of records that are left on
+        disk."""
         with self._changed:
             self._hurry = True
             self._changed.notify_all()
@@ -161,26 +162,26 @@ class Tracker:
         return self._outbox.unsent(self._sent)
 
     def close(self, deadline_s: float) -> int:
-        """`flush`, then stop. Records that still wait stay on disk for `ship_leftovers`."""
+        """`flush`, then stop. Records that are not uploaded stay on disk for `ship_leftovers`."""
         unsent = self.flush(deadline_s)
         _open.discard(self.run_key)
         with self._changed:
             self._stop = self._shipment.stop = True
             self._changed.notify_all()
         if not unsent:
-            self._thread.join()  # it has nothing to do; until it is gone it holds shipping.lock
+            self._thread.join()  # it is idle; until it ends it holds shipping.lock
         self._held.close()
         return unsent
 
     def _texts(self, kind: str, values: Mapping[str, str], longest: int) -> None:
         texts = {}
         for name, value in values.items():
-            text = redact(value)  # before it is cut
+            text = redact(value)  # before it is truncated
             if len(text) > longest:
                 self.json(f"long_values/{_safe(name).replace('/', '_')}.json", {name: text})
                 text = f"{text[: longest - 60]} [... {len(text)} characters, whole in long_values]"
             texts[_safe(name)] = text
-        for some in _chunks(texts, 10):  # ten of the longest, escaped, still fit a batch
+        for some in _chunks(texts, 10):  # ten values of maximum length, escaped, still fit into a batch
             self._record({"kind": kind, "values": some})
 
     def _record(self, record: Record, timestamp_ms: int | None = None, sync: bool = False) -> None:
@@ -189,7 +190,7 @@ class Tracker:
         with self._changed:
             idle = self._sent >= self._end
             self._end = self._outbox.append(line.encode(), sync)
-            if idle:  # a thread that already has work would wake for nothing
+            if idle:  # a busy thread need not be woken
                 self._changed.notify_all()
 
     def _ship(self) -> None:
@@ -203,14 +204,14 @@ class Tracker:
                 if self._stop:
                     return
             try:
-                # Broad, because whatever goes wrong between here and MLflow has one answer: later.
+                # Broad, because the reaction to every error of MLflow is the same: retry later.
                 for offset in self._shipment.ship():
                     with self._changed:
                         self._sent = offset
                         self._changed.notify_all()
             except Exception as error:
                 pause = min(2 * pause, LONGEST_PAUSE)
-                if complaint != (complaint := reason_of(error)):  # each trouble once, not at every try
+                if complaint != (complaint := reason_of(error)):  # log each error once, not at every retry
                     log.warning("MLflow (%s): %s; records wait in %s", self._secret[1], complaint, self._outbox.folder)
             else:
                 pause, complaint = PAUSE, ""
@@ -231,17 +232,17 @@ def _chunks(values: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
 
 
 def _safe(key: str) -> str:
-    """A key that MLflow takes (mlflow/utils/validation.py), as near to ours as possible."""
+    """The key in a form that MLflow accepts (mlflow/utils/validation.py), with as few changes as possible."""
     return re.sub(r"[^\w.\- :/]", "_", key)[:KEY_LENGTH]
 
 
 def _inside(name: str) -> str:
-    """The name, if it stays inside the folder it will be put in.
+    """Check that a name stays inside its folder.
 
     Raises:
         ValueError: it does not.
     """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{name!r} leads out of the run's artifacts; use a relative name")
+        raise ValueError(f"{name!r} is outside the run's artifacts; use a relative name")
     return name

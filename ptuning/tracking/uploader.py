@@ -1,4 +1,4 @@
-"""Brings the outbox of a run to MLflow, in batches. Sending twice is harmless."""
+"""Uploads the outbox of a run to MLflow in batches. Uploading twice is harmless."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ptuning.tracking.outbox import Outbox, Record, Sent, locked
 log = logger(__name__)
 
 BATCH_METRICS, BATCH_TEXTS, BATCH_BYTES = 1000, 100, 500_000
-"""MLflow 3.17 takes 1000 metrics, 100 params and 100 tags in one call of at most 1 MB (mlflow/utils/validation.py)."""
+"""MLflow 3.17 accepts 1000 metrics, 100 params and 100 tags in one call of at most 1 MB (mlflow/utils/validation.py)."""
 
 PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH, DIGEST_LENGTH = 6000, 8000, 250, 36
 
@@ -24,10 +24,10 @@ RUN_KEY, PARENT_KEY = "ptuning.run_key", "ptuning.parent_key"
 
 
 def ship_leftovers(folder: Path, uri: str) -> int:
-    """Ship what earlier runs left in their outboxes under `folder`, in one pass. Returns how many records still wait.
+    """Upload what earlier runs left in their outboxes under `folder`, in one pass. Returns the number of records that are left.
 
-    A run whose process died without a word is closed as KILLED. Runs that somebody writes at this moment, and runs that
-    were tracked elsewhere, are left alone. Takes as long as MLflow takes: call it in a thread.
+    A run whose process was killed is closed as KILLED. Runs that are being written, and runs that were tracked elsewhere, are
+    skipped. The duration depends on MLflow: call it in a thread.
     """
     found = [Outbox(path.parent) for path in folder.rglob("events.jsonl") if path.with_name("run.json").exists()]
     outboxes = sorted(found, key=lambda outbox: int(outbox.about["time"]))  # parents before their children
@@ -39,7 +39,7 @@ def ship_leftovers(folder: Path, uri: str) -> int:
             if not abandoned:
                 continue
             if not outbox.finished():
-                list(outbox.replay())  # cuts a torn last line
+                list(outbox.replay())  # removes an incomplete last line
                 finish = {"kind": "finish", "status": "KILLED", "time": int(outbox.events.stat().st_mtime * 1000)}
                 outbox.append(f"{json.dumps(finish)}\n".encode(), sync=True)
         try:
@@ -57,11 +57,11 @@ class _RunGone(Exception):
 
 
 class _Refused(Exception):
-    """Sending this record again would not help."""
+    """MLflow refuses this record permanently."""
 
 
 class Uploader:
-    """Brings one outbox to MLflow."""
+    """Uploads one outbox to MLflow."""
 
     def __init__(self, outbox: Outbox, uri: str) -> None:
         self.outbox = outbox
@@ -72,10 +72,10 @@ class Uploader:
         self._store: tuple[str | None, Any] | None = None
 
     def ship(self) -> Iterator[int]:
-        """Ship all there is, batch by batch, and yield the offset reached.
+        """Upload all records, batch by batch, and yield the offset reached.
 
         Raises:
-            Exception: whatever stands between us and MLflow; call it again later.
+            Exception: any error of the connection to MLflow; retry later.
         """
         with locked(self.outbox.folder / "shipping.lock") as mine:
             if not mine:
@@ -99,7 +99,7 @@ class Uploader:
                 yield offset
 
     def _batches(self, offset: int) -> Iterator[tuple[list[Record], int]]:
-        """Neighbouring metrics, params and tags as long as they fit one call; anything else alone."""
+        """Batches: consecutive metrics, params and tags that fit into one call; any other record alone."""
         room = {"metrics": BATCH_METRICS, "params": BATCH_TEXTS, "tags": BATCH_TEXTS, "bytes": BATCH_BYTES}
         batch: list[Record] = []
         left = dict(room)
@@ -119,7 +119,8 @@ class Uploader:
             yield batch, offset
 
     def _send(self, batch: list[Record]) -> None:
-        """Send a batch. If MLflow refuses it for good, halve it until the refused record is alone, and put it aside."""
+        """Send a batch. If MLflow refuses it permanently, split it in halves until the refused record is alone, and set it
+        aside."""
         try:
             self._log(batch)
         except Exception as error:
@@ -194,7 +195,7 @@ class Uploader:
         self._client.log_inputs(self.run_id, [entities.DatasetInput(dataset, [tag])])
 
     def _upload(self, path: Path, folder: str) -> None:
-        # Not log_artifacts: that of some stores starts a thread pool, and Python waits for its threads when it exits.
+        # Not log_artifacts: in some stores it starts a thread pool, and Python waits for its threads at exit.
         if not path.exists():
             raise _Refused(f"{path} is gone")
         self._artifacts.log_artifact(str(path), folder or None)
@@ -208,19 +209,19 @@ class Uploader:
         if about["parent"]:
             parents = self._runs(about["parent"], deleted=True)
             if not parents:
-                raise ConnectionError("the parent run is not there yet")
+                raise ConnectionError("the parent run does not exist yet")
             tags |= {PARENT_KEY: about["parent"], "mlflow.parentRunId": parents[0]}
         run = self._client.create_run(self._experiment_id, about["time"], tags, about["run_name"])
         return str(run.info.run_id)
 
     def _delete_twins(self) -> None:
-        """A create_run that timed out here may still have happened there, later than we looked for it."""
+        """A create_run that timed out here may still have been executed there, after the search for it."""
         for run_id in self._runs(self.outbox.about["run_key"]):
             if run_id != self.run_id:
                 self._client.delete_run(run_id)
 
     def _runs(self, run_key: str, deleted: bool = False) -> list[str]:
-        """Ids of the runs with our key, oldest first."""
+        """Ids of the runs with this run key, oldest first."""
         views = load_mlflow().entities.ViewType
         found = self._client.search_runs(
             [self._experiment_id],
@@ -244,7 +245,7 @@ class Uploader:
 
     @property
     def _artifacts(self) -> Any:
-        if self._store is None or self._store[0] != self.run_id:  # the run may be made again
+        if self._store is None or self._store[0] != self.run_id:  # the run may be created again
             self._store = self.run_id, artifacts(self._client, str(self.run_id))
         return self._store[1]
 
@@ -254,7 +255,7 @@ class Uploader:
 
 
 def _is_final(error: Exception) -> bool:
-    """True if sending again would not help: what MLflow calls invalid, or an upload the server will not take."""
+    """True if retrying is useless: MLflow calls the record invalid, or the server refuses the upload."""
     if isinstance(error, _Refused):
         return True
     if getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):

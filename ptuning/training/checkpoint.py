@@ -1,7 +1,7 @@
-"""What resuming needs: one small folder per checkpoint, independent of the number of workers.
+"""Checkpoints: one small folder each, independent of the number of workers.
 
-Soft prompt, optimiser moments and best soft prompt as safetensors, the rest as JSON. DeepSpeed's own checkpoints are never
-written or read: they hold the base, which never changes, and are tied to the number of workers.
+A checkpoint contains the soft prompt, the optimiser moments and the best soft prompt as safetensors, and the rest as JSON.
+DeepSpeed's own checkpoints are not used: they contain the base, which never changes, and depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ptuning.redaction import logger
 log = logger(__name__)
 
 KEEP = 2
-"""Checkpoints that are kept: the newest, and one to fall back to if that is damaged."""
+"""Number of checkpoints to keep: the newest, and one to fall back to if it is damaged."""
 
 
 def save(folder: str, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write the checkpoint of `step` below `folder` and remove those that are no longer needed."""
+    """Write the checkpoint of `step` below `folder` and delete those that are no longer needed."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     storage.write_folder(
         storage.join(folder, f"step-{step:09d}"),
@@ -33,14 +33,14 @@ def save(folder: str, step: int, tensors: dict[str, Tensor], state: dict[str, An
 
 
 def newest(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and state of the newest checkpoint whose hashes hold; None if there is none.
+    """Tensors and state of the newest intact checkpoint; None if there is none.
 
-    A damaged one is passed over with a warning: the one before it costs some steps, a crash loop costs the run.
+    A damaged one is skipped with a warning: falling back costs some steps, a crash loop would cost the run.
     """
     for name in reversed(storage.list_folders(folder)):
         try:
             files = storage.read_folder(storage.join(folder, name))
             return safetensors.torch.load(files["state.safetensors"]), json.loads(files["state.json"])
         except (storage.StorageError, KeyError, ValueError) as error:
-            log.warning("checkpoint %s is damaged, taking the one before: %s", name, error)
+            log.warning("checkpoint %s is damaged, using the previous one: %s", name, error)
     return None

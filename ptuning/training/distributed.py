@@ -1,4 +1,4 @@
-"""The data-parallel workers of a run: rank, size, and the few collectives that training and evaluation need."""
+"""The data-parallel workers of a run: rank, size, and the collectives that training and evaluation need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among the workers. Alone, every collective is the identity."""
+    """This process as one of the workers. With a single worker every collective is the identity."""
 
     rank: int = 0
     size: int = 1
@@ -27,7 +27,7 @@ class Workers:
         return self.rank == 0
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over all workers, in place: the same bits on each of them."""
+        """The sum over all workers, in place. It is bit-identical on all workers."""
         if self.size > 1:
             device = tensor.device
             moved = tensor.to(self._device())
@@ -36,7 +36,7 @@ class Workers:
         return tensor
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every worker's value, by rank. Small things only: it travels pickled between these processes."""
+        """The values of all workers, by rank. Only for small values: they are pickled between these processes."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -44,7 +44,7 @@ class Workers:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """The first worker's value, on all of them."""
+        """The first worker's value, on all workers."""
         if self.size == 1:
             return value
         box = [value]

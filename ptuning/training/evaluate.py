@@ -1,6 +1,7 @@
-"""What a soft prompt is worth: label likelihoods, generated text, loss on targets. Rows are shared by the workers.
+"""Evaluation of soft prompts: label likelihoods, generated text, loss on targets. Rows are split over the workers.
 
-All workers run the same number of passes (a sharded base needs all of them in every layer) and end with the same numbers.
+All workers run the same number of passes, because a partitioned base needs all of them in every layer, and get the same
+results.
 
 Shapes: K soft prompts, n rows of the split, L labels, V vocabulary.
 """
@@ -34,7 +35,7 @@ class Evaluation:
     metrics: dict[str, float]
     predictions: list[dict[str, Any]] = field(default_factory=list)
     classification: Classification | None = None
-    """What a classification task shows beyond single numbers."""
+    """Detailed results of a classification task."""
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def evaluate(
 def label_scores(
     model: PromptedModel, soft_prompts: Sequence[Tensor], split: Split, encoder: Encoder, workers: Workers
 ) -> Tensor:
-    """Log-probability of every label behind every row's input: `[K, n, L]` float64."""
+    """Log-probability of every label after every row's input: `[K, n, L]` float64."""
     trie = encoder.label_trie
     scores = torch.zeros(len(soft_prompts), len(split.lengths), len(trie.labels), dtype=torch.float64)
     sizes = [len(soft_prompt) for soft_prompt in soft_prompts]
@@ -80,7 +81,7 @@ def _classify(
     names = encoder.template.labels or ()
     evaluations = []
     for slot in scores:
-        if not np.isfinite(slot).all():  # this soft prompt has diverged; the others are none the worse
+        if not np.isfinite(slot).all():  # this soft prompt has diverged; the others are not affected
             evaluations.append(Evaluation({"loss": math.nan, "accuracy": 0.0, "macro_f1": 0.0, "ece": math.nan}))
             continue
         measured = metrics.classification(slot, truth)
@@ -141,7 +142,7 @@ def _target_losses(model: PromptedModel, soft_prompts: Sequence[Tensor], split: 
 def generate_rows(
     model: PromptedModel, soft_prompt: Tensor, split: Split, encoder: Encoder, workers: Workers, max_new_tokens: int
 ) -> list[str]:
-    """Greedy text for every row, until the end token or `max_new_tokens`; in the order of the split."""
+    """Greedy text for every row, up to the end token or `max_new_tokens`, in the order of the split."""
     own: list[tuple[int, str]] = []
     for rows, real in _passes(split, workers, 1, max_new_tokens, _vocabulary(model)):
         inputs = [split.row(row)[0] for row in rows]
@@ -162,17 +163,17 @@ def greedy(
     *,
     together: bool = False,
 ) -> list[str]:
-    """Greedy continuations of `inputs` behind one soft prompt, by transformers' `generate`; stripped text.
+    """Greedy continuations of `inputs` after one soft prompt, by transformers' `generate`; stripped text.
 
-    `together`: workers that share a base go on until the last of them has finished, as each layer needs all of them.
+    `together`: workers that share a base continue until the last of them has finished, because each layer needs all of them.
     """
     embed = model.base.get_input_embeddings()
     device = model.base.device
-    # One call for all rows: a sharded base gathers at every call, and workers may have different numbers of rows.
+    # One call for all rows: a partitioned base gathers at every call, and workers may have different numbers of rows.
     text = embed(torch.tensor([token for ids in inputs for token in ids], device=device))
     rows = [torch.cat([soft_prompt.to(text), row]) for row in text.split([len(ids) for ids in inputs])]
     longest = max(len(row) for row in rows)
-    # Padding stands on the left: generate continues at the right end.
+    # Padding is on the left, because `generate` continues at the right end.
     embeds = torch.stack([torch.cat([row.new_zeros(longest - len(row), row.shape[1]), row]) for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     end = encoder.tokenizer.eos_token_id
@@ -183,16 +184,17 @@ def greedy(
         do_sample=False,
         eos_token_id=end,
         pad_token_id=end,
-        # Found out by transformers itself only while an HfDeepSpeedConfig lives (generation/utils.py).
+        # transformers detects this itself only while an HfDeepSpeedConfig exists (generation/utils.py).
         synced_gpus=together,
     )
     return [text.strip() for text in encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def _passes(split: Split, workers: Workers, slots: int, extra: int, logits: int) -> Iterator[tuple[list[int], bool]]:
-    """This worker's rows of each pass, longest rows first; False for a pass that only keeps the others company.
+    """This worker's rows in each pass, longest rows first; False for a pass without rows of its own, which the other workers
+    need.
 
-    `extra` tokens come on top of each row's own, `logits` numbers are computed per row.
+    `extra`: additional tokens per row; `logits`: logits computed per row.
     """
     order = np.argsort(-split.lengths, kind="stable")
     start = 0

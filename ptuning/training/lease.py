@@ -1,8 +1,8 @@
-"""One driver per run: a lease in the run's folder, on a disk or in an object store.
+"""One driver per run, by a lease in the run's folder, on a disk or in an object store.
 
-Its holder renews it. A second driver is refused, and takes over after a crash: at once where it sees that the holder's process
-is gone, else when the lease has not been renewed for `EXPIRY` seconds of its own clock; no two clocks are ever compared. A
-holder that was only frozen finds the other one's lease at its next renewal, and stops.
+The holder renews the lease. A second driver is refused. After a crash it takes over: immediately if it can check that the
+holder's process has ended, else when the lease was not renewed for `EXPIRY` seconds of its own clock; clocks of two machines
+are never compared. A holder that was only suspended finds the new lease at its next renewal, and stops.
 """
 
 from __future__ import annotations
@@ -29,23 +29,24 @@ from ptuning.tracking.outbox import locked
 
 FILE = "lease.json"
 BEAT, EXPIRY = 5.0, 30.0
-"""Seconds between renewals, and without one until another driver may take over."""
+"""Seconds between renewals, and seconds without a renewal until another driver may take over."""
 SETTLE = 1.0
-"""Seconds in which two that write to an object store at once see each other."""
+"""Seconds in which two drivers that write to an object store at the same time see each other."""
 
 log = logger(__name__)
 Record = dict[str, Any]
 
 
 class LeaseLost(RuntimeError):
-    """Another driver took this one for dead and has taken over the run."""
+    """Another driver has taken over the run, because this one seemed to be dead."""
 
 
 def check(folder: str, say: Callable[[str], None]) -> None:
-    """Whether a run is free; writes nothing. Takes up to `EXPIRY` seconds if its last driver, elsewhere, left a lease behind.
+    """Check that no driver holds a run; writes nothing. Takes up to `EXPIRY` seconds if a driver on another machine left a
+    lease.
 
     Raises:
-        UserError: another driver has it.
+        UserError: another driver holds the run.
     """
     left = _read(folder)
     if left is None or _alive_here(left) is False:
@@ -53,7 +54,7 @@ def check(folder: str, say: Callable[[str], None]) -> None:
     if _alive_here(left):
         raise UserError(_taken(folder, left))
     say(
-        f"{folder}: was left by a driver on {left['host']} (pid {left['pid']}); waiting up to {EXPIRY:.0f} s for a sign of life"
+        f"{folder}: has a lease of a driver on {left['host']} (pid {left['pid']}); waiting up to {EXPIRY:.0f} s for its renewal"
     )
     until = time.monotonic() + EXPIRY
     while time.monotonic() < until:
@@ -67,12 +68,12 @@ def check(folder: str, say: Callable[[str], None]) -> None:
 
 @contextmanager
 def held(folder: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a run's lease. In the main thread SIGINT interrupts the run, also where a script has put the command into the
-    background, whose shell has it ignore SIGINT: it is how a run is stopped in order, and how a lost lease is told.
+    """Hold a run's lease. In the main thread SIGINT interrupts the run, even if a script runs the command in the background,
+    where shells make it ignore SIGINT. SIGINT stops a run cleanly, and also signals a lost lease.
 
     Raises:
-        UserError: another driver has it.
-        LeaseLost: another driver has taken over meanwhile; the main thread was interrupted.
+        UserError: another driver holds the run.
+        LeaseLost: another driver has taken over; the main thread was interrupted.
     """
     mine: Record = {"token": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "beat": 0}
     mine |= {"born": psutil.Process().create_time(), "place": _place(), "since": time.strftime("%F %T UTC", time.gmtime())}
@@ -90,7 +91,7 @@ def held(folder: str, say: Callable[[str], None]) -> Iterator[None]:
         if lost:
             other = f"another driver (host {lost[0]['host']}, pid {lost[0]['pid']})"
             raise LeaseLost(
-                f"{folder}: {other} has taken over, because nothing was heard of this one; leave the run to it"
+                f"{folder}: {other} has taken over, because this one did not renew its lease; leave the run to it"
             ) from None
         raise
     finally:
@@ -128,7 +129,7 @@ def _renew(folder: str, mine: Record, done: threading.Event, lost: list[Record])
                 return
             mine["beat"] += 1
             _write(folder, mine)
-        except (OSError, storage.StorageError) as error:  # the run itself finds out whether its storage is gone for good
+        except (OSError, storage.StorageError) as error:  # the run itself detects whether its storage is lost permanently
             log.warning("the lease of %s could not be renewed: %s", folder, error)
 
 
@@ -137,7 +138,7 @@ def _write(folder: str, record: Record) -> None:
 
 
 def _read(folder: str) -> Record | None:
-    """None: there is no lease, or half of one, which an object store or a killed machine may show for a moment."""
+    """None: there is no lease, or an incomplete one, which is possible for a moment in an object store or after a crash."""
     if not storage.exists(folder, FILE):
         return None
     try:
@@ -148,7 +149,7 @@ def _read(folder: str) -> Record | None:
 
 
 def _alive_here(record: Record) -> bool | None:
-    """Whether the holder's process lives; None if it is not one that can be seen from here."""
+    """True if the holder's process is alive; None if it cannot be checked from here."""
     if record["place"] != _place():
         return None
     try:
@@ -158,7 +159,7 @@ def _alive_here(record: Record) -> bool | None:
 
 
 def _place() -> str:
-    """Where a process id means the same: this machine since it was started, this container."""
+    """The scope in which a process id is valid: this machine since its start, and this container."""
     parts = [socket.gethostname()]
     for name in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         path = Path(name)
@@ -169,6 +170,6 @@ def _place() -> str:
 
 def _taken(folder: str, record: Record) -> str:
     return (
-        f"{folder}: another driver works on it (host {record['host']}, pid {record['pid']}, since {record['since']}); wait for "
-        "it, stop it, or choose another name"
+        f"{folder}: another driver is running it (host {record['host']}, pid {record['pid']}, since {record['since']}); wait "
+        "for it, stop it, or choose another name"
     )

@@ -1,8 +1,8 @@
-"""What predictions are worth: pure functions from predictions and truth to numbers.
+"""Metrics: pure functions of predictions and true targets.
 
-Every metric lies between 0 and 1, BLEU too (sacrebleu's own scale is 0 to 100). Whatever a well-kept library computes
-is computed there: scikit-learn, rouge-score, sacrebleu. They are imported where they are used: together they take two
-seconds, which every worker would wait for before its first step.
+Every metric is between 0 and 1, BLEU included (sacrebleu's own scale is 0 to 100). Metrics come from established libraries
+where possible: scikit-learn, rouge-score, sacrebleu. They are imported in the functions that use them, because together they
+take two seconds, which would delay every worker's first step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BINS = 15
 
 
 class LabelRow(TypedDict):
-    """A line of the table per label."""
+    """One line of the table per label."""
 
     label: int
     precision: float
@@ -33,7 +33,8 @@ class LabelRow(TypedDict):
 
 
 class Bin(TypedDict):
-    """A bar of the reliability diagram: rows whose predicted label has a probability in one of the equal parts of 0 to 1."""
+    """A bin of the reliability diagram: rows whose predicted label has a probability in one of the equal intervals of 0 to
+    1."""
 
     confidence: float
     """Mean probability of the predicted label."""
@@ -47,13 +48,13 @@ class Classification(TypedDict):
     accuracy: float
     macro_f1: float
     ece: float
-    """Expected calibration error: how far the probability of the predicted label is from the share of right ones, in the mean
-    over the rows (Guo et al. 2017, equation 3)."""
+    """Expected calibration error: the mean difference between confidence and accuracy over the rows (Guo et al. 2017, equation
+    3)."""
     confusion: list[list[int]]
     """`[L][L]`, rows: truth, columns: prediction."""
     per_label: list[LabelRow]
     reliability: list[Bin]
-    """Bins with rows, ascending."""
+    """Non-empty bins, ascending."""
 
 
 def classification(scores: np.ndarray, truth: np.ndarray) -> Classification:
@@ -62,7 +63,7 @@ def classification(scores: np.ndarray, truth: np.ndarray) -> Classification:
     Macro-F1 is the mean over all L labels; a label that is neither true nor predicted anywhere counts as 0.
 
     Raises:
-        ValueError: there are no rows, or a score is NaN and has no place in an order.
+        ValueError: there are no rows, or a score is NaN, which cannot be ordered.
     """
     from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
@@ -90,7 +91,7 @@ def classification(scores: np.ndarray, truth: np.ndarray) -> Classification:
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray) -> list[Bin]:
-    """How often predictions of about the same confidence are right, in `BINS` equal parts of 0 to 1; empty ones are left out.
+    """Accuracy of predictions by confidence, in `BINS` equal intervals of 0 to 1; empty ones are left out.
 
     `confidence` [n] probability of the predicted label, `right` [n] whether it is the true one.
     """
@@ -110,7 +111,7 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> list[Bin]:
 
 
 def generation(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`exact_match`, `token_f1`, `rouge_l` and `bleu` of texts; `references[n]` are all right answers of row n.
+    """`exact_match`, `token_f1`, `rouge_l` and `bleu` of texts; `references[n]` are all correct answers of row n.
 
     The best reference of a row counts for exact match, token F1 and ROUGE-L, which are means over the rows. BLEU is
     one number for the whole corpus.
@@ -132,8 +133,8 @@ def generation(predictions: Sequence[str], references: Sequence[Sequence[str]]) 
         "exact_match": _mean([text.strip() in [answer.strip() for answer in answers] for text, answers in rows]),
         "token_f1": _mean([max(token_f1(text, answer) for answer in answers) for text, answers in rows]),
         "rouge_l": _mean([rouge.score_multi(answers, text)["rougeL"].fmeasure for text, answers in rows]),
-        # Reference streams: the first reference of every row, the second ..., None where a row has no more. force: no
-        # warning at every evaluation of a task whose texts are tokenised ("word ."), for the task is as it is.
+        # Reference streams: the first reference of every row, the second ..., None for rows with fewer. force: no warning at
+        # every evaluation if the texts look tokenised ("word .").
         "bleu": BLEU(force=True).corpus_score(list(predictions), list(zip_longest(*references))).score / 100,
     }
 
@@ -154,7 +155,7 @@ def _squad_words(text: str) -> list[str]:
 
 
 class _Words:
-    """The words of rouge-score's own tokenizer for ASCII text; that one drops every other letter."""
+    """For ASCII text the words of rouge-score's own tokenizer, which drops all other letters."""
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"[^\W_]+", text.lower())

@@ -1,4 +1,4 @@
-"""The worker groups of Ray Train: their resources, and what is changed in Ray Train for them."""
+"""The worker groups of Ray Train: their resources, and the modifications of Ray Train."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from ptuning.redaction import redacted
 
 
 class _Trainer(TorchTrainer):
-    """Ray Train without helpers that have nothing to do here: each is a process of 2 s and 200 MB."""
+    """Ray Train without unneeded helper processes, each of which takes 2 s to start and 200 MB."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        # Private (2.60, train/v2/api/data_parallel_trainer.py): a version without it does not call ours either.
+        # Private (2.60, train/v2/api/data_parallel_trainer.py): a version without this method does not call ours either.
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # V2's, which ray's types do not know
         idle = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if own_cluster() else set())
         used = [each for each in callbacks if type(each).__name__ not in idle]
@@ -42,12 +42,12 @@ class _Trainer(TorchTrainer):
 
 
 def _tolerate_out_of_memory() -> type[BackendSetupCallback]:
-    """A local class: it travels to Train's controller by value, and that process imports nothing of ours."""
+    """A local class: it is pickled by value for Train's controller, so that process does not import this package."""
 
     class TolerateOutOfMemory(BackendSetupCallback):
         def before_execution_group_shutdown(self, execution_group: Any) -> None:
-            # Ray's own forgives RayActorError only (2.60). A worker that its memory monitor has ended says OutOfMemoryError:
-            # that ended the run as an error of the controller, without another try, and its placement group was never removed.
+            # Ray's own tolerates only RayActorError (2.60). A worker that the memory monitor killed raises OutOfMemoryError: it
+            # ended the run as an error of the controller, without a retry, and the placement group was never removed.
             with suppress(OutOfMemoryError):
                 super().before_execution_group_shutdown(execution_group)
 
@@ -58,7 +58,7 @@ def _without_autoscaler_requests() -> type[FixedScalingPolicy]:
     """A local class, as in `_tolerate_out_of_memory`."""
 
     class NoAutoscalerRequests(FixedScalingPolicy):
-        # A controller first asks the actor that speaks for all with the autoscaler (2.60), and workers wait until it is there.
+        # A controller first calls the actor that talks to the autoscaler (2.60), and workers wait until that actor has started.
         def _send_resource_request(self) -> None:
             pass
 
@@ -72,10 +72,10 @@ def _without_autoscaler_requests() -> type[FixedScalingPolicy]:
 
 
 def scale(experiment: Experiment, groups: int = 1, spare: float = 0.0) -> ray.train.ScalingConfig:
-    """Workers of a group and their resources; each worker leaves the share `spare` of its CPUs to others.
+    """Workers of a group and their resources; each worker leaves the fraction `spare` of its CPUs to other processes.
 
     Raises:
-        UserError: the cluster does not have them. Ray Train would wait for ever.
+        UserError: the cluster does not have these resources. Ray Train would wait for ever.
     """
     compute = experiment.compute
     have = ray.cluster_resources()
@@ -93,7 +93,7 @@ def scale(experiment: Experiment, groups: int = 1, spare: float = 0.0) -> ray.tr
                 f"{have.get(kind, 0):g}; lower compute.workers or {fix}"
             )
     if experiment.zero.offload and not gpus:
-        raise UserError("zero.offload: the workers have no GPU whose memory it could spare; remove it")
+        raise UserError("zero.offload: has no effect on workers without GPUs; remove it")
     resources = {"CPU": cpus * (1 - spare)} | ({"GPU": gpus} if gpus else {})
     # ray's types describe Train V1; V2, the default since 2.51, takes (min, max) and more limits on failures.
     scaling: Any = ray.train.ScalingConfig
@@ -101,7 +101,7 @@ def scale(experiment: Experiment, groups: int = 1, spare: float = 0.0) -> ray.tr
 
 
 def for_workers(experiment: Experiment) -> dict[str, Any]:
-    """The tables of an experiment without passwords: Ray keeps what workers are given, and shows it. They need none."""
+    """The tables of an experiment without passwords: workers do not need them, and Ray stores and shows the workers' config."""
     tables = experiment.model_dump(mode="json")
     return tables | {table: redacted(tables[table]) for table in ("tracking", "compute")}
 
@@ -115,7 +115,7 @@ def make_trainer(
 ) -> TorchTrainer:
     """A Ray Train run of workers that call `work` with `config`. Ray's own files go to `attempt`.
 
-    `work` is a local function, which travels by value, and imports on the worker: neither side loads what only the other needs.
+    `work` is a local function, which is pickled by value and imports on the worker, so each side loads only what it needs.
     """
     failures: Any = ray.train.FailureConfig
 
@@ -133,7 +133,7 @@ def make_trainer(
 
 
 def _report_failures(run: str, queue: Any) -> Any:  # ray's types know Train V1's callbacks only
-    """Workers that fail are told of at once, not only when there is no other try.
+    """Reports worker failures immediately, not only after the last retry.
 
     A local class, as in `_tolerate_out_of_memory`."""
 

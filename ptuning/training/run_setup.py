@@ -1,4 +1,4 @@
-"""Everything that is checked before anything starts: paths, names, the base, the rows, the room in the context."""
+"""The checks before a run starts: paths, names, the base, the rows, the length of the context."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from ptuning.registry.registry import Registry, Version, parse_reference
 from ptuning.tracking import client as tracking_client
 
 RUN = "run.json"
-"""In a run's folder: its experiment, its status, and in the end its summary."""
+"""A file in the run's folder: the experiment, the status and, at the end, the summary."""
 
 FREE = ("search.trials", "search.slots", "search.groups", "search.finalists", "search.seeds")
-"""What may differ when a search is resumed."""
+"""Settings that may change when a search is resumed."""
 
 
 def check_run_name(
     experiment: Experiment, folder: str, resume: bool, kind: Literal["train", "search"] = "train"
 ) -> dict[str, Any] | None:
-    """A name is not silently used twice. Returns the summary of a finished run that is to be resumed."""
+    """Check that a run does not reuse a name unintentionally. Returns the summary of a finished run that is resumed."""
     if not storage.exists(folder, RUN):
         if resume:
             raise UserError(f"{folder}: there is no run to resume; start it without --resume")
@@ -38,12 +38,12 @@ def check_run_name(
     record = json.loads(storage.read_file(folder, RUN))
     if not resume:
         raise UserError(
-            f"{folder}: a run of this name is there ({record['status']}); continue it with --resume, or choose another "
+            f"{folder}: a run of this name exists ({record['status']}); continue it with --resume, or choose another "
             f"name with name={experiment.name}-2"
         )
     if record.get("kind", "train") != kind:
         raise UserError(
-            f"{folder}: was made by ptuning {record.get('kind', 'train')}; resume it with that, or choose another name"
+            f"{folder}: was created by ptuning {record.get('kind', 'train')}; resume it with that, or choose another name"
         )
     decisive = ("model", "prompt", "data", "train", *(("search",) if kind == "search" else ()))
     now, before = redacted(experiment.model_dump(mode="json")), redacted(record["experiment"])
@@ -73,11 +73,10 @@ def write_run(
 
 
 def pin_parent(experiment: Experiment, folder: str) -> Experiment:
-    """The experiment with `prompt.init_from = "name@champion"` replaced by a folder inside the run's folder, and so an address
-    with a password in it.
+    """The experiment with `prompt.init_from` replaced by a folder inside the run's folder if it is a reference such as
+    "name@champion", or an address that contains a password.
 
-    Workers do not talk to MLflow and learn no passwords, and a run that is resumed starts from the same parent though the alias
-    may have moved.
+    So workers need neither MLflow nor passwords, and a resumed run starts from the same parent even if the alias has moved.
     """
     source = experiment.prompt.init_from
     if source is None or (_is_folder(source) and redact(source) == source):
@@ -88,10 +87,10 @@ def pin_parent(experiment: Experiment, folder: str) -> Experiment:
 
 
 def bring_parent(written: Experiment, pinned: Experiment, base: Base) -> None:
-    """Copy the parent from the registry to where `pin_parent` said, unless an earlier start of this run did, and check it.
+    """Copy the parent from the registry to the folder of `pin_parent`, unless an earlier start of this run did, and check it.
 
     Raises:
-        UserError: no such soft prompt, MLflow does not answer, or it was made for another base.
+        UserError: no such soft prompt, MLflow does not respond, or it was made for another base.
     """
     source, folder = written.prompt.init_from, pinned.prompt.init_from
     if source is None or folder is None:
@@ -110,7 +109,7 @@ def _parent_files(written: Experiment, source: str) -> dict[str, bytes]:
 
 
 def publish_run(experiment: Experiment, name: str, folder: str, run_id: str | None) -> Version:
-    """Publish what a run made, where the run is tracked.
+    """Publish the result of a run in the MLflow that tracks the run.
 
     Raises:
         UserError: as `publish`.

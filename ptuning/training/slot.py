@@ -1,4 +1,4 @@
-"""One soft prompt in training: its state, how it starts, and the card of its result."""
+"""One soft prompt in training: its state, its initialisation, and the card of its result."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ptuning.training.starts import Start, rounds, survivors
 
 
 class Slot:
-    """One soft prompt in training: its starts (one of them is left after the first part of the steps), its data position and
-    its best evaluation so far."""
+    """One soft prompt in training: its starts (only one is left after the first part of the steps), its data position and its
+    best evaluation so far."""
 
     def __init__(self, assignment: StartRun, task: Task, starts: Sequence[Tensor]) -> None:
         self.experiment = assignment.experiment
@@ -36,7 +36,7 @@ class Slot:
         self.order = BatchSampler(task.train.lengths, self.config.batch_size, self.config.seed)
         choice = self.experiment.objective == "choice"
         self.text_weight = self.config.resolved_text_weight(max(map(len, task.encoder.label_ids))) if choice else 0.0
-        """Of the text objective beside a choice."""
+        """Weight of the text objective in addition to the choice."""
         self.objective = Objective(task.encoder.label_trie if choice else None, text=not choice or self.text_weight > 0)
         self.class_weights = balanced_weights(task) if self.config.class_weights else None
         self.step = 0
@@ -46,8 +46,8 @@ class Slot:
         self.since_best = 0
         self.parent: str | None = None
         self.unrecorded_events: list[tuple[float, Event]] = []
-        """Events, with the monotonic time they were told at, that may not have come to the driver's disk. They go into the
-        checkpoint and a resumed run repeats them: no point is lost, however often and wherever it is interrupted."""
+        """Events, with their monotonic times, that may not yet be on the driver's disk. They are part of the checkpoint, and a
+        resumed run sends them again, so that no point is lost by interruptions."""
 
     @property
     def name(self) -> str:
@@ -60,12 +60,12 @@ class Slot:
 
     @property
     def vectors(self) -> nn.Parameter:
-        """`[P, H]` of the start that is left; before, of the first."""
+        """`[P, H]` of the remaining start; if there are several, of the first."""
         return self.starts[0].vectors
 
     @property
     def keep(self) -> int:
-        """How many starts go on after this step."""
+        """Number of starts that continue after this step."""
         return rounds(self.config).get(self.step, len(self.starts)) if len(self.starts) > 1 else 1
 
     @property
@@ -78,10 +78,10 @@ class Slot:
         return self.step % self.config.checkpoint_every == 0
 
     def loss(self, text: Tensor, choices: Tensor, rows: Sequence[Row], totals: tuple[int, int]) -> Tensor:
-        """This share of the global batch's loss, from the negative log-likelihoods of its text's tokens and of its choices;
+        """This worker's part of the loss of the global batch, from the negative log-likelihoods of text tokens and choices;
         `totals`: target tokens and rows of the whole batch.
 
-        Text: the mean over tokens. Choice: the mean over rows of -log p(label), by class weights if there are any.
+        Text: the mean over tokens. Choice: the mean over rows of -log p(label), weighted by class weights if there are any.
         """
         tokens, count = totals
         if self.objective.trie is None:
@@ -92,13 +92,14 @@ class Slot:
         return loss + self.text_weight * text.sum() / tokens if self.objective.text else loss
 
     def _choice_weights(self, rows: Sequence[Row]) -> Tensor:
-        """Each choice counts as much as its row's label."""
+        """The class weight of each choice, which is that of its row's label."""
         assert self.objective.trie is not None and self.class_weights is not None
         paths, weights = self.objective.trie.paths, self.class_weights
         return torch.tensor([weights[tuple(target)] for _, target in rows for _ in paths[tuple(target)]])
 
     def update(self, gradients: Sequence[Tensor], losses: Sequence[float]) -> float:
-        """One optimiser step of every start with its gradient of the whole global batch; returns the first one's norm."""
+        """One optimiser step per start, with the gradient of the whole global batch; returns the first start's gradient
+        norm."""
         rate = learning_rate(self.config, self.step)
         norms = []
         for start, gradient, loss in zip(self.starts, gradients, losses, strict=True):
@@ -108,7 +109,7 @@ class Slot:
         return norms[0]
 
     def halve(self, losses: Sequence[float]) -> None:
-        """Let the worse starts go if a round has ended; `losses` of the starts."""
+        """Drop the worse starts at the end of a round; `losses` of the starts."""
         if self.keep == len(self.starts):
             return
         self.starts = survivors(self.starts, list(losses), self.keep)
@@ -116,7 +117,7 @@ class Slot:
             start.loss = 0.0
 
     def observe(self, measured: dict[str, float], start: int = 0) -> bool:
-        """Take the evaluation of a start into account; True if it is the best so far (ties: the lower loss)."""
+        """Record the evaluation of a start; True if it is the best so far (ties: the lower loss)."""
         metric = self.experiment.metric
         sign = -1 if metric == "loss" else 1
         better = not self.best or (sign * measured[metric], -measured["loss"]) > (
@@ -131,7 +132,7 @@ class Slot:
         return better
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that decides how the run goes on, as tensors and JSON."""
+        """The complete state of the slot, as tensors and JSON."""
         tensors, starts = {"best_vectors": self.best_vectors}, []
         for start in self.starts:
             own, numbers = start.state()
@@ -148,7 +149,7 @@ class Slot:
         }
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """The inverse of `state`: training goes on bit by bit as if it had not been interrupted."""
+        """The inverse of `state`: training continues bit-identically."""
         self.starts = [self.starts[numbers["number"]] for numbers in state["starts"]]
         for start, numbers in zip(self.starts, state["starts"], strict=True):
             prefix = f"start{start.number}."
@@ -181,8 +182,8 @@ def initial_starts(
 ) -> tuple[list[Tensor], str | None]:
     """The soft prompts before their first step, `[P, H]` fp32 each, and the content hash of the parent if there is one.
 
-    The first is drawn with the run's seed, the others with seeds of their own; where `prompt.init` leaves nothing to draw (a
-    text, a soft prompt of the same length), they begin from the vocabulary.
+    The first is drawn with the run's seed, the others with different seeds. If `prompt.init` involves no random numbers (a
+    text, a soft prompt of the same length), the others start from the vocabulary.
     """
     first, parent = initial_vectors(experiment, task, base, embed)
     starts = [first]
@@ -196,14 +197,14 @@ def initial_starts(
 
 
 def _generator(seed: int, start: int) -> torch.Generator:
-    """Of a run's first start: its seed; the others' are far from those of neighbouring runs."""
+    """The seed of a start: the run's for the first; those of the others do not collide with the seeds of other runs."""
     return torch.Generator().manual_seed(seed + start * 1_000_003)
 
 
 def initial_vectors(
     experiment: Experiment, task: Task, base: Base, embed: initializers.Embed, start: int = 0
 ) -> tuple[Tensor, str | None]:
-    """A start of the soft prompt, `[P, H]` fp32, and the content hash of its parent if it has one."""
+    """The initial vectors of one start, `[P, H]` fp32, and the content hash of the parent if there is one."""
     config = experiment.prompt
     generator = _generator(experiment.train.seed, start)
     frequent = task.train.frequent_tokens()
@@ -255,5 +256,5 @@ def make_card(slot: Slot, base: Base, measured: dict[str, float]) -> Card:
 
 
 def checkpoints(folder: str) -> str:
-    """Where a run's checkpoints lie."""
+    """The folder of a run's checkpoints."""
     return storage.join(folder, "checkpoints")

@@ -1,8 +1,8 @@
-"""Several draws of a soft prompt's start, trained side by side until one is left: no run is lost to a bad draw.
+"""Several initialisations of a soft prompt, trained side by side until one is left, so that a bad one does not spoil a run.
 
-What a soft prompt becomes depends on where it begins, more than on most settings. With `train.starts = N` a run begins N
-times. In the first part of its steps its starts train on the same batches, and round by round the worse half of them leaves
-(successive halving, Jamieson and Talwalkar 2016), judged by the loss on the validation rows.
+The result of training depends on the initialisation more than on most settings. With `train.starts = N` a run has N starts. In
+the first part of its steps they train on the same batches, and in each round the worse half is dropped (successive halving,
+Jamieson and Talwalkar 2016), by the loss on the validation rows.
 
 Shapes: P soft-prompt tokens, H width.
 """
@@ -19,18 +19,18 @@ from transformers import Adafactor
 from ptuning.config import TrainConfig
 
 SHARE = 0.2
-"""Share of a run's steps after which one start is left."""
+"""Fraction of a run's steps after which one start is left."""
 
 
 class Start:
-    """One draw in training: its vectors `[P, H]` and their optimiser."""
+    """One start in training: its vectors `[P, H]` and their optimiser."""
 
     def __init__(self, number: int, vectors: Tensor, config: TrainConfig) -> None:
         self.number = number
         self.vectors = nn.Parameter(vectors.clone())  # fp32, on the base's device
         self.optimizer = _optimizer(config, self.vectors)
         self.loss = 0.0
-        """Sum of its losses on the batches since the last round: what it is judged by without validation rows."""
+        """Sum of its training losses since the last round: the criterion if there are no validation rows."""
 
     def update(self, gradient: Tensor, clip: float, rate: float) -> float:
         """One optimiser step with the gradient of the whole global batch; returns its norm before clipping."""
@@ -45,7 +45,7 @@ class Start:
         return norm
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that decides how it goes on, as tensors and JSON."""
+        """The complete state of the start, as tensors and JSON."""
         tensors, numbers = {"vectors": self.vectors.detach()}, {}
         for key, value in self.optimizer.state[self.vectors].items():
             if isinstance(value, Tensor):
@@ -63,14 +63,14 @@ class Start:
 
 
 def rounds(config: TrainConfig) -> dict[int, int]:
-    """After which step how many starts go on; empty with a single start."""
+    """Step -> number of starts that continue after it; empty with a single start."""
     many = math.ceil(math.log2(config.starts))
     last = min(config.steps, max(many, round(SHARE * config.steps)))
     return {math.ceil(last * (number + 1) / many): math.ceil(config.starts / 2 ** (number + 1)) for number in range(many)}
 
 
 def survivors(starts: list[Start], losses: list[float], keep: int) -> list[Start]:
-    """The `keep` starts with the lowest losses, in their order; of equal ones those that were drawn first. NaN is the worst."""
+    """The `keep` starts with the lowest losses, in their original order; ties: the earlier start. NaN counts as the highest."""
     order = sorted(range(len(starts)), key=lambda at: (math.isnan(losses[at]), losses[at], at))
     return [starts[at] for at in sorted(order[:keep])]
 

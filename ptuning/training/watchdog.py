@@ -1,12 +1,12 @@
-"""Workers that hang. Ray Train looks at processes, not at threads: a worker that sleeps, waits for a disk that is gone, or
-waits for such a worker in a collective would be waited for until torch gives up after half an hour.
+"""Detects hung workers. Ray Train monitors processes, not threads: without this, a worker that sleeps, waits for a lost disk,
+or waits for such a worker in a collective would block the run until torch's timeout of half an hour.
 
-Every worker has a watchdog: a thread that expects a sign of life from the training thread at every pass of the base. At half
-of the limit it tells the driver where its thread stands, at the limit it ends the process: then Ray Train starts all workers
-again, from the newest checkpoint. A process that is stopped cannot tell; then the others do.
+Every worker has a watchdog: a thread that expects a heartbeat from the training thread at every pass of the base. At half of
+the limit it reports the stack position of that thread to the driver, at the limit it ends the process. Then Ray Train restarts
+all workers from the newest checkpoint. A stopped process cannot report; then the other workers do.
 
-Loading a base and tokenising rows may take any time, but not without work: there the watchdog looks at the processor time and
-at the bytes that the process reads and writes.
+Loading a base and tokenising rows may take any time, but not without activity: there the watchdog checks the processor time and
+the bytes that the process reads and writes.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ import psutil
 from ptuning.training.messages import StuckReport
 
 LEAST, TIMES = 60.0, 20.0
-"""The limit: so many seconds, or so many times the longest time between two signs of life, whichever is longer."""
+"""The limit: this many seconds, or this many times the longest interval between two heartbeats, whichever is longer."""
 FIRST, SIGNS = 600.0, 10
-"""Seconds that the first signs of life may take each: nothing is known yet."""
+"""Limit in seconds for each of the first heartbeats, before an interval is known."""
 IDLE, PATIENCE = 600.0, 10.0
-"""The limit for a worker that may take its time and does nothing: so many seconds, or so many times a limit that was set."""
+"""Limit for inactivity while a step may take any time: this many seconds, or this many times a configured limit."""
 WORK, BYTES = 0.02, 1 << 16
-"""What counts as work: this share of a core, or so many bytes read or written in a second. Ray's own threads do less."""
+"""Activity: this fraction of a core, or this many bytes read or written per second. Ray's own threads stay below."""
 GRACE = 2.0
-"""Seconds in which the last words reach the driver."""
+"""Seconds in which the last report reaches the driver."""
 HUNG = 75
 """Exit code of a worker that its watchdog has ended."""
 WAITING = ("/torch/distributed/", "/deepspeed/comm/")
-"""Where a thread stands that waits for other workers."""
+"""Stack positions of a thread that waits for other workers."""
 
 
 class Watchdog:
-    """Watches the thread that makes it, from the first sign of life on."""
+    """Watches the thread that creates it, from the first heartbeat on."""
 
     def __init__(self, tell: Callable[[StuckReport], None], limit_s: float | None = None) -> None:
-        """`tell` takes what the watchdog has to say, in its own thread. `limit_s`: instead of the measured limit."""
+        """`tell` receives the watchdog's reports, in the watchdog's thread. `limit_s` replaces the measured limit."""
         self._tell = tell
         self._limit = limit_s
         self._watched = threading.get_ident()
@@ -55,12 +55,12 @@ class Watchdog:
         threading.Thread(target=self._watch, name="ptuning-watchdog", daemon=True).start()
 
     def heartbeat(self) -> None:
-        """A sign of life."""
+        """A heartbeat."""
         self._signs += 1
         self._resting = False
 
     def expect_idle(self) -> None:
-        """Until the next sign of life nothing but work is expected: something begins that may take any time."""
+        """Start something that may take any time: until the next heartbeat only activity is required."""
         self._resting = True
 
     def end(self) -> None:
@@ -68,15 +68,15 @@ class Watchdog:
 
     @property
     def limit(self) -> float:
-        """Seconds without a sign of life that are too many."""
+        """Maximum seconds without a heartbeat."""
         if self._limit is not None:
             return self._limit
         measured = max(LEAST, TIMES * self._longest)
         return measured if self._signs >= SIGNS else max(FIRST, measured)
 
     def _watch(self) -> None:
-        # Counted by the watchdog's own sleeps: a process that was stopped as a whole, such as with a suspended machine, is
-        # not blamed for it.
+        # Counted by the watchdog's own sleeps, so that time in which the whole process was stopped (such as on a suspended
+        # machine) does not count.
         silence, seen, told, resting, worked = 0.0, 0, False, True, _worked()
         while True:
             limit = self.limit if not resting else IDLE if self._limit is None else PATIENCE * self._limit
@@ -97,7 +97,7 @@ class Watchdog:
                 self._tell(self._report(silence, last=False))
             if silence >= limit:
                 report = self._report(silence, last=True)
-                if resting and report.waits:  # for another worker, who may take its time; if not, it is ended
+                if resting and report.waits:  # for another worker, which may take its time; if that one hangs, it is ended
                     continue
                 self._tell(report)
                 time.sleep(GRACE)
@@ -111,12 +111,12 @@ class Watchdog:
 
 
 def worker_location() -> str:
-    """What to call this process."""
+    """The name of this process in reports."""
     return f"pid {os.getpid()} on {socket.gethostname()}"
 
 
 def _worked() -> tuple[float, int]:
-    """Processor seconds of this process so far, and bytes that it has read and written."""
+    """Processor seconds of this process so far, and the bytes that it has read and written."""
     counters = getattr(psutil.Process(), "io_counters", None)  # not on macOS
     moved = counters() if counters else None
     return time.process_time(), moved.read_chars + moved.write_chars if moved else 0
@@ -127,13 +127,13 @@ def _works(before: tuple[float, int], after: tuple[float, int], seconds: float) 
 
 
 def diagnose(places: list[str], reports: dict[int, StuckReport]) -> str:
-    """One sentence: which worker is to blame. `places`: what to call each worker, by rank; `reports`: their last words."""
+    """One sentence that names the hung worker. `places`: the name of each worker, by rank; `reports`: their last reports."""
     seconds = max(report.seconds for report in reports.values())
-    silent = [f"worker {rank} ({place}) gives no sign of life" for rank, place in enumerate(places) if rank not in reports]
+    silent = [f"worker {rank} ({place}) does not respond" for rank, place in enumerate(places) if rank not in reports]
     stuck = [
         f"worker {rank} ({report.place}) is stuck in {report.where}"
         for rank, report in sorted(reports.items())
         if not report.waits
     ]
     found = silent + stuck or [f"all {len(places)} workers wait for each other"]
-    return f"no progress for {seconds:.0f} s: {', '.join(found)}; all start again from the newest checkpoint"
+    return f"no progress for {seconds:.0f} s: {', '.join(found)}; all workers restart from the newest checkpoint"

@@ -1,10 +1,10 @@
-"""The only module that knows DeepSpeed: the frozen base spread over the data-parallel workers (ZeRO stage 3).
+"""The only module that uses DeepSpeed: it partitions the frozen base over the data-parallel workers (ZeRO stage 3).
 
-DeepSpeed partitions, gathers and releases the base. It gets no optimiser: the only trained numbers are the soft prompts, a
-few thousand, which stay whole on every rank, with plain torch optimisers and one small all-reduce per step. That keeps
-every slot independent of the others (own optimiser, own clipping, own arrival and end; DeepSpeed clips one global norm and
-flattens all groups, on which Adafactor cannot work), keeps checkpoints free of the number of workers, and saves what
-stage 3 does around a step: its `step()` releases and re-gathers every persistent tensor of a base that never changed.
+DeepSpeed partitions, gathers and releases the base. It has no optimiser: only the soft prompts are trained, a few thousand
+numbers that stay whole on every rank, with plain torch optimisers and one small all-reduce per step. So every slot is
+independent of the others (own optimiser, own clipping, own start and end; DeepSpeed clips one global norm and flattens all
+groups, which Adafactor does not support), checkpoints do not depend on the number of workers, and the overhead of stage 3
+around a step is avoided: its `step()` releases and gathers again every persistent tensor of a base that never changes.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's settings (malloc.h)."""
 SAMPLES = 8
-"""Numbers per tensor and rank that are compared with the file after loading."""
+"""Elements per tensor and rank that are compared with the file after loading."""
 
 
 def derive_config(zero: ZeroConfig, base: Base, dtype: torch.dtype, micro_batch: int = 1) -> dict[str, Any]:
-    """DeepSpeed's configuration for a frozen base; `micro_batch` is only there because DeepSpeed insists on one."""
+    """DeepSpeed's configuration for a frozen base; `micro_batch` is only set because DeepSpeed requires it."""
     parameters = base.numbers
     layers = max(1, int(getattr(base.config.get_text_config(), "num_hidden_layers", 1)))
     workers, local = _workers()
@@ -56,7 +56,7 @@ def derive_config(zero: ZeroConfig, base: Base, dtype: torch.dtype, micro_batch:
     live = zero.live_parameters or live_numbers(free, share, dtype.itemsize)
     partition: dict[str, Any] = {
         "stage": zero.stage,
-        # The default of 5e8 numbers would be allocated for gradients that do not exist here.
+        # The default would allocate 5e8 elements for gradients, which do not exist here.
         "reduce_bucket_size": 1_000_000,
         "stage3_param_persistence_threshold": zero.persistent_below,
         "stage3_prefetch_bucket_size": prefetch_numbers(parameters, layers, live),
@@ -65,7 +65,7 @@ def derive_config(zero: ZeroConfig, base: Base, dtype: torch.dtype, micro_batch:
         "overlap_comm": torch.cuda.is_available(),
     }
     if copies:
-        # Several nodes: a second copy per node of weights that never change keeps all later gathers inside the node
+        # Several nodes: a second copy of the weights per node, which never change, keeps all later gathers inside the node
         # (ZeRO++, arXiv 2306.10209, section 3.2).
         partition["zero_hpz_partition_size"] = local
     if zero.offload:
@@ -79,13 +79,13 @@ def derive_config(zero: ZeroConfig, base: Base, dtype: torch.dtype, micro_batch:
 
 
 def _workers() -> tuple[int, int]:
-    """Workers in all, and those of this node."""
+    """The number of all workers, and of those on this node."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return (dist.get_world_size() if dist.is_initialized() else 1), local
 
 
 def _free(local: int) -> int:
-    """Bytes that this worker may take before the base is there; the least of all workers, whose passes must be the same."""
+    """Free bytes of this worker before the base is loaded: the minimum over all workers, because their passes must be equal."""
     gpu = torch.cuda.is_available()
     free = int(torch.cuda.mem_get_info()[0]) if gpu else int(psutil.virtual_memory().available) // local
     return int(min(Workers.current().all_gather(free)))
@@ -99,13 +99,13 @@ def load(
     checkpoint_gradients: bool = False,
     progress: Callable[[float], None] = lambda share: None,
 ) -> PromptedModel:
-    """The base on this rank, ready to run: partitioned while it is loaded (stage 3), or whole (stage 0).
+    """The base on this rank, ready to run: partitioned during loading (stage 3), or whole (stage 0).
 
-    Needs an initialised process group for stage 3. Collective: every rank calls it. The first rank alone reads the files,
-    tensor by tensor, and sends them to the others; `progress` hears the share of the numbers that has arrived.
+    Stage 3 needs an initialised process group. Collective: every rank must call it. Only the first rank reads the files, tensor
+    by tensor, and sends them to the others; `progress` receives the fraction of the elements that has arrived.
 
     Raises:
-        BaseError: what was loaded is not what the files hold.
+        BaseError: the loaded weights differ from the files.
     """
     if zero.stage == 0:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -128,7 +128,7 @@ def load(
 
 
 def _load_partitioned(load_base: Callable[[], PreTrainedModel], config: dict[str, Any]) -> PreTrainedModel:
-    """transformers builds the model under `zero.Init` as long as an HfDeepSpeedConfig lives."""
+    """transformers builds the model under `zero.Init` as long as an HfDeepSpeedConfig exists."""
     keep_alive = HfDeepSpeedConfig(config)
     try:
         return load_base()
@@ -139,7 +139,7 @@ def _load_partitioned(load_base: Callable[[], PreTrainedModel], config: dict[str
 
 @contextmanager
 def _telling(progress: Callable[[float], None], numbers: int) -> Iterator[None]:
-    """transformers gathers a module's tensors to fill them in (integrations/deepspeed.py): the only sign of how far it is."""
+    """transformers gathers a module's tensors to fill them (integrations/deepspeed.py): the only indication of its progress."""
     original, arrived = deepspeed.zero.GatheredParameters, 0
 
     class Counting(original):  # type: ignore[misc, valid-type]
@@ -158,30 +158,32 @@ def _telling(progress: Callable[[float], None], numbers: int) -> Iterator[None]:
 
 @contextmanager
 def _freed_at_once() -> Iterator[None]:
-    """Large blocks get pages of their own (glibc), which leave with them.
+    """Make glibc allocate large blocks with mmap, so that their memory returns to the system when they are freed.
 
-    While a base is partitioned, every tensor is there whole, then its part is made behind it: in the heap the whole ones leave
-    holes between the parts, in which no tensor of the same size fits (measured: a rank with half of 388 MiB took 546).
-    Afterwards the heap is as it would be anyway: pages of its own for every activation would cost a step half its time more.
+    While a base is partitioned, each tensor is first allocated whole and then its part after it. In the heap, the freed whole
+    tensors leave gaps between the parts that are too small for the next ones (measured: a rank with half of 388 MiB used 546).
+    Afterwards the default is restored, because mmap for every activation would make a step 1.5 times as long.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None or "MALLOC_MMAP_THRESHOLD_" in os.environ:  # whoever sets it knows what they want
+    if mallopt is None or "MALLOC_MMAP_THRESHOLD_" in os.environ:  # set by the user
         yield
         return
     mallopt(M_MMAP_THRESHOLD, 1 << 20)
     try:
         yield
     finally:
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # what glibc's own rule ends at when such blocks are freed, and twice that
+        mallopt(
+            M_MMAP_THRESHOLD, 32 << 20
+        )  # the values that glibc's dynamic thresholds reach when such blocks are freed: this and twice this
         mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
 class _FrozenLinear(torch.autograd.Function):
     """A linear map whose weights are frozen and partitioned between passes.
 
-    torch's own would hold on to the gathered weights until its backward pass. DeepSpeed's (runtime/zero/linear.py) holds the
-    parameter instead, which is empty in between, but also the input, which only a weight's gradient would need: a third of
-    all that a Llama layer keeps. This one holds the parameter alone.
+    torch's own linear map would keep the gathered weights until its backward pass. DeepSpeed's (runtime/zero/linear.py) keeps
+    the parameter instead, which is released in between. But it also keeps the input, which only a gradient of the weights would
+    need: a third of the memory that a Llama layer keeps. The linear map here keeps only the parameter.
     """
 
     @staticmethod
@@ -203,9 +205,9 @@ def _linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def _skip_compiled_collectives() -> None:
-    """On CPU DeepSpeed 0.19 compiles a shared-memory all-reduce when it is initialised, and dies where there is no compiler.
+    """On CPU DeepSpeed 0.19 compiles a shared-memory all-reduce at initialisation, and fails if there is no compiler.
 
-    Only its inference engine uses it (deepspeed/comm/torch.py, `inference_all_reduce`), so it is declared absent.
+    Only its inference engine uses it (deepspeed/comm/torch.py, `inference_all_reduce`), so it is declared unavailable.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -221,7 +223,7 @@ def sharding(model: nn.Module) -> BaseShare:
 
 
 def _own_share(parameter: nn.Parameter) -> torch.Tensor:
-    """What stays on this rank between passes: the flattened part of a partitioned tensor, or a whole one."""
+    """The part of a parameter that stays on this rank between passes: a flattened part, or the whole tensor."""
     share: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
     return share.detach()
 
@@ -231,10 +233,10 @@ def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def _check_weights(model: PreTrainedModel, base: Base) -> None:
-    """Compare sampled numbers of every tensor with the file, in this rank's own share, without communication.
+    """Compare sampled elements of every tensor with the file, in this rank's own part, without communication.
 
-    Under ZeRO-3 transformers 5 does not report mismatched keys (integrations/deepspeed.py), and a base that is silently
-    random trains without any error.
+    Under ZeRO-3 transformers 5 does not report mismatched keys (integrations/deepspeed.py), and a base with random weights
+    would train without any error.
     """
     stored = {tensor.name: tensor for tensor in stored_tensors(base.folder)}
     rank = dist.get_rank() if dist.is_initialized() else 0
