@@ -16,7 +16,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 test-all: .venv/installed
-	PTUNING_KILLS=3 PTUNING_RACES=10 $(BIN)/python -m pytest -m "not soak"
+	PTUNING_BATCHES=200 PTUNING_KILLS=3 PTUNING_RACES=10 $(BIN)/python -m pytest -m "not soak"
 
 fast: .venv/installed
 	$(BIN)/python -m pytest -m fast

@@ -477,23 +477,25 @@ def test_a_database_that_vanishes_takes_nothing_along(tmp_path, base, caplog):
         again.close()
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b'{"versions": [{"x": 1}], "champions": {}}', b'{"versions": 3}', b"\xff"]
-)
-def test_a_damaged_memory_of_the_last_set_is_said_and_not_fatal(tmp_path, base, caplog, content):
+DAMAGED = [b"", b"{", b"[]", b'{"versions": [{"x": 1}], "champions": {}}', b'{"versions": 3}', b"\xff"]
+
+
+def test_a_damaged_memory_of_the_last_set_is_said_and_not_fatal(tmp_path, base, caplog):
     (folder := tmp_path / "runs").mkdir()
     tables = settings(folder, base, cache_mb=16) | {"tracking": {"uri": "http://127.0.0.1:9"}}  # nothing listens there
     known = Service(parse_experiment(tables), {}, "one")
     known.close()
     path = Path(known.models._folder) / "served.json"
     path.parent.mkdir(parents=True)
-    path.write_bytes(content)
-    service = Service(parse_experiment(tables), {}, "two")
-    try:
-        assert service.ready and set(service.models.names) == {"endless"}
-        assert "served.json is damaged, nothing of it is served" in caplog.text
-    finally:
-        service.close()
+    for number, content in enumerate(DAMAGED):
+        path.write_bytes(content)
+        service = Service(parse_experiment(tables), {}, f"{number}")
+        try:
+            assert service.ready and set(service.models.names) == {"endless"}
+            assert "served.json is damaged, nothing of it is served" in caplog.text, content
+        finally:
+            service.close()
+        caplog.clear()
 
 
 def test_a_disk_that_takes_nothing_is_no_reason_not_to_serve(tmp_path, base, caplog):

@@ -563,6 +563,7 @@ def test_what_is_served_lives_on_until_it_is_stopped(cluster: SimpleNamespace, w
     assert asked.returncode != 0 and asked.stdout == ""
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_search_is_a_job_too(cluster: SimpleNamespace, write_toml: Write) -> None:
@@ -595,8 +596,9 @@ def test_the_doctor_goes_to_the_cluster(cluster: SimpleNamespace, write_toml: Wr
 
 @pytest.mark.slow
 def test_a_failing_job_gives_its_exit_code(cluster: SimpleNamespace, write_toml: Write) -> None:
+    """A search that is refused by the cluster's machine, not here."""
     experiment = write(cluster, write_toml, name="failing", data={"labels": ["fruit", "spanner"]})
-    started = run(cluster, "submit", "train", experiment, "--no-wait")
+    started = run(cluster, "submit", "search", experiment, "search.trials=3", "--no-wait")
     job = started.stdout.strip()
     assert started.returncode == 0 and job.startswith("failing-")
     done = run(cluster, "jobs", "logs", job, "--follow")
