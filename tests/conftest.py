@@ -48,6 +48,8 @@ os.environ |= {
     # The default of 2 s is the resolution of every start, report and failure of Ray Train.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray's workers let everybody else go first (15): on a busy machine the time of its neighbours would be measured.
+    "RAY_worker_niceness": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
@@ -374,6 +376,39 @@ def in_cluster(local_ray: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+
+
+@pytest.fixture(scope="session")
+def endless_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A base that never ends an answer by itself, with room for long ones: what is in flight stays in flight."""
+    folder = tmp_path_factory.mktemp("endless") / "endless"
+    model = tiny_base("llama", vocab_size=len(tiny_tokenizer), max_position_embeddings=2048)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[tiny_tokenizer.eos_token_id] = 0
+    model.save_pretrained(folder)
+    tokenizer = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer, **tiny_tokenizer.special_tokens_map)
+    tokenizer.model_max_length = 2048
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def served_world(tmp_path_factory: pytest.TempPathFactory, endless_base: Path) -> Iterator[SimpleNamespace]:
+    """One `ptuning serve` with two replicas, for all who leave it whole. The last test of `test_faults_serving` ends it."""
+    from serving_world import serving
+
+    with serving(tmp_path_factory.mktemp("served"), endless_base) as world:
+        yield world
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Who asks the one server comes last, so that it is there no longer than it is needed, and who ends it at the very end."""
+    order = {"test_serve": 1, "test_faults_serving": 2}
+    items.sort(key=lambda item: order[item.path.stem] if "served_world" in getattr(item, "fixturenames", ()) else 0)
+    for item in items:
+        if {"local_ray", "served_world"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("cluster")
 
 
 @contextlib.contextmanager

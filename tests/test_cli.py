@@ -220,6 +220,7 @@ def test_blank_arguments_are_one_sentence(arguments: tuple[str, ...], named: str
     assert invoke(*arguments) == (2, said)
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_whole_command_with_two_workers(toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def found_in(tables: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {finding["what"]: finding for finding in findings}
 
 
+@pytest.mark.cluster
 def test_this_machine_is_fine(toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path) -> None:
     fine, found = command(str(write_toml(toy_task.experiment)), cwd=tmp_path)
     assert fine
@@ -63,6 +64,7 @@ def test_this_machine_is_fine(toy_task: SimpleNamespace, write_toml: Write, tmp_
     assert not (tmp_path / "runs").exists()  # it looks, it leaves nothing
 
 
+@pytest.mark.cluster
 def test_everything_wrong_has_a_line_and_a_fix(toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     tables = toy_task.experiment
@@ -125,6 +127,7 @@ def two_nodes() -> Iterator[str]:
         os.environ.update(before)
 
 
+@pytest.mark.cluster
 @pytest.mark.nightly
 @pytest.mark.slow
 def test_every_node_of_a_cluster_is_looked_at(

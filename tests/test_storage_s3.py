@@ -110,6 +110,8 @@ def test_a_bucket_that_is_not_there_is_a_sentence(bucket: str) -> None:
         storage.check_writable("s3://nowhere/x")
 
 
+@pytest.mark.nightly
+@pytest.mark.cluster
 @pytest.mark.timeout(480)
 def test_a_run_with_its_storage_in_an_object_store(
     bucket: str, toy_task: SimpleNamespace, write_toml: Callable[..., Path], tmp_path: Path
