@@ -12,14 +12,23 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .PHONY: test test-all fast lint demo train clean
 
-test: .venv/installed
-	$(BIN)/python -m pytest
+# What needs no cluster in a process for every core; then the rest, one after the other: a cluster has the machine for itself.
+# The seconds of every test are in build/*.xml.
+BESIDE := --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not cluster and not nightly and not soak" $(BESIDE) --junitxml=build/tests.xml
+	$(BIN)/python -m pytest -m "cluster and not nightly and not soak" --junitxml=build/clusters.xml
+
+test-all: export PTUNING_BATCHES=200
+test-all: export PTUNING_KILLS=3
+test-all: export PTUNING_RACES=10
 test-all: .venv/installed
-	PTUNING_KILLS=3 PTUNING_RACES=10 $(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -m "not cluster and not soak" $(BESIDE) --junitxml=build/tests.xml
+	$(BIN)/python -m pytest -m "cluster and not soak" --junitxml=build/clusters.xml
 
 fast: .venv/installed
-	$(BIN)/python -m pytest -m fast
+	$(BIN)/python -m pytest -m "fast and not nightly and not soak" $(BESIDE)
 
 lint: .venv/installed
 	$(BIN)/ruff check

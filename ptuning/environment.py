@@ -27,9 +27,9 @@ TABLE = (
     Variable("command", "RAY_DEDUP_LOGS_SKIP_REGEX", ".",
              "Ray's nodes would put a line about it onto our stdout (2.60); a search of eight trials has eight processes"),
     # Rows are packed without padding, so shapes hardly ever repeat between steps. By default the last 1,024 products are cached
-    # twice: by oneDNN and by torch (https://github.com/pytorch/pytorch/issues/98688). A worker with eight slots grew from 0.8 to
-    # 2.6 GB within 400 steps, and further, because the cached products fragment the heap; and a cache lookup takes longer than
-    # it saves. The layers of a step still share products.
+    # twice: by oneDNN and by torch (https://github.com/pytorch/pytorch/issues/98688). A worker with eight slots grew from 0.8
+    # to 2.6 GB within 400 steps, and further, because the cached products fragment the heap; and a lookup takes longer than it
+    # saves. The layers of a step still share products.
     Variable("torch", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64", "oneDNN multiplies in bf16 on CPUs; read at the first product"),
     Variable("torch", "LRU_CACHE_CAPACITY", "16", "torch's own cache of the same"),
     Variable("deepspeed", "DS_ACCELERATOR", "cpu", "without a GPU; detection may find mps on a Mac, which ZeRO cannot use"),

@@ -93,6 +93,7 @@ def test_what_the_user_has_named_in_pythonpath_stays(tmp_path: Path, given: str 
     assert path[: len((left or "").split(":"))] == variable.split(":") if variable else True
 
 
+@pytest.mark.cluster
 @pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -137,6 +138,7 @@ def test_a_search_and_its_server(trapped: SimpleNamespace) -> None:
     assert sprung(trapped.here, trapped.beside) == []
 
 
+@pytest.mark.cluster
 @pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(600)
