@@ -37,7 +37,9 @@ WALK = (
 )
 """The pages for users, in the order of the site. What one machine can do of them is run, in this order."""
 WRITTEN = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md"))
-PAGES = tuple(dict.fromkeys([*WALK, "CONTRIBUTING.md", "cluster/README.md", *WRITTEN, "SECURITY.md", "BENCHMARKS.md", "CHANGELOG.md"]))
+PAGES = tuple(
+    dict.fromkeys([*WALK, "CONTRIBUTING.md", "cluster/README.md", *WRITTEN, "SECURITY.md", "BENCHMARKS.md", "CHANGELOG.md"])
+)
 LANGUAGES = {"sh", "console", "csv", "python", "text", "toml"}
 
 ELSEWHERE = {
@@ -103,7 +105,11 @@ def elsewhere(words: list[str]) -> str | None:
 
 
 ALL = [pytest.param(page, words, id=" ".join(words)[:80]) for page in PAGES for words in commands(page)]
-FIRST_HOUR = [list(words) for words in dict.fromkeys(tuple(words) for page in WALK for words in commands(page)) if not elsewhere(list(words))]
+FIRST_HOUR = [
+    list(words)
+    for words in dict.fromkeys(tuple(words) for page in WALK for words in commands(page))
+    if not elsewhere(list(words))
+]
 """Each once: a page may show again what one before it has shown."""
 
 
@@ -177,6 +183,17 @@ def test_every_promise_names_its_tests_and_when_they_run() -> None:
             assert [mark for mark in ("nightly", "soak") if mark in said] == marked, f"{file}: {name}"
             found += 1
     assert found > 30
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("page", ["docs/reliability.md", "SECURITY.md"])
+def test_every_test_that_a_page_names_is_there(page: str) -> None:
+    files = {path.stem: path.read_text(encoding="utf-8") for path in (REPOSITORY / "tests").glob("test_*.py")}
+    known = {
+        *files,
+        *(name for source in files.values() for name in re.findall(r"^(?:async )?def (test_\w+)", source, re.MULTILINE)),
+    }
+    assert set(re.findall(r"`(test_\w+)`", (REPOSITORY / page).read_text(encoding="utf-8"))) <= known
 
 
 @pytest.mark.fast
@@ -346,9 +363,9 @@ def test_the_reference_has_every_key_and_every_command() -> None:
 
 @pytest.mark.fast
 def test_links_of_a_page_are_those_of_the_site() -> None:
-    text = "[a](BENCHMARKS.md#serving) [b](docs/guides/gpu.md) [c](jobs/demo.py) <img src=\"docs/one-base.svg\">\n"
+    text = '[a](BENCHMARKS.md#serving) [b](docs/guides/gpu.md) [c](jobs/demo.py) <img src="docs/one-base.svg">\n'
     assert generate.relink(text, "README.md", "index.md") == (
-        "[a](benchmarks.md#serving) [b](guides/gpu.md) c <img src=\"one-base.svg\">\n"
+        '[a](benchmarks.md#serving) [b](guides/gpu.md) c <img src="one-base.svg">\n'
     )
     assert generate.relink("[a](../../README.md)", "docs/guides/gpu.md", "guides/gpu.md") == "[a](../index.md)"
 
