@@ -35,8 +35,6 @@ INCLUDED = {
 }
 """Files of the repository that are pages of the site: where they lie -> where they are shown."""
 
-PLAIN = {"NonBlank": "text"}
-"""Names for what people write in TOML."""
 LINK = re.compile(r"(?P<before>\[(?P<text>[^\]\n]*)\]\()(?P<target>[^)\s]+)(?P<after>\))")
 SOURCE = re.compile(r'(?P<before>\b(?:src|href)=")(?P<target>[^"]+)(?P<after>")')
 
@@ -154,7 +152,7 @@ def _command(name: str, command: Any) -> Iterator[str]:
     yield from (" ".join(said.split()), "", "```text", f"usage: ptuning {name} {usage}", "```")
     if example:
         yield from ("", "```sh", " ".join(example.split()), "```")
-    yield from ("", "| | |", "|---|---|")
+    yield from ("", "| argument or option | meaning |", "|---|---|")
     for parameter in command.params:
         written, meaning = parameter.get_help_record(context)
         yield f"| {_code(written)} | {_cell(meaning)} |"
@@ -169,7 +167,16 @@ def python_reference() -> str:
         "the first call does.",
     ]
     if (REPOSITORY / "ptuning" / "api.py").is_file():
-        lines += ["", "::: ptuning.api", "", "## Errors", "", "::: ptuning.errors"]
+        lines += [
+            "",
+            "::: ptuning.api",
+            "",
+            "## Errors",
+            "",
+            "::: ptuning.errors",
+            "    options:",
+            "      members: [UserError, RunFailed]",
+        ]
     return "\n".join([*lines, ""])
 
 

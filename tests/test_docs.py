@@ -257,6 +257,15 @@ def test_python_compiles(fence: Fence) -> None:
 
 
 @pytest.mark.fast
+@pytest.mark.skipif(not (REPOSITORY / "ptuning" / "api.py").exists(), reason="there is no ptuning.api yet")
+def test_python_names_what_the_package_has() -> None:
+    import ptuning
+
+    shown = [fence.text for page in PAGES for fence in fences(page) if fence.language == "python"]
+    assert set(re.findall(r"\bptuning\.(\w+)", "\n".join(shown))) <= set(dir(ptuning))
+
+
+@pytest.mark.fast
 def test_toml_is_toml() -> None:
     for fence in (fence for page in PAGES for fence in fences(page) if fence.language == "toml"):
         tomllib.loads(fence.text)
