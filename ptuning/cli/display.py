@@ -93,7 +93,7 @@ class Display:
 
     def _advance(self, event: Event) -> None:
         if event.step <= self._reached or not self._steps:
-            return  # told again, in case that nobody had recorded it (`train.Slot.told`)
+            return  # sent again, in case it was not recorded before (`slot.Slot.told`)
         self._reached = event.step
         numbers = f"loss {event.values['loss']:.4f}  {event.values['tokens_per_second']:,.0f} tokens/s{self._evaluated}"
         if self._progress:

@@ -174,9 +174,9 @@ def stop(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it has ended.")] = True,
     as_json: Json = False,
 ) -> None:
-    """End a job in order: its run can be resumed.
+    """Stop a job cleanly: its run can be resumed.
 
-    For a job that serves, end what it serves.
+    For a serving job, the application it has deployed is ended.
 
     Example: ptuning jobs stop sentiment-20260102-030405-ab12 --address http://head:8265
     """
@@ -193,7 +193,7 @@ def stop(
     if as_json:
         typer.echo(json.dumps({"job": job, "stopped": stopped, "status": status}))
     elif not stopped:
-        typer.echo(f"{job}: was over already ({status})")
+        typer.echo(f"{job}: had already ended ({status})")
     else:
         typer.echo(f"{job}: what it served has ended" if status == "succeeded" else f"{job}: {status}")
 
@@ -245,7 +245,7 @@ def examine(experiment: str | None, overrides: list[str], address: str) -> list[
 
 
 def _asked_to_stop() -> bool:
-    """Ctrl-C may mean either. Without a terminal nobody can say, and a job must not end by accident."""
+    """Ctrl-C may mean either. Without a terminal the user cannot be asked, and a job must not end by accident."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     try:
@@ -276,7 +276,7 @@ def _say(line: str) -> None:
 def _told() -> Iterator[None]:
     """Errors as one sentence."""
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # whoever sets a token wants it sent; ray reads this when imported
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # if a token is set, send it; ray reads this at import
     from ptuning.cluster.jobs import ClusterError
 
     try:

@@ -173,7 +173,7 @@ def registered(experiment: Experiment, summary: dict[str, Any], name: str | None
 
 
 def _work() -> Callable[[dict[str, Any]], None]:
-    """What each worker calls: a local function, as `make_trainer` wants it."""
+    """The function that each worker calls: a local function, as `make_trainer` requires."""
 
     def work(config: dict[str, Any]) -> None:
         from ptuning.imports import quick_imports
@@ -186,7 +186,7 @@ def _work() -> Callable[[dict[str, Any]], None]:
 
 
 def _fit(run: Run, show: Show) -> dict[str, Any]:
-    """Run Ray Train in this thread (so that Ctrl-C stops it in order) and follow its events in another."""
+    """Run Ray Train in this thread (so that Ctrl-C stops it cleanly) and follow its events in another."""
     experiment, folder, tracker = run.experiment, run.folder, run.tracker
     queue = beside_driver(EventQueue).remote()
     attempt = storage.join(folder, "ray")
