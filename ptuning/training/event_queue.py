@@ -44,7 +44,7 @@ class EventSender:
     """Sends events to a queue, several at a time, without waiting for them to arrive.
 
     Raises:
-        RayActorError: the queue has gone; noticed when the next events are sent.
+        RayActorError: the queue was lost; noticed when the next events are sent.
     """
 
     def __init__(self, queue: Any) -> None:
@@ -74,7 +74,7 @@ class EventSender:
         the answer to a later sending tells."""
         while self._sent and ray.wait([self._sent[0][1]], timeout=0)[0]:
             sent_at, answer = self._sent.popleft()
-            arrived, recorded = ray.get(answer)  # raises if nobody reads any more: training on would be in vain
+            arrived, recorded = ray.get(answer)  # raises if the queue was lost: continuing to train would be useless
             self._arrived.append((sent_at, arrived))
             while self._arrived and self._arrived[0][1] <= recorded:
                 self._recorded_until, _ = self._arrived.popleft()

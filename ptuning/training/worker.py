@@ -35,7 +35,7 @@ from ptuning.training.messages import (
 from ptuning.training.watchdog import Watchdog, worker_location
 
 LOADING_S = 5.0
-"""Seconds between signs of life while a base is loaded."""
+"""Seconds between heartbeats while a base is loaded."""
 
 
 Connect = Callable[[Pack, Callable[[], None]], Source]
