@@ -213,7 +213,7 @@ def plan(
         tokens: tokens of a row; default: data.max_tokens or the rows.
 
     Raises:
-        UserError: no such base, rows that cannot be counted, or a batch that is too small for so many workers.
+        UserError: no such base, rows that cannot be counted, or a batch that is too small for this many workers.
     """
     from ptuning.planning.planner import make_plan
 
@@ -285,7 +285,7 @@ class Registry:
             base: where its base lies, if not where its card says.
 
         Raises:
-            UserError: it does not pass, is not there, or somebody moved the champion meanwhile.
+            UserError: it does not pass or does not exist, or another process moved the champion at the same time.
         """
         from ptuning.registry import gate
 
@@ -295,7 +295,7 @@ class Registry:
         """Make the previous champion champion again; returns its version.
 
         Raises:
-            UserError: there is none, or somebody moved the champion meanwhile.
+            UserError: there is none, or another process moved the champion at the same time.
         """
         from ptuning.registry.promotions import PromotionLog
 

@@ -20,7 +20,7 @@ class Variable:
     value: str
     why: str
     fixed: bool = False
-    """Set whatever the user has set."""
+    """Set even if the user has set another value."""
 
 
 TABLE = (
@@ -47,7 +47,7 @@ TABLE = (
     Variable("ray", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5",
              "how often the controller looks at its workers; the default of 2 s is waited for at the end of every run"),
     Variable("ray", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "120",
-             "after so many seconds a process that does not answer is taken for dead; the default is 600"),
+             "after this many seconds a process that does not answer is taken for dead; the default is 600"),
     Variable("ray", "RAY_USAGE_STATS_ENABLED", "0", "nothing is sent anywhere"),
     Variable("ray", "TOKENIZERS_PARALLELISM", "false", "tokenizers warn of threads before a fork"),
     Variable("own cluster", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0",
@@ -65,7 +65,7 @@ TABLE = (
     Variable("proxy", "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "ptuning.serving.proxy:middlewares",
              "what the proxy lets in (2.60, serve/_private/constants.py)"),
     Variable("proxy", "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1",
-             "a dead proxy is replaced after three looks: with the default of 10 s nobody is answered for half a minute"),
+             "a dead proxy is replaced after three looks: with the default of 10 s there are no answers for half a minute"),
 )  # fmt: skip
 """`sys_path` has its own: PYTHONPATH and PYTHONSAFEPATH are needed before anything else is imported."""
 
