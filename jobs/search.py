@@ -1,4 +1,4 @@
-"""What a Ray job runs to search: the same as `ptuning search`."""
+"""Entrypoint of a Ray job for a search, equivalent to `ptuning search`."""
 
 import sys
 

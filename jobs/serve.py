@@ -1,4 +1,4 @@
-"""What a Ray job runs to serve: the same as `ptuning serve`."""
+"""Entrypoint of a Ray job for serving, equivalent to `ptuning serve`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What a Ray job runs to train: the same as `ptuning train`."""
+"""Entrypoint of a Ray job for training, equivalent to `ptuning train`."""
 
 import sys
 
