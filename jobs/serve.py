@@ -1,9 +1,25 @@
-"""Entrypoint of a Ray job for serving, equivalent to `ptuning serve`."""
+"""Serve the registered soft prompts of a base, ask one of them with OpenAI's client, stop.
 
+python jobs/serve.py jobs/sentiment.toml serve.port=9000
+"""
+
+import os
 import sys
 
-from ptuning.__main__ import main
+from openai import OpenAI
+
+import ptuning
+
+
+def main(path: str = "jobs/sentiment.toml", *overrides: str) -> None:
+    experiment = ptuning.Experiment.load(path, *overrides)
+    with ptuning.serve(experiment, block=False) as server:
+        client = OpenAI(base_url=server.url, api_key=os.environ.get("PTUNING_API_KEY", "none"))
+        for model in client.models.list():
+            question = [{"role": "user", "content": "This movie was terrible."}]
+            answer = client.chat.completions.create(model=model.id, messages=question, max_tokens=8)  # type: ignore[arg-type]
+            print(f"{model.id}: {answer.choices[0].message.content}")
+
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["serve"]
-    main()
+    main(*sys.argv[1:])

@@ -405,6 +405,29 @@ class Experiment(Table):
     tracking: TrackingConfig = TrackingConfig()
     compute: ComputeConfig = ComputeConfig()
 
+    def __init__(self, **tables: Any) -> None:
+        """Make an experiment in Python: `Experiment(name="a", data={"train": ..., "input": ..., "target": ...})`.
+
+        Raises:
+            ExperimentError: something is wrong with it.
+        """
+        try:
+            super().__init__(**tables)
+        except ValidationError as error:
+            raise ExperimentError(f"Experiment: {_sentence(error)}") from None
+
+    # pydantic's own mark (2.12, main.py): `model_validate` does not come through here, so a file's errors name the file.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def load(cls, path: str | Path, *overrides: str) -> Experiment:
+        """Read an experiment file (TOML) and apply overrides, such as "train.steps=100".
+
+        Raises:
+            ExperimentError: something is wrong with the file, an override or the experiment as a whole.
+        """
+        return read_experiment(path, overrides)
+
     @field_validator("name")
     @classmethod
     def _safe_name(cls, name: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from ptuning import environment
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def load_deepspeed() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # on a Mac DeepSpeed would detect mps, which ZeRO cannot use
+        environment.apply("deepspeed")
     # Its autotuner, unused here, imports MLflow if it is installed (0.19, autotuning/autotuner.py): 0.4 s and 45 MB per worker.
     with without_module("mlflow"):
         import deepspeed  # noqa: F401  # reads DS_ACCELERATOR at import

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -42,9 +43,13 @@ os.environ |= {
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
     # Under "uv run" Ray would build a new environment for every worker.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # An actor that asks whether a cloud will take the machine away: 3 s of a core at every start of workers.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # The default of 2 s is the resolution of every start, report and failure of Ray Train.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray's workers let everybody else go first (15): on a busy machine the time of its neighbours would be measured.
+    "RAY_worker_niceness": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
@@ -263,7 +268,11 @@ def _teach_toy(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps:
 def toy_task(tmp_path: Path, tiny_base_folder: Path) -> SimpleNamespace:
     """A task that a soft prompt can learn: `train`, `validation` and `test` files (64, 32 and 32 rows) in `folder`, and
     `experiment`, the plain tables of an experiment on them that a test may change before it parses or writes them."""
-    folder = tmp_path / "toy"
+    return _make_toy_task(tmp_path, tiny_base_folder)
+
+
+def _make_toy_task(above: Path, base: Path) -> SimpleNamespace:
+    folder = above / "toy"
     folder.mkdir()
     files = {}
     for seed, (split, n) in enumerate({"train": 64, "validation": 32, "test": 32}.items()):
@@ -272,7 +281,7 @@ def toy_task(tmp_path: Path, tiny_base_folder: Path) -> SimpleNamespace:
         files[split].write_text("".join(lines), encoding="utf-8")
     experiment = {
         "name": "toy",
-        "model": {"path": str(tiny_base_folder)},
+        "model": {"path": str(base)},
         "prompt": {"length": 4},
         "data": {
             **{split: str(file) for split, file in files.items()},
@@ -281,7 +290,7 @@ def toy_task(tmp_path: Path, tiny_base_folder: Path) -> SimpleNamespace:
             "labels": ["fruit", "tool"],
         },
         "train": {"learning_rate": 0.05, "steps": 20, "evaluate_every": 10, "batch_size": 8},
-        "compute": {"storage": str(tmp_path / "runs")},
+        "compute": {"storage": str(above / "runs")},
     }
     return SimpleNamespace(folder=folder, experiment=experiment, **files)
 
@@ -323,14 +332,83 @@ def sprung(*folders: Path) -> list[str]:
     return sorted(path.name for folder in folders for path in folder.glob("*.run"))
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """A cluster of this process, with two CPUs, that all tests of a module share."""
+@pytest.fixture(scope="session")
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cluster of this process, with two CPUs, for all tests: starting one and ending it takes ten seconds. Its processes
+    do what is planned in the folder that it yields (`instants/sitecustomize.py`); without a plan, nothing."""
     import ray  # a second, which tests without a cluster need not take
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
+    folder = tmp_path_factory.mktemp("instants")
+    with pytest.MonkeyPatch.context() as patched:  # only for the processes of the cluster: they have it from their raylet
+        patched.setenv("PTUNING_INSTANTS", str(folder))
+        patched.setenv("PYTHONPATH", str(REPOSITORY / "tests" / "instants"), prepend=os.pathsep)
+        ray.init(num_cpus=2, log_to_driver=False)  # with the dashboard: Ray Train's own cleaner asks it
+    yield folder
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def _finished_run(local_ray: Path, tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> SimpleNamespace:
+    from ptuning.config import parse_experiment
+    from ptuning.training.run import run_training
+
+    folder = tmp_path_factory.mktemp("finished")
+    tables = _make_toy_task(folder, tiny_base_folder).experiment
+    tables["compute"]["workers"] = 2
+    tables["prompt"]["length"] = 10
+    tables["train"] |= {"steps": 60, "learning_rate": 0.3, "checkpoint_every": 5}
+    events: list[Any] = []
+    lines: list[str] = []
+    summary = run_training(parse_experiment(tables), resume=False, show=events.append, say=lines.append).as_json()
+    return SimpleNamespace(folder=folder, tables=tables, summary=summary, events=events, lines=lines)
+
+
+@pytest.fixture
+def finished_run(_finished_run: SimpleNamespace) -> SimpleNamespace:
+    """One run with two workers, ZeRO-3 and checkpoints, called "toy", for all tests that only look at what has come of it:
+    its `summary`, `events` and `lines`, and a copy of the `tables` of its experiment, with storage in `folder`/runs."""
+    return SimpleNamespace(**vars(_finished_run) | {"tables": copy.deepcopy(_finished_run.tables)})
+
+
+@pytest.fixture
+def in_cluster(local_ray: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that a test starts join the tests' cluster and start none of their own."""
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+
+
+@pytest.fixture(scope="session")
+def endless_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A base that never ends an answer by itself, with room for long ones: what is in flight stays in flight."""
+    folder = tmp_path_factory.mktemp("endless") / "endless"
+    model = tiny_base("llama", vocab_size=len(tiny_tokenizer), max_position_embeddings=2048)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[tiny_tokenizer.eos_token_id] = 0
+    model.save_pretrained(folder)
+    tokenizer = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer, **tiny_tokenizer.special_tokens_map)
+    tokenizer.model_max_length = 2048
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def served_world(tmp_path_factory: pytest.TempPathFactory, endless_base: Path) -> Iterator[SimpleNamespace]:
+    """One `ptuning serve` with two replicas, for all who leave it whole. The last test of `test_faults_serving` ends it."""
+    from serving_world import serving
+
+    with serving(tmp_path_factory.mktemp("served"), endless_base) as world:
+        yield world
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Who asks the one server comes last, so that it is there no longer than it is needed, and who ends it at the very end."""
+    order = {"test_serve": 1, "test_faults_serving": 2}
+    items.sort(key=lambda item: order[item.path.stem] if "served_world" in getattr(item, "fixturenames", ()) else 0)
+    for item in items:
+        if {"local_ray", "served_world"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("cluster")
 
 
 @contextlib.contextmanager

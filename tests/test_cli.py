@@ -224,15 +224,33 @@ def test_blank_arguments_are_one_sentence(arguments: tuple[str, ...], named: str
     assert invoke(*arguments) == (2, said)
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_whole_command_with_two_workers(toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path) -> None:
+    """In a bare environment and a home that takes nothing: what is written goes where the variables say."""
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    bare = {
+        "PATH": path,
+        "HOME": "/proc/nowhere",
+        "LC_ALL": "C",
+        "PYTHONHASHSEED": "7",
+        "HF_DATASETS_CACHE": f"{tmp_path}/rows",
+    }
     toy_task.experiment["compute"] |= {"workers": 2, "storage": str(tmp_path / "runs #1 100% a:b äö")}
     toy_task.experiment["prompt"]["length"] = 10
     toy_task.experiment["train"] |= {"steps": 60, "learning_rate": 0.3}
     command = [sys.executable, "-m", "ptuning", "train", str(write_toml(toy_task.experiment)), "--json"]
+    done = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ptuning: /proc/nowhere") and "Ray keeps its token there; set HOME to" in last
+
+    bare |= {"RAY_AUTH_TOKEN": "s" * 64, "RAY_AUTH_MODE": "token"}
     seen = set[str]()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as running:
+    with subprocess.Popen(
+        command, env=bare, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as running:
         while running.poll() is None:
             seen |= {title(each) for each in psutil.Process(running.pid).children(recursive=True)}
             time.sleep(0.1)
@@ -246,8 +264,8 @@ def test_the_whole_command_with_two_workers(toy_task: SimpleNamespace, write_tom
     assert "Traceback" not in stderr and "Warning" not in stderr
     actors = {each.split("::")[1].split(".")[0] for each in seen if each.startswith("ray::") and "Agent" not in each}
     assert {"RayTrainWorker", "EventQueue"} <= actors and not actors & {"PlacementGroupCleaner", "_AutoscalingCoordinatorActor"}
-    again = subprocess.run([*command[:-1]], capture_output=True, text=True, cwd=tmp_path)
-    assert again.returncode == 2 and "continue it with --resume" in again.stderr
+    code, said = invoke(*command[3:-1])
+    assert code == 2 and "continue it with --resume" in said
 
 
 @pytest.mark.fast
@@ -259,24 +277,3 @@ def test_a_server_that_strangers_reach_is_not_begun(toy_task, write_toml: Write,
     monkeypatch.setitem(sys.modules, "ptuning.serving.server", None)  # what would start it
     code, said = invoke("serve", str(write_toml(toy_task.experiment)), *filter(None, [stranger]))
     assert code == 2 and words in said and "--insecure" in said
-
-
-@pytest.mark.slow
-def test_a_home_that_takes_nothing(toy_task, write_toml: Write, tmp_path: Path) -> None:
-    """And a bare environment; what is written goes where the variables say."""
-    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    bare = {
-        "PATH": path,
-        "HOME": "/proc/nowhere",
-        "LC_ALL": "C",
-        "PYTHONHASHSEED": "7",
-        "HF_DATASETS_CACHE": f"{tmp_path}/rows",
-    }
-    command = [sys.executable, "-m", "ptuning", "train", str(write_toml(toy_task.experiment))]
-    done = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("ptuning: /proc/nowhere") and "Ray keeps its token there; set HOME to" in last
-    whole = {**bare, "RAY_AUTH_TOKEN": "s" * 64, "RAY_AUTH_MODE": "token"}
-    done = subprocess.run(command, env=whole, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr

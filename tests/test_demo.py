@@ -14,6 +14,8 @@ import psutil
 import pytest
 from conftest import REPOSITORY
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from ptuning.cli import display
-from ptuning.cli.display import Display
-from ptuning.training.messages import Event
+from ptuning import display
+from ptuning.display import Display
+from ptuning.training.messages import Event, Started, Stepped
 
 pytestmark = pytest.mark.fast
 
 
 def step(number: int) -> Event:
-    return Event("step", "toy", number, {"loss": 0.5, "tokens_per_second": 10.0})
+    return Stepped("toy", number, {"loss": 0.5, "tokens_per_second": 10.0})
 
 
 def start(number: int) -> Event:
-    details: dict[str, Any] = {"steps": 9}
-    return Event("start", "toy", number, details=details)
+    return Started("toy", number, 9)
 
 
 def test_what_is_told_again_after_a_restart_is_shown_once(
@@ -28,8 +25,10 @@ def test_what_is_told_again_after_a_restart_is_shown_once(
     monkeypatch.setattr(display, "EVERY", 0.0)
     show = Display()
     # Killed after step 4 with a checkpoint of step 2: its events come again, then step 3 and 4 are repeated.
-    broken = Event("broken", "toy", 0, details={"message": "worker 1 was killed"})
-    for event in [start(0), step(1), step(2), step(3), step(4), broken, step(1), step(2), start(2), step(3), step(4), step(5)]:
+    for event in [start(0), step(1), step(2), step(3), step(4)]:
+        show(event)
+    show.say("warning: worker 1 was killed")
+    for event in [step(1), step(2), start(2), step(3), step(4), step(5)]:
         show(event)
     said = capsys.readouterr().err.splitlines()
     first, again = said[: said.index("resumed at step 2 of 9")], said[said.index("resumed at step 2 of 9") + 1 :]

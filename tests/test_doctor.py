@@ -25,14 +25,21 @@ from ptuning.errors import UserError
 Write = Callable[..., Path]
 
 
-def command(*arguments: str, cwd: Path = REPOSITORY) -> tuple[int, dict[str, dict[str, Any]]]:
+def everything(*arguments: str, cwd: Path = REPOSITORY) -> list[dict[str, Any]]:
+    """All that the command finds."""
     done = subprocess.run(
         [sys.executable, "-m", "ptuning", "doctor", *arguments, "--json"], capture_output=True, text=True, cwd=cwd, timeout=200
     )
     assert "Traceback" not in done.stderr, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["ok"] == (done.returncode == 0)
-    return done.returncode, {finding["what"]: finding for finding in found["findings"]}
+    return list(found["findings"])
+
+
+def command(*arguments: str, cwd: Path = REPOSITORY) -> tuple[bool, dict[str, dict[str, Any]]]:
+    """Whether nothing is wrong, and what is found of what."""
+    findings = everything(*arguments, cwd=cwd)
+    return all(finding["state"] != "wrong" for finding in findings), {finding["what"]: finding for finding in findings}
 
 
 def closed_port() -> int:
@@ -47,23 +54,25 @@ def found_in(tables: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {finding["what"]: finding for finding in findings}
 
 
+@pytest.mark.cluster
 def test_this_machine_is_fine(toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path) -> None:
-    code, found = command(str(write_toml(toy_task.experiment)), cwd=tmp_path)
-    assert code == 0
+    fine, found = command(str(write_toml(toy_task.experiment)), cwd=tmp_path)
+    assert fine
     assert {"python", "packages", "compiler", "gpus", "memory", "storage", "mlflow", "base", "ray auth"} <= set(found)
     assert all(finding["state"] != "wrong" for finding in found.values())
     assert found["base"]["state"] == found["storage"]["state"] == found["ray auth"]["state"] == "ok"
     assert not (tmp_path / "runs").exists()  # it looks, it leaves nothing
 
 
+@pytest.mark.cluster
 def test_everything_wrong_has_a_line_and_a_fix(toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     tables = toy_task.experiment
     tables["compute"]["storage"] = f"{tmp_path}/file/runs"
     tables["tracking"] = {"uri": f"http://127.0.0.1:{closed_port()}"}
     tables["model"]["path"] = f"{tmp_path}/no-base"
-    code, found = command(str(write_toml(tables)))
-    assert code == 1
+    fine, found = command(str(write_toml(tables)))
+    assert not fine
     wrong = {what for what, finding in found.items() if finding["state"] == "wrong"}
     assert wrong == {"storage", "mlflow", "base"}
     assert f"({tmp_path}/file is a file)" in found["storage"]["text"] and found["storage"]["fix"] == "choose another folder"
@@ -118,27 +127,29 @@ def two_nodes() -> Iterator[str]:
         os.environ.update(before)
 
 
+@pytest.mark.cluster
 @pytest.mark.nightly
 @pytest.mark.slow
-def test_every_node_of_a_cluster_is_looked_at(two_nodes: str, toy_task: SimpleNamespace, tmp_path: Path) -> None:
-    experiment = parse_experiment(toy_task.experiment)
-    findings = doctor.examine(experiment, two_nodes)
-    nodes = {finding.where for finding in findings} - {"cluster"}
+def test_every_node_of_a_cluster_is_looked_at(
+    two_nodes: str, toy_task: SimpleNamespace, write_toml: Write, tmp_path: Path
+) -> None:
+    findings = everything(str(write_toml(toy_task.experiment)), "--address", two_nodes)
+    nodes = {finding["where"] for finding in findings} - {"cluster"}
     assert len(nodes) == 2
-    assert [finding.text for finding in findings if finding.state == "wrong"] == []
+    assert [finding["text"] for finding in findings if finding["state"] == "wrong"] == []
     for what in ("python", "packages", "memory", "clock", "storage", "mlflow", "base"):
-        assert sum(finding.what == what and finding.where in nodes for finding in findings) == 2
-    [ray_line] = [finding for finding in findings if finding.what == "ray"]
-    assert "2 nodes, 2 CPU" in ray_line.text
-    [shared] = [finding for finding in findings if finding.what == "shared storage"]
-    assert shared.state == "ok" and list((tmp_path / "runs").iterdir()) == []
+        assert sum(finding["what"] == what and finding["where"] in nodes for finding in findings) == 2
+    [ray_line] = [finding for finding in findings if finding["what"] == "ray"]
+    assert "2 nodes, 2 CPU" in ray_line["text"]
+    [shared] = [finding for finding in findings if finding["what"] == "shared storage"]
+    assert shared["state"] == "ok" and list((tmp_path / "runs").iterdir()) == []
     # The same with a storage that nobody can write, and a base that nobody has.
     (tmp_path / "file").write_text("")
     toy_task.experiment["compute"]["storage"] = f"{tmp_path}/file/runs"
     toy_task.experiment["model"]["path"] = f"{tmp_path}/no-base"
-    findings = doctor.examine(parse_experiment(toy_task.experiment), two_nodes)
+    findings = everything(str(write_toml(toy_task.experiment)), "--address", two_nodes)
     for what in ("storage", "base"):
-        assert sum(finding.what == what and finding.state == "wrong" for finding in findings) == 2
+        assert sum(finding["what"] == what and finding["state"] == "wrong" for finding in findings) == 2
 
 
 @pytest.mark.fast

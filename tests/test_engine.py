@@ -27,8 +27,8 @@ from ptuning.model.prompted_model import PromptedModel
 
 pytestmark = pytest.mark.fast
 
-BATCHES = int(os.environ.get("PTUNING_BATCHES", "200"))
-"""Random mixed batches of law 7."""
+BATCHES = int(os.environ.get("PTUNING_BATCHES", "50"))
+"""Random mixed batches of law 7; `make test-all` has 200."""
 SMALL = EngineConfig(running=6, waiting=40, batch_tokens=48, cache_bytes=1 << 20, context=128)
 END = 2
 

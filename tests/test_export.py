@@ -125,17 +125,12 @@ def test_a_merged_export_says_what_base_and_soft_prompt_say(
 @pytest.mark.parametrize(
     ("architecture", "changes"),
     [
-        ("llama", {}),
         ("llama_tied_gqa", {"vocab_size": 400}),  # rows behind the words, which only fill up
         ("gpt2", {}),
-        ("gpt_neox", {}),
-        ("qwen3", {}),
-        ("gemma", {}),
-        ("gemma2", {}),
-        ("gemma3", {}),
-        ("mistral", {}),
-        ("cohere", {}),
-        ("opt", {}),
+        *(
+            pytest.param(architecture, {}, marks=pytest.mark.nightly)
+            for architecture in ("llama", "gpt_neox", "qwen3", "gemma", "gemma2", "gemma3", "mistral", "cohere", "opt")
+        ),
     ],
 )
 def test_merged_exports_of_every_architecture(
@@ -149,7 +144,7 @@ def test_merged_exports_of_every_architecture(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["stories260K", "tinystories-656k"])
+@pytest.mark.parametrize("model", ["stories260K", pytest.param("tinystories-656k", marks=pytest.mark.nightly)])
 def test_no_virtual_token_is_ever_drawn(tmp_path: Path, assets: Path, model: str) -> None:
     base = find_base(ModelConfig(path=str(assets / "models" / model)))
     merged = write_merged(prompt_for(base, length=20), base, "toy", tmp_path / "merged")
@@ -271,7 +266,9 @@ def check_round_trip(base: Base, folder: Path, registry: Registry) -> None:  # n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gpt2", *(pytest.param(each, marks=pytest.mark.nightly) for each in ("qwen3", "gemma2"))]
+)
 def test_peft_and_back(
     tmp_path: Path,
     tiny_tokenizer: PreTrainedTokenizerFast,
@@ -282,7 +279,7 @@ def test_peft_and_back(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["stories260K", "tinystories-656k"])
+@pytest.mark.parametrize("model", [pytest.param("stories260K", marks=pytest.mark.nightly), "tinystories-656k"])
 def test_peft_and_back_on_the_assets(tmp_path: Path, assets: Path, model: str, registry: Registry) -> None:  # noqa: F811
     check_round_trip(find_base(ModelConfig(path=str(assets / "models" / model))), tmp_path, registry)
 

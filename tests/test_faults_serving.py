@@ -19,8 +19,6 @@ import signal
 import socket
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,16 +26,13 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-import torch
-from conftest import tiny_base
 from ray.serve.generated.serve_pb2 import ASGIRequest
 from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 from serving_load import Load, Told, crowd, middle, tell
+from serving_world import ask, body, both_answer, idle, processes, serving, until
 from test_http_api import ADMIN, KEY, fill_storage, settings
 from test_security import Canary
-from test_serve import Command
 from test_tracking import free_port, server
-from transformers import PreTrainedTokenizerFast
 
 from ptuning.config import parse_experiment
 from ptuning.registry.promotions import PromotionLog
@@ -45,6 +40,7 @@ from ptuning.serving.auth import read_keys
 from ptuning.serving.service import Service
 
 pytestmark = [
+    pytest.mark.cluster,
     pytest.mark.slow,
     # MLflow 3.17 uses SQLAlchemy's noload, deprecated in 2.1 (store/tracking/sqlalchemy_store.py).
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -55,98 +51,14 @@ SOAK_S = float(os.environ.get("PTUNING_SOAK_S", "1800"))
 OVERLOAD_S = float(os.environ.get("PTUNING_OVERLOAD_S", "60"))
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A base that never ends an answer by itself, with room for long ones: what is in flight stays in flight."""
-    folder = tmp_path_factory.mktemp("endless") / "endless"
-    model = tiny_base("llama", vocab_size=len(tiny_tokenizer), max_position_embeddings=2048)
-    with torch.no_grad():
-        model.get_output_embeddings().weight[tiny_tokenizer.eos_token_id] = 0
-    model.save_pretrained(folder)
-    tokenizer = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer, **tiny_tokenizer.special_tokens_map)
-    tokenizer.model_max_length = 2048
-    tokenizer.save_pretrained(folder)
-    return folder
+@pytest.fixture
+def base(endless_base: Path) -> Path:
+    return endless_base
 
 
-@contextlib.contextmanager
-def serving(folder: Path, base: Path, replicas: int = 2) -> Iterator[SimpleNamespace]:
-    """`ptuning serve` with replicas, keys, and a registry that changes while it runs."""
-    shared = set(os.listdir("/dev/shm"))
-    registry = fill_storage(folder / "runs", base)
-    (folder / "keys").write_text(f"{KEY}\n{ADMIN} admin\n", encoding="utf-8")
-    tables = settings(
-        folder / "runs", base, refresh_s=0.3, running=8, waiting=24, cache_mb=16, replicas=replicas, cpus_per_replica=0.5,
-        keys=str(folder / "keys"),
-    )  # fmt: skip
-    lines = [f"name = {json.dumps(tables['name'])}"]
-    for table in ("model", "data", "serve", "compute"):
-        lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in tables[table].items())]
-    (folder / "toy.toml").write_text("\n".join(lines), encoding="utf-8")
-    command = Command(folder / "toy.toml", free_port(), folder)
-    try:
-        command.wait("serving at")
-        yield SimpleNamespace(command=command, port=command.port, registry=registry, shared=shared, folder=folder)
-    finally:
-        if command.process.poll() is None:
-            command.stop()
-        print(command.said)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[SimpleNamespace]:
-    with serving(tmp_path_factory.mktemp("faults"), base) as world:
-        yield world
-
-
-def body(tokens: int, **more: Any) -> dict[str, Any]:
-    return {"model": "raw", "prompt": "Text: the old", "max_tokens": tokens, "temperature": 0, **more}
-
-
-def ask(world: SimpleNamespace, tokens: int = 4, **more: Any) -> Told:
-    headers = more.pop("headers", {})
-    return asyncio.run(tell(world.port, body(tokens, **more), KEY, **headers))
-
-
-def processes(world: SimpleNamespace, kind: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process(world.command.process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if any(kind in part for part in process.cmdline()):
-                found.append(process)
-    return found
-
-
-def metrics(world: SimpleNamespace) -> str:
-    asked = urllib.request.Request(f"http://127.0.0.1:{world.port}/metrics", headers={"authorization": f"Bearer {ADMIN}"})
-    with urllib.request.urlopen(asked, timeout=20) as response:
-        return str(response.read().decode())
-
-
-def until(condition: Callable[[], bool], seconds: float, what: str) -> float:
-    """How long it took, in seconds."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() < began + seconds, what
-        time.sleep(0.05)
-    return time.monotonic() - began
-
-
-def both_answer(world: SimpleNamespace, seconds: float = 60) -> float:
-    """Wait until two replicas answer; Serve's router asks either."""
-    seen: set[str] = set()
-
-    def look() -> bool:
-        with contextlib.suppress(OSError):
-            seen.update(re.findall(r'ptuning_busy\{replica="(\w+)"\}', metrics(world)))
-        return len(seen) >= 2
-
-    return until(look, seconds, "two replicas do not answer")
-
-
-def idle(world: SimpleNamespace, looks: int = 12) -> bool:
-    """No replica has anything to do; one look sees one of them."""
-    return all(re.search(r"ptuning_busy\{.*\} 0\.0", metrics(world)) for _ in range(looks))
+@pytest.fixture
+def world(served_world: SimpleNamespace) -> SimpleNamespace:
+    return served_world
 
 
 # The proxy.
@@ -403,6 +315,10 @@ def test_stopping_under_load_fails_nobody(world):
     print(f"SIGTERM: ended after {took:.1f} s, the crowd heard {dict(said)}, {len(under_way)} long answers were under way")
     assert world.command.process.returncode == 0 and took < 30 + 10
     assert under_way and all(each.status == 200 and each.content.count(b"[DONE]") == 1 for each in accepted)
+    assert (
+        all(re.search(rb'"finish_reason": ?"length"', each.content) for each in accepted)
+        and "Traceback" not in world.command.said
+    )
     # The last ones come to a door that nobody keeps any more.
     assert load.statuses()[200] > 20 and set(said) <= {200, 503, "ConnectionRefusedError", "ConnectionResetError", "closed"}
     refused = [each for each in load.told if each.status == 503]
@@ -477,23 +393,25 @@ def test_a_database_that_vanishes_takes_nothing_along(tmp_path, base, caplog):
         again.close()
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b'{"versions": [{"x": 1}], "champions": {}}', b'{"versions": 3}', b"\xff"]
-)
-def test_a_damaged_memory_of_the_last_set_is_said_and_not_fatal(tmp_path, base, caplog, content):
+DAMAGED = [b"", b"{", b"[]", b'{"versions": [{"x": 1}], "champions": {}}', b'{"versions": 3}', b"\xff"]
+
+
+def test_a_damaged_memory_of_the_last_set_is_said_and_not_fatal(tmp_path, base, caplog):
     (folder := tmp_path / "runs").mkdir()
     tables = settings(folder, base, cache_mb=16) | {"tracking": {"uri": "http://127.0.0.1:9"}}  # nothing listens there
     known = Service(parse_experiment(tables), {}, "one")
     known.close()
     path = Path(known.models._folder) / "served.json"
     path.parent.mkdir(parents=True)
-    path.write_bytes(content)
-    service = Service(parse_experiment(tables), {}, "two")
-    try:
-        assert service.ready and set(service.models.names) == {"endless"}
-        assert "served.json is damaged, nothing in it is served" in caplog.text
-    finally:
-        service.close()
+    for number, content in enumerate(DAMAGED):
+        path.write_bytes(content)
+        service = Service(parse_experiment(tables), {}, f"{number}")
+        try:
+            assert service.ready and set(service.models.names) == {"endless"}
+            assert "served.json is damaged, nothing in it is served" in caplog.text, content
+        finally:
+            service.close()
+        caplog.clear()
 
 
 def test_a_disk_that_takes_nothing_is_no_reason_not_to_serve(tmp_path, base, caplog):

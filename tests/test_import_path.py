@@ -93,6 +93,7 @@ def test_what_the_user_has_named_in_pythonpath_stays(tmp_path: Path, given: str 
     assert path[: len((left or "").split(":"))] == variable.split(":") if variable else True
 
 
+@pytest.mark.cluster
 @pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -128,7 +129,7 @@ def test_a_search_and_its_server(trapped: SimpleNamespace) -> None:
         assert answer.strip() in ("fruit", "tool")
         parts = [part for process in psutil.Process(server.pid).children(recursive=True) for part in process.cmdline()]
         [address] = {part.partition("=")[2] for part in parts if part.startswith("--gcs-address=")}
-        loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # as `access.keep_ray_on_loopback`
+        loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # as `environment.apply_for_cluster`
         found: Any = json.loads(run(trapped.here, "doctor", trapped.experiment, "--address", address, "--json", **loopback))
         assert found["ok"] and any(finding["what"] == "packages" for finding in found["findings"])
     finally:
@@ -137,6 +138,7 @@ def test_a_search_and_its_server(trapped: SimpleNamespace) -> None:
     assert sprung(trapped.here, trapped.beside) == []
 
 
+@pytest.mark.cluster
 @pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(600)

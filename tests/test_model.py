@@ -488,7 +488,7 @@ def test_twenty_steps_follow_pefts_curve(architecture):
 
 
 def test_shapes_that_come_once_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of its own: the limits are read once. Without them it grows by 700 to 900 MiB."""
+    """In a process of its own: the limits are read once. Without them it grows by 0.7 to 0.9 MiB with every shape."""
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         monkeypatch.delenv(name, raising=False)
     script = """
@@ -498,9 +498,9 @@ from ptuning.model.prompted_model import PromptedModel
 PromptedModel(tiny_base("llama"))
 weight, process = torch.randn(256, 256, dtype=torch.bfloat16), psutil.Process()
 before = process.memory_info().rss
-for rows in range(1, 1500):
+for rows in range(1, 500):
     torch.nn.functional.linear(torch.ones(rows, 256, dtype=torch.bfloat16), weight)
 print((process.memory_info().rss - before) >> 20)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
-    assert int(done.stdout) < 200
+    assert int(done.stdout) < 100

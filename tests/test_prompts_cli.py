@@ -321,26 +321,24 @@ def test_the_commands_on_a_server(http: str, tmp_path: Path, tiny_base_folder: P
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_from_training_to_champion_to_the_next_training(toy_task: SimpleNamespace, write_toml: Any) -> None:
-    storage = toy_task.experiment["compute"]["storage"]
-    where = ("--storage", storage)
+def test_from_training_to_champion_to_the_next_training(finished_run: SimpleNamespace, write_toml: Any) -> None:
+    tables, first = finished_run.tables, finished_run.summary
+    where = ("--storage", tables["compute"]["storage"])
 
     def train(*arguments: str) -> Any:
-        path = str(write_toml(toy_task.experiment))
-        command = [sys.executable, "-m", "ptuning", "train", path, *arguments, "--json"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        done = CliRunner().invoke(app, ["train", str(write_toml(tables)), *arguments, "--json"])
+        assert done.exit_code == 0, (done.stderr, done.exception)
         return json.loads(done.stdout.splitlines()[-1])
 
-    toy_task.experiment["compute"]["cpus_per_worker"] = 1
-    first = train("--register", "kinds")
-    assert first["registered"] == "kinds:1"
+    assert train("--register", "kinds", "--resume") == first | {"registered": "kinds:1"}
     assert answer("show", "kinds", *where)["lineage"]["run_id"] == first["run_id"]
     assert train("--register", "kinds", "--resume")["registered"] == "kinds:1", "a finished run is not registered twice"
     run("promote", "kinds", "1", *where)
-    toy_task.experiment["prompt"] |= {"init": "soft-prompt", "init_from": "kinds@champion", "length": 6}
+    tables["prompt"] |= {"init": "soft-prompt", "init_from": "kinds@champion", "length": 12}
+    tables["train"] |= {"steps": 10, "evaluate_every": 10}
+    tables["compute"]["workers"] = 1
     second = train("name=longer", "--register", "longer")
     shown = answer("show", "longer", *where)
     assert second["registered"] == "longer:1" and shown["lineage"]["parent_versions"] == ["kinds:1"]
-    assert shown["card"]["length"] == 6
+    assert shown["card"]["length"] == 12
     assert answer("similar", "longer", *where)["similar"][0]["name"] == "kinds:1"

@@ -24,7 +24,7 @@ from ptuning.errors import RunFailed, UserError
 from ptuning.model import soft_prompt
 from ptuning.training import ray_trainer
 from ptuning.training import run as training_run
-from ptuning.training.messages import Event
+from ptuning.training.messages import Event, Loaded, Stepped
 from ptuning.training.run import run_training
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -38,20 +38,17 @@ def tables(toy_task: SimpleNamespace) -> dict[str, Any]:
     return toy_task.experiment
 
 
-def start(tables: dict[str, Any], events: list[Event], *, resume: bool = False, lines: list[str] | None = None) -> Any:
-    say = (lines if lines is not None else []).append
-    return run_training(parse_experiment(tables), resume=resume, show=events.append, say=say)
+def start(tables: dict[str, Any], events: list[Event], *, resume: bool = False) -> Any:
+    return run_training(parse_experiment(tables), resume=resume, show=events.append, say=print).as_json()
 
 
-def test_train_gives_a_soft_prompt_and_an_mlflow_run_that_holds_everything(tables: dict[str, Any], tmp_path: Path) -> None:
-    events: list[Event] = []
-    lines: list[str] = []
-    summary = start(tables, events, lines=lines)
+def test_train_gives_a_soft_prompt_and_an_mlflow_run_that_holds_everything(finished_run: SimpleNamespace) -> None:
+    tables, summary, events, lines = finished_run.tables, finished_run.summary, finished_run.events, finished_run.lines
     assert set(summary) >= {"name", "run_id", "soft_prompt", "steps", "seconds", "metrics"}
-    assert summary["steps"] == 30 and summary["unsent"] == 0
+    assert summary["steps"] == 60 and summary["unsent"] == 0
     assert lines[0].startswith("train: 64 rows")
-    shares = next(event for event in events if event.kind == "loaded").details["shares"]
-    assert len(shares) == 2 and all(share["held"] <= 0.55 * share["whole"] for share in shares)
+    shares = next(event for event in events if isinstance(event, Loaded)).shares
+    assert len(shares) == 2 and all(share.held <= 0.55 * share.whole for share in shares)
 
     loaded = soft_prompt.load(summary["soft_prompt"])
     assert loaded.card.metrics == summary["metrics"]
@@ -60,15 +57,15 @@ def test_train_gives_a_soft_prompt_and_an_mlflow_run_that_holds_everything(table
 
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    client = MlflowClient(f"sqlite:///{finished_run.folder}/runs/mlflow.db")
     run = client.get_run(summary["run_id"])
     assert run.info.status == "FINISHED" and run.data.params["prompt.length"] == "10"
     curve = client.get_metric_history(summary["run_id"], "train/loss")
     assert [(point.step, point.value) for point in curve] == [
-        (event.step, event.values["loss"]) for event in events if event.kind == "step"
+        (event.step, event.values["loss"]) for event in events if isinstance(event, Stepped)
     ]
-    assert len(client.get_metric_history(summary["run_id"], "validation/accuracy")) == 3
-    assert len(client.get_metric_history(summary["run_id"], "system/memory_bytes_rank1")) == 3
+    assert len(client.get_metric_history(summary["run_id"], "validation/accuracy")) == 6
+    assert len(client.get_metric_history(summary["run_id"], "system/memory_bytes_rank1")) == 6
     assert {found.dataset.name for found in run.inputs.dataset_inputs} == {"train", "validation", "test"}
     files = {
         found.path for folder in ("", "plots", "soft_prompt") for found in client.list_artifacts(summary["run_id"], folder)

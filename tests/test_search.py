@@ -14,10 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 import torch
 from conftest import worker_killed
+from typer.testing import CliRunner
 
+from ptuning.cli.app import app
 from ptuning.config import parse_experiment
 from ptuning.errors import RunFailed
 from ptuning.model import soft_prompt
@@ -49,7 +50,7 @@ def tables(toy_task: SimpleNamespace) -> dict[str, Any]:
 def search(tables: dict[str, Any], resume: bool = False) -> tuple[dict[str, Any], list[TrialRecord], list[str]]:
     shown: list[list[TrialRecord]] = []
     lines: list[str] = []
-    summary = run_search(parse_experiment(tables), resume=resume, show=shown.append, say=lines.append)
+    summary = run_search(parse_experiment(tables), resume=resume, show=shown.append, say=lines.append).as_json()
     return summary, shown[-1], lines
 
 
@@ -63,23 +64,6 @@ def children(tables: dict[str, Any]) -> list[Any]:
     others = [run for run in runs if run is not parent]
     assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in others)
     return others
-
-
-@pytest.mark.timeout(480)
-def test_a_search_under_asha_finds_tests_and_tracks_its_winner(tables: dict[str, Any]) -> None:
-    summary, entries, _ = search(tables)
-    trials = [entry for entry in entries if not entry.finalist]
-    assert len(trials) == 6 and {entry.status for entry in trials} <= {"finished", "stopped"}
-    assert sum(summary["trials"].values()) == 6
-    loaded = soft_prompt.load(summary["soft_prompt"])
-    assert loaded.card.name == "toy" and loaded.card.metrics == summary["metrics"]
-    assert summary["metrics"]["test_accuracy"] > 0.9
-
-    runs = children(tables)
-    assert sorted(run.data.tags["ptuning.trial"] for run in runs) == sorted(entry.run for entry in entries)
-    assert all(run.info.status == "FINISHED" for run in runs)
-    report = Path(tables["compute"]["storage"]) / "toy" / "report"
-    assert {path.name for path in report.iterdir()} == {"leaderboard.csv", "budget.csv", "landscape.png", "budget.png"}
 
 
 @pytest.mark.nightly
@@ -130,19 +114,18 @@ def test_a_killed_worker_costs_the_search_no_trial(tables: dict[str, Any]) -> No
 
 
 @pytest.mark.timeout(300 + 180 * KILLS)
-def test_killed_drivers_and_resume_give_every_trial_exactly_once(
-    tables: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
+def test_a_search_under_asha_with_killed_drivers_gives_every_trial_once_and_tests_and_tracks_its_winner(
+    in_cluster: None, tables: dict[str, Any], write_toml: Callable[..., Path]
 ) -> None:
     many = 16 if KILLS > 3 else 6
-    tables["search"] |= {"finalists": 1, "seeds": 2, "trials": many}
+    tables["search"] |= {"trials": many}
     file = write_toml(tables)
     ledger = Path(tables["compute"]["storage"]) / "toy" / "ledger.json"
     command = [sys.executable, "-m", "ptuning", "search", str(file), "--json"]
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     draw = random.Random(0)
     done: dict[str, float] = {}
     for life in range(KILLS):
-        driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         target = 2 + 5 * life
         while driver.poll() is None and len([each for e in _entries(ledger) for each in e["results"]]) < target:
             time.sleep(0.05)
@@ -154,13 +137,13 @@ def test_killed_drivers_and_resume_give_every_trial_exactly_once(
                 manifest = Path(entry["soft_prompt"]) / "manifest.json"
                 done.setdefault(entry["run"], manifest.stat().st_mtime)
         command = [*command[:-1], "--resume", "--json"] if life == 0 else command
-    last = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert last.returncode == 0, last.stderr
+    last = CliRunner().invoke(app, ["search", str(file), "--resume", "--json"])
+    assert last.exit_code == 0, (last.stderr, last.exception)
     summary = json.loads(last.stdout.splitlines()[-1])
     entries = _entries(ledger)
     trials = [entry for entry in entries if not entry["finalist"]]
-    assert summary["registered"] == "toy:1"
     assert len(trials) == many == sum(summary["trials"].values()) and len({entry["key"] for entry in trials}) == many
+    assert {entry["status"] for entry in trials} <= {"finished", "stopped"}
     for run, written in done.items():
         found = next(entry for entry in entries if entry["run"] == run)
         if run != summary["winner"]["trial"]:  # the winner is saved again, with its test result
@@ -170,7 +153,15 @@ def test_killed_drivers_and_resume_give_every_trial_exactly_once(
         assert (
             steps == sorted(set(steps)) and steps[0] == 10 and all(b - a == 10 for a, b in zip(steps, steps[1:], strict=False))
         )
-    assert sorted(run.data.tags["ptuning.trial"] for run in children(tables)) == sorted(entry["run"] for entry in entries)
+
+    loaded = soft_prompt.load(summary["soft_prompt"])
+    assert loaded.card.name == "toy" and loaded.card.metrics == summary["metrics"] and summary["registered"] == "toy:1"
+    assert summary["metrics"]["test_accuracy"] > 0.9
+    runs = children(tables)
+    assert sorted(run.data.tags["ptuning.trial"] for run in runs) == sorted(entry["run"] for entry in entries)
+    assert all(run.info.status == "FINISHED" for run in runs)
+    report = ledger.parent / "report"
+    assert {path.name for path in report.iterdir()} == {"leaderboard.csv", "budget.csv", "landscape.png", "budget.png"}
 
 
 def _entries(ledger: Path) -> list[dict[str, Any]]:

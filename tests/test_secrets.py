@@ -28,6 +28,7 @@ from test_storage_s3 import bucket  # noqa: F401
 from test_tracking import free_port, migrated, server
 
 pytestmark = [
+    pytest.mark.cluster,
     pytest.mark.slow,
     pytest.mark.timeout(1200),
     # MLflow 3.17 uses SQLAlchemy's noload, deprecated in 2.1 (store/tracking/sqlalchemy_store.py).

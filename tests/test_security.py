@@ -1,6 +1,6 @@
-"""What people who are trusted with little can do to a server: SECURITY.md, line by line. More of it stands with each room:
-files in `test_hostile` and `test_soft_prompt`, requests in `test_http_api`, the proxy in `test_proxy` and
-`test_faults_serving`, jobs in `test_submit`."""
+"""What people who are trusted with little can do to a server: SECURITY.md, line by line. More is elsewhere: files in
+`test_hostile` and `test_soft_prompt`, requests in `test_http_api`, the proxy in `test_proxy` and `test_faults_serving`, jobs in
+`test_submit`."""
 
 from __future__ import annotations
 

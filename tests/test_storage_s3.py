@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,12 +19,10 @@ import torch
 from pyarrow import fs
 
 from ptuning import storage
-from ptuning.config import parse_experiment
 from ptuning.errors import UserError
 from ptuning.model import soft_prompt
 from ptuning.storage import StorageError
 from ptuning.training import checkpoint, lease
-from ptuning.training.run import run_training
 
 pytestmark = pytest.mark.slow
 
@@ -111,11 +110,20 @@ def test_a_bucket_that_is_not_there_is_a_sentence(bucket: str) -> None:
         storage.check_writable("s3://nowhere/x")
 
 
+@pytest.mark.nightly
+@pytest.mark.cluster
 @pytest.mark.timeout(480)
-def test_a_run_with_its_storage_in_an_object_store(bucket: str, toy_task: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_run_with_its_storage_in_an_object_store(
+    bucket: str, toy_task: SimpleNamespace, write_toml: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A command: the processes of its own cluster know the server."""
     toy_task.experiment["compute"] |= {"storage": f"{bucket}/runs", "workers": 1}
+    toy_task.experiment["train"] |= {"steps": 5, "evaluate_every": 5}
     toy_task.experiment["tracking"] = {"uri": f"sqlite:///{tmp_path}/mlflow.db"}
-    summary = run_training(parse_experiment(toy_task.experiment), resume=False, show=lambda event: None, say=print)
+    command = [sys.executable, "-m", "ptuning", "train", str(write_toml(toy_task.experiment)), "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["soft_prompt"] == f"{bucket}/runs/toy/soft_prompt"
     assert soft_prompt.load(summary["soft_prompt"]).card.metrics == summary["metrics"]
-    assert not (Path.cwd() / "s3:").exists()
+    assert not (tmp_path / "s3:").exists()

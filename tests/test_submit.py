@@ -436,6 +436,7 @@ def write(cluster: SimpleNamespace, write_toml: Write, **changes: Any) -> str:
     return str(write_toml(experiment))
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 def test_without_the_token_401_with_a_wrong_one_403(cluster: SimpleNamespace) -> None:
     address = cluster.client["RAY_API_SERVER_ADDRESS"]
@@ -465,6 +466,7 @@ def read_until(process: subprocess.Popen[str], words: str) -> str:
     raise AssertionError(f"it has ended without saying {words!r}")
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_train_detach_kill_find_stop_resume(cluster: SimpleNamespace, write_toml: Write) -> None:
@@ -535,6 +537,7 @@ class Asking:
                 self.failed.append(str(error))
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_what_is_served_lives_on_until_it_is_stopped(cluster: SimpleNamespace, write_toml: Write) -> None:
@@ -563,6 +566,8 @@ def test_what_is_served_lives_on_until_it_is_stopped(cluster: SimpleNamespace, w
     assert asked.returncode != 0 and asked.stdout == ""
 
 
+@pytest.mark.nightly
+@pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_search_is_a_job_too(cluster: SimpleNamespace, write_toml: Write) -> None:
@@ -574,6 +579,7 @@ def test_a_search_is_a_job_too(cluster: SimpleNamespace, write_toml: Write) -> N
     assert (cluster.shared / "found" / "soft_prompt" / "card.json").exists()
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 def test_the_doctor_goes_to_the_cluster(cluster: SimpleNamespace, write_toml: Write) -> None:
     """As a job: nobody needs the cluster's own port. It sees whether nodes share the storage, and the base that came along."""
@@ -593,10 +599,12 @@ def test_the_doctor_goes_to_the_cluster(cluster: SimpleNamespace, write_toml: Wr
     assert nobody.returncode == 1 and "no response" in nobody.stderr
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 def test_a_failing_job_gives_its_exit_code(cluster: SimpleNamespace, write_toml: Write) -> None:
+    """A search that is refused by the cluster's machine, not here."""
     experiment = write(cluster, write_toml, name="failing", data={"labels": ["fruit", "spanner"]})
-    started = run(cluster, "submit", "train", experiment, "--no-wait")
+    started = run(cluster, "submit", "search", experiment, "search.trials=3", "--no-wait")
     job = started.stdout.strip()
     assert started.returncode == 0 and job.startswith("failing-")
     done = run(cluster, "jobs", "logs", job, "--follow")

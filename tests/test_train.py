@@ -353,8 +353,8 @@ def test_a_slot_that_diverges_stops_alone(run: Any, toy_task: SimpleNamespace) -
     [failed] = done.of("failed")
     assert failed.run == "bad" and failed.step == 3
     rate = learning_rate(bad.train, 3)
-    assert failed.details["message"] == (
-        f"bad: loss nan at step 4 (learning rate {rate:g}); lower train.learning_rate, or look at these rows"
+    assert failed.message == (
+        f"bad: loss nan at step 4 (learning rate {rate:g}); lower train.learning_rate, or check the rows of this step"
     )
     assert not storage.exists(str(done.folder / "bad"), "soft_prompt")
     alone = run("alone")(good).result("good").vectors
@@ -395,7 +395,7 @@ def test_whatever_makes_a_slot_diverge_it_stops_alone(
         assert all(math.isfinite(event.values["loss"]) for event in done.of("step")) and not done.of("failed")
     else:
         [failed] = done.of("failed")
-        assert failed.run == "bad" and "lower train.learning_rate, or look at these rows" in failed.details["message"]
+        assert failed.run == "bad" and "lower train.learning_rate, or check the rows of this step" in failed.message
         assert not storage.exists(str(done.folder / "bad"), "soft_prompt")
     assert float((alone - done.result("good").vectors).norm() / alone.norm()) < 1e-5
 
@@ -418,7 +418,7 @@ def test_the_best_step_is_kept_and_patience_stops(run: Any, toy_task: SimpleName
     )
     [finished] = done.of("finished")
     ranked = max(done.of("evaluation"), key=lambda event: (event.values["accuracy"], -event.values["loss"]))
-    assert finished.details["best_step"] == ranked.step
+    assert finished.best_step == ranked.step
     assert finished.step == ranked.step + 15 < 200
     saved = checkpoint.newest(training_slot.checkpoints(str(done.folder / "toy")))
     assert saved is not None and torch.equal(saved[0]["best_vectors"], done.result("toy").vectors)
@@ -428,7 +428,7 @@ def test_the_best_step_is_kept_and_patience_stops(run: Any, toy_task: SimpleName
 def test_without_validation_the_last_step_is_kept(run: Any, toy_task: SimpleNamespace) -> None:
     done = run()(experiment(toy_task, data__validation=None))
     [finished] = done.of("finished")
-    assert finished.details["best_step"] == 20 and not done.of("evaluation")
+    assert finished.best_step == 20 and not done.of("evaluation")
     assert {name.split("_")[0] for name in finished.values} == {"test"}
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from ptuning.training.messages import StuckReport
 from ptuning.training.watchdog import FIRST, HUNG, LEAST, SIGNS, TIMES, Watchdog, diagnose
 
 pytestmark = pytest.mark.fast
 
 SCRIPT = """
 import time
+from ptuning.training.messages import StuckReport
 from ptuning.training.watchdog import Watchdog
 dog = Watchdog(lambda words: print(words, flush=True), limit_s=1.0)
 dog.heartbeat()
@@ -31,7 +33,7 @@ def test_a_thread_that_sleeps_is_ended_and_told_where() -> None:
     process = watched("time.sleep(60)")
     said = process.communicate(timeout=20)[0].splitlines()
     assert process.returncode == HUNG
-    assert len(said) == 3 and "'last': False" in said[1] and "'last': True" in said[2] and "'waits': False" in said[2]
+    assert len(said) == 3 and "last=False" in said[1] and "last=True" in said[2] and "waits=False" in said[2]
 
 
 def test_signs_of_life_rests_and_stopped_processes_are_forgiven() -> None:
@@ -46,7 +48,7 @@ def test_signs_of_life_rests_and_stopped_processes_are_forgiven() -> None:
         time.sleep(2)
         process.send_signal(signal.SIGCONT)
     said = process.communicate(timeout=30)[0]
-    assert process.returncode == 0 and "'last': True" not in said
+    assert process.returncode == 0 and "last=True" not in said
 
 
 def test_who_may_take_its_time_must_work(tmp_path: Path) -> None:
@@ -65,7 +67,7 @@ def test_who_may_take_its_time_must_work(tmp_path: Path) -> None:
         process = subprocess.Popen([sys.executable, "-c", script + spin + copy + body], stdout=subprocess.PIPE, text=True)
         said = process.communicate(timeout=30)[0]
         assert process.returncode == code, (body, said)
-        assert ("'last': True" in said) == bool(code)
+        assert ("last=True" in said) == bool(code)
 
 
 def test_who_waits_for_a_worker_that_takes_its_time_is_left_alone(tmp_path: Path) -> None:
@@ -76,7 +78,7 @@ def test_who_waits_for_a_worker_that_takes_its_time_is_left_alone(tmp_path: Path
     run = f"exec(compile(open({str(waiting)!r}).read(), {str(waiting)!r}, 'exec'))"
     process = subprocess.Popen([sys.executable, "-c", f"{script}{run}"], stdout=subprocess.PIPE, text=True)
     said = process.communicate(timeout=20)[0]
-    assert process.returncode == 0 and "'waits': True, 'last': False" in said and "'last': True" not in said
+    assert process.returncode == 0 and "waits=True, last=False" in said and "last=True" not in said
 
 
 def test_the_limit_follows_the_longest_step() -> None:
@@ -93,8 +95,8 @@ def test_the_limit_follows_the_longest_step() -> None:
 
 
 def test_the_verdict_names_the_worker_that_the_others_wait_for() -> None:
-    waits = {"seconds": 60.2, "where": "all_reduce (distributed_c10d.py:1)", "waits": True}
-    stuck = {"seconds": 61.0, "where": "read (ssl.py:2)", "place": "pid 1 on a", "waits": False}
+    waits = StuckReport(60.2, "all_reduce (distributed_c10d.py:1)", "pid 2 on b", waits=True, last=True)
+    stuck = StuckReport(61.0, "read (ssl.py:2)", "pid 1 on a", waits=False, last=True)
     places = ["pid 1 on a", "pid 2 on b"]
     rest = "; all workers restart from the newest checkpoint"
     assert diagnose(places, {0: waits}) == f"no progress for 60 s: worker 1 (pid 2 on b) does not respond{rest}"

@@ -44,7 +44,7 @@ from ptuning.tracking import plots
 from ptuning.training.distributed import Workers
 from ptuning.training.loop import Pack, evaluate_slots, step
 from ptuning.training.loop import train as train_slots
-from ptuning.training.messages import Event, StartRun
+from ptuning.training.messages import Evaluated, Event, Failed, Finished, StartRun
 
 SHARES = (0.05, 0.1, 0.2, 0.33, 0.5)
 PATIENCE = 20
@@ -164,9 +164,9 @@ def make_table(experiment: Experiment, arguments: argparse.Namespace) -> dict[st
 
         def report(event: Event) -> None:
             point = points[int(event.run[1:])]
-            if event.kind == "evaluation":
+            if isinstance(event, Evaluated):
                 found.setdefault(event.run, []).append([event.step, event.values[experiment.metric], event.values["loss"]])
-            elif event.kind in ("finished", "failed"):
+            elif isinstance(event, (Finished, Failed)):
                 made["curves"][key_of(point)] = found.get(event.run, [])
                 out.write_text(json.dumps({"table": made}), encoding="utf-8")
                 print(f"{len(made['curves'])} of {len(points)}: {point} {found.get(event.run, [])[-1:]}", flush=True)

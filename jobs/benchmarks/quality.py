@@ -31,7 +31,7 @@ from ptuning.searching.space import trial_tables
 from ptuning.training.distributed import Workers
 from ptuning.training.loop import Pack
 from ptuning.training.loop import train as train_slots
-from ptuning.training.messages import Event, StartRun
+from ptuning.training.messages import Evaluated, Event, Failed, Finished, StartRun
 from ptuning.training.run_setup import RUN
 
 METHODS = ("text", "peft", "ours", "lora", "full")
@@ -57,7 +57,7 @@ def soft_prompts(experiment: Experiment, base: Base, model: PromptedModel, task:
     began = time.perf_counter()
 
     def report(event: Event) -> None:
-        assert event.kind != "failed", event.details
+        assert not isinstance(event, Failed), event
         events.setdefault(event.run, []).append(event)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +72,8 @@ def soft_prompts(experiment: Experiment, base: Base, model: PromptedModel, task:
     seconds = round((time.perf_counter() - began) / seeds, 1)
     found = []
     for happened in events.values():
-        curve = [(event.step, event.values[experiment.metric]) for event in happened if event.kind == "evaluation"]
+        curve = [(event.step, event.values[experiment.metric]) for event in happened if isinstance(event, Evaluated)]
+        assert isinstance(happened[-1], Finished)
         end = happened[-1].values
         best = end[f"validation_{experiment.metric}"]
         found.append(Learned(experiment.train.learning_rate, curve, best, end[f"test_{metric}"], seconds))

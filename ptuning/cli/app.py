@@ -10,19 +10,17 @@ import shlex
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Annotated, NoReturn
 
 import typer
 
-from ptuning import sys_path
+from ptuning import api, environment, sys_path
 from ptuning.cli import doctor, jobs, plan, serve
 from ptuning.cli.options import ExperimentArgument, Json, Overrides, busy, check_register, fail, finish, non_blank
 from ptuning.cli.prompts import prompts
-from ptuning.cluster.environment import keep_ray_on_loopback
 from ptuning.config import Experiment, read_experiment
 from ptuning.errors import RunFailed, UserError
-from ptuning.imports import quick_imports
 from ptuning.redaction import redact, redacted
 
 app = typer.Typer(
@@ -63,14 +61,11 @@ def train(
     """
     settings = _read(experiment, overrides)
     check_register(register)
-    keep_ray_on_loopback(settings.compute.address)
-    with busy("starting"), quick_imports():
-        from ptuning.cli.display import Display
-        from ptuning.training.run import run_training
-
-    with _ended("train", experiment, overrides, settings), closing(Display()) as display:
-        summary = run_training(settings, resume=resume, show=display, say=display.say, register=register)
-    finish(summary, as_json)
+    with _ended("train", experiment, overrides, settings):
+        with busy("starting"):
+            api.prepare("train", settings)
+        result = api.train(settings, resume=resume, register=register)
+    finish(result.as_json(), as_json)
 
 
 @app.command()
@@ -94,14 +89,11 @@ def search(
     """
     settings = _read(experiment, overrides)
     check_register(register)
-    keep_ray_on_loopback(settings.compute.address)
-    with busy("starting"), quick_imports():
-        from ptuning.cli.display import SearchDisplay
-        from ptuning.searching.run import run_search
-
-    with _ended("search", experiment, overrides, settings), closing(SearchDisplay(settings)) as display:
-        summary = run_search(settings, resume=resume, show=display, say=display.say, register=register or settings.name)
-    finish(summary, as_json)
+    with _ended("search", experiment, overrides, settings):
+        with busy("starting"):
+            api.prepare("search", settings)
+        result = api.search(settings, resume=resume, register=register)
+    finish(result.as_json(), as_json)
 
 
 app.command()(serve.serve)
@@ -140,8 +132,7 @@ def config(
 def main() -> None:
     """Entry point of the `ptuning` command."""
     sys_path.leave_working_folder()
-    # Ray's nodes would put this onto our stdout (2.60); a search of eight trials has eight processes on two cores, and may.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    environment.apply("command")
     code: list[int] = []
     atexit.register(_leave, code)  # first, so that it is called last
     try:

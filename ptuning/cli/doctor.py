@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ptuning.cli import jobs
-from ptuning.cli.options import Json, Overrides, busy, fail, non_blank
+from ptuning.cli.options import Json, Overrides, busy, fail, non_blank, table
 from ptuning.config import read_experiment
 from ptuning.errors import UserError
 
 if TYPE_CHECKING:
-    from ptuning.cluster.node_checks import Finding
+    pass
 
 
 def doctor(
@@ -55,14 +55,13 @@ def doctor(
     if as_json:
         typer.echo(json.dumps({"ok": not wrong, "findings": [asdict(finding) for finding in findings]}))
     else:
-        _show_findings(findings)
+        typer.echo(
+            table(
+                [
+                    (f"{each.state:5}", each.where, each.what, "; ".join(filter(None, (each.text, each.fix))))
+                    for each in findings
+                ]
+            )
+        )
     if wrong:
         raise typer.Exit(1)
-
-
-def _show_findings(findings: list[Finding]) -> None:
-    width = max(len(finding.what) for finding in findings)
-    where = max(len(finding.where) for finding in findings)
-    for finding in findings:
-        line = f"{finding.state:5}  {finding.where:{where}}  {finding.what:{width}}  {finding.text}"
-        typer.echo(line + (f"; {finding.fix}" if finding.fix else ""))

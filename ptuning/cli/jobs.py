@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ptuning.cli.options import ExperimentArgument, Json, Overrides, check_register, fail, finish, non_blank
+from ptuning import environment
+from ptuning.cli.options import ExperimentArgument, Json, Overrides, check_register, fail, finish, non_blank, table
 from ptuning.config import read_experiment
 from ptuning.errors import UserError
 
@@ -134,15 +135,13 @@ def list_jobs(address: Address, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps({"jobs": rows}))
         return
-    table = [("JOB", "WHAT", "EXPERIMENT", "STATUS", "STARTED", "SECONDS")]
+    lines = [("JOB", "WHAT", "EXPERIMENT", "STATUS", "STARTED", "SECONDS")]
     for row in rows:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["started"])) if row["started"] else "-"
-        table.append(
+        lines.append(
             (row["job"], row["what"] or "-", row["experiment"] or "-", row["status"], started, str(row["seconds"] or 0))
         )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    typer.echo(table(lines))
 
 
 @jobs.command()
@@ -276,7 +275,7 @@ def _say(line: str) -> None:
 def _told() -> Iterator[None]:
     """Errors as one sentence."""
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # if a token is set, send it; ray reads this at import
+        environment.apply("token")
     from ptuning.cluster.jobs import ClusterError
 
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
@@ -72,42 +72,19 @@ def check_register(name: str | None) -> None:
         fail(f"--register: {error}", 2)
 
 
-def _reached(summary: dict[str, Any]) -> str:
-    """The last line: what was reached and where it is."""
-    order = (
-        "test_accuracy",
-        "test_macro_f1",
-        "test_rouge_l",
-        "test_bleu",
-        "test_loss",
-        "validation_accuracy",
-        "validation_loss",
-    )
-    numbers = [f"{name.replace('_', ' ', 1)} {summary['metrics'][name]:.4f}" for name in order if name in summary["metrics"]]
-    return (
-        f"{summary['name']}: {', '.join(numbers[:3]) or 'trained'} after {summary['steps']} steps in "
-        f"{summary['seconds']:.0f} s; soft prompt in {summary['soft_prompt']}, "
-        f"MLflow run {summary['run_id'] or 'not shipped yet'}{_published(summary)}"
-    )
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def _won(summary: dict[str, Any]) -> str:
-    """The last line of a search: the winner, and what any run says."""
-    chosen = {key.rpartition(".")[2]: value for key, value in summary["winner"]["values"].items()}
-    values = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in chosen.items())
-    trials = ", ".join(f"{many} {state}" for state, many in summary["trials"].items())
-    return f"winner {summary['winner']['trial']} ({values}) of {trials}; {_reached(summary)}"
+def finish(reached: Mapping[str, Any], as_json: bool) -> None:
+    """The last line of stdout: what a run or a search reached (`TrainResult.as_json`), for people or as JSON."""
+    from ptuning.training.result import describe
 
-
-def _published(summary: dict[str, Any]) -> str:
-    name = summary.get("registered")
-    return f"; registered as {name}, make it champion with: ptuning prompts promote {name}" if name else ""
-
-
-def finish(summary: dict[str, Any], as_json: bool) -> None:
-    """The last line of stdout: the summary of a run or a search, for people or as JSON."""
-    if summary.get("unsent"):
-        typer.echo(f"{summary['unsent']} records could not be sent to MLflow yet; the next command sends them", err=True)
-    shown = redacted(summary)
-    typer.echo(json.dumps(shown) if as_json else _won(shown) if "winner" in shown else _reached(shown))
+    if reached.get("unsent"):
+        typer.echo(f"{reached['unsent']} records could not be sent to MLflow yet; the next command sends them", err=True)
+    shown = redacted(dict(reached))
+    typer.echo(json.dumps(shown) if as_json else describe(shown))
     sys.stdout.flush()

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ptuning.cli.options import BaseOption, Json, Storage, Tracking, busy, fail, non_blank
+from ptuning import api
+from ptuning.cli.options import BaseOption, Json, Storage, Tracking, busy, fail, non_blank, table
 from ptuning.config import MARGIN, Template
 from ptuning.errors import UserError
 
 if TYPE_CHECKING:
-    from ptuning.registry.registry import Registry, Version
+    from ptuning.registry.registry import Version
 
 prompts = typer.Typer(
     name="prompts",
@@ -37,10 +38,14 @@ def list_(storage: Storage = "runs", tracking: Tracking = None, as_json: Json = 
     """
     with _sentences():
         with busy("reading the registry"):
-            rows = [_row(version) for version in _registry(storage, tracking).versions()]
+            rows = [_row(version) for version in api.Registry(storage, tracking).list()]
         if not rows:
             typer.echo("no soft prompts yet; publish one with: ptuning train EXPERIMENT --register NAME", err=True)
-        _say({"soft_prompts": rows}, _table(rows) if rows else "", as_json)
+        _say(
+            {"soft_prompts": rows},
+            table([list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)]) if rows else "",
+            as_json,
+        )
 
 
 @prompts.command()
@@ -53,9 +58,9 @@ def show(
     """
     with _sentences():
         with busy("reading the soft prompt and its base's words"):
-            from ptuning.registry.inspection import inspect_version, version_lines
+            from ptuning.registry.inspection import version_lines
 
-            shown = inspect_version(_registry(storage, tracking), name, base)
+            shown = api.Registry(storage, tracking).inspect(name, base=base)
         _say(shown, "\n".join(version_lines(shown)), as_json)
 
 
@@ -80,18 +85,13 @@ def import_(
     Example: ptuning prompts import adapter --name mine --base builtin --input "{text} Mood:" --target " {label}"
     """
     with _sentences():
-        from ptuning.registry.peft_import import import_adapter, locate
+        from ptuning.registry.peft_import import locate
         from ptuning.registry.registry import check_name
-        from ptuning.tracking.client import database, default_artifact_root
 
         check_name(name)
         template = _template(input_, target, labels) or _ask_template(locate(source))
-        registry = _registry(storage, tracking)
-        local = database(registry.uri)  # a server decides itself where artifacts lie
         with busy("importing"):
-            version = import_adapter(
-                registry, source, name, base, template, default_artifact_root(local.parent) if local else None
-            )
+            version = api.Registry(storage, tracking).add(source, name, base=base, template=template)
         _say(_row(version), f"imported as {version}; make it champion with: ptuning prompts promote {version}", as_json)
 
 
@@ -114,16 +114,11 @@ def export(
     """
     with _sentences():
         with busy("exporting"):
-            from ptuning.registry.publish import fetch
-
-            registry = _registry(storage, tracking)
-            version = registry.find(name)
+            registry = api.Registry(storage, tracking)
             if format_ == "peft":
-                fetch(registry, version, folder)
+                version = registry.export(name, folder)
             else:
-                from ptuning.registry.merged_export import export_merged
-
-                merged = export_merged(registry, version, folder, base)
+                version, merged = registry.export_merged(name, folder, base=base)
         if format_ == "peft":
             _say({"name": str(version), "folder": folder}, f"{version} written to {folder}; PEFT loads it", as_json)
             return
@@ -149,9 +144,7 @@ def promote(
     """
     with _sentences():
         with busy("checking"):
-            from ptuning.registry import gate
-
-            done = gate.promote(_registry(storage, tracking), _one(name, number), base=base, margin=margin, force=force)
+            done = api.Registry(storage, tracking).promote(name, number, margin=margin, force=force, base=base)
         facts = {"name": done.version.name, "champion": done.version.version}
         before = f", before it was {done.previous}" if done.previous else ""
         line = f"{done.version} is champion{before}" if done.moved else f"{done.version} is champion already"
@@ -173,10 +166,8 @@ def rollback(
     """
     with _sentences():
         with busy("rolling back"):
-            from ptuning.registry.promotions import PromotionLog
-
-            state = PromotionLog(_registry(storage, tracking), name).rollback()
-        _say({"name": name, "champion": state.champion}, f"{name}:{state.champion} is champion again", as_json)
+            champion = api.Registry(storage, tracking).rollback(name)
+        _say({"name": name, "champion": champion}, f"{name}:{champion} is champion again", as_json)
 
 
 @prompts.command()
@@ -194,14 +185,12 @@ def delete(
     Example: ptuning prompts delete sentiment:1 --yes
     """
     with _sentences():
-        from ptuning.registry import promotions
-
-        reference = _one(name, None)
+        reference = api.single_version(name)
         if not yes:
             if not sys.stdin.isatty():
                 raise UserError(f"{reference}: deleting asks for confirmation, and there is no terminal; repeat it with --yes")
             typer.confirm(f"Delete {reference}?", abort=True)
-        version = promotions.delete(_registry(storage, tracking), reference)
+        version = api.Registry(storage, tracking).delete(name)
         _say({"deleted": str(version)}, f"{version} is deleted; its run {version.run_id} stays", as_json)
 
 
@@ -215,10 +204,7 @@ def similar(name: Name, storage: Storage = "runs", tracking: Tracking = None, as
     """
     with _sentences():
         with busy("comparing"):
-            from ptuning.registry import inspection
-            from ptuning.registry.registry import parse_reference
-
-            found = inspection.similar(_registry(storage, tracking), parse_reference(name))
+            found = api.Registry(storage, tracking).similar(name)
         rows = [{"name": str(version), "cosine": round(cosine, 4)} for version, cosine in found]
         if not rows:
             typer.echo("no other soft prompt of this base", err=True)
@@ -232,25 +218,6 @@ def _sentences() -> Iterator[None]:
         yield
     except UserError as error:
         fail(str(error), 2)
-
-
-def _registry(storage: str, uri: str | None) -> Registry:
-    from ptuning.registry.registry import Registry
-    from ptuning.tracking.client import default_uri
-
-    return Registry(uri or default_uri(storage))
-
-
-def _one(name: str, number: int | None) -> Any:
-    """The reference to a single version: NAME VERSION or NAME:VERSION."""
-    from ptuning.registry.registry import Reference, check_name, parse_reference
-
-    if number is not None:
-        return Reference(check_name(name), number)
-    reference = parse_reference(name)
-    if reference.version is None and reference.alias is None:
-        raise UserError(f"{name}: which version? write {name}:N; see ptuning prompts list")
-    return reference
 
 
 def _template(text: str | None, target: str | None, labels: str | None) -> Template | None:
@@ -318,12 +285,6 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "AGE": lambda row: _age(row["age_s"]),
     "SIZE": lambda row: f"{row['bytes'] / 1024:.0f} KiB" if row["bytes"] else "-",
 }
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def _age(seconds: int) -> str:

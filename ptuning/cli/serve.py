@@ -10,11 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ptuning.cli.options import BaseOption, ExperimentArgument, Json, Overrides, Storage, Tracking, busy, fail, non_blank
-from ptuning.cluster.environment import keep_ray_on_loopback
+from ptuning import api
+from ptuning.cli.options import BaseOption, ExperimentArgument, Json, Overrides, Storage, Tracking, busy, fail, non_blank, table
 from ptuning.config import read_experiment
 from ptuning.errors import UserError
-from ptuning.imports import quick_imports
 from ptuning.redaction import redact
 from ptuning.serving.auth import check_address, check_token, read_keys
 
@@ -36,15 +35,15 @@ def serve(
         settings = read_experiment(experiment, overrides or [])
         check_address(settings.serve.host, read_keys(settings.serve.keys), insecure)  # before seconds of imports
         check_token(insecure)
-        keep_ray_on_loopback(settings.compute.address)
-        with busy("starting"), quick_imports():
-            from ptuning.serving.server import deploy, run_server
-
+        with busy("starting"):
+            api.prepare("serve", settings)
         if detach:
+            from ptuning.serving.server import deploy
+
             served = deploy(settings, insecure=insecure, say=_say)
             typer.echo(json.dumps(served) if as_json else f"serving at {served['url']}")
         else:
-            run_server(settings, insecure=insecure, say=_say)
+            api.serve(settings, insecure=insecure, say=_say)
     except UserError as error:
         fail(str(error), 2)
 
@@ -92,20 +91,14 @@ def compare(
     """
     try:
         with busy("asking"):
-            from ptuning.registry.registry import Registry
-            from ptuning.serving.compare import compare as ask_all
-            from ptuning.tracking.client import default_uri
-
-            opinions = ask_all(Registry(tracking or default_uri(storage)), name, text, base)
+            opinions = api.Registry(storage, tracking).compare(name, text, base=base)
     except UserError as error:
         fail(str(error), 2)
     if as_json:
         typer.echo(json.dumps({"opinions": [vars(opinion) for opinion in opinions]}))
         return
-    width = max(len(opinion.who) for opinion in opinions)
-    for opinion in opinions:
-        sure = f"  {opinion.probability:.3f}" if opinion.probability is not None else ""
-        typer.echo(f"{opinion.who:{width}}  {opinion.answer}{sure}")
+    answers = [each.answer if each.probability is None else f"{each.answer}  {each.probability:.3f}" for each in opinions]
+    typer.echo(table([(each.who, answer) for each, answer in zip(opinions, answers, strict=True)]))
 
 
 def _say(line: str) -> None:

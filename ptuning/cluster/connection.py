@@ -17,7 +17,7 @@ import ray.train
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ptuning import sys_path
+from ptuning import environment, sys_path
 from ptuning.config import Experiment
 from ptuning.errors import UserError
 
@@ -48,14 +48,7 @@ def join_ray(address: str | None) -> bool:
     """
     if ray.is_initialized():
         return False
-    # uv's hook would start every worker through `uv run` and upload the working directory.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    # Poll interval of the controller; every run waits for it at its end, and the default is 2 s.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # Seconds after which an unresponsive process counts as dead; the default is 600.
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "120")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    environment.apply("ray")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not (address or "").startswith("ray://"):  # Ray's client sends no folders to its workers
         options["job_config"] = _Job()
@@ -66,8 +59,7 @@ def join_ray(address: str | None) -> bool:
     if address:
         ray.init(address=address, **options)
     else:
-        # An actor that checks whether the cloud will preempt the machine; it costs a second per start.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        environment.apply("own cluster")
         # Not the address that the last `ray start` recorded here: that cluster may have ended, and Ray would wait for it.
         try:
             with _not_interrupted():

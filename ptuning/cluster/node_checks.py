@@ -22,7 +22,7 @@ from ptuning.config import Experiment
 from ptuning.errors import UserError
 from ptuning.model.base import computes_in_bfloat16, find_base
 from ptuning.redaction import redact
-from ptuning.tracking.client import asking, connect, database, default_uri
+from ptuning.tracking.client import asking, connect, database, tracking_uri
 
 GB = 1_000_000_000
 CONSTRAINTS = "constraints.txt"
@@ -170,7 +170,7 @@ def _storage(folder: str, probe: str | None) -> Finding:
 
 def _tracker(experiment: Experiment) -> Finding:
     try:
-        uri = experiment.tracking.uri or default_uri(experiment.compute.storage)
+        uri = tracking_uri(experiment)
         file = database(uri)
         if file is not None:
             return Finding("ok", "mlflow", f"{redact(uri)}, a file on one machine")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from ptuning import environment
 from ptuning.model.last_layer import LastLayer
 from ptuning.model.output_head import OutputHead
 from ptuning.model.packing import Choices, PackedBatch
@@ -28,19 +28,6 @@ from ptuning.model.tree_attention import ATTENTION
 from ptuning.redaction import logger
 
 log = logger(__name__)
-
-
-def _forget_shapes() -> None:
-    """Limit the caches of prepared matrix products in oneDNN, which computes bf16 on CPUs.
-
-    Rows are packed without padding, so shapes hardly ever repeat between steps. By default the last 1,024 products are cached
-    twice: by oneDNN (ONEDNN_PRIMITIVE_CACHE_CAPACITY) and by torch (https://github.com/pytorch/pytorch/issues/98688). A worker
-    with eight slots grew from 0.8 to 2.6 GB within 400 steps, and further, because the cached products fragment the heap; and a
-    cache lookup takes longer than it saves. The layers of a step still share products. Both variables are read once, at the
-    first product.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 
 
 class PromptedModel(nn.Module):
@@ -55,7 +42,7 @@ class PromptedModel(nn.Module):
         if "logits_to_keep" not in inspect.signature(base.forward).parameters:
             raise ValueError(f"{type(base).__name__} cannot compute logits at selected positions (no logits_to_keep)")
         self.base = base.requires_grad_(False).eval()
-        _forget_shapes()
+        environment.apply("torch")
         _remove_dropout(base)
         self.head = OutputHead(base)
         self.last_layer = LastLayer(base, base.config.get_text_config().num_hidden_layers)

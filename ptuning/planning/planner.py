@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -15,9 +14,10 @@ from ptuning.data.task import load_task
 from ptuning.errors import UserError
 from ptuning.model.base import computes_in_bfloat16, find_base
 from ptuning.model.limits import MOST_SLOTS
-from ptuning.planning.capacity import ServingPlan, Training, TrainingPlan, plan_serving, sharing
+from ptuning.planning.capacity import Training, plan_serving, sharing
+from ptuning.planning.estimate import Estimate
 from ptuning.planning.meta_model import MetaModel, read_config
-from ptuning.planning.workload import BaseShape, Machine, RunShape
+from ptuning.planning.workload import Machine, RunShape
 
 GB = 1_000_000_000
 GPU = {"memory_gb": 80.0, "bandwidth_gb": 50.0, "tflops": 400.0}
@@ -27,42 +27,6 @@ INSIDE_GB = 300.0
 CPU = {"bandwidth_gb": 1.0, "tflops": 0.1}
 LABEL_TOKENS, FREE_SHARE, MOST_RANKS = 4, 4, 1024
 """Assumed tokens of a label, end token included, if there are no rows to count; free text is a quarter of a row."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The result of `ptuning plan`."""
-
-    name: str
-    base: str
-    dtype: str
-    shape: BaseShape
-    machine: Machine
-    settings: RunShape
-    training: TrainingPlan
-    """With one slot."""
-    slots: int
-    """Soft prompts that fit side by side; 0: not even one."""
-    packed: TrainingPlan | None
-    """The plan with all of them."""
-    serving: ServingPlan
-    advice: list[str]
-
-    @property
-    def fits(self) -> bool:
-        return self.slots > 0
-
-    @property
-    def serves(self) -> bool:
-        return self.serving.peak <= self.machine.memory and self.serving.running > 0
-
-    def as_json(self) -> dict[str, Any]:
-        """As plain data, in bytes and seconds."""
-        found = asdict(self) | {"fits": self.fits, "serves": self.serves}
-        for name, plan in (("training", self.training), ("packed", self.packed), ("serving", self.serving)):
-            if plan is not None:
-                found[name]["peak"] = plan.peak
-        return found
 
 
 def make_plan(

@@ -13,11 +13,14 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import ray
 
-from ptuning.training.event_queue import EventBuffer, EventSender, Fields
+from ptuning.training.event_queue import EventBuffer, EventSender
+
+if TYPE_CHECKING:
+    from ptuning.training.messages import Fields
 
 Answer = TypeVar("Answer")
 

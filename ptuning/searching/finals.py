@@ -11,10 +11,22 @@ import ray
 
 from ptuning import storage
 from ptuning.config import Experiment
+from ptuning.errors import RunFailed
 from ptuning.searching.monitor import SearchMonitor
 from ptuning.searching.report import ranked, value_of
+from ptuning.searching.result import Finalist
 from ptuning.searching.space import key_of, trial_tables
 from ptuning.searching.trial_store import TrialRecord, TrialStore
+from ptuning.training.messages import Finished
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The winner's soft prompt in the search's own folder, its test, and the finalists, highest mean first."""
+
+    folder: str
+    tested: Finished
+    finalists: list[Finalist]
 
 
 @dataclass(frozen=True)
@@ -32,23 +44,28 @@ class Finals:
     broken: Callable[[], str | None]
     """Why they do not."""
 
-    def run(self) -> dict[str, Any]:
-        """Train the best configurations with several seeds, choose by mean, read the test rows once."""
+    def run(self) -> Outcome | None:
+        """Train the best configurations with several seeds, choose by mean, read the test rows once; None: the workers failed
+        meanwhile.
+
+        Raises:
+            RunFailed: no trial, or no finalist, could be trained.
+        """
         trials = self.store.trials()
         best = ranked(self.experiment, trials)
         if not best:
             reason = next((entry.message for entry in trials if entry.message), "none was evaluated")
-            return {"message": f"all {len(trials)} trials failed, the first with: {reason}"}
+            raise RunFailed(f"all {len(trials)} trials failed, the first with: {reason}")
         # A schedule that PBT found cannot be repeated from its last values.
         finalists = best[: self.experiment.search.finalists] if self.experiment.search.scheduler != "pbt" else []
         seeds = {entry.run: self._train_seeds(entry) for entry in finalists} or {best[0].run: [best[0]]}
         everyone = {entry.run for group in seeds.values() for entry in group}
         self.monitor.wait(lambda: all(self.store.entries[run].status != "running" for run in everyone), self.alive)
         if self.broken():
-            return {}
+            return None
         means = {run: found for run, group in seeds.items() if (found := self._mean(group))}
         if not means:
-            return {"message": f"all {len(everyone)} runs of the finalists failed; lower search.learning_rate"}
+            raise RunFailed(f"all {len(everyone)} runs of the finalists failed; lower search.learning_rate")
         winner = max(means, key=lambda run: means[run]["order"])
         return self._test(winner, means)
 
@@ -92,7 +109,7 @@ class Finals:
             "run": max(whole, key=lambda pair: pair[0])[1].run,
         }
 
-    def _test(self, winner: str, means: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def _test(self, winner: str, means: dict[str, dict[str, Any]]) -> Outcome:
         """The winner's best seed goes once more into a slot, trained as it is, to read the test rows."""
         chosen = self.store.entries[means[winner]["run"]]
         name = self.experiment.name
@@ -101,27 +118,15 @@ class Finals:
         if chosen.finalist:
             tables["train"]["seed"] += int(chosen.run.rpartition("s")[2])
         self._attach(name, chosen.folder, tables, chosen)
-        found = self.monitor.summary
-        self.monitor.wait(lambda: "soft_prompt" in found or "message" in found, self.alive)
-        if "soft_prompt" not in found:
-            return {"message": found.get("message") or self.broken() or "the workers ended before the winner was tested"}
+        parent = self.monitor.parent
+        self.monitor.wait(lambda: parent.finished is not None or parent.failed is not None, self.alive)
+        if parent.finished is None:
+            raise RunFailed(parent.failed or self.broken() or "the workers ended before the winner was tested")
         target = storage.join(self.folder, "soft_prompt")
-        files = storage.read_folder(found["soft_prompt"])
+        files = storage.read_folder(parent.finished.soft_prompt)
         storage.write_folder(target, {file: content for file, content in files.items() if file != storage.MANIFEST})
-        states = [entry.status for entry in self.store.trials()]
         finalists = [
-            {"trial": run, "values": self.store.entries[run].values} | {key: mean[key] for key in ("mean", "spread", "seeds")}
+            Finalist(run, self.store.entries[run].values, mean["mean"], mean["spread"], mean["seeds"])
             for run, mean in sorted(means.items(), key=lambda pair: pair[1]["order"], reverse=True)
         ]
-        return {
-            "soft_prompt": target,
-            "steps": found["steps"],
-            "best_step": found["best_step"],
-            "metrics": found["metrics"],
-            "peak_bytes": found["peak_bytes"],
-            "workers": found.get("workers"),
-            "winner": finalists[0],
-            "finalists": finalists,
-            "trials": {state: states.count(state) for state in sorted(set(states))},
-            "trial_steps": sum(entry.step for entry in self.store.entries.values()),
-        }
+        return Outcome(target, parent.finished, finalists)

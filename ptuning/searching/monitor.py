@@ -16,7 +16,7 @@ from ptuning.config import Experiment
 from ptuning.model.base import Base
 from ptuning.searching.trial_store import TrialRecord, TrialStore
 from ptuning.tracking.tracker import Status, Tracker
-from ptuning.training.messages import Event
+from ptuning.training.messages import Evaluated, Event, Failed, Fields, Finished, read_event
 from ptuning.training.run_tracking import Recorder, open_tracker
 
 Show = Callable[[list[TrialRecord]], None]
@@ -36,15 +36,14 @@ class SearchMonitor:
         show: Show,
         say: Callable[[str], None],
     ) -> None:
-        self.summary: dict[str, Any] = {}
-        """What the parent run reached: the winner's test."""
         self._experiment = experiment
         self._dispatcher = dispatcher
         self._store = store
         self._tracker = tracker
         self._show = show
         self._say = say
-        self._parent = Recorder(tracker, self.summary, base=base)
+        self.parent = Recorder(tracker, base=base)
+        """What the parent run reached: the winner's test."""
         self._children: dict[str, tuple[Tracker, Recorder]] = {}
         self._closing = ThreadPoolExecutor(1)
         self._unsent: list[Any] = []
@@ -65,7 +64,7 @@ class SearchMonitor:
     @property
     def hang(self) -> str | None:
         """Which worker hung last, if none has trained since."""
-        return self._parent.hang
+        return self.parent.hang
 
     def stop(self, deadline_s: float) -> int:
         """Take what is left, end the children's runs; returns how many records could not be sent."""
@@ -101,22 +100,21 @@ class SearchMonitor:
         except Exception as error:  # the main thread raises it
             self.trouble = error
 
-    def _take(self, fields: dict[str, Any]) -> None:
+    def _take(self, fields: Fields) -> None:
         if fields["run"] == self._experiment.name:
             if fields["kind"] != "attached":
-                event = Event(**fields)
-                self._parent(event)
-                if event.kind in ("stuck", "broken") and "message" in event.details:
-                    self._say(f"warning: {event.details['message']}")
+                warning = self.parent(read_event(fields))
+                if warning:
+                    self._say(f"warning: {warning}")
             return
         run = fields["run"].partition("-")[0]  # a trial's later stays have a suffix
         if fields["kind"] == "attached":
-            self._store.change(run, lambda entry: _attached(entry, fields["details"]))
+            self._store.change(run, lambda entry: _attached(entry, **fields["details"]))
             return
-        event = Event(**fields)
+        event = read_event(fields)
         self._store.change(run, lambda entry: _changed(entry, event))
         self._child(run)(event)
-        if event.kind in ("finished", "failed"):
+        if isinstance(event, (Finished, Failed)):
             self._store.flush()
             self._close(run)
 
@@ -130,7 +128,7 @@ class SearchMonitor:
                 {"ptuning.trial": run, "ptuning.trial_key": entry.key, "ptuning.finalist": str(entry.finalist).lower()}
             )
             # A picture takes a quarter of a second of the core that the trials train on; MLflow draws a trial's curves itself.
-            self._children[run] = tracker, Recorder(tracker, {}, pictures=entry.finalist)
+            self._children[run] = tracker, Recorder(tracker, pictures=entry.finalist)
         return self._children[run][1]
 
     def _close(self, run: str) -> None:
@@ -140,23 +138,23 @@ class SearchMonitor:
         self._unsent.append(self._closing.submit(tracker.close, 20))
 
 
-def _attached(entry: TrialRecord, details: dict[str, Any]) -> None:
-    if entry.folder != details["folder"]:  # a later stay: goes on from another trial's checkpoint
+def _attached(entry: TrialRecord, folder: str, values: dict[str, Any]) -> None:
+    if entry.folder != folder:  # a later stay: goes on from another trial's checkpoint
         entry.results = []
-    entry.folder, entry.values = details["folder"], details["values"]
+    entry.folder, entry.values = folder, values
 
 
 def _changed(entry: TrialRecord, event: Event) -> None:
     entry.step = event.step
-    if event.kind == "evaluation":
-        if event.step > max((each["step"] for each in entry.results), default=0):
+    match event:
+        case Evaluated() if event.step > max((each["step"] for each in entry.results), default=0):
             entry.results.append({"step": event.step, "values": event.values, "time_ms": event.time_ms})
-    elif event.kind == "failed":
-        entry.status, entry.message = "failed", event.details["message"]
-    elif event.kind == "finished":
-        if not (event.details["early"] and entry.status == "stopped"):
-            entry.status = "finished"
-        entry.measured, entry.soft_prompt = event.values, event.details["soft_prompt"]
-        if event.values and not entry.results:  # it went on from another one's last checkpoint: nothing was left but to end
-            best = {name.removeprefix("validation_"): value for name, value in event.values.items()}
-            entry.results = [{"step": event.step, "values": best, "time_ms": event.time_ms}]
+        case Failed():
+            entry.status, entry.message = "failed", event.message
+        case Finished():
+            if not (event.early and entry.status == "stopped"):
+                entry.status = "finished"
+            entry.measured, entry.soft_prompt = event.values, event.soft_prompt
+            if event.values and not entry.results:  # it went on from another one's last checkpoint and had only to end
+                best = {name.removeprefix("validation_"): value for name, value in event.values.items()}
+                entry.results = [{"step": event.step, "values": best, "time_ms": event.time_ms}]

@@ -8,9 +8,6 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ptuning import storage
 from ptuning.config import Experiment
 from ptuning.searching.space import INIT, LENGTH, RATE, best_result, score
@@ -94,24 +91,18 @@ def early_late(experiment: Experiment, entries: Sequence[TrialRecord]) -> dict[i
     found = {}
     for step in sorted({step for curve in curves for step in curve})[:-1]:
         pairs = [(curve[step], curve[max(curve)]) for curve in curves if step in curve and max(curve) > step]
-        if len(pairs) > 2 and (value := spearman(*np.array(pairs, dtype=np.float64).T)) is not None:
+        if len(pairs) > 2 and (value := spearman(*zip(*pairs, strict=True))) is not None:
             found[step] = (value, len(pairs))
     return found
 
 
-def spearman(one: NDArray[np.float64], two: NDArray[np.float64]) -> float | None:
+def spearman(one: Sequence[float], two: Sequence[float]) -> float | None:
     """Rank correlation with mean ranks for ties; None if all are equal."""
-    first, second = _ranks(one), _ranks(two)
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
+    from scipy.stats import spearmanr  # half a second that no command should begin with
+
+    if len(set(one)) == 1 or len(set(two)) == 1:
         return None
-    return float(np.corrcoef(first, second)[0, 1])
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(count)
-    means: NDArray[np.float64] = (ends - (count - 1) / 2)[place]
-    return means
+    return float(spearmanr(one, two).statistic)
 
 
 def write_report(experiment: Experiment, store: TrialStore, tracker: Tracker, folder: str) -> None:

@@ -9,27 +9,34 @@ slots, and the winner reads the test rows once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 from ray.exceptions import RayError
 
 from ptuning.cluster.failures import explain
 from ptuning.cluster.local_paths import absolute
 from ptuning.config import Experiment, ExperimentError
+from ptuning.errors import RunFailed
 from ptuning.model.base import Base
 from ptuning.searching import space
 from ptuning.searching.monitor import Show
+from ptuning.searching.result import SearchResult
 from ptuning.searching.tuning import SPARE, Search
-from ptuning.training.run import Run, execute_run
+from ptuning.training.run import Run, Say, execute_run
 
 
 def run_search(
-    experiment: Experiment, *, resume: bool, show: Show, say: Callable[[str], None], register: str | None = None
-) -> dict[str, Any]:
-    """Search on a Ray cluster and return a summary: name, run_id, soft_prompt, steps, seconds, metrics, winner, trials.
+    experiment: Experiment,
+    *,
+    resume: bool = False,
+    show: Show = lambda entries: None,
+    say: Say = lambda line: None,
+    register: str | None = None,
+) -> SearchResult:
+    """Search on a Ray cluster.
 
-    With `register` the winner becomes the newest version of that name, and the summary says which (`registered`).
+    `show` gets the records of all trials whenever they change, `say` lines for people. With `register` the winner becomes the
+    newest version of that name.
 
     Raises:
         UserError: something in the experiment or its surroundings is wrong; nothing was started or written.
@@ -39,6 +46,7 @@ def run_search(
     return execute_run(
         experiment,
         "search",
+        SearchResult,
         lambda run: _search(run, show, say),
         resume=resume,
         say=say,
@@ -49,12 +57,13 @@ def run_search(
     )
 
 
-def _search(run: Run, show: Show, say: Callable[[str], None]) -> dict[str, Any]:
+def _search(run: Run, show: Show, say: Say) -> SearchResult:
     run.tracker.params({"search": run.experiment.search.model_dump(mode="json")})
     try:
-        return Search(run.trained, run.base, run.folder, run.tracker, show, say).run(run.scaling)
+        found = Search(run.trained, run.base, run.folder, run.tracker, show, say).run(run.scaling)
     except RayError as error:  # the dispatcher's, or one of Tune's own
-        return {"message": explain(error, run.folder)}
+        raise RunFailed(explain(error, run.folder)) from None
+    return replace(found, experiment=run.experiment)
 
 
 def trial_experiment(experiment: Experiment, base: Base) -> Experiment:

@@ -20,15 +20,17 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.tune.callback import Callback
 from ray.tune.execution import class_cache
 
-from ptuning import storage
+from ptuning import environment, storage
 from ptuning.cluster.connection import beside_driver
 from ptuning.cluster.failures import explain
 from ptuning.config import Experiment
+from ptuning.errors import RunFailed
 from ptuning.model.base import Base
 from ptuning.searching.dispatcher import DispatcherActor
-from ptuning.searching.finals import Finals
+from ptuning.searching.finals import Finals, Outcome
 from ptuning.searching.monitor import SearchMonitor, Show
 from ptuning.searching.report import write_report
+from ptuning.searching.result import SearchResult
 from ptuning.searching.searcher import OptunaSearcher, make_scheduler
 from ptuning.searching.trial_store import TrialRecord, TrialStore
 from ptuning.tracking.tracker import Status, Tracker
@@ -112,17 +114,26 @@ class Search:
         self._leaving: set[str] = set()
         """Runs that Tune has stopped in their slots: they end by saving their soft prompts."""
 
-    def run(self, scaling: ray.train.ScalingConfig) -> dict[str, Any]:
+    def run(self, scaling: ray.train.ScalingConfig) -> SearchResult:
+        """Search, train the finalists, test the winner.
+
+        Raises:
+            RunFailed: the workers failed, or no trial could be trained.
+        """
         status: Status = "FAILED"
-        summary: dict[str, Any] = {}
+        outcome: Outcome | None = None
+        failure: str | None = None
         try:
             for group in range(self.experiment.search.groups):
                 thread = threading.Thread(target=self._train, args=(group, scaling), name=f"group {group}", daemon=True)
                 thread.start()
                 self.threads.append(thread)
             self._choose()
-            summary = self._finals().run() if not self.broken else {}
-            status = "FINISHED" if "message" not in summary and not self.broken else "FAILED"
+            if not self.broken:
+                outcome = self._finals().run()
+            status = "FINISHED" if outcome and not self.broken else "FAILED"
+        except RunFailed as error:
+            failure = str(error)
         except KeyboardInterrupt:
             status = "KILLED"
             raise
@@ -143,9 +154,24 @@ class Search:
             unsent += self.tracker.close(deadline_s=30)
             if storage.is_local(self.folder):
                 shutil.rmtree(storage.join(self.folder, "ray"), ignore_errors=True)
-        if self.broken:
-            summary["message"] = self.broken
-        return summary | {"name": self.experiment.name, "run_id": self.tracker.run_id, "unsent": unsent}
+        if self.broken or failure or outcome is None:
+            raise RunFailed(self.broken or failure or "the workers ended before there was a winner; continue with --resume")
+        states = [entry.status for entry in self.store.trials()]
+        return SearchResult(
+            experiment=self.experiment,
+            run_id=self.tracker.run_id,
+            folder=outcome.folder,
+            steps=outcome.tested.step,
+            best_step=outcome.tested.best_step,
+            metrics=outcome.tested.values,
+            workers=self.monitor.parent.workers,
+            peak_bytes=outcome.tested.peak_bytes,
+            unsent=unsent,
+            winner=outcome.finalists[0],
+            finalists=outcome.finalists,
+            trials={state: states.count(state) for state in sorted(set(states))},
+            trial_steps=sum(entry.step for entry in self.store.entries.values()),
+        )
 
     def _finals(self) -> Finals:
         return Finals(
@@ -174,8 +200,7 @@ class Search:
         config = {"events": self.dispatcher, "group": group, "threads": max(1, int(cpus))}
         try:
             make_trainer(self.experiment, storage.join(self.folder, "ray"), scaling, work, config).fit()
-            if "message" in self.monitor.summary:
-                self.broken = self.monitor.summary["message"]
+            self.broken = self.broken or self.monitor.parent.failed
         except (TrainingFailedError, RayError) as error:
             self.broken = explain(error, self.folder, self.monitor.hang)
         finally:
@@ -198,14 +223,8 @@ class Search:
             return
         checkpoints = search.scheduler == "pbt"
         processes = at_once + (AHEAD if checkpoints else 0)
-        os.environ |= {
-            "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a box even at verbose=0
-            "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Tune's own CSV, JSON and TensorBoard files
-            "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search, it does not wait for the trials
-            "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # a process that does not end cleanly
-            "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the store is what a search is resumed from
-            "TUNE_MAX_PENDING_TRIALS_PG": str(processes),
-        }
+        environment.apply("search")
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(processes)
         # A failed trial is told by the leaderboard, not by a traceback.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         # Tune would give them to every trial (2.60), and Ray logs and shows what it gives. Nodes have their own.

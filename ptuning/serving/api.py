@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from ptuning.data.encoder import Encoder
 from ptuning.errors import UserError
+from ptuning.inference.inputs import fields_of, row_ids, too_long
 from ptuning.inference.label_scorer import LABEL_TOKENS, probabilities
 from ptuning.inference.sampling import Sampling
 from ptuning.inference.types import EngineBusy
@@ -21,7 +22,7 @@ from ptuning.model.label_trie import LabelTrie
 from ptuning.redaction import logger
 from ptuning.serving.completion import Generation, GenerationRequest, Piece
 from ptuning.serving.http_request import BUSY, REFUSED, ApiError, Asked, as_api_error, authorize, drain, read_body
-from ptuning.serving.input_processor import chat_ids, fields_of, raw_ids, row_ids, too_long
+from ptuning.serving.input_processor import chat_ids, raw_ids
 from ptuning.serving.protocol import (
     Body,
     ChatRequest,

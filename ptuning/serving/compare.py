@@ -10,7 +10,9 @@ from ptuning.config import ModelConfig
 from ptuning.data.encoder import Encoder
 from ptuning.errors import UserError
 from ptuning.inference.engine import Engine
+from ptuning.inference.inputs import fields_of, row_ids
 from ptuning.inference.label_scorer import probabilities
+from ptuning.inference.predictor import NEW_TOKENS
 from ptuning.inference.sampling import Token
 from ptuning.inference.types import End, EngineConfig, Request, ResidentPrompt
 from ptuning.model.base import find_base
@@ -18,10 +20,6 @@ from ptuning.model.compatibility import check_base
 from ptuning.model.soft_prompt import SoftPrompt
 from ptuning.registry.publish import retrieve
 from ptuning.registry.registry import Registry, RegistryError
-from ptuning.serving.input_processor import fields_of, row_ids
-
-NEW_TOKENS = 64
-"""Maximum new tokens if the card gives no number."""
 
 
 @dataclass(frozen=True)

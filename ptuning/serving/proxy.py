@@ -2,8 +2,8 @@
 
 Ray 2.60 reads requests with uvicorn and httptools. They keep a request head of any length in memory and wait for its end
 without a timeout. Ray also lets clients disable limits by headers, and answers 500 to a header that is not UTF-8. Ray calls
-`middlewares` when a proxy starts if `VARIABLES` are in the environment of the cluster's processes: `ptuning serve` sets them
-for a cluster that it starts, and the image contains them.
+`middlewares` when a proxy starts if the variables of the part "proxy" (`environment`) are set for the cluster's processes:
+`ptuning serve` sets them for a cluster that it starts, and the image contains them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,6 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-VARIABLES = {
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ptuning.serving.proxy:middlewares",
-    # A dead proxy is detected after three checks: with the default of 10 s there are no answers for half a minute.
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-}
-"""Environment variables of Ray (2.60, serve/_private/constants.py)."""
 HEAD_BYTES = 64 * 1024
 """Maximum bytes of a request head, or of anything after it that is not body; one read of the socket more is possible."""
 HEAD_S = 20.0

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ptuning import storage
-from ptuning.config import Template
 from ptuning.data.encoder import Encoder
 from ptuning.errors import UserError, suggest
 from ptuning.inference.engine import Engine
+from ptuning.inference.inputs import RAW
 from ptuning.inference.sampling import Token
 from ptuning.inference.types import End, EngineBusy, EngineStopped, Request, ResidentPrompt
 from ptuning.model import soft_prompt
@@ -42,7 +42,6 @@ AGAIN = 60.0
 LISTED = 160
 """Maximum characters of the list of names in the error for an unknown model."""
 _HASH = re.compile(r"[0-9a-f]{64}")
-RAW = Template(input="{text}", target="{text}", truncate="error")
 
 
 class UnknownModel(UserError):

@@ -22,6 +22,7 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
+from ptuning import environment
 from ptuning.cluster.connection import leave_ray, start_ray
 from ptuning.cluster.failures import memory, ray_logs
 from ptuning.cluster.jobs import APPLICATION, PACKAGES
@@ -31,7 +32,6 @@ from ptuning.errors import UserError
 from ptuning.redaction import logger
 from ptuning.serving.auth import Scope, check_address, is_loopback, read_keys
 from ptuning.serving.deployment import DEPLOYMENT, application
-from ptuning.serving.proxy import VARIABLES
 
 log = logger(__name__)
 
@@ -42,31 +42,70 @@ LOOK = 2.0
 """Seconds between looks at a replica's state, for the people who watch the command."""
 
 
-def run_server(experiment: Experiment, *, insecure: bool, say: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then drain.
+class Server:
+    """A server that runs: one Ray Serve application. Leave the `with` block or call `stop` to end it.
 
     Raises:
         UserError: the keys or the base are wrong, the address is open without keys, or the cluster lacks resources.
     """
-    experiment, keys = _prepared(experiment, insecure)
-    for name, value in VARIABLES.items():
-        os.environ.setdefault(name, value)  # for the processes of a cluster that is started here
-    started_here = start_ray(experiment)
-    try:
-        say("starting; a replica loads the base first")
-        handle = _run(experiment, keys)
+
+    def __init__(
+        self, experiment: Experiment, *, insecure: bool = False, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self._experiment, keys = _prepared(experiment, insecure)
+        environment.apply("proxy")  # for the processes of a cluster that is started here
+        self._running = True
+        self._started_here = start_ray(self._experiment)
+        try:
+            say("starting; a replica loads the base first")
+            self.handle = _run(self._experiment, keys)
+        except BaseException:
+            self._end()
+            raise
         if not keys:
             say("without API keys: anyone who reaches this address may use the server")
-        say(f"serving at {_url(experiment)}, stop with Ctrl-C")
-        _follow(handle, say)
-        say("stopping")
-        _drain(handle, experiment.serve.drain_s)
-    finally:
-        if started_here:
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return f"Server({self.url!r}, {'running' if self._running else 'stopped'})"
+
+    @property
+    def url(self) -> str:
+        """The base URL for OpenAI clients."""
+        return _url(self._experiment)
+
+    def stop(self) -> None:
+        """Refuse new requests, answer those that have begun, then end the application and a cluster that was started for it."""
+        if self._running:
+            try:
+                _drain(self.handle, self._experiment.serve.drain_s)
+            finally:
+                self._end()
+
+    def _end(self) -> None:
+        self._running = False
+        if self._started_here:
             leave_ray()
         else:
             with suppress(Exception):  # it never started, or the cluster was lost: the error is already reported
                 serve.delete(APPLICATION)
+
+
+def run_server(experiment: Experiment, *, insecure: bool = False, say: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then drain.
+
+    Raises:
+        UserError: as `Server`.
+    """
+    with Server(experiment, insecure=insecure, say=say) as server:
+        say(f"serving at {server.url}, stop with Ctrl-C")
+        _follow(server.handle, say)
+        say("stopping")
 
 
 def deploy(experiment: Experiment, *, insecure: bool, say: Callable[[str], None]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ptuning.registry.registry import Registry
 from ptuning.serving.auth import Scope
 from ptuning.serving.metrics import Metrics
 from ptuning.serving.served_models import ServedModels
-from ptuning.tracking.client import TrackingError, default_uri
+from ptuning.tracking.client import TrackingError, tracking_uri
 
 log = logger(__name__)
 
@@ -49,7 +49,7 @@ class Service:
             ),
         )
         store = experiment.compute.storage
-        registry = Registry(experiment.tracking.uri or default_uri(store))
+        registry = Registry(tracking_uri(experiment))
         cache = storage.join(store, "served") if storage.is_local(store) else str(Path.home() / ".cache" / "ptuning" / "served")
         self.models = ServedModels(self.base, self.engine, registry, cache, self.limits.soft_prompts)
         self.metrics = Metrics(replica)

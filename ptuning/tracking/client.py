@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ptuning import environment
+from ptuning.config import Experiment
 from ptuning.errors import UserError
 from ptuning.redaction import redact
 from ptuning.tracking.outbox import locked
@@ -16,19 +17,7 @@ from ptuning.tracking.outbox import locked
 ARTIFACTS = "mlartifacts"
 """Folder of all artifacts inside the storage folder."""
 
-# MLflow reads these when it is imported or called. They are set here and not in the thread that imports MLflow, because setenv
-# is not safe next to the threads of Ray's C++ core. Values set by the user stay, except for pickle.
-for _name, _value in {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the default sleeps 244 s in one call (utils/request_utils.py); we retry
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # for connecting and for each read; whole seconds only
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # below it a locked database prints a traceback (store/db/utils.py)
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # set_terminated prints two lines
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}.items():
-    os.environ.setdefault(_name, _value)
-
-os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+environment.apply("mlflow")
 
 
 def default_uri(storage: str | Path) -> str:
@@ -48,6 +37,15 @@ def default_uri(storage: str | Path) -> str:
             "or set tracking.uri to an MLflow server"
         )
     return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def tracking_uri(experiment: Experiment) -> str:
+    """Where an experiment is tracked.
+
+    Raises:
+        UserError: as `default_uri`.
+    """
+    return experiment.tracking.uri or default_uri(experiment.compute.storage)
 
 
 def default_artifact_root(storage: str | Path) -> str:

@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -130,7 +131,7 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> bytes:
     return _png(figure)
 
 
-def reliability(bins: Sequence[Mapping[str, float]], ece: float, title: str) -> bytes:
+def reliability(bins: Sequence[Mapping[str, Any]], ece: float, title: str) -> bytes:
     """Reliability diagram: accuracy over confidence. On the diagonal the probabilities are calibrated.
 
     `bins`: `confidence`, `accuracy` and `rows` of each (Guo et al. 2017, figure 1); the area of a dot is its share of the rows.

@@ -11,7 +11,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import psutil
@@ -30,7 +30,19 @@ from ptuning.model.soft_prompt import SoftPrompt
 from ptuning.training import checkpoint
 from ptuning.training.distributed import Workers
 from ptuning.training.evaluate import Evaluation, evaluate
-from ptuning.training.messages import Command, Event, Report, Source, StartRun
+from ptuning.training.messages import (
+    Command,
+    Evaluated,
+    Event,
+    Failed,
+    Finished,
+    Report,
+    Source,
+    Started,
+    StartRun,
+    Stepped,
+    read_event,
+)
 from ptuning.training.slot import Slot, checkpoints, initial_starts, learning_rate, make_card
 
 Each = TypeVar("Each")
@@ -80,11 +92,11 @@ class Pack:
         if saved:
             if "starts" not in saved[1]:
                 raise UserError(
-                    f"{assignment.folder}: its checkpoints are of ptuning 0.1, whose steps saw other rows; start it again "
+                    f"{assignment.folder}: its checkpoints are of ptuning 0.1, which used other rows per step; start it again "
                     "under another name"
                 )
             slot.restore(*saved)
-            slot.unrecorded_events = [(math.inf, Event(**event)) for event in saved[1]["events"]]
+            slot.unrecorded_events = [(math.inf, read_event(event)) for event in saved[1]["events"]]
         self.slots.append(slot)
         return slot
 
@@ -134,12 +146,12 @@ def start(pack: Pack, assignment: StartRun, report: Report) -> None:
     try:
         slot = pack.attach(assignment)
     except UserError as error:  # the same on every worker
-        report(Event("failed", assignment.experiment.name, 0, details={"message": str(error)}))
+        report(Failed(assignment.experiment.name, 0, str(error)))
         return
     again, slot.unrecorded_events = [event for _, event in slot.unrecorded_events], []
     for event in again:
         emit(slot, report, event)
-    report(Event("start", slot.name, slot.step, details={"steps": slot.config.steps}))
+    report(Started(slot.name, slot.step, slot.config.steps))
     if slot.done:  # it was interrupted between its last checkpoint and its result
         finish(pack, slot, report)
 
@@ -188,7 +200,7 @@ def _update(pack: Pack, slot: Slot, losses: Tensor, gradients: list[Tensor], spe
     if len(kept) > 1:
         values |= {f"start_{start.number}_loss": loss for start, loss in zip(slot.starts, kept, strict=True)}
     values |= {"gradient_norm": slot.update(gradients, kept), "tokens_per_second": speed}
-    emit(slot, report, Event("step", slot.name, slot.step, values))
+    emit(slot, report, Stepped(slot.name, slot.step, values))
 
 
 def _split(values: list[Each], sizes: Sequence[int]) -> list[list[Each]]:
@@ -278,11 +290,11 @@ def observe(pack: Pack, slot: Slot, evaluations: list[Evaluation], report: Repor
         return
     leader = losses.index(min(filter(math.isfinite, losses)))
     values = dict(evaluations[leader].metrics)
-    details = {"best": slot.observe(evaluations[leader].metrics, leader), "memory": pack.workers.all_gather(_memory())}
+    best = slot.observe(evaluations[leader].metrics, leader)
     if len(losses) > 1:
         values |= {f"start_{start.number}_loss": loss for start, loss in zip(slot.starts, losses, strict=True)}
     slot.halve(losses)
-    emit(slot, report, Event("evaluation", slot.name, slot.step, values, details=details))
+    emit(slot, report, Evaluated(slot.name, slot.step, values, best, pack.workers.all_gather(_memory())))
 
 
 def save_checkpoint(pack: Pack, slot: Slot) -> None:
@@ -298,24 +310,34 @@ def finish(pack: Pack, slot: Slot, report: Report) -> None:
     if not slot.best:
         slot.best_vectors, slot.best_step = slot.vectors.detach().clone(), slot.step
     measured = {f"validation_{name}": value for name, value in slot.best.items()}
-    details: dict[str, Any] = {"best_step": slot.best_step, "early": slot.step < slot.config.steps}
+    tested: Evaluation | None = None
     if slot.task.test:
-        [[evaluation]] = evaluate_slots(pack, [slot], "test")
-        measured |= {f"test_{name}": value for name, value in evaluation.metrics.items()}
-        details |= {"predictions": evaluation.predictions, "classification": evaluation.classification}
-        details["labels"] = list(slot.task.encoder.template.labels or ())
-    details["peak_bytes"] = pack.workers.all_gather(_peak_memory())
+        [[tested]] = evaluate_slots(pack, [slot], "test")
+        measured |= {f"test_{name}": value for name, value in tested.metrics.items()}
+    peak_bytes = pack.workers.all_gather(_peak_memory())
     if pack.workers.is_main:  # all workers hold the same vectors
         config = pack.base.config.get_text_config()
         result = SoftPrompt(slot.best_vectors.detach().cpu(), make_card(slot, pack.base, measured))
-        details["content_hash"] = result.card.content_hash
-        details["soft_prompt"] = storage.join(slot.folder, "soft_prompt")
+        folder = storage.join(slot.folder, "soft_prompt")
         result.save(
-            details["soft_prompt"],
+            folder,
             layers=int(getattr(config, "num_hidden_layers", 0)),
             heads=int(getattr(config, "num_attention_heads", 0)),
         )
-        report(Event("finished", slot.name, slot.step, measured, details=details))
+        finished = Finished(
+            slot.name,
+            slot.step,
+            measured,
+            best_step=slot.best_step,
+            early=slot.step < slot.config.steps,
+            soft_prompt=folder,
+            content_hash=result.card.content_hash,
+            peak_bytes=peak_bytes,
+            predictions=tested.predictions if tested else [],
+            classification=tested.classification if tested else None,
+            labels=list(slot.task.encoder.template.labels or ()),
+        )
+        report(finished)
     pack.slots.remove(slot)
 
 
@@ -324,9 +346,9 @@ def fail(pack: Pack, slot: Slot, report: Report, loss: float) -> None:
     cause = f"loss {loss:g}" if not math.isfinite(loss) else "a gradient that is not finite"
     message = (
         f"{slot.name}: {cause} at step {slot.step + 1} (learning rate "
-        f"{learning_rate(slot.config, slot.step):g}); lower train.learning_rate, or look at these rows"
+        f"{learning_rate(slot.config, slot.step):g}); lower train.learning_rate, or check the rows of this step"
     )
-    report(Event("failed", slot.name, slot.step, details={"message": message}))
+    report(Failed(slot.name, slot.step, message))
     pack.slots.remove(slot)
 
 

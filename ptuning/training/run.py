@@ -14,8 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import ray
 import ray.train
@@ -34,29 +34,39 @@ from ptuning.redaction import logger
 from ptuning.tracking.tracker import Status, Tracker
 from ptuning.training import lease
 from ptuning.training.event_queue import EventQueue
-from ptuning.training.messages import Event
+from ptuning.training.messages import Event, read_event
 from ptuning.training.ray_trainer import make_trainer, scale
+from ptuning.training.result import TrainResult
 from ptuning.training.run_setup import bring_parent, check_run_name, pin_parent, publish_run, write_run
 from ptuning.training.run_tracking import Recorder, start_tracker
 
 log = logger(__name__)
 
 Show = Callable[[Event], None]
+Say = Callable[[str], None]
+Result = TypeVar("Result", bound=TrainResult)
 
 
 def run_training(
-    experiment: Experiment, *, resume: bool, show: Show, say: Callable[[str], None], register: str | None = None
-) -> dict[str, Any]:
-    """Train one soft prompt on a Ray cluster and return its summary: name, run_id, soft_prompt, steps, seconds, metrics.
+    experiment: Experiment,
+    *,
+    resume: bool = False,
+    show: Show = lambda event: None,
+    say: Say = lambda line: None,
+    register: str | None = None,
+) -> TrainResult:
+    """Train one soft prompt on a Ray cluster.
 
-    `show` gets every event of the run, `say` lines about the data. With `register` the result becomes the newest version of
-    that name, and the summary says which (`registered`).
+    `show` gets every event of the run, `say` lines for people. With `register` the result becomes the newest version of that
+    name.
 
     Raises:
         UserError: something in the experiment or its surroundings is wrong; nothing was started or written.
         RunFailed: the training did not reach its end, or its result could not be registered.
     """
-    return execute_run(experiment, "train", lambda run: _fit(run, show), resume=resume, say=say, register=register)
+    return execute_run(
+        experiment, "train", TrainResult, lambda run: _fit(run, show, say), resume=resume, say=say, register=register
+    )
 
 
 @dataclass(frozen=True)
@@ -76,19 +86,21 @@ class Run:
 def execute_run(
     experiment: Experiment,
     kind: Literal["train", "search"],
-    train: Callable[[Run], dict[str, Any]],
+    result_type: type[Result],
+    train: Callable[[Run], Result],
     *,
     resume: bool,
-    say: Callable[[str], None],
+    say: Say,
     register: str | None,
     configure: Callable[[Experiment, Base], Experiment] = lambda experiment, base: experiment,
     groups: int = 1,
     spare: float = 0.0,
-) -> dict[str, Any]:
+) -> Result:
     """What a training and a search have in common: check everything, connect to the cluster, hold the lease, note beginning and
-    end, register the result. `train` returns the summary; with a `message` it has failed.
+    end, register the result.
 
-    `configure` makes the experiment that is trained, `groups` and `spare` are those of `scale`.
+    `train` does the rest; it raises RunFailed if there is no result. `configure` makes the experiment that is trained,
+    `groups` and `spare` are those of `scale`.
 
     Raises:
         UserError, RunFailed: as `run_training`.
@@ -99,7 +111,7 @@ def execute_run(
     experiment = pin_parent(written, folder)
     finished = check_run_name(experiment, folder, resume, kind)
     if finished:
-        return finished | registered(experiment, finished, register)
+        return _registered(result_type.read(finished, experiment), register)
     lease.check(folder, say)
     base = find_base(experiment.model)
     storage.check_writable(experiment.compute.storage)
@@ -114,20 +126,21 @@ def execute_run(
         with hold_lease(folder, say):
             finished = check_run_name(experiment, folder, resume, kind)  # another driver may have ended it just now
             if finished:
-                return finished | registered(experiment, finished, register)
+                return _registered(result_type.read(finished, experiment), register)
             write_run(folder, experiment, "running", kind=kind)
             say(starting(experiment))
             tracker = start_tracker(experiment, folder, task, base)
-            summary = train(Run(experiment, trained, folder, base, scaling, tracker))
-            if "message" in summary:
+            try:
+                result = train(Run(experiment, trained, folder, base, scaling, tracker))
+            except RunFailed:
                 write_run(folder, experiment, "failed", kind=kind)
-                raise RunFailed(summary["message"])
-            summary["seconds"] = round(time.monotonic() - began, 1)
-            write_run(folder, experiment, "finished", summary, kind)
+                raise
+            result = replace(result, seconds=round(time.monotonic() - began, 1))
+            write_run(folder, experiment, "finished", result.as_json(), kind)
     finally:
         if started_here:
             leave_ray()
-    return summary | registered(experiment, summary, register)
+    return _registered(result, register)
 
 
 @contextmanager
@@ -155,20 +168,20 @@ def starting(experiment: Experiment) -> str:
     return f"starting {many} worker{'s' if many > 1 else ''}"
 
 
-def registered(experiment: Experiment, summary: dict[str, Any], name: str | None) -> dict[str, str]:
-    """Publish what a run made under a name; what the summary says about it.
+def _registered(result: Result, name: str | None) -> Result:
+    """Publish what a run made under a name.
 
     Raises:
         RunFailed: it could not be published. The run itself is finished and complete.
     """
     if name is None:
-        return {}
+        return result
     try:
-        return {"registered": str(publish_run(experiment, name, summary["soft_prompt"], summary["run_id"]))}
+        return replace(result, registered=str(publish_run(result.experiment, name, result.folder, result.run_id)))
     except UserError as error:
         raise RunFailed(
             f"the run is finished but not registered ({error}); register it with: "
-            f"ptuning prompts import {summary['soft_prompt']} --name {name}"
+            f"ptuning prompts import {result.folder} --name {name}"
         ) from None
 
 
@@ -185,22 +198,25 @@ def _work() -> Callable[[dict[str, Any]], None]:
     return work
 
 
-def _fit(run: Run, show: Show) -> dict[str, Any]:
+def _fit(run: Run, show: Show, say: Say) -> TrainResult:
     """Run Ray Train in this thread (so that Ctrl-C stops it cleanly) and follow its events in another."""
     experiment, folder, tracker = run.experiment, run.folder, run.tracker
     queue = beside_driver(EventQueue).remote()
     attempt = storage.join(folder, "ray")
     config = {"folder": folder, "events": queue}
-    follower = _Follower(queue, folder, tracker, show, run.base)
+    record = Recorder(tracker, base=run.base)
+    follower = _Follower(queue, folder, record, show, say)
     status: Status = "FAILED"
+    failure: str | None = None
     interrupt = signal.getsignal(signal.SIGINT)
     try:
         make_trainer(experiment, attempt, run.scaling, _work(), config).fit()
         follower.stop()
-        status = "FINISHED" if "message" not in follower.summary else "FAILED"
+        failure = follower.failure
+        status = "FAILED" if failure else "FINISHED"
     except (TrainingFailedError, RayError) as error:
         follower.stop()
-        follower.summary["message"] = explain(follower.lost or error, folder, follower.hang)
+        failure = explain(follower.lost or error, folder, record.hang)
     except (KeyboardInterrupt, SystemExit):  # Train ends a run upon SIGINT with SystemExit(0) (2.60, data_parallel_trainer.py)
         follower.stop()
         status = "KILLED"
@@ -213,30 +229,44 @@ def _fit(run: Run, show: Show) -> dict[str, Any]:
         with suppress(OSError):  # said already: the disk is full
             tracker.finish(status)
         unsent = tracker.close(deadline_s=30)
-        follower.summary |= {"name": experiment.name, "run_id": tracker.run_id, "unsent": unsent}
         if storage.is_local(attempt):
             shutil.rmtree(attempt, ignore_errors=True)
-    return follower.summary
+    if failure or record.finished is None:
+        raise RunFailed(failure or f"{experiment.name}: the workers ended without a result; continue with --resume")
+    done = record.finished
+    return TrainResult(
+        experiment=experiment,
+        run_id=tracker.run_id,
+        folder=done.soft_prompt,
+        steps=done.step,
+        best_step=done.best_step,
+        metrics=done.values,
+        workers=record.workers,
+        peak_bytes=done.peak_bytes,
+        unsent=unsent,
+    )
 
 
 class _Follower:
     """Takes events from the queue to the screen and the tracker, in a thread of the driver."""
 
-    def __init__(self, queue: Any, folder: str, tracker: Tracker, show: Show, base: Base) -> None:
-        self.summary: dict[str, Any] = {}
+    def __init__(self, queue: Any, folder: str, record: Recorder, show: Show, say: Say) -> None:
         self._folder = folder
         self._queue = queue
-        self._record = Recorder(tracker, self.summary, base=base)
+        self._record = record
         self._show = show
+        self._say = say
         self._stopped = threading.Event()
+        self._unrecorded: list[Event] = []
         self.lost: RayError | None = None
-        """Why the queue answers no more. The workers notice it as well and fail (`EventSender`)."""
+        """Why the queue does not answer any more. The workers notice it as well and fail (`EventSender`)."""
         self._thread = threading.Thread(target=self._follow, name="ptuning-events", daemon=True)
         self._thread.start()
 
     @property
-    def hang(self) -> str | None:
-        return self._record.hang
+    def failure(self) -> str | None:
+        """Why there is no result, if the events say so."""
+        return self._record.failed or (disk_full(self._folder) if self._unrecorded else None)
 
     def stop(self) -> None:
         """Take what is left, then end."""
@@ -246,23 +276,22 @@ class _Follower:
     def _follow(self) -> None:
         last = False
         taken = 0
-        waiting: list[Event] = []
         while not last:
             last = self._stopped.wait(0.2)
             try:
-                recorded = taken - len(waiting)
-                events = [Event(**fields) for fields in ray.get(self._queue.take.remote(recorded))]
+                recorded = taken - len(self._unrecorded)
+                events = [read_event(fields) for fields in ray.get(self._queue.take.remote(recorded))]
             except RayError as error:
                 self.lost = error
                 return
             taken += len(events)
-            waiting += events
+            self._unrecorded += events
             # A full disk: what could not be recorded is kept until there is room. The workers do not wait for it.
             with suppress(OSError):
-                while waiting:
-                    self._record(waiting[0])
-                    waiting.pop(0)
+                while self._unrecorded:
+                    warning = self._record(self._unrecorded[0])
+                    self._unrecorded.pop(0)
+                    if warning:
+                        self._say(f"warning: {warning}")
             for event in events:
                 self._show(event)
-        if waiting:
-            self.summary.setdefault("message", disk_full(self._folder))

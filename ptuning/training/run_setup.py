@@ -104,7 +104,7 @@ def _parent_files(written: Experiment, source: str) -> dict[str, bytes]:
     if _is_folder(source):
         soft_prompt.load(source)
         return soft_prompt.without_passwords(storage.read_folder(source))
-    registry = Registry(_uri(written))
+    registry = Registry(tracking_client.tracking_uri(written))
     return retrieve(registry, registry.find(source))[1]
 
 
@@ -115,12 +115,12 @@ def publish_run(experiment: Experiment, name: str, folder: str, run_id: str | No
         UserError: as `publish`.
     """
     return publish(
-        Registry(_uri(experiment)), name, folder, run_id, tracking_client.default_artifact_root(experiment.compute.storage)
+        Registry(tracking_client.tracking_uri(experiment)),
+        name,
+        folder,
+        run_id,
+        tracking_client.default_artifact_root(experiment.compute.storage),
     )
-
-
-def _uri(experiment: Experiment) -> str:
-    return experiment.tracking.uri or tracking_client.default_uri(experiment.compute.storage)
 
 
 def _is_folder(source: str) -> bool:

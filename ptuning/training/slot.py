@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from ptuning.model.base import Base
 from ptuning.model.compatibility import check_base
 from ptuning.model.packing import Objective, Row
 from ptuning.model.soft_prompt import Card
-from ptuning.training.messages import Event, StartRun
+from ptuning.training.messages import Event, StartRun, event_fields
 from ptuning.training.starts import Start, rounds, survivors
 
 
@@ -146,7 +145,7 @@ class Slot:
             "best_step": self.best_step,
             "since_best": self.since_best,
             "parent": self.parent,
-            "events": [asdict(event) for _, event in self.unrecorded_events],
+            "events": [event_fields(event) for _, event in self.unrecorded_events],
         }
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

@@ -19,9 +19,10 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import PurePath
-from typing import Any
 
 import psutil
+
+from ptuning.training.messages import StuckReport
 
 LEAST, TIMES = 60.0, 20.0
 """The limit: this many seconds, or this many times the longest interval between two heartbeats, whichever is longer."""
@@ -38,13 +39,11 @@ HUNG = 75
 WAITING = ("/torch/distributed/", "/deepspeed/comm/")
 """Stack positions of a thread that waits for other workers."""
 
-Report = dict[str, Any]
-
 
 class Watchdog:
     """Watches the thread that creates it, from the first heartbeat on."""
 
-    def __init__(self, tell: Callable[[Report], None], limit_s: float | None = None) -> None:
+    def __init__(self, tell: Callable[[StuckReport], None], limit_s: float | None = None) -> None:
         """`tell` receives the watchdog's reports, in the watchdog's thread. `limit_s` replaces the measured limit."""
         self._tell = tell
         self._limit = limit_s
@@ -98,17 +97,17 @@ class Watchdog:
                 self._tell(self._report(silence, last=False))
             if silence >= limit:
                 report = self._report(silence, last=True)
-                if resting and report["waits"]:  # for another worker, which may take its time; if that one hangs, it is ended
+                if resting and report.waits:  # for another worker, which may take its time; if that one hangs, it is ended
                     continue
                 self._tell(report)
                 time.sleep(GRACE)
                 os._exit(HUNG)
 
-    def _report(self, silence: float, last: bool) -> Report:
+    def _report(self, silence: float, last: bool) -> StuckReport:
         stack = traceback.extract_stack(sys._current_frames().get(self._watched))
         waits = any(part in frame.filename for frame in stack for part in WAITING)
         where = f"{stack[-1].name} ({PurePath(stack[-1].filename).name}:{stack[-1].lineno})" if stack else "its end"
-        return {"seconds": round(silence, 1), "where": where, "place": worker_location(), "waits": waits, "last": last}
+        return StuckReport(round(silence, 1), where, worker_location(), waits, last)
 
 
 def worker_location() -> str:
@@ -127,14 +126,14 @@ def _works(before: tuple[float, int], after: tuple[float, int], seconds: float) 
     return after[0] - before[0] >= WORK * seconds or after[1] - before[1] >= BYTES * seconds
 
 
-def diagnose(places: list[str], reports: dict[int, Report]) -> str:
+def diagnose(places: list[str], reports: dict[int, StuckReport]) -> str:
     """One sentence that names the hung worker. `places`: the name of each worker, by rank; `reports`: their last reports."""
-    seconds = max(report["seconds"] for report in reports.values())
+    seconds = max(report.seconds for report in reports.values())
     silent = [f"worker {rank} ({place}) does not respond" for rank, place in enumerate(places) if rank not in reports]
     stuck = [
-        f"worker {rank} ({report['place']}) is stuck in {report['where']}"
+        f"worker {rank} ({report.place}) is stuck in {report.where}"
         for rank, report in sorted(reports.items())
-        if not report["waits"]
+        if not report.waits
     ]
     found = silent + stuck or [f"all {len(places)} workers wait for each other"]
     return f"no progress for {seconds:.0f} s: {', '.join(found)}; all workers restart from the newest checkpoint"

@@ -1,4 +1,4 @@
-"""What one training worker does. Ray Train has set up its device and its process group."""
+"""One training worker. Ray Train has set up its device and its process group."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,7 +19,19 @@ from ptuning.training import zero
 from ptuning.training.distributed import Workers
 from ptuning.training.event_queue import EventSender
 from ptuning.training.loop import Pack, train
-from ptuning.training.messages import Command, Event, Source, StartRun
+from ptuning.training.messages import (
+    Command,
+    Event,
+    Failed,
+    Loaded,
+    Loading,
+    Source,
+    StartRun,
+    Stepped,
+    Stuck,
+    StuckReport,
+    event_fields,
+)
 from ptuning.training.watchdog import Watchdog, worker_location
 
 LOADING_S = 5.0
@@ -28,7 +39,7 @@ LOADING_S = 5.0
 
 
 Connect = Callable[[Pack, Callable[[], None]], Source]
-"""Given the pack and what tells the watchdog that work goes on: where the commands of this worker come from."""
+"""Given the pack and a heartbeat of the watchdog: the source of this worker's commands."""
 
 
 def work(config: dict[str, Any]) -> None:
@@ -50,10 +61,10 @@ def run_worker(config: dict[str, Any], sender: EventSender, connect: Connect) ->
     watchdog = _watchdog(experiment, config, workers.rank)
 
     def report(event: Event) -> None:
-        if event.kind not in ("loading", "loaded"):  # afterwards progress is expected
+        if not isinstance(event, (Loading, Loaded)):  # afterwards progress is expected
             watchdog.heartbeat()
         if workers.is_main:
-            sender.send(asdict(event), now=event.kind != "step")
+            sender.send(event_fields(event), now=not isinstance(event, Stepped))
 
     try:
         base = find_base(experiment.model)
@@ -63,35 +74,36 @@ def run_worker(config: dict[str, Any], sender: EventSender, connect: Connect) ->
             experiment.zero,
             dtype,
             checkpoint_gradients=experiment.train.gradient_checkpointing,
-            progress=_Progress(lambda share: report(Event("loading", experiment.name, 0, {"share": share}))),
+            progress=_Progress(lambda share: report(Loading(experiment.name, 0, share))),
         )
-        loaded = {
-            "shares": workers.all_gather(asdict(zero.sharding(model.base))),
-            "dtype": str(dtype).removeprefix("torch."),
-            "shared_prefix": model.shared_prefix,
-            "workers": workers.size,
-            "places": workers.all_gather(worker_location()),
-            "group": config.get("group", 0),
-        }
-        report(Event("loaded", experiment.name, 0, details=loaded))
+        loaded = Loaded(
+            experiment.name,
+            0,
+            dtype=str(dtype).removeprefix("torch."),
+            shared_prefix=model.shared_prefix,
+            shares=workers.all_gather(zero.sharding(model.base)),
+            places=workers.all_gather(worker_location()),
+            group=config.get("group", 0),
+        )
+        report(loaded)
         model.base.register_forward_pre_hook(lambda *_: watchdog.heartbeat())
         recorded_until = sender.recorded_until if workers.is_main else lambda: math.inf  # who reports has to remember
         pack = Pack(model, base, workers, _Tasks(base, watchdog.expect_idle), recorded_until=recorded_until)
         train(pack, connect(pack, watchdog.heartbeat), report)
     except UserError as error:  # the same on every worker: no restart would help
-        report(Event("failed", experiment.name, 0, details={"message": str(error)}))
+        report(Failed(experiment.name, 0, str(error)))
     finally:
         watchdog.end()
         sender.flush()
 
 
 def _watchdog(experiment: Experiment, config: dict[str, Any], rank: int) -> Watchdog:
-    """This worker's watchdog; its words go the way of all events, past the training thread."""
+    """This worker's watchdog; it sends its reports itself, from its own thread."""
     sender = EventSender(config["events"])
-    known = {"rank": rank, "group": config.get("group", 0)}
 
-    def tell(words: dict[str, Any]) -> None:
-        sender.send(asdict(Event("stuck", experiment.name, 0, details=known | words)), now=True)
+    def tell(report: StuckReport) -> None:
+        event = Stuck(experiment.name, 0, group=config.get("group", 0), rank=rank, report=report)
+        sender.send(event_fields(event), now=True)
 
     return Watchdog(tell, experiment.compute.hang_s)
 
@@ -118,7 +130,7 @@ class _Tasks:
         self._known: dict[str, Task] = {}
 
     def __call__(self, experiment: Experiment) -> Task:
-        self._rest()  # tokenising takes what it takes, and the other workers wait for the slowest
+        self._rest()  # tokenising may take any time, and the other workers wait for the slowest
         room = None if experiment.data.max_tokens else experiment.prompt.length  # decides how many tokens a row may have
         key = json.dumps([room, experiment.data.model_dump(mode="json", exclude={"test"})])
         if experiment.data.test or key not in self._known:

@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -31,6 +30,7 @@ from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.safetensors_files import STORED_DTYPES, stored_tensors, stored_values
 from ptuning.planning.zero3_simulator import live_numbers, node_copies_fit, prefetch_numbers, share_bytes
 from ptuning.training.distributed import Workers
+from ptuning.training.messages import BaseShare
 
 load_deepspeed()
 
@@ -43,14 +43,6 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's settings (malloc.h)."""
 SAMPLES = 8
 """Elements per tensor and rank that are compared with the file after loading."""
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """Bytes of the base on one rank after loading."""
-
-    held: int
-    whole: int
 
 
 def derive_config(zero: ZeroConfig, base: Base, dtype: torch.dtype, micro_batch: int = 1) -> dict[str, Any]:
@@ -220,14 +212,14 @@ def _skip_compiled_collectives() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def sharding(model: nn.Module) -> Sharding:
+def sharding(model: nn.Module) -> BaseShare:
     """Bytes of the base that this rank holds, and bytes of the whole base."""
     held = whole = 0
     for parameter in model.parameters():
         own = _own_share(parameter)
         held += max(own.numel(), parameter.data.numel()) * own.element_size()
         whole += _numbers(_whole_shape(parameter)) * own.element_size()
-    return Sharding(held, whole)
+    return BaseShare(held, whole)
 
 
 def _own_share(parameter: nn.Parameter) -> torch.Tensor:

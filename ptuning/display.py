@@ -22,7 +22,7 @@ from ptuning.config import Experiment
 from ptuning.redaction import redact
 from ptuning.searching.space import INIT, LENGTH, RATE, best_result
 from ptuning.searching.trial_store import TrialRecord
-from ptuning.training.messages import Event
+from ptuning.training.messages import Evaluated, Event, Failed, Finished, Loaded, Loading, Started, Stepped
 
 EVERY = 10.0
 """Seconds between plain lines where there is no terminal."""
@@ -45,21 +45,19 @@ class Display:
             self._waiting = waiting(self._console)
 
     def __call__(self, event: Event) -> None:
-        if event.kind == "loading":
-            self.say(f"loading the base: {event.values['share']:.0%}")
-        elif event.kind == "loaded":
-            self._loaded(event)
-        elif event.kind in ("stuck", "broken"):
-            if "message" in event.details:
-                self.say(f"warning: {event.details['message']}")
-        elif event.kind == "start":
-            self._begin(event)
-        elif event.kind == "step":
-            self._advance(event)
-        elif event.kind == "evaluation":
-            self._evaluation(event)
-        else:
-            self.close()
+        match event:
+            case Loading():
+                self.say(f"loading the base: {event.share:.0%}")
+            case Loaded():
+                self._loaded(event)
+            case Started():
+                self._begin(event)
+            case Stepped():
+                self._advance(event)
+            case Evaluated():
+                self._evaluation(event)
+            case Finished() | Failed():
+                self.close()
 
     def close(self) -> None:
         for each in (self._progress, self._waiting):
@@ -67,15 +65,14 @@ class Display:
                 each.stop()
         self._progress = self._waiting = None
 
-    def _loaded(self, event: Event) -> None:
-        shares = event.details["shares"]
-        held = ", ".join(f"{share['held'] / share['whole']:.0%}" for share in shares)
-        way = "shared prefix" if event.details["shared_prefix"] else "plain concatenation"
-        workers = f"{len(shares)} worker{'s' if len(shares) > 1 else ''}"
-        self.say(f"base loaded by {workers} ({held} of it each), {event.details['dtype']}, {way}")
+    def _loaded(self, event: Loaded) -> None:
+        held = ", ".join(f"{share.held / share.whole:.0%}" for share in event.shares)
+        way = "shared prefix" if event.shared_prefix else "plain concatenation"
+        workers = f"{event.workers} worker{'s' if event.workers > 1 else ''}"
+        self.say(f"base loaded by {workers} ({held} of it each), {event.dtype}, {way}")
 
-    def _begin(self, event: Event) -> None:
-        self._steps, self._reached = event.details["steps"], event.step
+    def _begin(self, event: Started) -> None:
+        self._steps, self._reached = event.steps, event.step
         if event.step:
             self.say(f"resumed at step {event.step} of {self._steps}")
         if self._console.is_terminal:
@@ -91,9 +88,9 @@ class Display:
             self._progress.add_task(event.run, total=self._steps, completed=event.step, numbers="")
             self._progress.start()
 
-    def _advance(self, event: Event) -> None:
+    def _advance(self, event: Stepped) -> None:
         if event.step <= self._reached or not self._steps:
-            return  # sent again, in case it was not recorded before (`slot.Slot.told`)
+            return  # reported again, in case nobody had recorded it (`Slot.unrecorded_events`)
         self._reached = event.step
         numbers = f"loss {event.values['loss']:.4f}  {event.values['tokens_per_second']:,.0f} tokens/s{self._evaluated}"
         if self._progress:
@@ -102,12 +99,12 @@ class Display:
             self._last_line = time.monotonic()
             self.say(f"step {event.step}/{self._steps}  {numbers}")
 
-    def _evaluation(self, event: Event) -> None:
+    def _evaluation(self, event: Evaluated) -> None:
         shown = [name for name in event.values if name != "perplexity"]
         numbers = "  ".join(f"{name} {event.values[name]:.4f}" for name in shown)
         if "accuracy" in event.values:
             self._evaluated = f"  accuracy {event.values['accuracy']:.3f}"
-        best = "  (best so far)" if event.details["best"] else ""
+        best = "  (best so far)" if event.best else ""
         self.say(f"step {event.step}/{self._steps}  validation: {numbers}{best}")
 
 

@@ -1,0 +1,55 @@
+"""From a request's text to token ids, by the `Encoder` that training used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ptuning.config import Template, template_fields
+from ptuning.data.encoder import Encoder
+from ptuning.inference.types import RequestError
+
+RAW = Template(input="{text}", target="{text}", truncate="error")
+"""Text as it is."""
+
+
+def fields_of(encoder: Encoder, text: str | Mapping[str, str]) -> dict[str, str]:
+    """A text, or an object as a mapping or as JSON text -> the template's fields.
+
+    Raises:
+        RequestError: the fields are not those of the template.
+    """
+    wanted = template_fields(encoder.template.input)
+    if isinstance(text, str) and len(wanted) <= 1:
+        return dict.fromkeys(wanted, text)
+    fields: Any = text
+    if isinstance(text, str):
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError):
+            fields = None
+    if (
+        not isinstance(fields, Mapping)
+        or set(fields) != set(wanted)
+        or not all(isinstance(value, str) for value in fields.values())
+    ):
+        raise RequestError(f"the template has the fields {', '.join(wanted)}; send a JSON object with a text for each")
+    return dict(fields)
+
+
+def row_ids(encoder: Encoder, fields: Mapping[str, str], room: int, truncate: bool) -> list[int]:
+    """The token ids of a row in at most `room` tokens.
+
+    Raises:
+        RequestError, DataError: the row is too long and must not be truncated, or has no text.
+    """
+    if not truncate or encoder.template.truncate == "error":
+        size = len(encoder.input_ids(fields))
+        if size > room:
+            raise too_long(size, room)
+    return encoder.fitted_ids(fields, room)
+
+
+def too_long(size: int, room: int) -> RequestError:
+    return RequestError(f"the text has {size} tokens, {room} fit; shorten the text or lower max_tokens")

@@ -1,0 +1,191 @@
+"""Soft prompts over their base in this process: texts in, labels or text out. No server and no Ray."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from transformers import PreTrainedModel
+
+from ptuning.data.encoder import Encoder
+from ptuning.errors import UserError, suggest
+from ptuning.inference.engine import Engine
+from ptuning.inference.inputs import RAW, fields_of, row_ids
+from ptuning.inference.label_scorer import probabilities
+from ptuning.inference.sampling import Sampling, Token
+from ptuning.inference.types import AnswerFailed, End, EngineConfig, Request, RequestError, ResidentPrompt
+from ptuning.model.compatibility import base_of, check_base
+from ptuning.model.soft_prompt import SoftPrompt
+
+Text = str | Mapping[str, str]
+"""A text, or the fields of a template with several."""
+
+NEW_TOKENS = 64
+"""Most new tokens where the card does not say."""
+MANY = 1 << 20
+"""Requests that may wait: a caller's list is its own limit."""
+
+
+@dataclass(frozen=True)
+class _Resident:
+    handle: ResidentPrompt
+    encoder: Encoder
+    new_tokens: int
+
+
+class Predictor:
+    """Several soft prompts of one base, ready to answer. Close it, or use it in a `with` statement, to free the base.
+
+    Texts of all soft prompts run in the same batches. Methods may be called from any thread.
+
+    Args:
+        soft_prompts: one soft prompt, or several by name.
+        base: where their base lies, if not where the card says: a folder or a Hugging Face id.
+        dtype: "auto" is the dtype that training used on this kind of device; "float32" or "bfloat16".
+        cache_mb: memory for keys and values, in MiB.
+
+    Raises:
+        UserError: the base is not there, or a soft prompt was made for another one.
+    """
+
+    def __init__(
+        self,
+        soft_prompts: SoftPrompt | Mapping[str, SoftPrompt],
+        *,
+        base: str | None = None,
+        dtype: str = "auto",
+        cache_mb: int = 256,
+    ) -> None:
+        given = {soft_prompts.card.name: soft_prompts} if isinstance(soft_prompts, SoftPrompt) else dict(soft_prompts)
+        if not given:
+            raise UserError("Predictor: there is no soft prompt; pass one, or a mapping from names to soft prompts")
+        name, first = next(iter(given.items()))
+        found = base_of(first.card, name, base)
+        for name, each in given.items():
+            check_base(each, name, found)
+        model: torch.nn.Module = found.load(found.dtype(dtype))
+        self._engine = Engine(
+            cast(PreTrainedModel, model.to("cuda" if torch.cuda.is_available() else "cpu")),
+            found.tokenizer.eos_token_id,
+            EngineConfig(waiting=MANY, cache_bytes=cache_mb << 20, context=found.context),
+        )
+        self._tokenizer = found.tokenizer
+        try:
+            self._residents = {
+                name: _Resident(
+                    self._engine.add(each.vectors, each.card.content_hash),
+                    Encoder(each.card.template or RAW, found.tokenizer, self._engine.longest - each.card.length),
+                    each.card.max_new_tokens or NEW_TOKENS,
+                )
+                for name, each in given.items()
+            }
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self._engine.close()
+
+    @property
+    def names(self) -> list[str]:
+        """The soft prompts."""
+        return list(self._residents)
+
+    def predict(self, texts: Sequence[Text], name: str | None = None, *, truncate: bool = False) -> list[str]:
+        """The likeliest label of each text; without labels, the greedy answer.
+
+        Args:
+            name: which soft prompt answers; not needed if there is only one.
+            truncate: cut texts that are too long as training did, instead of refusing them.
+
+        Raises:
+            UserError: no such soft prompt, or a text that does not fit.
+        """
+        if not self._find(name).encoder.template.labels:
+            return self.generate(texts, name, truncate=truncate)
+        return [max(each, key=lambda label: each[label]) for each in self.probabilities(texts, name, truncate=truncate)]
+
+    def probabilities(
+        self, texts: Sequence[Text], name: str | None = None, *, truncate: bool = False
+    ) -> list[dict[str, float]]:
+        """p(label | text) of every label, for each text; each sums to 1.
+
+        Raises:
+            UserError: as `predict`, or the soft prompt has no labels.
+        """
+        resident = self._find(name)
+        labels = resident.encoder.template.labels
+        if not labels:
+            raise RequestError(f"{name or self.names[0]}: has no labels to choose among; use generate")
+        rows = self._rows(resident, texts, resident.encoder.input_room, truncate)
+        if not rows:
+            return []
+        scores = self._engine.choose(resident.handle, rows, resident.encoder.label_trie).result()
+        return [probabilities(each, labels) for each in scores]
+
+    def generate(
+        self,
+        texts: Sequence[Text],
+        name: str | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        truncate: bool = False,
+    ) -> list[str]:
+        """The text that the base generates behind each text.
+
+        Args:
+            max_new_tokens: at most; default: as long as the longest training target.
+            temperature: 0 takes the likeliest token each time.
+            seed: the same seed gives the same answer.
+
+        Raises:
+            UserError: as `predict`.
+            AnswerFailed: the logits were not finite.
+        """
+        resident = self._find(name)
+        new = resident.new_tokens if max_new_tokens is None else max_new_tokens
+        rows = self._rows(resident, texts, resident.encoder.limit - new, truncate)
+        requests = [Request(ids, resident.handle, new, Sampling(temperature, top_p, seed)) for ids in rows]
+        for request in requests:
+            self._engine.check(request)
+        answers: list[queue.SimpleQueue[Token | End]] = [queue.SimpleQueue() for _ in requests]
+        for request, answer in zip(requests, answers, strict=True):
+            self._engine.submit(request, answer.put)
+        return [self._collect(answer) for answer in answers]
+
+    def _find(self, name: str | None) -> _Resident:
+        if name is None:
+            if len(self._residents) > 1:
+                raise RequestError(f"there are several soft prompts; name one of {', '.join(self._residents)}")
+            return next(iter(self._residents.values()))
+        if name not in self._residents:
+            fix = suggest(name, self.names, f"use one of {', '.join(self.names)}")
+            raise RequestError(f"{name}: no such soft prompt; {fix}")
+        return self._residents[name]
+
+    def _rows(self, resident: _Resident, texts: Sequence[Text], room: int, truncate: bool) -> list[list[int]]:
+        if isinstance(texts, (str, Mapping)):
+            raise RequestError("texts: is a single text; pass a list of texts")
+        encoder = resident.encoder
+        return [row_ids(encoder, fields_of(encoder, text), room, truncate) for text in texts]
+
+    def _collect(self, answer: queue.SimpleQueue[Token | End]) -> str:
+        tokens: list[int] = []
+        while isinstance(event := answer.get(), Token):
+            tokens.append(event.id)
+        if event.reason == "failed":
+            raise AnswerFailed(event.message)
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()

@@ -1,0 +1,130 @@
+"""`ptuning serve` in a process of its own, with replicas and keys, and how tests look at it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+from conftest import REPOSITORY
+from serving_load import Told, tell
+from test_http_api import ADMIN, KEY, fill_storage, settings
+from test_tracking import free_port
+
+
+class Command:
+    """`ptuning serve` in a process of its own."""
+
+    def __init__(self, toml: Path, port: int, folder: Path) -> None:
+        self.port, self.url = port, f"http://127.0.0.1:{port}/v1"
+        self._log = folder / "serve.log"
+        command = [sys.executable, "-m", "ptuning", "serve", str(toml), f"serve.port={port}"]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True)
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def wait(self, words: str, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while words not in self.said:
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.1)
+
+    def stop(self) -> list[psutil.Process]:
+        """Ask it to stop; returns what it had started and is still there."""
+        started = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+        _, alive = psutil.wait_procs(started, 15)
+        return alive
+
+
+@contextlib.contextmanager
+def serving(folder: Path, base: Path, replicas: int = 2) -> Iterator[SimpleNamespace]:
+    """`ptuning serve` with replicas, keys, and a registry that changes while it runs."""
+    shared = set(os.listdir("/dev/shm"))
+    registry = fill_storage(folder / "runs", base)
+    (folder / "keys").write_text(f"{KEY}\n{ADMIN} admin\n", encoding="utf-8")
+    tables = settings(
+        folder / "runs", base, refresh_s=0.3, running=8, waiting=24, cache_mb=16, replicas=replicas, cpus_per_replica=0.5,
+        keys=str(folder / "keys"),
+    )  # fmt: skip
+    lines = [f"name = {json.dumps(tables['name'])}"]
+    for table in ("model", "data", "serve", "compute"):
+        lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in tables[table].items())]
+    (folder / "toy.toml").write_text("\n".join(lines), encoding="utf-8")
+    command = Command(folder / "toy.toml", free_port(), folder)
+    try:
+        command.wait("serving at")
+        yield SimpleNamespace(
+            command=command, port=command.port, url=command.url, registry=registry, base=base, shared=shared, folder=folder
+        )
+    finally:
+        if command.process.poll() is None:
+            command.stop()
+        print(command.said)
+
+
+def body(tokens: int, **more: Any) -> dict[str, Any]:
+    return {"model": "raw", "prompt": "Text: the old", "max_tokens": tokens, "temperature": 0, **more}
+
+
+def ask(world: SimpleNamespace, tokens: int = 4, **more: Any) -> Told:
+    headers = more.pop("headers", {})
+    return asyncio.run(tell(world.port, body(tokens, **more), KEY, **headers))
+
+
+def processes(world: SimpleNamespace, kind: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process(world.command.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(kind in part for part in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def metrics(world: SimpleNamespace) -> str:
+    asked = urllib.request.Request(f"http://127.0.0.1:{world.port}/metrics", headers={"authorization": f"Bearer {ADMIN}"})
+    with urllib.request.urlopen(asked, timeout=20) as response:
+        return str(response.read().decode())
+
+
+def until(condition: Callable[[], bool], seconds: float, what: str) -> float:
+    """How long it took, in seconds."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() < began + seconds, what
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def both_answer(world: SimpleNamespace, seconds: float = 60) -> float:
+    """Wait until two replicas answer; Serve's router asks either."""
+    seen: set[str] = set()
+
+    def look() -> bool:
+        with contextlib.suppress(OSError):
+            seen.update(re.findall(r'ptuning_busy\{replica="(\w+)"\}', metrics(world)))
+        return len(seen) >= 2
+
+    return until(look, seconds, "two replicas do not answer")
+
+
+def idle(world: SimpleNamespace, looks: int = 12) -> bool:
+    """No replica has anything to do; one look sees one of them."""
+    return all(re.search(r"ptuning_busy\{.*\} 0\.0", metrics(world)) for _ in range(looks))
