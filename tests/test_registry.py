@@ -241,7 +241,7 @@ def test_promote_rollback_and_delete(registry: Registry) -> None:
         PromotionLog(registry, "toy").rollback()
     with pytest.raises(RegistryError, match="is not a single version; write toy:N"):
         delete(registry, Reference("toy"))
-    with pytest.raises(RegistryError, match="toy:9: is not there"):
+    with pytest.raises(RegistryError, match="toy:9: does not exist"):
         ledger.promote(9, ledger.state())
     assert [(entry.kind, entry.version) for entry in ledger.state().moves] == [
         ("promote", 1),
