@@ -1,5 +1,6 @@
-"""Events on their way from the first worker to the driver, and back how many of them lie on its disk: a checkpoint holds the
-others, so that nothing is lost when the driver dies. Imports nothing heavy: the actor's process starts in a second.
+"""A queue of events from the first worker to the driver, which returns the number of events on its disk. A checkpoint contains
+the others, so that nothing is lost when the driver dies. Only light imports, so that the actor's process starts within a
+second.
 """
 
 from __future__ import annotations
