@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ptuning import storage
 from ptuning.config import Experiment
+from ptuning.redaction import redact
+from ptuning.tracking import client as tracking_client
 
 if TYPE_CHECKING:  # torch: a command that trains needs none in its own process
     from ptuning.model.soft_prompt import SoftPrompt
 
+
+PLOTS = "plots"
+"""Folder of the pictures among the artifacts of a run."""
 
 HEADLINES = (
     *("test_accuracy", "test_macro_f1", "test_rouge_l", "test_bleu", "test_loss"),
@@ -68,6 +78,27 @@ class TrainResult:
 
     def __str__(self) -> str:
         return describe(self.as_json())
+
+    def pictures(self) -> dict[str, bytes]:
+        """PNG files of the run in MLflow by name, such as "loss.png"; none if MLflow does not answer."""
+        if self.run_id is None:
+            return {}
+        with suppress(tracking_client.TrackingError), tempfile.TemporaryDirectory(prefix="ptuning-") as folder:
+            uri = tracking_client.tracking_uri(self.experiment)
+            with tracking_client.asking(uri):
+                store = tracking_client.artifacts(tracking_client.connect(uri), self.run_id)
+                paths = [Path(store.download_artifacts(each.path, folder)) for each in store.list_artifacts(PLOTS)]
+            return {path.name: path.read_bytes() for path in sorted(paths)}
+        return {}
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the line, the metrics and the pictures."""
+        rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{value:.4f}</td></tr>" for name, value in self.metrics.items())
+        shown = "".join(
+            f'<img alt="{html.escape(name)}" height="300" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+            for name, content in self.pictures().items()
+        )
+        return f"<p>{html.escape(redact(str(self)))}</p><table>{rows}</table>{shown}"
 
     def as_json(self) -> dict[str, Any]:
         """The last line of `--json`, and the summary in the run's record."""

@@ -30,10 +30,11 @@ from ptuning.training.messages import (
     Stuck,
     StuckReport,
 )
+from ptuning.training.result import PLOTS
 from ptuning.training.watchdog import diagnose
 
 LOSS_CURVE, METRIC_CURVE, CONFUSION, RELIABILITY, WORDS = (
-    f"plots/{name}.png" for name in ("loss", "validation", "confusion", "reliability", "words")
+    f"{PLOTS}/{name}.png" for name in ("loss", "validation", "confusion", "reliability", "words")
 )
 
 LABELS = "labels.json"
