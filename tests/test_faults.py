@@ -145,8 +145,9 @@ def survive(tables: dict[str, Any], undisturbed: dict[str, Any], *faults: tuple[
     events: list[Event] = []
     said: list[str] = []
     disturbed = start(tables, events, said=said, name="disturbed")
-    assert all(repeated <= 5 and seconds < 40 for repeated, seconds in recoveries(events, len(faults)))
+    found = recoveries(events, len(faults))
     assert difference(undisturbed, disturbed) < 1e-6
+    assert all(repeated <= 5 and seconds < 40 for repeated, seconds in found), found
     for number, (_, _, rank, what) in enumerate(faults):
         who = f"worker {rank} (pid {happened(number)['pid']} on {socket.gethostname()}) was killed or crashed"
         assert what != "kill" or any(line.startswith(f"warning: {who}") for line in said)
