@@ -4,13 +4,14 @@
 # make lint   ruff, formatting, types
 # make demo   everything once: train, search, register, serve, ask; some minutes
 # make train  the first job: a soft prompt for sentiment on the built-in base
+# make docs   the documentation site, into build/site
 # make clean  remove everything that these made, except the results in runs/
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: test test-all fast lint demo train clean
+.PHONY: test test-all fast lint demo train docs clean
 
 # What needs no cluster in a process for every core; then the rest, one after the other: a cluster has the machine for itself.
 # The seconds of every test are in build/*.xml.
@@ -41,11 +42,18 @@ demo: .venv/installed
 train: .venv/installed
 	$(BIN)/ptuning train jobs/sentiment.toml name=sentiment-$$(date +%s)
 
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+
 # torch comes first and alone: the pin matches a CPU build at hand (2.13.0+cpu), and nothing else can pull in another one.
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt -e '.[test]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(PIP) install -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:

@@ -23,7 +23,7 @@ port=${PTUNING_CLUSTER_PORT:-6379}
 dashboard=${PTUNING_DASHBOARD_PORT:-8265}
 python=$(command -v "${PTUNING_PYTHON:-python3}") || { echo "up-local: no ${PTUNING_PYTHON:-python3}; set PTUNING_PYTHON" >&2; exit 2; }
 
-export PYTHONSAFEPATH=1 # what lies where this is typed is no module
+export PYTHONSAFEPATH=1 # no imports from the working folder
 
 die() { echo "up-local: $*" >&2; exit 1; }
 
@@ -34,8 +34,8 @@ environment() {
 start() { # start NAME ARGUMENTS...: a node that ends with the process whose id is in NAME.pid
   local name=$1; shift
   mkdir -p "$state/$name"
-  # Ports of 0 are free ones: the defaults are the same on every node. --block keeps a node's processes below one that we can end.
-  # What runs jobs (2.60: JobSupervisor) imports from the folder that its node was started in, before all else: an empty one.
+  # Port 0 selects a free port: the defaults are the same on every node. --block keeps a node's processes below one that we can end.
+  # The process that runs jobs (2.60: JobSupervisor) first imports from the folder that its node was started in: an empty one.
   (cd "$state/$name"; exec setsid "$python" -m ray.scripts.scripts start "$@" --block --num-cpus "$cpus" --temp-dir "$state/$name" --disable-usage-stats \
     --object-store-memory 200000000 --min-worker-port 0 --max-worker-port 0 \
     --node-manager-port 0 --object-manager-port 0 --dashboard-agent-listen-port 0 --dashboard-agent-grpc-port 0 \
@@ -74,14 +74,14 @@ up() {
   (umask 077; mkdir -p "$state"; od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$state/token")
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token
   unset RAY_AUTH_TOKEN RAY_ADDRESS RAY_API_SERVER_ADDRESS
-  # SIGINT is what training stops upon in order; then a job has a minute to record that it was stopped.
+  # SIGINT stops training cleanly; then a job has a minute to record that it was stopped.
   export RAY_JOB_STOP_SIGNAL=SIGINT RAY_JOB_STOP_WAIT_TIME_S=60
   export RAY_ENABLE_UV_RUN_RUNTIME_ENV=0
   PATH=$(dirname "$python"):$PATH # a job's `python` is this one
-  trap 'down; trap - EXIT' EXIT INT TERM # not half a cluster
+  trap 'down; trap - EXIT' EXIT INT TERM # do not leave half a cluster
   start head --head --port "$port" --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" --ray-client-server-port $((port + 1))
   for ((number = 1; number < nodes; number++)); do
-    for ((tries = 0; tries < 240; tries++)); do # a node that comes before its head gives up
+    for ((tries = 0; tries < 240; tries++)); do # a node that starts before its head gives up
       (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null && break
       sleep 0.25
     done
@@ -92,7 +92,7 @@ up() {
   echo "a cluster of $nodes nodes with $cpus CPUs each; for this shell: eval \"\$($0 env)\"" >&2
 }
 
-ours() { # the process ids of the nodes; an id that was kept may be another's by now
+ours() { # the process ids of the nodes; an id may have been reused by another process
   local file pid
   for file in "$state"/*.pid; do
     [ -f "$file" ] && pid=$(cat "$file") || continue
@@ -104,7 +104,7 @@ down() {
   local pid left tries
   for pid in $(ours); do kill "$pid" 2>/dev/null || true; done
   for ((tries = 0; tries < 25; tries++)); do [ -n "$(ours)" ] || break; sleep 0.2; done
-  for pid in $(cat "$state"/*.pid 2>/dev/null); do # what a node did not take along belongs to its session
+  for pid in $(cat "$state"/*.pid 2>/dev/null); do # remaining processes belong to the session of the node
     # A worker names itself ray::WHAT and no longer shows its folder.
     for left in $(ps -o pid=,args= -s "$pid" 2>/dev/null | awk -v state="$state" 'index($0, state) || / ray::/ { print $1 }'); do
       kill -KILL "$left" 2>/dev/null || true
@@ -112,7 +112,7 @@ down() {
   done
   case $state in /|"$HOME") return ;; esac
   [ -f "$state/token" ] || return 0
-  # A driver is in a session of its own, and writes until it has missed its node.
+  # A driver is in a session of its own, and writes until it notices that its node has ended.
   for ((tries = 0; tries < 50; tries++)); do rm -rf "$state" 2>/dev/null && return; sleep 0.2; done
   rm -rf "$state"
 }

@@ -1,6 +1,6 @@
-"""Measures this project against its peers on the same work: `python jobs/benchmark.py train`.
+"""Compares this project with its peers on the same work: `python jobs/benchmark.py train`.
 
-Both sides run on the same base, data, dtype and threads, in turns (A B B A), and must agree on the result before they are
+Both sides run on the same base, data, dtype and threads, alternately (A B B A), and must agree on the result before they are
 timed. Ratios are medians over pairs with a bootstrap interval; absolute times depend on the machine.
 """
 

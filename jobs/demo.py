@@ -1,4 +1,4 @@
-"""Everything once, on this machine: train, search, register, serve, ask. `make demo` runs it; each time it starts afresh."""
+"""Runs all steps once on this machine: train, search, register, serve, ask. `make demo` runs it, each time from scratch."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SENTENCES = ("I love this product!", "This movie was terrible.")
 
 @contextmanager
 def started(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A `ptuning` command, shown as one would type it. Whatever happens here, it is asked to end, once, and waited for."""
+    """A `ptuning` command, which is also printed. In any case it is asked once to end, and waited for."""
     print(f"\n$ ptuning {' '.join(arguments)}", flush=True)
-    # In a group of its own: Ctrl-C comes here only, and is passed on. Twice would cut short how the command ends.
+    # In a process group of its own: only this process gets Ctrl-C, and passes it on. Two signals would interrupt the cleanup.
     process = subprocess.Popen([sys.executable, "-m", "ptuning", *arguments], text=True, process_group=0, **options)
     try:
         yield process
@@ -41,7 +41,7 @@ def started(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
 def run(*arguments: str) -> None:
     with started(*arguments) as process:
         if process.wait():
-            sys.exit(process.returncode)  # the command has said why
+            sys.exit(process.returncode)  # the command has printed the error
 
 
 def show_leaderboard() -> None:
@@ -52,7 +52,7 @@ def show_leaderboard() -> None:
 
 
 def ask() -> None:
-    """Serve the registered soft prompts, and ask them through the stock client."""
+    """Serve the registered soft prompts, and send requests with the standard OpenAI client."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with started("serve", EXPERIMENT, PLACE, f"serve.port={port}", stderr=subprocess.PIPE) as server:
@@ -63,7 +63,7 @@ def ask() -> None:
                 break
         else:
             sys.exit("demo: the server has ended")
-        from openai import OpenAI  # only now: it takes a second, and Ctrl-C is for the commands
+        from openai import OpenAI  # imported late: it takes a second, in which Ctrl-C would not reach the commands
 
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         for sentence in SENTENCES:
@@ -81,8 +81,8 @@ def main() -> None:
     run("prompts", "list", "--storage", str(RUNS))
     ask()
     print(
-        f"\nDone in {time.monotonic() - began:.0f} s; all of it is in {RUNS}.\n"
-        f"  pictures    {RUNS}/search/report/landscape.png and budget.png\n"
+        f"\nDone in {time.monotonic() - began:.0f} s; all results are in {RUNS}.\n"
+        f"  plots       {RUNS}/search/report/landscape.png and budget.png\n"
         f"  every run   . .venv/bin/activate; mlflow ui --backend-store-uri sqlite:///{RUNS}/mlflow.db\n"
         f"  ask more    ptuning serve {EXPERIMENT} {PLACE}; ptuning ask sentiment 'What a day.'\n"
         f"  your data   copy {EXPERIMENT}, name your file and labels in [data]; README.md shows how"

@@ -12,7 +12,7 @@ def main() -> None:
     """Parse the command line and pretrain."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, its tokenizer and its card")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="steps of 4,096 tokens; few, to try things out")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="steps of 4,096 tokens; few for a test")
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="seed of the corpus and the weights")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")

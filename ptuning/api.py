@@ -1,11 +1,11 @@
-"""What `import ptuning` offers. The command line calls the same functions.
+"""The Python API, as imported by `import ptuning`. The command line calls the same functions.
 
     experiment = ptuning.Experiment.load("jobs/sentiment.toml", "train.steps=100")
     result = ptuning.train(experiment, register="sentiment")
     with ptuning.Predictor(result.soft_prompt) as predictor:
         predictor.predict(["This movie was terrible."])
 
-Importing this module imports neither torch nor ray nor MLflow: each function imports what it needs.
+Importing this module imports neither torch, Ray nor MLflow: each function imports what it needs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _LAZY = {
     "SoftPrompt": "ptuning.model.soft_prompt",
     "TrainResult": "ptuning.training.result",
 }
-"""Classes whose modules import torch or ray: they are imported when they are first asked for."""
+"""Classes whose modules import torch or Ray: they are imported on first access."""
 
 
 def __getattr__(name: str) -> Any:
@@ -67,7 +67,7 @@ def __getattr__(name: str) -> Any:
 
 
 def prepare(command: Literal["train", "search", "serve"], experiment: Experiment) -> None:
-    """Import what a command needs, some seconds before it is called: the first call does it otherwise."""
+    """Preload the modules of a command, which takes some seconds; otherwise its first call does."""
     environment.apply_for_cluster(experiment.compute.address)
     with quick_imports():
         if command == "train":
@@ -81,12 +81,12 @@ def prepare(command: Literal["train", "search", "serve"], experiment: Experiment
 def train(experiment: Experiment, *, register: str | None = None, resume: bool = False, progress: bool = True) -> TrainResult:
     """Train one soft prompt on a Ray cluster, evaluate it and track it.
 
-    Without `compute.address` and `RAY_ADDRESS` a cluster of this machine is started and ended again.
+    Without `compute.address` and `RAY_ADDRESS` a cluster is started on this machine, and ended afterwards.
 
     Args:
         register: publish the result as the newest version of this name.
-        resume: go on with the run of this name from its newest checkpoint.
-        progress: show on stderr how it goes: a bar on a terminal, lines elsewhere.
+        resume: continue the run of this name from its newest checkpoint.
+        progress: show progress on stderr: a bar on a terminal, lines elsewhere.
 
     Raises:
         UserError: something in the experiment or its surroundings is wrong; nothing was started or written.
@@ -111,8 +111,8 @@ def search(
 
     Args:
         register: the name to publish the winner under; default: the experiment's. False publishes nothing.
-        resume: go on with the search of this name.
-        progress: show on stderr how it goes: a live table on a terminal, lines elsewhere.
+        resume: continue the search of this name.
+        progress: show progress on stderr: a live table on a terminal, lines elsewhere.
 
     Raises:
         UserError: something in the experiment or its surroundings is wrong; nothing was started or written.
@@ -137,11 +137,11 @@ def load(source: str, *, storage: str = "runs", tracking: str | None = None) -> 
     Args:
         source: a folder, a registered name ("sentiment", "sentiment:2", "sentiment@champion"), or the Hugging Face id of a PEFT
             prompt-tuning adapter.
-        storage: the storage folder whose registry knows the name.
+        storage: the storage folder whose registry contains the name.
         tracking: MLflow server or database to use instead.
 
     Raises:
-        UserError: nothing is there, or it is damaged.
+        UserError: the soft prompt does not exist or is damaged.
     """
     from pathlib import Path
 
@@ -170,11 +170,11 @@ def serve(
     Args:
         block: serve until SIGINT or SIGTERM. If False, return a `Server` as soon as it answers; leave its `with` block, or call
             its `stop`, to end it.
-        insecure: listen where others can reach it without API keys.
-        say: takes lines for people; default: print them to stderr if `block`.
+        insecure: allow an address that other machines can reach without API keys.
+        say: receives status lines; default: print them to stderr if `block`.
 
     Raises:
-        UserError: the keys or the base are wrong, the address is open without keys, or the cluster lacks resources.
+        UserError: the keys or the base are wrong, the address requires keys, or the cluster lacks resources.
     """
     from ptuning.serving.auth import check_address, check_token, read_keys
 
@@ -200,20 +200,20 @@ def plan(
     config: str | None = None,
     tokens: int | None = None,
 ) -> Estimate:
-    """What training and serving would take, from the base's config and the rows alone: memory, soft prompts that fit side by
-    side, bytes and least time of a step. Print it to read it.
+    """Plan the memory and time of training and serving, from the base's config and the rows: memory, soft prompts that fit side
+    by side, bytes and minimum time of a step. Print the result to read it.
 
     Args:
-        gpus: one for each worker; 0: `compute.workers` CPU workers of this machine.
-        memory_gb: of a GPU (80), or of a CPU worker (its share of this machine).
-        per_node: GPUs of a node.
-        bandwidth_gb: GB/s that a worker receives (300 in a node, 50 across, CPU 1).
-        tflops: tera-operations/s that a worker reaches (400 with GPUs, else 0.1).
+        gpus: one per worker; 0: `compute.workers` CPU workers of this machine.
+        memory_gb: GB per GPU (80), or per CPU worker (its part of this machine).
+        per_node: GPUs per node.
+        bandwidth_gb: GB/s that a worker receives (300 within a node, 50 between nodes, 1 on CPU).
+        tflops: tera-operations/s of a worker (400 with GPUs, else 0.1).
         config: config.json of the base, instead of model.path.
-        tokens: tokens of a row; default: data.max_tokens or the rows.
+        tokens: tokens per row; default: data.max_tokens, else counted.
 
     Raises:
-        UserError: no such base, rows that cannot be counted, or a batch that is too small for so many workers.
+        UserError: no such base, rows that cannot be counted, or a batch that is too small for the number of workers.
     """
     from ptuning.planning.planner import make_plan
 
@@ -232,8 +232,8 @@ def plan(
 class Registry:
     """The registered soft prompts of a storage folder, or of an MLflow server.
 
-    A name answers with its champion, or with its newest version while it has none; "name:3" is a version, "name@champion" what
-    an alias points to.
+    A name refers to its champion, or to its newest version if it has none; "name:3" is a version, "name@champion" the version
+    of an alias.
 
     Args:
         storage: the storage folder whose tracking store to use.
@@ -256,18 +256,18 @@ class Registry:
         return self._registry.versions(name)
 
     def get(self, reference: str) -> Version:
-        """What a reference points to.
+        """The version that a reference points to.
 
         Raises:
-            UserError: nothing.
+            UserError: there is none.
         """
         return self._registry.find(reference)
 
     def load(self, reference: str) -> SoftPrompt:
-        """The soft prompt, every hash checked.
+        """The soft prompt, after a check of every hash.
 
         Raises:
-            UserError: nothing is there, or it is damaged.
+            UserError: the soft prompt does not exist or is damaged.
         """
         from ptuning.registry.publish import retrieve
 
@@ -276,16 +276,16 @@ class Registry:
     def promote(
         self, name: str, version: int | None = None, *, margin: float = MARGIN, force: bool = False, base: str | None = None
     ) -> Promotion:
-        """Make a version champion, if it passes the gate. The champion is what is served under the name.
+        """Make a version champion if it passes the checks. The champion is served under the name.
 
         Args:
-            version: its number, if `name` does not say it.
-            margin: how much worse than the present champion it may be.
-            force: promote it though it does not pass; a tag says so.
-            base: where its base lies, if not where its card says.
+            version: its number, if `name` does not contain it.
+            margin: how much worse than the current champion it may be.
+            force: promote it even if it does not pass; a tag records this.
+            base: the location of its base, if it differs from the card.
 
         Raises:
-            UserError: it does not pass, is not there, or somebody moved the champion meanwhile.
+            UserError: it does not pass or does not exist, or the champion was changed by another process.
         """
         from ptuning.registry import gate
 
@@ -295,7 +295,7 @@ class Registry:
         """Make the previous champion champion again; returns its version.
 
         Raises:
-            UserError: there is none, or somebody moved the champion meanwhile.
+            UserError: there is none, or the champion was changed by another process.
         """
         from ptuning.registry.promotions import PromotionLog
 
@@ -307,19 +307,19 @@ class Registry:
         """Delete a version ("name:3") that is not champion. Its run stays in MLflow.
 
         Raises:
-            UserError: it is not there, or is the champion.
+            UserError: it does not exist, or is the champion.
         """
         from ptuning.registry import promotions
 
         return promotions.delete(self._registry, single_version(reference))
 
     def add(self, source: str, name: str, *, base: str | None = None, template: Template | None = None) -> Version:
-        """Publish a soft prompt that was made elsewhere, as with PEFT.
+        """Publish a soft prompt of another tool, such as PEFT.
 
         Args:
             source: the folder of a PEFT prompt-tuning adapter, or its Hugging Face id.
-            base: the base it was made for; default: what the adapter says.
-            template: how a row becomes text; a soft prompt of ours brings its own.
+            base: the base it was made for; default: the base that the adapter names.
+            template: how a row becomes text; default: the template of the adapter's card, if it has one.
 
         Raises:
             UserError: no such adapter, or not one for this base.
@@ -327,7 +327,7 @@ class Registry:
         from ptuning.registry.peft_import import import_adapter
         from ptuning.tracking.client import database, default_artifact_root
 
-        local = database(self._registry.uri)  # a server decides itself where artifacts lie
+        local = database(self._registry.uri)  # a server decides where artifacts are stored
         root = default_artifact_root(local.parent) if local else None
         return import_adapter(self._registry, source, name, base, template, root)
 
@@ -335,7 +335,7 @@ class Registry:
         """Write a soft prompt to a new folder that PEFT loads, with the public part of its card.
 
         Raises:
-            UserError: it is damaged, or the folder is in use.
+            UserError: it is damaged, or the folder is not empty.
         """
         from ptuning.registry.publish import fetch
 
@@ -347,7 +347,7 @@ class Registry:
         """Write base and soft prompt as one plain checkpoint to a new folder.
 
         Raises:
-            UserError: it is damaged, not for this base, or this architecture cannot be merged.
+            UserError: it is damaged or for another base, or the architecture cannot be merged.
         """
         from ptuning.registry import merged_export
 
@@ -358,7 +358,7 @@ class Registry:
         """Card, lineage, promotions, and the words nearest to every virtual token, as plain data.
 
         Raises:
-            UserError: it is not there, or damaged.
+            UserError: it does not exist or is damaged.
         """
         from ptuning.registry.inspection import inspect_version
 
@@ -368,7 +368,7 @@ class Registry:
         """Other soft prompts of the same base with their cosine, the most similar first: candidates for prompt.init_from.
 
         Raises:
-            UserError: it is not there, or its base is unknown.
+            UserError: it does not exist, or its base is unknown.
         """
         from ptuning.registry import inspection
         from ptuning.registry.registry import parse_reference
@@ -376,7 +376,7 @@ class Registry:
         return inspection.similar(self._registry, parse_reference(reference))
 
     def compare(self, name: str, text: str, *, base: str | None = None) -> Sequence[Opinion]:
-        """Ask the base, the hand-written text and every version the same thing."""
+        """The answers of the base, of the initial text and of every version to the same input."""
         from ptuning.serving.compare import compare
 
         return compare(self._registry, name, text, base)
@@ -386,7 +386,7 @@ def single_version(name: str, number: int | None = None) -> Reference:
     """The reference to one version: a name and its number, or "name:3" or "name@alias".
 
     Raises:
-        UserError: it names no single version.
+        UserError: it is not a single version.
     """
     from ptuning.registry.registry import Reference, check_name, parse_reference
 

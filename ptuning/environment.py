@@ -1,7 +1,7 @@
-"""Every environment variable that this package sets for the libraries it uses: one table, applied by part.
+"""All environment variables that this package sets for the libraries it uses: one table, applied in parts.
 
-A library reads its variables when it is imported, when it starts processes, or once at a first call, so each part is applied
-just before that. What the user has set stays, unless a variable is marked as fixed.
+A library reads its variables at import, when it starts processes, or at the first call, so each part is applied just before
+that. Values set by the user stay, unless a variable is marked as fixed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Variable:
     value: str
     why: str
     fixed: bool = False
-    """Set whatever the user has set."""
+    """Override the user's value."""
 
 
 TABLE = (
@@ -45,13 +45,13 @@ TABLE = (
     Variable("ray", "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0",
              "uv's hook would start every worker through `uv run` and upload the working directory"),
     Variable("ray", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5",
-             "how often the controller looks at its workers; the default of 2 s is waited for at the end of every run"),
+             "poll interval of the controller; every run waits for it at its end, and the default is 2 s"),
     Variable("ray", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "120",
-             "after so many seconds a process that does not answer is taken for dead; the default is 600"),
+             "seconds after which an unresponsive process counts as dead; the default is 600"),
     Variable("ray", "RAY_USAGE_STATS_ENABLED", "0", "nothing is sent anywhere"),
     Variable("ray", "TOKENIZERS_PARALLELISM", "false", "tokenizers warn of threads before a fork"),
     Variable("own cluster", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0",
-             "an actor that asks whether a cloud will take the machine away: a second of every start"),
+             "an actor that checks whether the cloud will preempt the machine; it costs a second per start"),
     # Meant for other systems, where firewalls ask about open ports; it works everywhere.
     Variable("loopback", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0",
              "a cluster that is started here listens on loopback with all its ports, and not on every interface (2.60)"),
@@ -65,7 +65,7 @@ TABLE = (
     Variable("proxy", "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "ptuning.serving.proxy:middlewares",
              "what the proxy lets in (2.60, serve/_private/constants.py)"),
     Variable("proxy", "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1",
-             "a dead proxy is replaced after three looks: with the default of 10 s nobody is answered for half a minute"),
+             "a dead proxy is detected after three checks: with the default of 10 s there are no answers for half a minute"),
 )  # fmt: skip
 """`sys_path` has its own: PYTHONPATH and PYTHONSAFEPATH are needed before anything else is imported."""
 
@@ -78,6 +78,6 @@ def apply(*parts: Part) -> None:
 
 
 def apply_for_cluster(address: str | None) -> None:
-    """What has to be set before ray is imported, in a process that joins the cluster at `address` or starts its own."""
+    """Set the variables that Ray reads at import, in a process that joins the cluster at `address` or starts its own."""
     if not address and not os.environ.get("RAY_ADDRESS"):
         apply("loopback")

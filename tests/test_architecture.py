@@ -218,7 +218,7 @@ ALLOWED = {
     "set data.validation or remove train.patience": "a setting",
     "has no effect on workers without GPUs; remove it": "a setting",
     '" or remove it': "a setting",
-    "leave no room in the ": "a setting",
+    "leave no space in the ": "a setting",
     "or remove the value": "a setting",
     "which is code from elsewhere; remove it": "a line of a config.json that is there",
     "fill the row or remove it": "a row that is there",

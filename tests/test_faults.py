@@ -473,7 +473,7 @@ def test_a_lost_node_is_told_of_and_another_one_waited_for(
         nodes.add_node(num_cpus=1)
         summary = json.loads(driver.communicate(timeout=250)[0].splitlines()[-1])
         assert summary["steps"] == 1500 and summary["workers"] == 2
-        assert re.search(r"warning: .* is gone$", log.read_text(), re.MULTILINE)
+        assert re.search(r"warning: .* (was lost|has died)$", log.read_text(), re.MULTILINE)
         assert "resumed at step " in log.read_text()
     finally:
         nodes.shutdown()

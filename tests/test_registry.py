@@ -178,7 +178,7 @@ def test_what_is_not_there(registry: Registry, tmp_path: Path) -> None:
         registry.find("other")
     with pytest.raises(RegistryError, match="toy:7: does not exist; toy has the versions 1 and no alias, choose one"):
         registry.find("toy:7")
-    with pytest.raises(RegistryError, match="toy@champion: is not there"):
+    with pytest.raises(RegistryError, match="toy@champion: does not exist"):
         registry.find("toy@champion")
     with pytest.raises(RegistryError, match="other: no soft prompt of this name"):
         PromotionLog(registry, "other").state()
@@ -241,7 +241,7 @@ def test_promote_rollback_and_delete(registry: Registry) -> None:
         PromotionLog(registry, "toy").rollback()
     with pytest.raises(RegistryError, match="is not a single version; write toy:N"):
         delete(registry, Reference("toy"))
-    with pytest.raises(RegistryError, match="toy:9: is not there"):
+    with pytest.raises(RegistryError, match="toy:9: does not exist"):
         ledger.promote(9, ledger.state())
     assert [(entry.kind, entry.version) for entry in ledger.state().moves] == [
         ("promote", 1),

@@ -354,7 +354,7 @@ def test_a_slot_that_diverges_stops_alone(run: Any, toy_task: SimpleNamespace) -
     assert failed.run == "bad" and failed.step == 3
     rate = learning_rate(bad.train, 3)
     assert failed.message == (
-        f"bad: loss nan at step 4 (learning rate {rate:g}); lower train.learning_rate, or look at these rows"
+        f"bad: loss nan at step 4 (learning rate {rate:g}); lower train.learning_rate, or check the rows of this step"
     )
     assert not storage.exists(str(done.folder / "bad"), "soft_prompt")
     alone = run("alone")(good).result("good").vectors
@@ -395,7 +395,7 @@ def test_whatever_makes_a_slot_diverge_it_stops_alone(
         assert all(math.isfinite(event.values["loss"]) for event in done.of("step")) and not done.of("failed")
     else:
         [failed] = done.of("failed")
-        assert failed.run == "bad" and "lower train.learning_rate, or look at these rows" in failed.message
+        assert failed.run == "bad" and "lower train.learning_rate, or check the rows of this step" in failed.message
         assert not storage.exists(str(done.folder / "bad"), "soft_prompt")
     assert float((alone - done.result("good").vectors).norm() / alone.norm()) < 1e-5
 

@@ -173,9 +173,9 @@ def stop(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it has ended.")] = True,
     as_json: Json = False,
 ) -> None:
-    """End a job in order: its run can be resumed.
+    """Stop a job cleanly: its run can be resumed.
 
-    For a job that serves, end what it serves.
+    For a serving job, the application it has deployed is ended.
 
     Example: ptuning jobs stop sentiment-20260102-030405-ab12 --address http://head:8265
     """
@@ -192,7 +192,7 @@ def stop(
     if as_json:
         typer.echo(json.dumps({"job": job, "stopped": stopped, "status": status}))
     elif not stopped:
-        typer.echo(f"{job}: was over already ({status})")
+        typer.echo(f"{job}: had already ended ({status})")
     else:
         typer.echo(f"{job}: what it served has ended" if status == "succeeded" else f"{job}: {status}")
 
@@ -244,7 +244,7 @@ def examine(experiment: str | None, overrides: list[str], address: str) -> list[
 
 
 def _asked_to_stop() -> bool:
-    """Ctrl-C may mean either. Without a terminal nobody can say, and a job must not end by accident."""
+    """Ctrl-C may mean either. Without a terminal the user cannot be asked, and a job must not end by accident."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     try:

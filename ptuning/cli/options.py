@@ -48,9 +48,9 @@ BaseOption = Annotated[
 
 @contextmanager
 def busy(what: str) -> Iterator[None]:
-    """On a terminal, a sign of life on stderr while something takes its time; elsewhere nothing.
+    """On a terminal, shows a spinner on stderr during a long operation; elsewhere nothing.
 
-    Nothing may be printed meanwhile: stdout would go to stderr, and lines on stderr stand beside the sign.
+    Nothing may be printed inside: stdout would go to stderr, and lines on stderr would mix with the spinner.
     """
     if not sys.stderr.isatty():
         yield

@@ -43,7 +43,7 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Plan the memory and time of training and serving, without weights.
+    """Plan memory and time of training and serving, without weights.
 
     Shows the memory of a worker, the soft prompts that fit side by side, and the bytes and minimum time of a step.
 

@@ -67,7 +67,7 @@ class Dispatcher:
         return run, folder
 
     def is_current(self, trial: str, run: str) -> bool:
-        """Whether this is the trial's present stay: what is waited for in an earlier one belongs to nobody."""
+        """True if `run` is the trial's current assignment; results of earlier assignments are dropped."""
         return bool(self._known[trial]["run"] == run)
 
     def attach(self, trial: str, run: str, folder: str, experiment: Fields, values: Fields) -> None:
@@ -188,7 +188,7 @@ def _length(order: Fields) -> int:
 
 @ray.remote(num_cpus=0)
 class DispatcherActor:
-    """The dispatcher in a process of its own. Whoever asks for news may wait for it a while."""
+    """The dispatcher in a process of its own. Calls that ask for news may wait for some time."""
 
     def __init__(self) -> None:
         self._dispatcher = Dispatcher()
@@ -229,7 +229,7 @@ class DispatcherActor:
         return dispatcher.results(trial) if dispatcher.is_current(trial, run) else [RELEASED]
 
     async def joined(self, groups: int) -> dict[int, int]:
-        """Places of the groups, once so many are there; fewer after a while."""
+        """Slots of the groups, once `groups` groups have joined; fewer after a timeout."""
         await self._wait(lambda: len(self._dispatcher.places) >= groups or self._dispatcher.broken is not None)
         return self._dispatcher.places
 

@@ -1,4 +1,4 @@
-"""The end of a search: the best configurations once more with several seeds, then the test rows, once."""
+"""The end of a search: trains the best configurations with several seeds, then evaluates the winner once on the test rows."""
 
 from __future__ import annotations
 

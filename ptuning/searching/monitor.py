@@ -54,7 +54,7 @@ class SearchMonitor:
         self._thread.start()
 
     def wait(self, done: Callable[[], bool], alive: Callable[[], bool], most_s: float = math.inf) -> None:
-        """Until `done`, or nobody works any more, or for so many seconds."""
+        """Wait until `done`, until nothing is `alive`, or for `most_s` seconds."""
         until = time.monotonic() + most_s
         while not done() and alive() and self.trouble is None and time.monotonic() < until:
             time.sleep(0.05)

@@ -1,5 +1,5 @@
-"""What a search found out, from its store: the order of the trials, the best metric over budget, and whether stopping early
-makes sense on this task."""
+"""Results of a search, from its store: the ranking of the trials, the best metric over budget, and whether early stopping is
+reliable on this task."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ranked(experiment: Experiment, entries: Sequence[TrialRecord]) -> list[Trial
 
 
 def table(experiment: Experiment, entries: Sequence[TrialRecord]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the leaderboard; failed trials stand at the end with their reason."""
+    """Columns and rows of the leaderboard; failed trials are at the end, with their reason."""
     keys = list(dict.fromkeys(key for entry in entries for key in entry.values))
     order = ranked(experiment, entries)
     columns = ["rank", "trial", *keys, "step", "state", experiment.metric, "loss", "score", "message"]

@@ -75,9 +75,9 @@ def trial_experiment(experiment: Experiment, base: Base) -> Experiment:
     longest = max(experiment.search.length)
     if base.context - longest < 2:
         raise ExperimentError(
-            f"search.length: {longest} virtual tokens leave no room in the {base.context} positions of {base.name}; remove it"
+            f"search.length: {longest} virtual tokens leave no space in the {base.context} positions of {base.name}; remove it"
         )
-    # All trials see the same rows, cut at the same place, whatever their length.
+    # All trials see the same rows, truncated at the same position, regardless of their length.
     data = experiment.data.model_copy(update={"max_tokens": experiment.data.max_tokens or base.context - longest})
     train = experiment.train
     if experiment.search.scheduler == "pbt":  # a trial may go on from another one's last evaluation

@@ -131,14 +131,14 @@ class OptunaSearcher(Searcher):
         )
 
     def save(self, checkpoint_path: str) -> None:
-        """The store is what lasts; Tune wants a file."""
+        """The trial store is the persistent state; Tune only requires that a file exists."""
         Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("a search is resumed from its store")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles what it is given; nobody reads it
+        return {}  # Tune pickles this object, but the pickle is never read
 
 
 def _distributions(experiment: Experiment) -> dict[str, BaseDistribution]:

@@ -1,4 +1,4 @@
-"""How many soft prompts train side by side: as many as memory holds, until more no longer trains more in the same time."""
+"""The number of soft prompts that train side by side: limited by memory, and by the throughput that more slots still add."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ptuning.training.loop import Pack, step
 from ptuning.training.messages import StartRun
 
 GAIN = 1.1
-"""Twice the slots must train at least this much more per second."""
+"""Doubling the slots must raise the throughput at least by this factor."""
 
 
 def count_slots(pack: Pack, experiment: Experiment) -> int:
-    """`search.slots`, or what a short measurement says; the same on all workers.
+    """`search.slots`, or the result of a short measurement; the same on all workers.
 
     Raises:
-        UserError: so many slots do not fit into memory.
+        UserError: the slots do not fit into memory.
     """
     search = experiment.search
     wanted = search.slots if isinstance(search.slots, int) else MOST_SLOTS
@@ -63,7 +63,7 @@ def _fitting(pack: Pack, experiment: Experiment, limit: int) -> int:
 
 
 def _seconds(pack: Pack, experiment: Experiment, size: int) -> float:
-    """Seconds of a step with so many of the longest soft prompts, on all workers the first one's."""
+    """Seconds of a step with `size` of the longest soft prompts, measured on the first worker."""
     tables = experiment.model_dump(mode="json")
     longest = max(experiment.search.length)
     for number in range(size):

@@ -1,4 +1,4 @@
-"""What a search chooses from, and how a choice becomes an experiment. Plain data: trials import it without torch."""
+"""The search space, and the experiment of a configuration. Plain data: trials import it without torch."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def trial_tables(tables: Mapping[str, Any], name: str, values: Values) -> dict[s
 
 
 def key_of(tables: Mapping[str, Any]) -> str:
-    """Hash of everything that decides a trial's result, its seed and its budget included."""
+    """Hash of everything that determines a trial's result, its seed and budget included."""
     decisive = {table: tables[table] for table in ("model", "prompt", "data", "train")}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def score(experiment: Experiment, metrics: Mapping[str, float], length: int) -> float:
-    """What a search makes as large as possible: the metric, less what the length costs."""
+    """The objective of a search, to maximise: the metric minus the cost of the length."""
     value = metrics[experiment.metric]
     return (-value if experiment.metric == "loss" else value) - experiment.search.prefer_short * math.log2(length)
 

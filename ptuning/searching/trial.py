@@ -1,4 +1,5 @@
-"""A Ray Tune trial: asks the dispatcher for a slot, hears what is measured there, and tells Tune. It never sees torch."""
+"""A Ray Tune trial: requests a slot from the dispatcher, receives its metrics, and reports them to Tune. Does not import
+torch."""
 
 from __future__ import annotations
 

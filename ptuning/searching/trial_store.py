@@ -1,6 +1,6 @@
-"""The search's own memory: one record per trial, written before the trial starts and kept current.
+"""The persistent state of a search: one record per trial, written before the trial starts and updated continuously.
 
-After a crash a search is replayed from it: who has ended is not repeated, who was training goes on from its last checkpoint.
+After a crash the search is replayed from it: finished trials are not repeated, others continue from their last checkpoint.
 """
 
 from __future__ import annotations

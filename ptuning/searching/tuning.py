@@ -65,11 +65,11 @@ class _FreeSlots(Callback):
         self._release(trial.trial_id, str(trial.get_error() or "unknown error").strip().splitlines()[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles what it is given; nobody reads it
+        return {}  # Tune pickles this object, but the pickle is never read
 
 
 class _Hung(tune.Stopper):
-    """Ends Tune's part when nobody trains any more and yet a trial's own process does not end: Tune would wait for ever."""
+    """Stops Tune if no trial trains any more but a trial's process does not end: Tune would wait for ever."""
 
     def __init__(self, busy: Callable[[], bool]) -> None:
         self._busy = busy
@@ -138,7 +138,7 @@ class Search:
             status = "KILLED"
             raise
         finally:
-            with suppress(RayError):  # the dispatcher has gone: said already
+            with suppress(RayError):  # the dispatcher was lost, which is already reported
                 ray.get(self.dispatcher.close.remote())
             unsent = 0
             with suppress(OSError):  # said already: the disk is full
@@ -205,7 +205,7 @@ class Search:
             self.broken = explain(error, self.folder, self.monitor.hang)
         finally:
             if self.broken:
-                with suppress(RayError):  # the dispatcher itself has gone
+                with suppress(RayError):  # the dispatcher itself was lost
                     ray.get(self.dispatcher.close.remote(self.broken))
 
     def _alive(self) -> bool:
@@ -269,7 +269,7 @@ class Search:
                     raise
         if hung.stop_all():
             for entry in self.store.trials():
-                self.monitor.then(entry.run, lambda entry: _end(entry, "its process gave no sign of life"))
+                self.monitor.then(entry.run, lambda entry: _end(entry, "its process did not respond"))
         # What Tune has stopped still saves its soft prompt; what failed has told the monitor.
         # Not for ever: workers that were just then started again have forgotten who was to leave.
         self.monitor.wait(lambda: all(self._settled(entry) for entry in self.store.trials()), self._alive, SAVING)

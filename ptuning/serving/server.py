@@ -1,8 +1,8 @@
 """One Ray Serve application: replicas of a service behind Serve's HTTP proxy.
 
-Serve's defaults are not those of production (2.60): a queue without end, no time limit, and clients that may switch off
-what limits there are by a header. So the limits that matter are kept inside the replica (`http_api`, `engine`), and what
-is set here lets requests reach it. What strangers can do to the proxy in front is bounded in `edge`.
+Serve's defaults (2.60) are not suitable for production: unbounded queues, no timeouts, and headers by which clients can disable
+the existing limits. So the replica enforces the limits (`http_request`, `engine`), and the settings here let all requests reach
+it. `proxy` limits what untrusted input can do to Serve's proxy.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Server:
             self._end()
             raise
         if not keys:
-            say("without API keys: everybody who reaches this address may ask")
+            say("without API keys: anyone who reaches this address may use the server")
 
     def __enter__(self) -> Server:
         return self
@@ -92,7 +92,7 @@ class Server:
         if self._started_here:
             leave_ray()
         else:
-            with suppress(Exception):  # it never started, or the cluster has gone: what matters is said already
+            with suppress(Exception):  # it never started, or the cluster was lost: the error is already reported
                 serve.delete(APPLICATION)
 
 
@@ -109,16 +109,16 @@ def run_server(experiment: Experiment, *, insecure: bool = False, say: Callable[
 
 
 def deploy(experiment: Experiment, *, insecure: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    """Have a cluster serve, and return: the application lives on, whatever becomes of this process and its job.
+    """Deploy the application on a cluster, and return. It continues when this process and its job have ended.
 
     On loopback there is one proxy, on the head node; on other addresses there is one on every node with a replica.
 
     Raises:
-        UserError: as `run_server`, or there is no cluster: one that is started here would end with this process.
+        UserError: as in `run_server`, or there is no cluster: one that is started here would end with this process.
     """
     experiment, keys = _prepared(experiment, insecure)
     if not (experiment.compute.address or os.environ.get("RAY_ADDRESS")):
-        raise UserError("compute.address: there is no cluster that could go on serving; set it, or serve without --detach")
+        raise UserError("compute.address: there is no cluster that could keep serving; set it, or serve without --detach")
     start_ray(experiment)
     try:
         keep = _keep_package()
@@ -161,11 +161,11 @@ def _url(experiment: Experiment) -> str:
 
 
 def _drain(handle: Any, most_s: float) -> None:
-    """Have every replica refuse what is new with a 503 and answer what has begun.
+    """Make every replica refuse new requests with 503 and complete those in flight.
 
-    Deleting the application would do the latter, too, but Serve's proxies answer 404 from that moment on (2.60), which clients
-    take for an error of theirs and do not repeat. The handle asks the replica with the least to do; so whoever is asked last
-    has nothing to do, and all are asked.
+    Deleting the application also completes them, but then Serve's proxies answer 404 (2.60), which clients treat as their own
+    error and do not retry. The handle calls the replica with the fewest requests, so the calls reach all replicas until the
+    last is idle.
     """
     left: dict[str, int] = {}
     until = time.monotonic() + most_s

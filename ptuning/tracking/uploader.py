@@ -197,7 +197,7 @@ class Uploader:
     def _upload(self, path: Path, folder: str) -> None:
         # Not log_artifacts: in some stores it starts a thread pool, and Python waits for its threads at exit.
         if not path.exists():
-            raise _Refused(f"{path} is gone")
+            raise _Refused(f"{path} no longer exists")
         self._artifacts.log_artifact(str(path), folder or None)
 
     def _find_or_create_run(self) -> str:

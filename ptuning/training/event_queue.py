@@ -1,5 +1,6 @@
-"""Events on their way from the first worker to the driver, and back how many of them lie on its disk: a checkpoint holds the
-others, so that nothing is lost when the driver dies. Imports nothing heavy: the actor's process starts in a second.
+"""A queue of events from the first worker to the driver, which returns the number of events on its disk. A checkpoint contains
+the others, so that nothing is lost when the driver dies. Only light imports, so that the actor's process starts within a
+second.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class EventSender:
     """Sends events to a queue, several at a time, without waiting for them to arrive.
 
     Raises:
-        RayActorError: the queue has gone; noticed when the next events are sent.
+        RayActorError: the queue was lost; noticed when the next events are sent.
     """
 
     def __init__(self, queue: Any) -> None:
@@ -74,7 +75,7 @@ class EventSender:
         the answer to a later sending tells."""
         while self._sent and ray.wait([self._sent[0][1]], timeout=0)[0]:
             sent_at, answer = self._sent.popleft()
-            arrived, recorded = ray.get(answer)  # raises if nobody reads any more: training on would be in vain
+            arrived, recorded = ray.get(answer)  # raises if the queue was lost: continuing to train would be useless
             self._arrived.append((sent_at, arrived))
             while self._arrived and self._arrived[0][1] <= recorded:
                 self._recorded_until, _ = self._arrived.popleft()

@@ -92,7 +92,7 @@ class Pack:
         if saved:
             if "starts" not in saved[1]:
                 raise UserError(
-                    f"{assignment.folder}: its checkpoints are of ptuning 0.1, whose steps saw other rows; start it again "
+                    f"{assignment.folder}: its checkpoints are of ptuning 0.1, which used other rows per step; start it again "
                     "under another name"
                 )
             slot.restore(*saved)
@@ -346,7 +346,7 @@ def fail(pack: Pack, slot: Slot, report: Report, loss: float) -> None:
     cause = f"loss {loss:g}" if not math.isfinite(loss) else "a gradient that is not finite"
     message = (
         f"{slot.name}: {cause} at step {slot.step + 1} (learning rate "
-        f"{learning_rate(slot.config, slot.step):g}); lower train.learning_rate, or look at these rows"
+        f"{learning_rate(slot.config, slot.step):g}); lower train.learning_rate, or check the rows of this step"
     )
     report(Failed(slot.name, slot.step, message))
     pack.slots.remove(slot)

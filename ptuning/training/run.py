@@ -186,7 +186,7 @@ def _registered(result: Result, name: str | None) -> Result:
 
 
 def _work() -> Callable[[dict[str, Any]], None]:
-    """What each worker calls: a local function, as `make_trainer` wants it."""
+    """The function that each worker calls: a local function, as `make_trainer` requires."""
 
     def work(config: dict[str, Any]) -> None:
         from ptuning.imports import quick_imports

@@ -1,4 +1,4 @@
-"""From the events of a run to its MLflow record and its summary."""
+"""Records the events of a run in MLflow, and builds its summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one training worker does. Ray Train has set up its device and its process group."""
+"""One training worker. Ray Train has set up its device and its process group."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from ptuning.training.messages import (
 from ptuning.training.watchdog import Watchdog, worker_location
 
 LOADING_S = 5.0
-"""Seconds between signs of life while a base is loaded."""
+"""Seconds between heartbeats while a base is loaded."""
 
 
 Connect = Callable[[Pack, Callable[[], None]], Source]
-"""Given the pack and what tells the watchdog that work goes on: where the commands of this worker come from."""
+"""Given the pack and a heartbeat of the watchdog: the source of this worker's commands."""
 
 
 def work(config: dict[str, Any]) -> None:
@@ -130,7 +130,7 @@ class _Tasks:
         self._known: dict[str, Task] = {}
 
     def __call__(self, experiment: Experiment) -> Task:
-        self._rest()  # tokenising takes what it takes, and the other workers wait for the slowest
+        self._rest()  # tokenising may take any time, and the other workers wait for the slowest
         room = None if experiment.data.max_tokens else experiment.prompt.length  # decides how many tokens a row may have
         key = json.dumps([room, experiment.data.model_dump(mode="json", exclude={"test"})])
         if experiment.data.test or key not in self._known:

@@ -1,7 +1,9 @@
-"""Every command that the README and its sisters show works: understood by its program, and run as a newcomer would."""
+"""Every command that a page shows works: understood by its program, and run as a newcomer would. And what a page says of
+settings, commands, tests and other projects is what the code says."""
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
@@ -9,44 +11,60 @@ import re
 import shlex
 import time
 import tomllib
+import xml.etree.ElementTree
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import generate
 import pytest
 import typer
+import yaml
 from conftest import REPOSITORY
-from test_cluster import check_command, shell
+from test_cluster import PINS, check_command, shell
 from typer.testing import CliRunner, Result
 
 from ptuning.cli.app import app
-from ptuning.config import parse_experiment
+from ptuning.config import Experiment, parse_experiment
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:mlflow.*", "ignore:.*type hint")
 
-PAGES = ("README.md", "CONTRIBUTING.md", "cluster/README.md")
+WALK = (
+    "README.md",
+    "docs/getting-started.md",
+    *(f"docs/guides/{name}.md" for name in ("data", "search", "registry", "serving", "python", "cluster", "gpu")),
+)
+"""The pages for users, in the order of the site. What one machine can do of them is run, in this order."""
+WRITTEN = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md"))
+PAGES = tuple(
+    dict.fromkeys([*WALK, "CONTRIBUTING.md", "cluster/README.md", *WRITTEN, "SECURITY.md", "BENCHMARKS.md", "CHANGELOG.md"])
+)
 LANGUAGES = {"sh", "console", "csv", "python", "text", "toml"}
 
 ELSEWHERE = {
     "make demo": "test_demo.py::test_a_demo_that_is_interrupted_leaves_nothing",
-    "make test": "test_readme.py::test_the_first_hour",
+    "make test": "test_docs.py::test_the_first_hour",
     "ptuning train jobs/sentiment.toml name=longer": "test_cli.py::test_the_whole_command_with_two_workers",
     "ptuning search jobs/sentiment.toml name=warm": "test_search.py::test_a_search_under_asha_",
     "ptuning search jobs/sentiment.toml name=bred": "test_search.py::test_pbt_",
     "ptuning train tickets.toml name=tickets-qwen": "test_cli.py::test_the_whole_command_with_two_workers",
-    "ptuning search tickets.toml": "test_readme.py::test_the_first_hour",
+    "ptuning search tickets.toml": "test_docs.py::test_the_first_hour",
     "ptuning serve": "test_serve.py::test_the_stock_client_through_the_proxy",
     "ptuning ask": "test_serve.py::test_ask",
     "ptuning submit train": "test_submit.py::test_train_detach_kill_find_stop_resume",
     "ptuning submit serve": "test_submit.py::test_what_is_served_lives_on_until_it_is_stopped",
     "ptuning jobs": "test_submit.py::test_train_detach_kill_find_stop_resume",
     "ptuning doctor": "test_doctor.py::test_this_machine_is_fine",
+    "pip install": "test_cluster.py::test_the_image_is_built_from_what_is_there",
+    "python3 -m venv": "test_demo.py::test_a_demo_that_is_interrupted_leaves_nothing",
+    ".": "test_demo.py::test_a_demo_that_is_interrupted_leaves_nothing",
+    "docker build": "test_cluster.py::test_the_image_is_built_from_what_is_there",
     "cluster/up-local.sh": "test_submit.py::cluster",
     "eval": "test_submit.py::cluster",
 }
 """Commands, by how they begin, that need what the first hour here has not: more time, a server, a cluster. And the test that
-runs them, or their like. All others of the README are run by `test_the_first_hour`."""
+runs them, or their like. All others of the pages for users are run by `test_the_first_hour`."""
 
 SMALL = {
     "train": ("train.steps=2", "train.evaluate_every=2", "compute.workers=1"),
@@ -76,8 +94,8 @@ def commands(page: str) -> list[list[str]]:
     return [words for line in lines for words in shell(re.sub(r"(^|\s)#.*", "", line)) if words]
 
 
-def only(language: str, containing: str) -> str:
-    (found,) = [fence.text for fence in fences("README.md") if fence.language == language and containing in fence.text]
+def only(language: str, containing: str, page: str = "README.md") -> str:
+    (found,) = [fence.text for fence in fences(page) if fence.language == language and containing in fence.text]
     return found
 
 
@@ -87,7 +105,12 @@ def elsewhere(words: list[str]) -> str | None:
 
 
 ALL = [pytest.param(page, words, id=" ".join(words)[:80]) for page in PAGES for words in commands(page)]
-FIRST_HOUR = [words for words in commands("README.md") if not elsewhere(words)]
+FIRST_HOUR = [
+    list(words)
+    for words in dict.fromkeys(tuple(words) for page in WALK for words in commands(page))
+    if not elsewhere(list(words))
+]
+"""Each once: a page may show again what one before it has shown."""
 
 
 @pytest.fixture
@@ -133,6 +156,12 @@ def test_every_command_is_understood(page: str, words: list[str], folder: Path, 
     elif program == "sbatch":
         assert (REPOSITORY / arguments[0]).is_file()
         check_command(["ptuning", *arguments[1:]], folder)
+    elif program == "pip":
+        assert arguments[:3] == ["install", "-c", "constraints.txt"] and (arguments[3:] == ["."] or arguments[3] in PINS)
+    elif program == "python3":
+        assert arguments[:2] == ["-m", "venv"]
+    elif program == ".":
+        assert arguments[0].endswith("/bin/activate")
     elif program in ("docker", "kubectl"):
         named = [word for word in arguments if word.startswith("cluster/")]
         assert all((REPOSITORY / name).exists() for name in named)
@@ -142,8 +171,8 @@ def test_every_command_is_understood(page: str, words: list[str], folder: Path, 
 
 @pytest.mark.fast
 def test_every_promise_names_its_tests_and_when_they_run() -> None:
-    page = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    table = page.partition("## What breaks, and what is promised")[2].partition("\n## ")[0]
+    page = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8")
+    table = page.partition("| What happens | What is promised | Test |")[2].partition("\n## ")[0]
     found = 0
     for file, names in re.findall(r"`(test_\w+)`:([^;|]+)", table):
         source = (REPOSITORY / "tests" / f"{file}.py").read_text(encoding="utf-8")
@@ -157,16 +186,27 @@ def test_every_promise_names_its_tests_and_when_they_run() -> None:
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("page", ["docs/reliability.md", "SECURITY.md"])
+def test_every_test_that_a_page_names_is_there(page: str) -> None:
+    files = {path.stem: path.read_text(encoding="utf-8") for path in (REPOSITORY / "tests").glob("test_*.py")}
+    known = {
+        *files,
+        *(name for source in files.values() for name in re.findall(r"^(?:async )?def (test_\w+)", source, re.MULTILINE)),
+    }
+    assert set(re.findall(r"`(test_\w+)`", (REPOSITORY / page).read_text(encoding="utf-8"))) <= known
+
+
+@pytest.mark.fast
 def test_the_tests_that_run_the_others_are_there() -> None:
     for start, test in ELSEWHERE.items():
         file, _, name = test.partition("::")
         assert f"def {name}" in (REPOSITORY / "tests" / file).read_text(encoding="utf-8"), test
-        shown = [words for words in commands("README.md") if f"{' '.join(words)} ".startswith(f"{start} ")]
-        assert shown, f"the README does not show {start} any more"
+        shown = [words for page in WALK for words in commands(page) if f"{' '.join(words)} ".startswith(f"{start} ")]
+        assert shown, f"no page shows {start} any more"
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("page", [*PAGES, "SECURITY.md", "BENCHMARKS.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_commands_in_running_text_exist(page: str) -> None:
     text = re.sub(r"^```.*?^```$", "", (REPOSITORY / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     spans = [span for span in re.findall(r"`([^`\n]+)`", text) if span.startswith(("ptuning ", "make "))]
@@ -207,13 +247,34 @@ def test_every_command_has_an_example_and_speaks_json(name: str, folder: Path) -
 @pytest.mark.fast
 def test_the_search_table_is_one(folder: Path) -> None:
     tables = tomllib.loads((folder / "jobs" / "sentiment.toml").read_text(encoding="utf-8"))
-    parse_experiment(tables | tomllib.loads(only("toml", "[search]")))
-    compile(only("python", "client"), "README.md", "exec")
+    parse_experiment(tables | tomllib.loads(only("toml", "[search]", "docs/guides/search.md")))
 
 
 @pytest.mark.fast
-def test_the_refusal_reads_as_shown(folder: Path) -> None:
-    typed, *shown = only("console", "$ ").splitlines()
+@pytest.mark.parametrize("fence", [fence for page in PAGES for fence in fences(page) if fence.language == "python"])
+def test_python_compiles(fence: Fence) -> None:
+    compile(fence.text, fence.page, "exec")
+
+
+@pytest.mark.fast
+@pytest.mark.skipif(not (REPOSITORY / "ptuning" / "api.py").exists(), reason="there is no ptuning.api yet")
+def test_python_names_what_the_package_has() -> None:
+    import ptuning
+
+    shown = [fence.text for page in PAGES for fence in fences(page) if fence.language == "python"]
+    assert set(re.findall(r"\bptuning\.(\w+)", "\n".join(shown))) <= set(dir(ptuning))
+
+
+@pytest.mark.fast
+def test_toml_is_toml() -> None:
+    for fence in (fence for page in PAGES for fence in fences(page) if fence.language == "toml"):
+        tomllib.loads(fence.text)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/data.md"])
+def test_the_refusal_reads_as_shown(page: str, folder: Path) -> None:
+    typed, *shown = only("console", "$ ", page).splitlines()
     done = CliRunner().invoke(app, shlex.split(typed)[2:])
     assert (done.exit_code, done.output.splitlines()) == (2, shown)
 
@@ -227,7 +288,7 @@ def test_your_own_data_takes_twelve_lines() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(800)
 def test_the_first_hour(local_ray: None, folder: Path) -> None:
-    """All that the README shows and one machine can do, in the README's order and in one folder."""
+    """All that the pages for users show and one machine can do, in their order and in one folder."""
 
     def type_in(words: list[str]) -> Result:
         few = FEW if words[1] in SMALL and words[2].startswith("jobs/") else ()
@@ -245,3 +306,122 @@ def test_the_first_hour(local_ray: None, folder: Path) -> None:
         assert record["status"] == "finished"
         for file in ("adapter_config.json", "adapter_model.safetensors", "card.json", "manifest.json"):
             assert (Path(record["summary"]["soft_prompt"]) / file).is_file()
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.timeout(800)
+def test_the_python_of_the_readme(local_ray: None, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it stands there, but for fewer steps and rows."""
+    less = ", ".join(f'"{each}"' for each in (*SMALL["train"], *FEW))
+    script = only("python", "import ptuning").replace('"train.steps=100"', less)
+    assert less in script
+    exec(compile(script, "README.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.splitlines()[-1] in ("['Negative']", "['Positive']")
+
+
+LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
+
+
+def slug(title: str) -> str:
+    """The anchor of a heading, on the site as in a checkout."""
+    return re.sub(r"[^\w\- ]", "", title.replace("`", "").lower()).strip().replace(" ", "-")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"^```.*?^```$", "", (REPOSITORY / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    generated = {f"docs/{name}" for name in generate.GENERATED}
+    for link in ("".join(found) for found in LINK.findall(text)):
+        if re.match(r"https?:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        file = ((REPOSITORY / page).parent / target).resolve() if target else REPOSITORY / page
+        if str(file.relative_to(REPOSITORY)) in generated:
+            continue
+        assert file.is_file(), link
+        titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not anchor or anchor in map(slug, titles), link
+
+
+@pytest.mark.fast
+def test_the_site_has_every_page() -> None:
+    nav = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+
+    def named(entries: Any) -> Iterator[str]:
+        for entry in entries:
+            for inner in entry.values():
+                yield from [inner] if isinstance(inner, str) else named(inner)
+
+    written = {name.removeprefix("docs/") for name in WRITTEN}
+    assert sorted(named(nav)) == sorted({*written, *generate.GENERATED, *generate.INCLUDED.values()})
+
+
+@pytest.mark.fast
+def test_the_reference_has_every_key_and_every_command() -> None:
+    keys, typed = generate.experiment_reference(), generate.command_reference()
+    for name, field in Experiment.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        for key in [f"{name}.{each}" for each in inner] if inner else [name]:
+            assert f"| `{key}` |" in keys
+    for name, command in LEAVES.items():
+        said = typed.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        assert all(f"{option}" in said for each in command.params for option in each.opts if option.startswith("--")), name
+
+
+@pytest.mark.fast
+def test_links_of_a_page_are_those_of_the_site() -> None:
+    text = '[a](BENCHMARKS.md#serving) [b](docs/guides/gpu.md) [c](jobs/demo.py) <img src="docs/one-base.svg">\n'
+    assert generate.relink(text, "README.md", "index.md") == (
+        '[a](benchmarks.md#serving) [b](guides/gpu.md) c <img src="one-base.svg">\n'
+    )
+    assert generate.relink("[a](../../README.md)", "docs/guides/gpu.md", "guides/gpu.md") == "[a](../index.md)"
+
+
+@pytest.mark.fast
+def test_the_picture_is_drawn_for_light_and_dark() -> None:
+    picture = (REPOSITORY / "docs" / "one-base.svg").read_text(encoding="utf-8")
+    xml.etree.ElementTree.fromstring(picture)
+    assert "prefers-color-scheme: dark" in picture and "http://www.w3.org/2000/svg" in picture
+    assert not re.search(r"(?:href|src|url)\s*[=(]\s*[\"']?(?:https?:)?//", picture), "nothing is fetched"
+
+
+UPSTREAM = (REPOSITORY / "docs" / "upstream.md").read_text(encoding="utf-8")
+ROWS = [
+    pytest.param(*(cell.strip() for cell in row.strip("| \n").split(" | ")), id=row[:60])
+    for row in UPSTREAM.splitlines()
+    if row.startswith("| `")
+]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("symbols", "file", "why", "test"), ROWS)
+def test_upstream_internals_are_where_the_page_says(symbols: str, file: str, why: str, test: str) -> None:
+    source = (REPOSITORY / "ptuning" / file.strip("`")).read_text(encoding="utf-8")
+    for symbol in re.findall(r"`([^`]+)`", symbols):
+        assert symbol.rpartition(".")[2] in source, symbol
+    assert why and (test.startswith("none: ") or "`" in test)
+    for module, names in re.findall(r"`(test_\w+)`:([^;|]+)", test):
+        tests = (REPOSITORY / "tests" / f"{module}.py").read_text(encoding="utf-8")
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"^def \w*{name}\w*\(", tests, re.MULTILINE), f"{module}: {name}"
+
+
+@pytest.mark.fast
+def test_upstream_internals_are_those_of_the_pinned_versions() -> None:
+    for name, version in re.findall(r"^## (\w+) ([\d.]+)$", UPSTREAM, re.MULTILINE):
+        assert PINS[name] == version
+
+
+FOREIGN = ("ray", "torch", "transformers", "deepspeed", "uvicorn", "mlflow", "datasets")
+
+
+@pytest.mark.fast
+def test_every_private_import_is_on_the_page_of_upstream_internals() -> None:
+    for path in (REPOSITORY / "ptuning").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in FOREIGN:
+                for alias in node.names:
+                    if re.search(r"(^|\.)_", f"{node.module}.{alias.name}"):
+                        assert alias.name in UPSTREAM, f"{path.name}: {node.module}.{alias.name}"
