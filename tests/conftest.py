@@ -404,10 +404,10 @@ def served_world(tmp_path_factory: pytest.TempPathFactory, endless_base: Path) -
 @pytest.hookimpl(tryfirst=True)  # before tests are selected by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Who asks the one server comes last, so that it is there no longer than it is needed, and who ends it at the very end."""
-    order = {"test_serve": 1, "test_faults_serving": 2}
-    items.sort(key=lambda item: order[item.path.stem] if "served_world" in getattr(item, "fixturenames", ()) else 0)
+    asks = {item: set(getattr(item, "fixturenames", ())) for item in items}
+    items.sort(key=lambda item: ("served_world" in asks[item]) * (2 if item.path.stem == "test_faults_serving" else 1))
     for item in items:
-        if {"local_ray", "served_world"} & set(getattr(item, "fixturenames", ())):
+        if {"local_ray", "served_world"} & asks[item]:
             item.add_marker("cluster")
 
 

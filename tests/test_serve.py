@@ -77,7 +77,7 @@ def test_ask(world):
 
     assert ask("fruits", "the old hammer").stdout.strip() in LABELS.labels
     wrong = ask("nobody", "x")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("ptuning: there is no such model; the names are fruits")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("ptuning: there is no such model; the names are endless, fruits")
     assert "Traceback" not in wrong.stderr
 
 
