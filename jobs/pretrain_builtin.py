@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 
 import torch
-
-from ptuning.builtin.pretrain import Recipe, pretrain
+from pretraining.pretrain import Recipe, pretrain
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import graphlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,11 +81,9 @@ def module_name(path: Path) -> str:
 
 
 MODULES = {
-    module_name(path): ast.parse(path.read_text(encoding="utf-8"))
-    for path in PACKAGE.rglob("*.py")
-    if path.stem != "__init__" and path.parent.name != "builtin"
+    module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py") if path.stem != "__init__"
 }
-SOURCES = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "jobs").glob("*.py")]
+SOURCES = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "jobs").rglob("*.py")]
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -150,7 +149,7 @@ def test_these_packages_run_without_ray(module):
 
 
 def test_the_builtin_base_knows_the_experiment_only():
-    for path in (PACKAGE / "builtin").rglob("*.py"):
+    for path in [*(PACKAGE / "builtin").rglob("*.py"), *(REPOSITORY / "jobs" / "pretraining").rglob("*.py")]:
         names = {name.removeprefix("ptuning.") for name in imported(ast.parse(path.read_text(encoding="utf-8")))}
         known = {package(name) for name in names if (PACKAGE / package(name)).exists() or name in MODULES}
         assert known <= {"builtin", "config"}, path
@@ -213,6 +212,7 @@ ALLOWED = {
     "\nserve.delete(": "the program that ends what is served",
     " dropped": "rows that a data set's own setting leaves out",
     "is the champion, but was removed from MLflow": "what others have done",
+    "was removed from the engine; use its successor": "what the server has done",
     "the run was deleted there; it is sent again": "what others have done",
     # About a line of an experiment, a request or a table of rows: what is to go stands in front of who reads it.
     "set data.validation or remove train.patience": "a setting",
@@ -272,3 +272,15 @@ def test_garbage_is_collected_again_after_imports():
         raise ImportError
     assert gc.isenabled() and gc.get_threshold() == threshold
     gc.unfreeze()  # what this process has imported is nobody's business
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    """A resolver may drop what another package happens to bring."""
+    names = {"huggingface-hub": "huggingface_hub", "prometheus-client": "prometheus_client", "rouge-score": "rouge_score",
+             "scikit-learn": "sklearn"}  # fmt: skip
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    modules = {names.get(name, name) for name in declared}
+    used = {name for path in PACKAGE.rglob("*.py") for name in frameworks(ast.parse(path.read_text(encoding="utf-8")))}
+    assert used - sys.stdlib_module_names - {"ptuning"} <= modules
+    assert modules - used == {"accelerate"}, "transformers needs it under ZeRO-3"

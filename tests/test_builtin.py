@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretraining.corpus import Corpus, plain_form
+from pretraining.grammar import Draw, Grammar, read_sections, tidy
+from pretraining.tasks import LABELS, PARTS, SIZES, SPLIT_BY_TASK, TASKS, held_out_texts, parts_of, plain_words, split_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptuning.builtin import BASE_FOLDER, TASKS_FOLDER
-from ptuning.builtin.corpus import Corpus, plain_form
-from ptuning.builtin.grammar import Draw, Grammar, read_sections, tidy
-from ptuning.builtin.tasks import LABELS, PARTS, SIZES, SPLIT_BY_TASK, TASKS, held_out_texts, parts_of, plain_words, split_text
 
 pytestmark = pytest.mark.fast
 

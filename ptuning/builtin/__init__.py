@@ -1,4 +1,4 @@
-"""The built-in base: a small language model, its tasks, and the generator of the corpus it was pretrained on."""
+"""The built-in base, a small language model, and its tasks. `jobs/pretraining` generates both."""
 
 from pathlib import Path
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ptuning.builtin.corpus import Corpus, Span
-from ptuning.builtin.tasks import held_out_texts
+from pretraining.corpus import Corpus, Span
+from pretraining.tasks import held_out_texts
 
 CARD = Path(__file__).parent / "card.md"
 """The model card, with the figures to be filled in."""

@@ -4,7 +4,7 @@ What separates the splits: templates (`lexicon/tasks.txt`) serve one split only,
 `SPLIT_BY_TASK` belong to one split only. Shared are function words, numbers, days and what is spoken about. A row that
 contains a word of a later split's lexicons by accident, for example inside a template, is dropped.
 
-    python -m ptuning.builtin.tasks       writes tasks/<task>/{train,validation,test}.jsonl again
+    cd jobs && python -m pretraining.tasks       writes tasks/<task>/{train,validation,test}.jsonl again
 """
 
 import json
@@ -17,9 +17,9 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
+from pretraining.corpus import person_facts, plain_form
+from pretraining.grammar import Draw, Grammar, NothingToDraw, tidy
 from ptuning.builtin import TASKS_FOLDER
-from ptuning.builtin.corpus import person_facts, plain_form
-from ptuning.builtin.grammar import Draw, Grammar, NothingToDraw, tidy
 
 SEED = 20_240
 PARTS = ("train", "validation", "test")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from ptuning.builtin.grammar import Draw, Grammar, tidy
+from pretraining.grammar import Draw, Grammar, tidy
 
 TOPICS = ("world", "sports", "business", "technology", "health", "entertainment")
 INTENTS = ("alarm", "weather", "music", "booking", "navigation", "message", "shopping", "home")
