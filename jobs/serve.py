@@ -15,10 +15,9 @@ def main(path: str = "jobs/sentiment.toml", *overrides: str) -> None:
     experiment = ptuning.Experiment.load(path, *overrides)
     with ptuning.serve(experiment, block=False) as server:
         client = OpenAI(base_url=server.url, api_key=os.environ.get("PTUNING_API_KEY", "none"))
-        for model in client.models.list():
-            question = [{"role": "user", "content": "This movie was terrible."}]
-            answer = client.chat.completions.create(model=model.id, messages=question, max_tokens=8)  # type: ignore[arg-type]
-            print(f"{model.id}: {answer.choices[0].message.content}")
+        question = [{"role": "user", "content": "This movie was terrible."}]
+        answer = client.chat.completions.create(model=experiment.name, messages=question)  # type: ignore[arg-type]
+        print(f"{answer.model}: {answer.choices[0].message.content}")
 
 
 if __name__ == "__main__":

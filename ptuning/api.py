@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ptuning.model.soft_prompt import SoftPrompt
     from ptuning.planning.estimate import Estimate
     from ptuning.registry.gate import Promotion
+    from ptuning.registry.inspection import Inspection
     from ptuning.registry.merged_export import Merged
     from ptuning.registry.registry import Reference, Version
     from ptuning.searching.result import SearchResult
@@ -354,8 +355,8 @@ class Registry:
         version = self.get(reference)
         return version, merged_export.export_merged(self._registry, version, folder, base)
 
-    def inspect(self, reference: str, *, base: str | None = None) -> dict[str, Any]:
-        """Card, lineage, promotions, and the words nearest to every virtual token, as plain data.
+    def inspect(self, reference: str, *, base: str | None = None) -> Inspection:
+        """Card, lineage, promotions, and the words nearest to every virtual token. Print it to read it.
 
         Raises:
             UserError: it does not exist or is damaged.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import REPOSITORY, free_port
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -179,3 +182,21 @@ def test_results_show_themselves(finished_run: SimpleNamespace) -> None:
     assert "test_accuracy" in shown and "data:image/png;base64," in shown
     with pytest.raises(ptuning.UserError, match="register: 'a/b' is not a valid name"):
         ptuning.train(experiment, register="a/b")
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+def test_the_worked_examples_run(
+    local_ray: Path, toy_task: SimpleNamespace, write_toml: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """jobs/train.py, jobs/search.py and jobs/serve.py, in this order and in one storage folder."""
+    toy_task.experiment["search"] = {"trials": 2, "slots": 2, "length": [4], "finalists": 1, "seeds": 1}
+    path = str(write_toml(toy_task.experiment))
+    said = []
+    for name, *overrides in (("train",), ("search", "name=found"), ("serve", f"serve.port={free_port()}")):
+        runpy.run_path(str(REPOSITORY / "jobs" / f"{name}.py"))["main"](path, *overrides)
+        said.append(capsys.readouterr().out.splitlines())
+    train, search, serve = said
+    assert train[0].startswith("toy:1: {") and len(train) == 3 and train[1].split(" ", 1)[0] in ("fruit", "tool")
+    assert search[0].startswith("1 t00") and search[-1].startswith("found:1 is champion, test metrics {")
+    assert serve in (["toy:1: fruit"], ["toy:1: tool"])

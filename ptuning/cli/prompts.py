@@ -58,10 +58,8 @@ def show(
     """
     with _sentences():
         with busy("reading the soft prompt and its base's words"):
-            from ptuning.registry.inspection import version_lines
-
             shown = api.Registry(storage, tracking).inspect(name, base=base)
-        _say(shown, "\n".join(version_lines(shown)), as_json)
+        _say(shown.as_json(), str(shown), as_json)
 
 
 @prompts.command("import")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,41 +12,88 @@ from ptuning.model.base import Base
 from ptuning.model.compatibility import base_of
 from ptuning.model.nearest_tokens import nearest_words, norms
 from ptuning.model.soft_prompt import Card
-from ptuning.registry.promotions import PromotionLog
+from ptuning.registry.promotions import Move, PromotionLog
 from ptuning.registry.publish import retrieve
 from ptuning.registry.registry import CHAMPION, Reference, Registry, RegistryError, Version
 
 
-def inspect_version(registry: Registry, name: str, base_path: str | None) -> dict[str, Any]:
-    """Card, lineage, promotions, norms, and the words nearest to every virtual token (None if its base is missing).
+@dataclass(frozen=True)
+class Inspection:
+    """A published soft prompt, its origin and what it means to its base. Print it to read it."""
+
+    version: Version
+    card: Card
+    parent_versions: list[str]
+    """Versions with the vectors that this one started from."""
+    promotions: list[Move]
+    """The moves of the champion to this version."""
+    norms: dict[str, float]
+    nearest_words: list[list[tuple[str, float]]] | None
+    """For each virtual token the words with the highest cosine; None without its base."""
+    missing: str | None
+    """Why its base is not available."""
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain data."""
+        version, card = self.version, self.card
+        return {
+            "name": version.name,
+            "version": version.version,
+            "aliases": list(version.aliases),
+            "state": version.tag("state"),
+            "forced": version.tag("forced"),
+            "card": card.model_dump(mode="json"),
+            "lineage": {
+                "run_id": version.run_id,
+                "data": card.data,
+                "parent": card.parent,
+                "parent_versions": self.parent_versions,
+            },
+            "promotions": [{"kind": move.kind, "by": move.by, "time_ms": move.time_ms} for move in self.promotions],
+            "norms": self.norms,
+            "nearest_words": self.nearest_words,
+            "missing": self.missing,
+        }
+
+    def __str__(self) -> str:
+        version, card = self.version, self.card
+        aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
+        lines = [f"{version}{aliases}", *_card_lines(card), f"run          {version.run_id}"]
+        lines += [f"data         {split} {fingerprint[:23]}" for split, fingerprint in card.data.items()]
+        if card.parent:
+            names = ", ".join(self.parent_versions) or "not in this registry"
+            lines.append(f"parent       {card.parent[:12]} ({names})")
+        if forced := version.tag("forced"):
+            lines.append(f"forced       {forced}")
+        own = f", the base's own words {self.norms['vocabulary_mean']:.3f}" if "vocabulary_mean" in self.norms else ""
+        lines.append(f"norms        mean {self.norms['mean']:.3f}, largest {self.norms['largest']:.3f}{own}")
+        if self.nearest_words is None:
+            lines.append(f"words        unknown: {self.missing}")
+        for place, words in enumerate(self.nearest_words or ()):
+            near = "  ".join(f"{word!r} {cosine:.2f}" for word, cosine in words)
+            lines.append(f"{'words' if place == 0 else '':<12} {place:>3}  {near}")
+        return "\n".join(lines)
+
+
+def inspect_version(registry: Registry, name: str, base_path: str | None) -> Inspection:
+    """Card, lineage, promotions, norms, and the words nearest to every virtual token.
 
     Raises:
-        UserError: the version is missing or damaged.
+        UserError: the version does not exist or is damaged.
     """
     version = registry.find(name)
     loaded, _ = retrieve(registry, version)
     base, missing = _base(loaded.card, version, base_path)
     moves = PromotionLog(registry, version.name).state().moves
-    return {
-        "name": version.name,
-        "version": version.version,
-        "aliases": list(version.aliases),
-        "state": version.tag("state"),
-        "forced": version.tag("forced"),
-        "card": loaded.card.model_dump(mode="json"),
-        "lineage": {
-            "run_id": version.run_id,
-            "data": loaded.card.data,
-            "parent": loaded.card.parent,
-            "parent_versions": [str(found) for found in registry.with_content(loaded.card.parent or "")],
-        },
-        "promotions": [
-            {"kind": move.kind, "by": move.by, "time_ms": move.time_ms} for move in moves if move.version == version.version
-        ],
-        "norms": norms(loaded.vectors, base),
-        "nearest_words": nearest_words(loaded.vectors, base) if base else None,
-        "missing": missing,
-    }
+    return Inspection(
+        version=version,
+        card=loaded.card,
+        parent_versions=[str(found) for found in registry.with_content(loaded.card.parent or "")],
+        promotions=[move for move in moves if move.version == version.version],
+        norms=norms(loaded.vectors, base),
+        nearest_words=nearest_words(loaded.vectors, base) if base else None,
+        missing=missing,
+    )
 
 
 def _base(card: Card, version: Version, path: str | None) -> tuple[Base | None, str | None]:
@@ -55,49 +103,26 @@ def _base(card: Card, version: Version, path: str | None) -> tuple[Base | None, 
         return None, str(error)
 
 
-def version_lines(shown: dict[str, Any]) -> list[str]:
-    """The inspection as text."""
-    card, lineage = shown["card"], shown["lineage"]
-    aliases = f" ({', '.join(shown['aliases'])})" if shown["aliases"] else ""
-    lines = [f"{shown['name']}:{shown['version']}{aliases}", *_card_lines(card)]
-    lines.append(f"run          {lineage['run_id']}")
-    lines += [f"data         {split} {fingerprint[:23]}" for split, fingerprint in lineage["data"].items()]
-    if lineage["parent"]:
-        names = ", ".join(lineage["parent_versions"]) or "not in this registry"
-        lines.append(f"parent       {lineage['parent'][:12]} ({names})")
-    if shown["forced"]:
-        lines.append(f"forced       {shown['forced']}")
-    lengths = shown["norms"]
-    own = f", mean of the base's embeddings {lengths['vocabulary_mean']:.3f}" if "vocabulary_mean" in lengths else ""
-    lines.append(f"norms        mean {lengths['mean']:.3f}, largest {lengths['largest']:.3f}{own}")
-    if shown["nearest_words"] is None:
-        return [*lines, f"words        unknown: {shown['missing']}"]
-    for place, words in enumerate(shown["nearest_words"]):
-        near = "  ".join(f"{word!r} {cosine:.2f}" for word, cosine in words)
-        lines.append(f"{'words' if place == 0 else '':<12} {place:>3}  {near}")
-    return lines
-
-
-def _card_lines(card: dict[str, Any]) -> list[str]:
-    template = card["template"]
-    fingerprint = (card["base_fingerprint"] or {}).get("weights", "unknown")
+def _card_lines(card: Card) -> list[str]:
+    template = card.template
+    fingerprint = (card.base_fingerprint or {}).get("weights", "unknown")
     lines = [
-        f"base         {card['base']} (weights {fingerprint[:12]})",
-        f"size         {card['length']} virtual tokens of width {card['width']}, {card['init'] or 'unknown'} at the start",
-        f"content      {card['content_hash'][:12]}",
+        f"base         {card.base} (weights {fingerprint[:12]})",
+        f"size         {card.length} virtual tokens of width {card.width}, {card.init or 'unknown'} at the start",
+        f"content      {card.content_hash[:12]}",
     ]
     if template:
-        lines.append(f"input        {template['input']!r}")
-        lines.append(f"target       {template['target']!r}")
-        lines += [f"labels       {', '.join(template['labels'])}", *_objective(card)] if template["labels"] else []
+        lines.append(f"input        {template.input!r}")
+        lines.append(f"target       {template.target!r}")
+        lines += [f"labels       {', '.join(template.labels)}", *_objective(card)] if template.labels else []
     else:
         lines.append("template     unknown")
-    return lines + [f"metric       {name.replace('_', ' ')} {value:.4f}" for name, value in card["metrics"].items()]
+    return lines + [f"metric       {name.replace('_', ' ')} {value:.4f}" for name, value in card.metrics.items()]
 
 
-def _objective(card: dict[str, Any]) -> list[str]:
+def _objective(card: Card) -> list[str]:
     """The training objective. It matters for generation that is not constrained to the labels."""
-    train = (card["experiment"] or {}).get("train", {})
+    train = (card.experiment or {}).get("train", {})
     if train.get("objective") != "choice":
         return []
     weight = train.get("text_weight", 0.0)
