@@ -1,8 +1,8 @@
-"""An mkdocs hook: pages that are made from what is there already, so that nothing is written twice.
+"""An mkdocs hook: it generates pages from existing sources, so that nothing is written twice.
 
 * The reference of experiment files comes from the pydantic classes of `ptuning.config`, that of the command line from typer.
-* The files of the repository's top level (README, SECURITY, ...) are pages as they are.
-* Links to files of the repository work on both sides: in a checkout as they are written, on the site as links between pages.
+* The files of the repository's top level (README, SECURITY, ...) become pages unchanged.
+* Links to files of the repository work in a checkout as written, and on the site as links between pages.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INCLUDED = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-"""Files of the repository that are pages of the site: where they lie -> where they are shown."""
+"""Files of the repository that are pages of the site: their path -> the path of the page."""
 
 LINK = re.compile(r"(?P<before>\[(?P<text>[^\]\n]*)\]\()(?P<target>[^)\s]+)(?P<after>\))")
 SOURCE = re.compile(r'(?P<before>\b(?:src|href)=")(?P<target>[^"]+)(?P<after>")')
@@ -49,11 +49,11 @@ def experiment_reference() -> str:
     lines = [
         "# The experiment file",
         "",
-        "One TOML file decides a result. Every key can also be set on the command line, as in `train.steps=100`. "
-        "This page is made from the classes that check the file; `ptuning config --schema` prints the same as a JSON schema, "
-        "`ptuning config EXPERIMENT` an experiment with every default filled in.",
+        "One TOML file determines a result. Every key can also be set on the command line, as in `train.steps=100`. "
+        "This page is generated from the classes that validate the file. `ptuning config --schema` prints the same as a JSON "
+        "schema; `ptuning config EXPERIMENT` prints an experiment with all defaults.",
         "",
-        "An unknown key, a wrong value or a missing one is refused in one sentence, before anything starts.",
+        "Unknown keys, invalid values and missing keys are refused before anything starts, in one sentence with the fix.",
     ]
     tables = {name: field for name, field in Experiment.model_fields.items() if _is_table(field.annotation)}
     own = {name: field for name, field in Experiment.model_fields.items() if name not in tables}
@@ -87,7 +87,7 @@ def _default(field: Any) -> str:
 
 
 def value_kind(annotation: Any, metadata: Any = ()) -> str:
-    """What may be written for a field: a type as people write it in TOML, with its limits."""
+    """The values that a field accepts: the type in TOML terms, with its limits."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return value_kind(arguments[0], arguments[1:])
@@ -121,7 +121,7 @@ def _limits(metadata: Any) -> Iterator[str]:
 
 
 def command_reference() -> str:
-    """Every command with its arguments and options, from the functions that are run."""
+    """Every command with its arguments and options, from the functions that implement it."""
     import typer
 
     from ptuning.cli.app import app
@@ -129,8 +129,8 @@ def command_reference() -> str:
     lines = [
         "# The command line",
         "",
-        "This page is made from the commands themselves; `--help` behind any of them prints the same. Every command takes "
-        "`--json`. The exit code is 0, or 2 for a wrong experiment, option or input, or 1 for a run that failed.",
+        "This page is generated from the commands; `--help` after a command prints the same. Every command accepts `--json`. "
+        "The exit code is 0 for success, 2 for an invalid experiment, option or input, and 1 for a failed run.",
     ]
     for name, command in leaves(typer.main.get_command(app)):
         lines += ["", f"## {name}", "", *_command(name, command)]
@@ -138,7 +138,7 @@ def command_reference() -> str:
 
 
 def leaves(command: Any, *path: str) -> Iterator[tuple[str, Any]]:
-    """All commands that do something, with what is typed for them."""
+    """All commands without subcommands, with their full names."""
     if not hasattr(command, "commands"):
         yield " ".join(path), command
     for name, inner in getattr(command, "commands", {}).items():
@@ -158,25 +158,31 @@ def _command(name: str, command: Any) -> Iterator[str]:
         yield f"| {_code(written)} | {_cell(meaning)} |"
 
 
+PYTHON: dict[str, tuple[str, ...]] = {
+    "Functions": tuple(f"api.{name}" for name in ("train", "search", "load", "serve", "plan")),
+    "Experiment": ("config.Experiment",),
+    "Results": ("training.result.TrainResult", "searching.result.SearchResult", "searching.result.Finalist",
+                "searching.result.Leaderboard"),
+    "Soft prompts": ("inference.predictor.Predictor", "model.soft_prompt.SoftPrompt", "model.soft_prompt.Card"),
+    "Registry": ("api.Registry", "registry.registry.Version", "registry.gate.Promotion", "registry.inspection.Inspection",
+                 "serving.compare.Opinion"),
+    "Server": ("serving.server.Server",),
+    "Errors": ("errors.UserError", "errors.RunFailed"),
+}  # fmt: skip
+"""Sections of the Python reference, and their objects in the package."""
+
+
 def python_reference() -> str:
     """The Python API: mkdocstrings reads the docstrings."""
     lines = [
         "# The Python API",
         "",
-        "Everything here is a name of the package itself, as in `ptuning.train`. `import ptuning` loads neither torch nor Ray; "
-        "the first call does.",
+        "This page is generated from the docstrings. `ptuning` offers the functions and the main classes directly, as in "
+        "`ptuning.train`; the other classes are those of their results. `import ptuning` loads neither torch nor Ray; the first "
+        "call does. [The guide](../guides/python.md) has examples.",
     ]
-    if (REPOSITORY / "ptuning" / "api.py").is_file():
-        lines += [
-            "",
-            "::: ptuning.api",
-            "",
-            "## Errors",
-            "",
-            "::: ptuning.errors",
-            "    options:",
-            "      members: [UserError, RunFailed]",
-        ]
+    for title, names in PYTHON.items():
+        lines += ["", f"## {title}", *(line for name in names for line in ("", f"::: ptuning.{name}"))]
     return "\n".join([*lines, ""])
 
 
@@ -218,9 +224,9 @@ def page_of(target: str) -> str | None:
 
 
 def relink(text: str, source: str, page: str) -> str:
-    """Links of a page that lies at `source` in the repository and at `page` on the site.
+    """Adapt the links of a page that is at `source` in the repository and at `page` on the site.
 
-    A link to a file of the repository that is no page becomes plain text.
+    A link to a file of the repository that has no page becomes plain text.
     """
 
     def other(found: re.Match[str]) -> str:
@@ -251,5 +257,5 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     name = page.file.src_uri
-    source = {shown: lies for lies, shown in INCLUDED.items()}.get(name, f"{DOCS}/{name}")
+    source = {shown: path for path, shown in INCLUDED.items()}.get(name, f"{DOCS}/{name}")
     return relink(markdown, source, name)

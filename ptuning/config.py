@@ -171,7 +171,9 @@ class TrainConfig(Table):
     learning_rate: Annotated[float, Field(gt=0, le=1e30, strict=True)] = 0.1
     """Peak learning rate. AdamW needs 0.03 to 0.3 with labels and less for text, Adafactor about 0.3 (Lester et al. 2021)."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """Optimizer of the soft prompt; the base has none."""
     weight_decay: Number = 0.0
+    """Decoupled weight decay of the soft prompt."""
     starts: Annotated[int, Field(gt=0, le=32, strict=True)] = 1
     """Number of initialisations (different seeds) that train side by side for the first fifth of the steps. The one that is
     best on the validation rows (without them: on the training rows) continues. In a search every trial has one."""
@@ -184,6 +186,7 @@ class TrainConfig(Table):
     micro_batch_size: Positive | None = None
     """Maximum rows per worker in one pass. A larger part of the batch is split into several passes. Default: one pass."""
     steps: Positive = 300
+    """Optimizer updates. The learning-rate schedule ends at the last one."""
     evaluate_every: Positive = 50
     """Steps between evaluations on the validation rows."""
     patience: Positive | None = None
@@ -197,6 +200,7 @@ class TrainConfig(Table):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     seed: Count = 0
+    """Seed of the initialisation and of the order of the rows."""
 
     def resolved_text_weight(self, target_tokens: int) -> float:
         """The weight of the text objective. `target_tokens`: tokens of the longest label, its end token included."""
@@ -246,6 +250,7 @@ class SearchConfig(Table):
     prefer_short: Number = 0.0
     """Bonus in units of the metric for halving the length: a shorter soft prompt is cheaper to serve."""
     seed: Count = 0
+    """Seed of the search: it determines the configurations."""
 
     @field_validator("length", "init")
     @classmethod
@@ -315,6 +320,7 @@ class ServeConfig(Table):
     host: NonBlank = "127.0.0.1"
     """Address to listen on. Any address but loopback requires API keys."""
     port: Annotated[int, Field(ge=0, le=65535, strict=True)] = 8000
+    """Port of the API."""
     keys: NonBlank | None = None
     """File with one API key per line, "KEY" or "KEY admin". Default: the variable PTUNING_API_KEYS (comma-separated)."""
     soft_prompts: tuple[NonBlank, ...] = ()

@@ -257,7 +257,6 @@ def test_python_compiles(fence: Fence) -> None:
 
 
 @pytest.mark.fast
-@pytest.mark.skipif(not (REPOSITORY / "ptuning" / "api.py").exists(), reason="there is no ptuning.api yet")
 def test_python_names_what_the_package_has() -> None:
     import ptuning
 
