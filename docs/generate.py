@@ -178,8 +178,8 @@ def python_reference() -> str:
         "# The Python API",
         "",
         "This page is generated from the docstrings. `ptuning` offers the functions and the main classes directly, as in "
-        "`ptuning.train`; the other classes are those of their results. `import ptuning` loads neither torch nor Ray; the first "
-        "call does. [The guide](../guides/python.md) has examples.",
+        "`ptuning.train`; the other classes are those of their results. `import ptuning` loads neither torch nor Ray; the "
+        "first call does. [The guide](../guides/python.md) has examples.",
     ]
     for title, names in PYTHON.items():
         lines += ["", f"## {title}", *(line for name in names for line in ("", f"::: ptuning.{name}"))]
