@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes the secrets of a cluster, each once: what exists is kept. Nothing is printed, and none of it belongs in git.
+# Creates the secrets of a cluster. Existing ones are kept. Nothing is printed. Do not commit the secrets to git.
 #
-#   cluster/secrets.sh token         ~/.ray/auth_token, Ray's token, and ~/.ray/ptuning_api_keys: for this machine, `ray up`
+#   cluster/secrets.sh token         ~/.ray/auth_token (Ray's token) and ~/.ray/ptuning_api_keys: for this machine and `ray up`
 #   cluster/secrets.sh env           these, and cluster/.env for compose.yaml
 #   cluster/secrets.sh kubernetes    these, and Secrets in the namespace ptuning
 set -euo pipefail
@@ -14,7 +14,7 @@ env=${PTUNING_ENV_FILE:-$here/.env}
 
 random() { head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n'; }
 
-# Unless it exists: what the function $2 prints, in the file $1.
+# Write the output of the function $2 to the file $1, unless the file exists.
 keep() {
     [[ -s $1 ]] && return
     mkdir -p "$(dirname "$1")"
@@ -43,7 +43,7 @@ secret() {
 kubernetes() {
     local made
     made=$(mktemp -d)
-    # shellcheck disable=SC2064  # the folder of now
+    # shellcheck disable=SC2064  # expand the folder's name now
     trap "rm -rf '$made'" EXIT
     printf ptuning > "$made/access-key"
     random > "$made/secret-key"

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# A Ray cluster of several nodes on this machine, without Docker: to try and to test what runs on a real one.
+# A Ray cluster of several nodes on this machine, without Docker, to test what will run on a real cluster.
 #
 #   cluster/up-local.sh up                 # starts it; prints how to reach it
 #   eval "$(cluster/up-local.sh env)"      # address and token for this shell
 #   cluster/up-local.sh down               # ends exactly what `up` has started
 #
-# Every node has its own ports and folders, as on machines of its own, so a file that only one of them has is missed here too.
-# Token authentication is on, and the dashboard listens on loopback; Ray's own ports are on all addresses, behind the token.
+# Every node has its own ports and folders, like a separate machine: a file that only one node has is missing on the others.
+# Token authentication is on, and the dashboard listens on loopback. Ray's other ports listen on all addresses and require the token.
 # Settings, all optional, the same for up, env and down:
-#   PTUNING_CLUSTER          folder of the nodes, their logs and the token; short, as sockets lie in it (/tmp/ptuning-cluster-UID)
-#   PTUNING_CLUSTER_NODES    nodes, the head among them (2)
-#   PTUNING_CLUSTER_CPUS     CPUs that each node offers (1)
+#   PTUNING_CLUSTER          folder of the nodes, their logs and the token; keep it short: it contains sockets (/tmp/ptuning-cluster-UID)
+#   PTUNING_CLUSTER_NODES    number of nodes, including the head (2)
+#   PTUNING_CLUSTER_CPUS     CPUs per node (1)
 #   PTUNING_CLUSTER_PORT     the head's port, and the next one (6379)
 #   PTUNING_DASHBOARD_PORT   the port that jobs are submitted to (8265)
-#   PTUNING_PYTHON           Python with Ray (python3 of the PATH)
+#   PTUNING_PYTHON           Python with Ray (python3 on the PATH)
 set -euo pipefail
 
 state=${PTUNING_CLUSTER:-/tmp/ptuning-cluster-$(id -u)}
@@ -35,7 +35,7 @@ start() { # start NAME ARGUMENTS...: a node that ends with the process whose id 
   local name=$1; shift
   mkdir -p "$state/$name"
   # Port 0 selects a free port: the defaults are the same on every node. --block keeps a node's processes below one that we can end.
-  # The process that runs jobs (2.60: JobSupervisor) first imports from the folder that its node was started in: an empty one.
+  # The process that runs jobs (2.60: JobSupervisor) first imports from the folder that its node was started in, so it is empty.
   (cd "$state/$name"; exec setsid "$python" -m ray.scripts.scripts start "$@" --block --num-cpus "$cpus" --temp-dir "$state/$name" --disable-usage-stats \
     --object-store-memory 200000000 --min-worker-port 0 --max-worker-port 0 \
     --node-manager-port 0 --object-manager-port 0 --dashboard-agent-listen-port 0 --dashboard-agent-grpc-port 0 \
@@ -68,7 +68,7 @@ PYTHON
 
 up() {
   local number tries
-  compgen -G "$state/*.pid" >/dev/null && die "a cluster is there already ($state); end it with: $0 down"
+  compgen -G "$state/*.pid" >/dev/null && die "a cluster already exists ($state); end it with: $0 down"
   (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null && die "port $port is in use; set PTUNING_CLUSTER_PORT"
   (exec 3<>"/dev/tcp/127.0.0.1/$dashboard") 2>/dev/null && die "port $dashboard is in use; set PTUNING_DASHBOARD_PORT"
   (umask 077; mkdir -p "$state"; od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$state/token")
@@ -112,7 +112,7 @@ down() {
   done
   case $state in /|"$HOME") return ;; esac
   [ -f "$state/token" ] || return 0
-  # A driver is in a session of its own, and writes until it notices that its node has ended.
+  # A driver runs in its own session, and writes until it notices that its node has ended.
   for ((tries = 0; tries < 50; tries++)); do rm -rf "$state" 2>/dev/null && return; sleep 0.2; done
   rm -rf "$state"
 }
