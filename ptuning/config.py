@@ -330,6 +330,7 @@ class ServeConfig(Table):
     replicas: Positive | tuple[Positive, Positive] = 1
     """Number of replicas, each with its own copy of the base; [min, max] scales with the number of requests."""
     cpus_per_replica: PositiveNumber = 1.0
+    """CPU cores per replica."""
     gpus_per_replica: Number = 0.0
     """With a fraction several replicas share a GPU."""
     running: Positive = 32

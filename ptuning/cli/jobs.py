@@ -151,7 +151,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", help="Follow it to the end; the exit code is then the job's.")] = False,
     as_json: Json = False,
 ) -> None:
-    """What a job has said so far.
+    """Print the log of a job.
 
     Example: ptuning jobs logs sentiment-20260102-030405-ab12 --follow --address http://head:8265
     """

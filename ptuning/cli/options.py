@@ -42,7 +42,7 @@ Tracking = Annotated[
 ]
 BaseOption = Annotated[
     str | None,
-    typer.Option("--base", metavar="PATH", callback=non_blank, help="Where its base lies, if not where its card says."),
+    typer.Option("--base", metavar="PATH", callback=non_blank, help="The location of its base, if it differs from the card."),
 ]
 
 

@@ -126,9 +126,9 @@ def export(
 @prompts.command()
 def promote(
     name: Name,
-    number: Annotated[int | None, typer.Argument(metavar="VERSION", help="The version, if NAME does not say it.")] = None,
+    number: Annotated[int | None, typer.Argument(metavar="VERSION", help="The version, if NAME does not contain it.")] = None,
     margin: Annotated[float, typer.Option("--margin", min=0, help="How much worse than the champion it may be.")] = MARGIN,
-    force: Annotated[bool, typer.Option("--force", help="Promote it though it does not pass; a tag says so.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Promote it even if it does not pass; a tag records this.")] = False,
     base: BaseOption = None,
     storage: Storage = "runs",
     tracking: Tracking = None,

@@ -43,12 +43,12 @@ class Predictor:
 
     Args:
         soft_prompts: one soft prompt, or several by name.
-        base: where their base lies, if not where the card says: a folder or a Hugging Face id.
+        base: the location of their base, if it differs from the card: a folder or a Hugging Face id.
         dtype: "auto" is the dtype that training used on this kind of device; "float32" or "bfloat16".
         cache_mb: memory for keys and values, in MiB.
 
     Raises:
-        UserError: the base is not there, or a soft prompt was made for another one.
+        UserError: the base does not exist, or a soft prompt was made for another one.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Predictor:
         seed: int | None = None,
         truncate: bool = False,
     ) -> list[str]:
-        """The text that the base generates behind each text.
+        """The text that the base generates after each text.
 
         Args:
             max_new_tokens: at most; default: as long as the longest training target.

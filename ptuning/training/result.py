@@ -28,7 +28,7 @@ HEADLINES = (
     *("test_accuracy", "test_macro_f1", "test_rouge_l", "test_bleu", "test_loss"),
     *("validation_accuracy", "validation_loss"),
 )
-"""The metrics that are told first, in this order."""
+"""The metrics that are reported first, in this order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,11 @@ class TrainResult:
     """One trained soft prompt."""
 
     experiment: Experiment
-    """As it was run, with absolute paths."""
+    """The experiment with absolute paths."""
     run_id: str | None
-    """Its MLflow run; None: the tracker did not answer yet."""
+    """Its MLflow run; None if MLflow has not answered yet."""
     folder: str
-    """Where the soft prompt lies."""
+    """The folder of the soft prompt."""
     steps: int
     best_step: int
     """The step whose soft prompt was kept."""
@@ -48,7 +48,7 @@ class TrainResult:
     """Metrics with their split, as `test_accuracy`."""
     workers: int | None = None
     peak_bytes: list[int] = field(default_factory=list)
-    """Most memory of each worker, by rank."""
+    """Peak memory of each worker, by rank."""
     unsent: int = 0
     """Records that could not be sent to MLflow yet; the next command sends them."""
     seconds: float = 0.0
@@ -70,7 +70,7 @@ class TrainResult:
         """The vectors `[P, H]` and their card, read from `folder`.
 
         Raises:
-            UserError: the folder is damaged, or is not there any more.
+            UserError: the folder is damaged, or no longer exists.
         """
         from ptuning.model import soft_prompt
 
