@@ -407,7 +407,7 @@ LONGEST = ("test_train", "test_registry", "test_engine", "test_model", "test_zer
 
 @pytest.hookimpl(tryfirst=True)  # before tests are selected by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that ask the one server come last, so that it runs no longer than needed, and the file that ends it comes very last.
+    """Tests that ask the one server come last, so that it runs no longer than needed; the file that ends it is the very last.
     The files that take longest come first: processes that run tests side by side then end at about the same time."""
     asks = {item: set(getattr(item, "fixturenames", ())) for item in items}
 
