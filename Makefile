@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 # What needs no cluster in a process for every core; then the rest, one after the other: a cluster has the machine for itself.
 # The seconds of every test are in build/*.xml.
-BESIDE := --numprocesses=logical --maxprocesses=4 --dist=loadfile
+BESIDE := --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not cluster and not nightly and not soak" $(BESIDE) --junitxml=build/tests.xml

@@ -1,12 +1,10 @@
 """Prompt tuning of large frozen language models: one frozen model, many soft prompts.
 
-The names below are imported when they are first used (PEP 562): `import ptuning` itself loads nothing.
+The names below are imported when they are first used (PEP 562): `import ptuning` itself imports nothing, not even from the
+standard library, because a command must not import a file of that name from the working folder (`sys_path`).
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # type checkers take this name for True, as typing's
 if TYPE_CHECKING:
     from ptuning.api import (
         Experiment,
@@ -46,7 +44,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
         from importlib.metadata import version
 

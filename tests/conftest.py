@@ -401,11 +401,22 @@ def served_world(tmp_path_factory: pytest.TempPathFactory, endless_base: Path) -
         yield world
 
 
+LONGEST = ("test_train", "test_registry", "test_engine", "test_model", "test_zero", "test_disclosure", "test_http_api")
+"""Files without a cluster, by their seconds in build/tests.xml."""
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are selected by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Who asks the one server comes last, so that it is there no longer than it is needed, and who ends it at the very end."""
+    """Tests that ask the one server come last, so that it runs no longer than needed; the file that ends it is the very last.
+    The files that take longest come first: processes that run tests side by side then end at about the same time."""
     asks = {item: set(getattr(item, "fixturenames", ())) for item in items}
-    items.sort(key=lambda item: ("served_world" in asks[item]) * (2 if item.path.stem == "test_faults_serving" else 1))
+
+    def order(item: pytest.Item) -> tuple[int, int]:
+        file = item.path.stem
+        served = ("served_world" in asks[item]) * (2 if file == "test_faults_serving" else 1)
+        return served, LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+    items.sort(key=order)
     for item in items:
         if {"local_ray", "served_world"} & asks[item]:
             item.add_marker("cluster")

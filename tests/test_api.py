@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, free_port
+from conftest import REPOSITORY
 from peft import PeftModel
+from test_tracking import free_port
 from transformers import AutoModelForCausalLM
 
 import ptuning

@@ -159,7 +159,7 @@ def test_a_folder_that_nodes_do_not_share_is_wrong(toy_task: SimpleNamespace, tm
     folder.mkdir(parents=True)
     (folder / "one").write_text("ok")
     [finding, *_] = doctor._sharing(experiment, ".doctor-x", {"one": {}, "two": {}}, {"one": "10.0.0.1", "two": "10.0.0.2"})
-    assert finding.state == "wrong" and "what 10.0.0.2 wrote to" in finding.text and not folder.exists()
+    assert finding.state == "wrong" and "files that 10.0.0.2 wrote to" in finding.text and not folder.exists()
 
 
 @pytest.mark.fast

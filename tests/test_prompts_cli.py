@@ -190,7 +190,7 @@ def test_what_is_wrong_is_a_sentence(shelf: SimpleNamespace) -> None:
     assert "adapter_config.json is missing" in refusal("import", str(shelf.folder), "--name", "a", *where)
     assert "a template needs both" in refusal("import", str(shelf.folder), "--name", "a", "--input", "{text}", *where)
     wrong = ("--input", "{text}", "--target", " {label}", "--labels", "one")
-    assert "needs at least two labels" in refusal("import", str(shelf.folder), "--name", "a", *wrong, *where)
+    assert "has fewer than two labels" in refusal("import", str(shelf.folder), "--name", "a", *wrong, *where)
     assert "does not respond" in refusal("list", "--tracking", "http://127.0.0.1:9")
     assert "has no earlier champion to go back to" in refusal("rollback", "toy", *where)
     assert "cannot hold the tracking store" in refusal("list", "--storage", "s3://bucket/runs")
@@ -270,7 +270,7 @@ def test_a_storage_folder_that_has_moved(shelf: SimpleNamespace, store: Path) ->
     (store / "mlartifacts").rename(store / "away")
     said = refusal("export", "toy:1", str(shelf.folder / "out"), *where)
     assert f"not found in file://{store.as_uri().removeprefix('file://')}/mlartifacts/" in said and "--storage" in said
-    assert "delete" not in said and "mounted" in said
+    assert "delete" not in said and "mount that folder again" in said
 
 
 @pytest.mark.fast

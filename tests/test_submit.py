@@ -169,7 +169,7 @@ def test_a_soft_prompt_and_a_base_travel(desk: SimpleNamespace, monkeypatch: pyt
             "compute.storage=runs",
             "compute.storage: runs is a folder of this machine; give one that every node of the cluster can access",
         ),
-        ("compute.storage=~/runs", "compute.storage: ~/runs is a folder of this machine; name one"),
+        ("compute.storage=~/runs", "compute.storage: ~/runs is a folder of this machine; give one"),
         ("compute.storage=s3://b/runs", "compute.storage: s3://b/runs cannot hold the tracking store; set tracking.uri to an"),
         ("tracking.uri=http://me:hunter2@host", "override tracking.uri=http://***@host: contains a password"),
         (

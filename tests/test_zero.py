@@ -30,7 +30,7 @@ from ptuning.planning.zero3_simulator import Sharing, gather, prefetch_numbers
 from ptuning.training.distributed import Workers
 from ptuning.training.evaluate import evaluate, greedy
 from ptuning.training.loop import Pack, train
-from ptuning.training.messages import Event, StartRun
+from ptuning.training.messages import Event, StartRun, event_fields
 
 LENGTHS = (5, 3)
 LIVE = 1000
@@ -121,7 +121,7 @@ def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:
     found["kept"] = kept_bytes(model, base.width, rows(2))
     pack = Pack(model, base, workers, lambda experiment: load_task(experiment, base))
     tensors["embedding"] = pack.embed(list(range(20)))
-    found["events"] = [vars(event) for event in run(workers, model, base, tables, f"{folder}/two")]
+    found["events"] = [event_fields(event) for event in run(workers, model, base, tables, f"{folder}/two")]
     for name, settings in OTHERWISE.items():
         run(workers, model, base, changed(tables, settings), f"{folder}/two-{name}")
     found["after_training"] = vars(zero.sharding(model.base))

@@ -44,6 +44,7 @@ log = logger(__name__)
 
 Show = Callable[[Event], None]
 Say = Callable[[str], None]
+Kind = Literal["train", "search"]
 Result = TypeVar("Result", bound=TrainResult)
 
 
@@ -85,7 +86,7 @@ class Run:
 
 def execute_run(
     experiment: Experiment,
-    kind: Literal["train", "search"],
+    kind: Kind,
     result_type: type[Result],
     train: Callable[[Run], Result],
     *,
@@ -105,13 +106,29 @@ def execute_run(
     Raises:
         UserError, RunFailed: as `run_training`.
     """
+    result = _reach(experiment, kind, result_type, train, resume, say, configure, groups, spare)
+    return _registered(result, register) if register else result
+
+
+def _reach(
+    experiment: Experiment,
+    kind: Kind,
+    result_type: type[Result],
+    train: Callable[[Run], Result],
+    resume: bool,
+    say: Say,
+    configure: Callable[[Experiment, Base], Experiment],
+    groups: int,
+    spare: float,
+) -> Result:
+    """The result of a run, new or finished before."""
     began = time.monotonic()
     written = absolute(experiment)
     folder = storage.join(written.compute.storage, written.name)
     experiment = pin_parent(written, folder)
     finished = check_run_name(experiment, folder, resume, kind)
     if finished:
-        return _registered(result_type.read(finished, experiment), register)
+        return result_type.read(finished, experiment)
     lease.check(folder, say)
     base = find_base(experiment.model)
     storage.check_writable(experiment.compute.storage)
@@ -126,7 +143,7 @@ def execute_run(
         with hold_lease(folder, say):
             finished = check_run_name(experiment, folder, resume, kind)  # another driver may have ended it just now
             if finished:
-                return _registered(result_type.read(finished, experiment), register)
+                return result_type.read(finished, experiment)
             write_run(folder, experiment, "running", kind=kind)
             say(starting(experiment))
             tracker = start_tracker(experiment, folder, task, base)
@@ -137,10 +154,10 @@ def execute_run(
                 raise
             result = replace(result, seconds=round(time.monotonic() - began, 1))
             write_run(folder, experiment, "finished", result.as_json(), kind)
+            return result
     finally:
         if started_here:
             leave_ray()
-    return _registered(result, register)
 
 
 @contextmanager
@@ -168,14 +185,12 @@ def starting(experiment: Experiment) -> str:
     return f"starting {many} worker{'s' if many > 1 else ''}"
 
 
-def _registered(result: Result, name: str | None) -> Result:
+def _registered(result: Result, name: str) -> Result:
     """Publish what a run made under a name.
 
     Raises:
         RunFailed: it could not be published. The run itself is finished and complete.
     """
-    if name is None:
-        return result
     try:
         return replace(result, registered=str(publish_run(result.experiment, name, result.folder, result.run_id)))
     except UserError as error:
