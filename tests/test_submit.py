@@ -537,6 +537,7 @@ class Asking:
                 self.failed.append(str(error))
 
 
+@pytest.mark.nightly
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -579,6 +580,7 @@ def test_a_search_is_a_job_too(cluster: SimpleNamespace, write_toml: Write) -> N
     assert (cluster.shared / "found" / "soft_prompt" / "card.json").exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_the_doctor_goes_to_the_cluster(cluster: SimpleNamespace, write_toml: Write) -> None:
