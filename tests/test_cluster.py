@@ -521,7 +521,7 @@ def test_slurm_passes_the_signal_on(tmp_path):
     (tmp_path / "ptuning").write_text("#!/usr/bin/env python3\n" + _WAITS, encoding="utf-8")
     (tmp_path / "ptuning").chmod(0o755)
     script = (
-        f"export PATH={tmp_path}:$PATH address=- port=-\nset -euo pipefail\n" + SLURM[SLURM.index("# The batch shell alone") :]
+        f"export PATH={tmp_path}:$PATH address=- port=-\nset -euo pipefail\n" + SLURM[SLURM.index("# Only the batch shell") :]
     )
     shell = subprocess.Popen(["bash", "-c", script, "slurm", "train"], stdout=subprocess.PIPE, text=True)
     assert shell.stdout is not None and shell.stdout.readline() == "train\n"
