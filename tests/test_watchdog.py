@@ -17,7 +17,6 @@ pytestmark = pytest.mark.fast
 
 SCRIPT = """
 import time
-from ptuning.training.messages import StuckReport
 from ptuning.training.watchdog import Watchdog
 dog = Watchdog(lambda words: print(words, flush=True), limit_s=1.0)
 dog.heartbeat()

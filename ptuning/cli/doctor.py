@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from ptuning.cli import jobs
 from ptuning.cli.options import Json, Overrides, busy, fail, non_blank, table
 from ptuning.config import read_experiment
 from ptuning.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def doctor(
@@ -55,13 +52,8 @@ def doctor(
     if as_json:
         typer.echo(json.dumps({"ok": not wrong, "findings": [asdict(finding) for finding in findings]}))
     else:
-        typer.echo(
-            table(
-                [
-                    (f"{each.state:5}", each.where, each.what, "; ".join(filter(None, (each.text, each.fix))))
-                    for each in findings
-                ]
-            )
-        )
+        texts = [f"{each.text}; {each.fix}" if each.fix else each.text for each in findings]
+        rows = [(f"{each.state:5}", each.where, each.what, text) for each, text in zip(findings, texts, strict=True)]
+        typer.echo(table(rows))
     if wrong:
         raise typer.Exit(1)

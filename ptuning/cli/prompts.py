@@ -41,11 +41,8 @@ def list_(storage: Storage = "runs", tracking: Tracking = None, as_json: Json = 
             rows = [_row(version) for version in api.Registry(storage, tracking).list()]
         if not rows:
             typer.echo("no soft prompts yet; publish one with: ptuning train EXPERIMENT --register NAME", err=True)
-        _say(
-            {"soft_prompts": rows},
-            table([list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)]) if rows else "",
-            as_json,
-        )
+        lines = [list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)]
+        _say({"soft_prompts": rows}, table(lines) if rows else "", as_json)
 
 
 @prompts.command()

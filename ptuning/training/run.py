@@ -30,7 +30,6 @@ from ptuning.config import Experiment
 from ptuning.data.task import describe_task, load_task
 from ptuning.errors import RunFailed, UserError
 from ptuning.model.base import Base, find_base
-from ptuning.redaction import logger
 from ptuning.tracking.tracker import Status, Tracker
 from ptuning.training import lease
 from ptuning.training.event_queue import EventQueue
@@ -39,8 +38,6 @@ from ptuning.training.ray_trainer import make_trainer, scale
 from ptuning.training.result import TrainResult
 from ptuning.training.run_setup import bring_parent, check_run_name, pin_parent, publish_run, write_run
 from ptuning.training.run_tracking import Recorder, start_tracker
-
-log = logger(__name__)
 
 Show = Callable[[Event], None]
 Say = Callable[[str], None]
