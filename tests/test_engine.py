@@ -85,7 +85,13 @@ def reference(base: torch.nn.Module, vectors: Tensor, ids: list[int], new: int) 
     return out[0].tolist()
 
 
-@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - CONCATENATED))
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=() if name in {"llama_tied_gqa", "gpt2", "gemma3", "qwen2_window"} else pytest.mark.nightly)
+        for name in sorted(set(ARCHITECTURES) - CONCATENATED)
+    ],
+)
 def test_answers_are_those_of_the_base_alone(architecture):
     base, engine, draw = tiny_base(architecture, attention=None), start(architecture), random.Random(0)
     try:

@@ -151,17 +151,24 @@ def survive(tables: dict[str, Any], undisturbed: dict[str, Any], *faults: tuple[
     for number, (_, _, rank, what) in enumerate(faults):
         who = f"worker {rank} (pid {happened(number)['pid']} on {socket.gethostname()}) was killed or crashed"
         assert what != "kill" or any(line.startswith(f"warning: {who}") for line in said)
-    [message] = hangs(said)
-    return message
+    return "".join(hangs(said))
 
 
+@pytest.mark.timeout(300)
+def test_a_killed_worker_costs_at_most_one_checkpoint_interval(finished_run: SimpleNamespace) -> None:
+    """In the middle of a checkpoint."""
+    assert survive(finished_run.tables, finished_run.summary, ("half-written", 15, 0, "kill")) == ""
+
+
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_killed_and_hung_workers_cost_at_most_one_checkpoint_interval(finished_run: SimpleNamespace) -> None:
-    """A kill in the middle of a checkpoint, a process that hangs in the middle of a step; then, in `make test-all`, a kill
-    that the other worker notices first: it waits in the all-reduce."""
+    """A process that hangs in the middle of a step, and a kill that the other worker notices first: it waits in the
+    all-reduce."""
     finished_run.tables["compute"]["hang_s"] = 4.0
-    faults = ("half-written", 15, 0, "kill"), ("forward", 28, 1, "sleep"), ("barrier", 43, 1, "kill")
-    message = survive(finished_run.tables, finished_run.summary, *faults[: 3 if KILLS > 1 else 2])
+    faults = ("backward", 13, 0, "kill"), ("forward", 28, 1, "sleep"), ("barrier", 43, 1, "kill")
+    message = survive(finished_run.tables, finished_run.summary, *faults)
+    assert message.count("no progress for") == 1
     assert f"worker 1 (pid {happened(1)['pid']} on {socket.gethostname()}) is stuck in reached (sitecustomize.py:" in message
 
 
@@ -171,6 +178,7 @@ def test_more_instants(finished_run: SimpleNamespace) -> None:
     finished_run.tables["compute"] |= {"hang_s": 4.0, "max_failures": 4}
     faults = ("backward", 13, 1, "kill"), ("renamed", 20, 0, "kill"), ("barrier", 38, 0, "stop"), ("forward", 52, 0, "raise")
     message = survive(finished_run.tables, finished_run.summary, *faults)
+    assert message.count("no progress for") == 1
     assert f"worker 0 (pid {happened(2)['pid']} on {socket.gethostname()}) does not respond" in message
 
 
@@ -253,6 +261,7 @@ def test_a_lost_hub_ends_the_search_in_a_sentence_and_resume_counts_every_trial_
     assert len([entry for entry in shown[-1] if not entry.finalist]) == 4
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(240)
 def test_a_node_without_memory_is_a_sentence(tables: dict[str, Any], write_toml: Callable[..., Path]) -> None:
     """Ray's monitor ends every process at once: memory is used up before anything is taken."""
@@ -308,7 +317,7 @@ def test_a_run_that_gives_up_says_why_and_goes_on_later(tables: dict[str, Any], 
 def test_one_driver_per_run_and_a_killed_one_costs_at_most_one_interval(
     in_cluster: None, tables: dict[str, Any], write_toml: Callable[..., Path], tmp_path: Path
 ) -> None:
-    steps = 400 + 400 * KILLS
+    steps = 300 * (1 + KILLS)
     tables["compute"]["workers"] = 1
     tables["train"] |= {"steps": steps}
     folder = tmp_path / "runs" / "toy"
@@ -333,15 +342,16 @@ def test_one_driver_per_run_and_a_killed_one_costs_at_most_one_interval(
     summary = start(tables, events, resume=True)
     [begun] = [event.step for event in events if event.kind == "start"]
     assert steps > begun >= saved >= 200
-    undisturbed = start(tables, [], name="undisturbed")
-    assert difference(undisturbed, summary) == 0
+    if KILLS > 1:  # or see law 5 in `test_train`
+        undisturbed = start(tables, [], name="undisturbed")
+        assert difference(undisturbed, summary) == 0
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     curve = [point.step for point in client.get_metric_history(summary["run_id"], "train/loss")]
     assert sorted(set(curve)) == list(range(1, steps + 1))
     runs = client.search_runs([client.get_experiment_by_name("ptuning").experiment_id])
-    assert sorted(run.info.run_name for run in runs) == ["toy", "undisturbed"]
+    assert sorted(run.info.run_name for run in runs) == ["toy", *["undisturbed"][: KILLS - 1]]
 
 
 @pytest.fixture

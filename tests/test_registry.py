@@ -432,6 +432,7 @@ def test_two_promotions_at_once_leave_one_winner(registry: Registry) -> None:
     run_races(registry.uri, RACES)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(120 + 10 * RACES)
 def test_two_promotions_at_once_leave_one_winner_over_http(http: str) -> None:

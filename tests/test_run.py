@@ -92,6 +92,7 @@ def test_train_gives_a_soft_prompt_and_an_mlflow_run_that_holds_everything(finis
         start(tables, [], resume=True)
 
 
+@pytest.mark.nightly
 def test_a_cluster_that_is_gone_is_not_waited_for(tables: dict[str, Any]) -> None:
     imports = "import ray; from ptuning.config import Experiment; from ptuning.training.run import start_ray"
     start = imports + "; start_ray(Experiment.model_validate({tables}))"
@@ -156,6 +157,7 @@ def test_experiments_travel_with_absolute_paths(
     assert resolved.data.train == str(tmp_path / "toy/train.jsonl") and resolved.compute.storage == str(tmp_path / "runs")
 
 
+@pytest.mark.nightly
 def test_a_process_that_locks_up_at_its_end_is_ended() -> None:
     """It has said farewell to Ray, which no longer counts it, and yet it is there."""
     script = """

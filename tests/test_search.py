@@ -28,8 +28,8 @@ from ptuning.searching.trial_store import TrialRecord
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 KILLS = int(os.environ.get("PTUNING_KILLS", "1"))
-"""How often the driver is killed. `make test-all` kills it three times; PTUNING_KILLS=5 kills a search of 16 trials five
-times (5 minutes on two cores)."""
+"""How often the driver is killed, in `make test-all` three times; PTUNING_KILLS=5 kills a search of 16 trials five times
+(5 minutes on two cores)."""
 
 
 @pytest.fixture
@@ -113,8 +113,42 @@ def test_a_killed_worker_costs_the_search_no_trial(tables: dict[str, Any]) -> No
     assert len(children(tables)) == 4
 
 
+def test_a_search_under_asha_tests_and_tracks_its_winner(
+    in_cluster: None, tables: dict[str, Any], write_toml: Callable[..., Path]
+) -> None:
+    tables["compute"]["workers"] = 1
+    done = CliRunner().invoke(app, ["search", str(write_toml(tables)), "--json"])
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    check(tables, json.loads(done.stdout.splitlines()[-1]))
+
+
+def check(tables: dict[str, Any], summary: dict[str, Any]) -> None:
+    """Every trial counts once, with every evaluation; the winner is tested, registered, tracked and reported."""
+    ledger = Path(tables["compute"]["storage"]) / "toy" / "ledger.json"
+    entries = _entries(ledger)
+    trials = [entry for entry in entries if not entry["finalist"]]
+    assert len(trials) == tables["search"]["trials"] == sum(summary["trials"].values())
+    assert len({entry["key"] for entry in trials}) == len(trials)
+    assert {entry["status"] for entry in trials} <= {"finished", "stopped"}
+    for entry in entries:
+        steps = [result["step"] for result in entry["results"]]
+        assert (
+            steps == sorted(set(steps)) and steps[0] == 10 and all(b - a == 10 for a, b in zip(steps, steps[1:], strict=False))
+        )
+
+    loaded = soft_prompt.load(summary["soft_prompt"])
+    assert loaded.card.name == "toy" and loaded.card.metrics == summary["metrics"] and summary["registered"] == "toy:1"
+    assert summary["metrics"]["test_accuracy"] > 0.9
+    runs = children(tables)
+    assert sorted(run.data.tags["ptuning.trial"] for run in runs) == sorted(entry["run"] for entry in entries)
+    assert all(run.info.status == "FINISHED" for run in runs)
+    report = ledger.parent / "report"
+    assert {path.name for path in report.iterdir()} == {"leaderboard.csv", "budget.csv", "landscape.png", "budget.png"}
+
+
+@pytest.mark.nightly
 @pytest.mark.timeout(300 + 180 * KILLS)
-def test_a_search_under_asha_with_killed_drivers_gives_every_trial_once_and_tests_and_tracks_its_winner(
+def test_a_search_with_killed_drivers_gives_every_trial_once(
     in_cluster: None, tables: dict[str, Any], write_toml: Callable[..., Path]
 ) -> None:
     many = 16 if KILLS > 3 else 6
@@ -140,28 +174,12 @@ def test_a_search_under_asha_with_killed_drivers_gives_every_trial_once_and_test
     last = CliRunner().invoke(app, ["search", str(file), "--resume", "--json"])
     assert last.exit_code == 0, (last.stderr, last.exception)
     summary = json.loads(last.stdout.splitlines()[-1])
+    check(tables, summary)
     entries = _entries(ledger)
-    trials = [entry for entry in entries if not entry["finalist"]]
-    assert len(trials) == many == sum(summary["trials"].values()) and len({entry["key"] for entry in trials}) == many
-    assert {entry["status"] for entry in trials} <= {"finished", "stopped"}
     for run, written in done.items():
         found = next(entry for entry in entries if entry["run"] == run)
         if run != summary["winner"]["trial"]:  # the winner is saved again, with its test result
             assert (Path(found["soft_prompt"]) / "manifest.json").stat().st_mtime == written
-    for entry in entries:
-        steps = [result["step"] for result in entry["results"]]
-        assert (
-            steps == sorted(set(steps)) and steps[0] == 10 and all(b - a == 10 for a, b in zip(steps, steps[1:], strict=False))
-        )
-
-    loaded = soft_prompt.load(summary["soft_prompt"])
-    assert loaded.card.name == "toy" and loaded.card.metrics == summary["metrics"] and summary["registered"] == "toy:1"
-    assert summary["metrics"]["test_accuracy"] > 0.9
-    runs = children(tables)
-    assert sorted(run.data.tags["ptuning.trial"] for run in runs) == sorted(entry["run"] for entry in entries)
-    assert all(run.info.status == "FINISHED" for run in runs)
-    report = ledger.parent / "report"
-    assert {path.name for path in report.iterdir()} == {"leaderboard.csv", "budget.csv", "landscape.png", "budget.png"}
 
 
 def _entries(ledger: Path) -> list[dict[str, Any]]:

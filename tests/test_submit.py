@@ -468,6 +468,19 @@ def read_until(process: subprocess.Popen[str], words: str) -> str:
 
 @pytest.mark.cluster
 @pytest.mark.slow
+def test_a_submitted_run_says_what_it_says_here(cluster: SimpleNamespace, write_toml: Write) -> None:
+    experiment = write(cluster, write_toml, name="small", train={"steps": 10, "evaluate_every": 10})
+    done = run(cluster, "submit", "train", experiment, "--register=small", "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)  # nothing else is said on stdout
+    assert (summary["name"], summary["steps"], summary["registered"]) == ("small", 10, "small:1")
+    assert (cluster.shared / "small" / "soft_prompt" / "card.json").exists()
+    assert "this package travelled" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.nightly
+@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_train_detach_kill_find_stop_resume(cluster: SimpleNamespace, write_toml: Write) -> None:
     experiment = write(cluster, write_toml, compute={"workers": 2}, train={"steps": 300, "evaluate_every": 300})
@@ -476,7 +489,8 @@ def test_train_detach_kill_find_stop_resume(cluster: SimpleNamespace, write_toml
     client.kill()
     client.communicate()
 
-    (found,) = json.loads(run(cluster, "jobs", "list", "--json").stdout)["jobs"]
+    jobs = json.loads(run(cluster, "jobs", "list", "--json").stdout)["jobs"]
+    (found,) = [each for each in jobs if each["experiment"] == "toy"]
     assert (found["job"], found["what"], found["experiment"]) == (job, "train", "toy") and found["exit_code"] is None
     again = run(cluster, "submit", "train", experiment, "--resume")
     assert again.returncode == 2 and f"toy: job {job} of this name is " in again.stderr

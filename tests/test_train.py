@@ -162,7 +162,7 @@ def test_law_2_only_the_soft_prompt_moves(run: Any, toy_task: SimpleNamespace, m
     ],
     ids=["default", "adafactor", "text", "choice alone", "both", "starts", "starts without validation"],
 )
-@pytest.mark.parametrize("killed_at", [1, 3, 7, 10, 13, 20])
+@pytest.mark.parametrize("killed_at", [1, 7, 20, *(pytest.param(step, marks=pytest.mark.nightly) for step in (3, 10, 13))])
 def test_law_5_killed_and_resumed_is_bit_identical(
     run: Any, toy_task: SimpleNamespace, killed_at: int, changes: dict[str, Any]
 ) -> None:

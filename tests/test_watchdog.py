@@ -57,13 +57,15 @@ def test_who_may_take_its_time_must_work(tmp_path: Path) -> None:
     spin = "def spin(s):\n    end = time.monotonic() + s\n    while time.monotonic() < end: pass\n"
     write = f"open({str(tmp_path / 'copy')!r}, 'wb').write(bytes(10**6))"
     copy = f"def copy(s):\n    for _ in range(int(s * 5)): {write}; time.sleep(.2)\n"
-    for body, code in (
-        ("time.sleep(8)", HUNG),
-        ("dog.heartbeat(); dog.expect_idle(); time.sleep(8)", HUNG),
-        ("for _ in range(5): time.sleep(1); spin(0.3)", 0),
-        ("copy(5)", 0),
-    ):
-        process = subprocess.Popen([sys.executable, "-c", script + spin + copy + body], stdout=subprocess.PIPE, text=True)
+    cases = {
+        "time.sleep(8)": HUNG,
+        "dog.heartbeat(); dog.expect_idle(); time.sleep(8)": HUNG,
+        "for _ in range(5): time.sleep(1); spin(0.3)": 0,
+        "copy(5)": 0,
+    }
+    command = [sys.executable, "-c"]
+    processes = [subprocess.Popen([*command, script + spin + copy + body], stdout=subprocess.PIPE, text=True) for body in cases]
+    for process, (body, code) in zip(processes, cases.items(), strict=True):
         said = process.communicate(timeout=30)[0]
         assert process.returncode == code, (body, said)
         assert ("last=True" in said) == bool(code)
