@@ -176,7 +176,7 @@ def test_a_killed_replica_loses_only_what_it_was_answering(world, number):
     print(f"{number.name} to a replica: {len(lost)} of {under_way} under way lost, next answer after {next_good:.2f} s")
     assert {each.status for each in lost} <= {500} and len(lost) <= under_way
     assert all(each.began < killed + 1 and each.ended < killed + 2 for each in lost)
-    assert next_good < 1
+    assert next_good < 5
     print(f"two replicas again after {both_answer(world) + 3:.1f} s")
 
 
