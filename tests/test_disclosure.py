@@ -218,7 +218,7 @@ def hurried(world: SimpleNamespace, patch: pytest.MonkeyPatch, path: str) -> Ans
     short = world.service.limits.model_copy(update={"deadline_s": 0.001})
     running = Running(build_app(SimpleNamespace(**vars(world.service) | {"limits": short, "alive": True})))
     try:
-        with world.service.engine._manager.pause():
+        with world.service.engine.paused():
             return ask(running.url, "POST", path, json.dumps({**json.loads(body_for(path, "raw")), "max_tokens": 90}).encode())
     finally:
         running.stop()
@@ -244,7 +244,7 @@ def nameless(world: SimpleNamespace, patch: pytest.MonkeyPatch) -> None:
 
 def garbled(world: SimpleNamespace, patch: pytest.MonkeyPatch) -> None:
     """Transformers ends a request with the text of an exception."""
-    router = world.service.engine._manager.output_router
+    router = world.service.engine._generator._manager.output_router
     ended = router._ended
 
     def end(output: Any) -> None:

@@ -17,11 +17,12 @@ import torch
 from conftest import ARCHITECTURES, CONCATENATED, tiny_base
 from torch import Tensor
 
-from ptuning.inference.engine import PAGE, Engine
+from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import Sampling, Token, draw
 from ptuning.inference.types import End, EngineBusy, EngineConfig, EngineStopped, Request, RequestError, ResidentPrompt
 from ptuning.inference.virtual_tokens import ROWS, VirtualTokens
 from ptuning.model.label_trie import LabelTrie
+from ptuning.model.limits import PAGE
 from ptuning.model.packing import Objective, pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 
@@ -363,7 +364,7 @@ def test_labels_free_their_places_before_they_are_told(engine, add):
 def test_cancelled_requests_leave_nothing_behind(engine, add):
     handle = add(32, 1)
     answer(engine, Request([5] * 10, handle, 1))
-    cache = engine._manager.batch_processor.cache
+    cache = engine._generator._manager.batch_processor.cache
     tables = cache.cache_allocators["full_attention"].block_table
     for _ in range(20):
         events = engine.generate(Request([6] * 10, handle, 80, ignore_end=True))
@@ -424,10 +425,37 @@ def test_a_stopped_engine_says_so():
         engine.submit(Request([5], None, 1), print)
 
 
-@pytest.mark.parametrize("architecture", sorted(CONCATENATED))
-def test_bases_that_cannot_be_served_are_named(architecture):
-    with pytest.raises(RequestError, match=r"model.path: \w+ cannot be served, .*; choose another base"):
-        start(architecture)
+def test_a_base_without_a_paged_cache_is_served_as_well():
+    """Batches of equal length take turns: soft prompts side by side, seeds, labels, cancelled and long requests."""
+    engine, draw = start("gpt_neo"), random.Random(0)
+    base = tiny_base("gpt_neo", attention=None)
+    try:
+        assert engine.kind == "plain"
+        handles = {length: engine.add(soft_prompt(length, length), str(length)) for length in (1, 9)}
+        long = engine.generate(Request([5] * 10, handles[9], 100, ignore_end=True))
+        first = next(long)
+        requests = [(length, text(draw, size)) for size in (3, 3, 3, 8) for length in handles]
+        sinks: list[queue.SimpleQueue[Token | End]] = [queue.SimpleQueue() for _ in requests]
+        for (length, ids), sink in zip(requests, sinks, strict=True):
+            engine.submit(Request(ids, handles[length], 12), sink.put)
+        for (length, ids), sink in zip(requests, sinks, strict=True):
+            tokens = [event.id for event in iter(lambda sink=sink: sink.get(timeout=20), None) if collect(event, sink)]
+            assert tokens == reference(base, soft_prompt(length, length), ids, 12)
+        assert isinstance(first, Token) and isinstance(next(long), Token), "the long one goes on meanwhile"
+        long.close()  # the client has gone
+
+        drawn = Request([7, 8], handles[1], 8, Sampling(temperature=1.0, seed=3), ignore_end=True)
+        assert answer(engine, drawn) == answer(engine, drawn)
+        trie = LabelTrie(((7, END), (8, 9, END)))
+        (scores,) = engine.choose(handles[1], [[5, 6]], trie).result(20)
+        exact = PromptedModel(base)([soft_prompt(1, 1)], pack_labels([1], [[[5, 6]]], trie))
+        assert scores == pytest.approx(trie.label_logprobs(-exact.double()).tolist(), abs=1e-5)
+        assert engine.busy == 0 and engine.alive
+        with pytest.raises(RequestError, match="exceed the 128 positions"):
+            engine.submit(Request([5] * 100, handles[9], 40), print)
+    finally:
+        engine.close()
+    assert not engine.alive
 
 
 def test_the_bank_keeps_its_rows_through_growth_and_removal():

@@ -572,7 +572,7 @@ def wait_until_idle(world: SimpleNamespace, seconds: float = 5) -> None:
 
 def test_a_client_that_leaves_frees_its_place(client, world):
     """Seen while the engine stands still: nothing but the cancellation can end these requests."""
-    with world.service.engine._manager.pause():
+    with world.service.engine.paused():
         for _ in range(10):
             stream = chat(client, model="writer", max_tokens=50, stream=True)
             next(iter(stream))  # the role, which is sent before any token
@@ -587,7 +587,7 @@ def test_the_deadline_is_kept_here(client, world):
     running = Running(app)
     try:
         hurried = OpenAI(base_url=running.url, api_key=KEY, max_retries=2, timeout=30)
-        with hurried, world.service.engine._manager.pause():
+        with hurried, world.service.engine.paused():
             began = time.monotonic()
             with pytest.raises(openai.APIStatusError, match="longer than this server allows") as caught:
                 headers = {"x-request-timeout-seconds": "0", "x-request-disconnect-disabled": "?1"}

@@ -165,7 +165,7 @@ def test_a_new_version_waits_for_a_place_and_leaves_nothing(world, tmp_path):
     engine, catalogue = world.service.engine, world.service.models
     version = publish_soft_prompt(world.registry, world.base, tmp_path / "g", "patient", 81)
     residents = engine.residents
-    with engine._manager.pause():
+    with engine.paused():
         taken = [engine.submit(Request([5], None, 50), lambda event: None) for _ in range(16)]
         catalogue.patience = 0.2
         with pytest.raises(EngineBusy):

@@ -21,21 +21,21 @@ from __future__ import annotations
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import psutil
-import torch
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
-from transformers.generation.continuous_batching.continuous_api import OutputRouter
-from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers import PreTrainedModel
 
+from ptuning.inference.engine_check import generates_right, quiet
+from ptuning.inference.generator import Events, Generator
 from ptuning.inference.label_scorer import LabelJob, LabelScorer
-from ptuning.inference.paged_attention import ATTENTION
-from ptuning.inference.sampling import Sampler, SamplerState, Token
+from ptuning.inference.paged_generator import PagedGenerator
+from ptuning.inference.plain_generator import PlainGenerator, SingleGenerator
+from ptuning.inference.sampling import SamplerState, Token
 from ptuning.inference.types import (
     Deliver,
     End,
@@ -49,14 +49,11 @@ from ptuning.inference.types import (
 )
 from ptuning.inference.virtual_tokens import VirtualTokens
 from ptuning.model.label_trie import LabelTrie
-from ptuning.model.limits import PAGE
 from ptuning.model.prompted_model import PromptedModel
+from ptuning.model.self_check import FAILURES, choose_pass
 from ptuning.redaction import logger
 
 log = logger(__name__)
-
-_NO_CHECK = 1e6
-"""A `max_memory_percent` that never limits the cache."""
 
 
 @dataclass
@@ -68,80 +65,72 @@ class _Running:
     cached: int = 0
 
 
-class _Router(OutputRouter):
-    """Passes finished requests to the engine directly, without a queue that every reader would have to search."""
-
-    def __init__(self, ended: Callable[[GenerationOutput], None]) -> None:
-        super().__init__()
-        self._ended = ended
-
-    def deliver(self, output: GenerationOutput) -> None:
-        if output.is_finished():
-            self._ended(output)
-
-    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        for output in outputs:
-            self.deliver(output)
-
-
 class Engine:
     """Generates text and scores labels. All methods are thread-safe.
 
-    The engine modifies the base: it replaces the input embedding and the attention.
+    The engine modifies the base: it replaces the input embedding and the attention. `end`: the tokens that end an answer.
 
     Raises:
-        RequestError: the base's attention cannot be replaced.
+        BaseError: no pass is right for this base (`model.self_check`).
+        RequestError: the base does not generate with a cache what it computes without, or the cache does not fit into memory.
     """
 
-    def __init__(self, base: PreTrainedModel, end: int, config: EngineConfig | None = None) -> None:
+    def __init__(self, base: PreTrainedModel, end: int | Sequence[int], config: EngineConfig | None = None) -> None:
         config = config or EngineConfig()
-        self._model = PromptedModel(base)
-        if not self._model.shared_prefix:
-            raise RequestError(
-                f"model.path: {type(base).__name__} cannot be served, its attention is not replaceable; choose another base"
-            )
-        described = base.config.get_text_config()
-        self.vocabulary = int(described.vocab_size)
+        ends = (end,) if isinstance(end, int) else tuple(end)
         self.config = config
-        self.end = end
+        self.vocabulary = int(base.config.get_text_config().vocab_size)
+        self.ends = ends
         self.stats = Stats()
-        embedding: Any = base.get_input_embeddings()
-        self._bank = VirtualTokens(embedding, self.vocabulary)
-        base.set_input_embeddings(self._bank)
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
         self._resident: dict[str, tuple[ResidentPrompt, int]] = {}  # by content hash, with its reference count
         self._waiting_rows = 0
-        _check_room(base, config.cache_bytes)
-        pages = max(8, config.cache_bytes // (PAGE * _token_bytes(base)))
-        self.longest = min(config.context, PAGE * pages * 3 // 4)
+        model = PromptedModel(base)
+        choose_pass(model, config.name)
+        self._bank = VirtualTokens.install(base, self.vocabulary)
+        self._generator = self._choose_generator(model)
+        self._scorer = LabelScorer(model, self._bank, self._generator.pause, self._scored)
+
+    @property
+    def longest(self) -> int:
         """Maximum number of positions of a request, given by the base and the cache."""
-        # transformers allows two names here; ours is not one of them and is set afterwards.
-        base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
-        batching: Any = base
-        self._manager = batching.init_continuous_batching(
-            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1),
-            continuous_batching_config=ContinuousBatchingConfig(
-                page_size=PAGE,
-                num_blocks=pages,
-                max_batch_tokens=config.batch_tokens,
-                max_requests_per_batch=config.running,
-                allow_block_sharing=config.share,
-                # Its own check assumes a mask of batch_tokens times the whole cache for every attention but flash (5.23). Ours
-                # has no mask; for a small base the mask would be many times the cache. The real sizes are checked above.
-                max_memory_percent=_NO_CHECK,
-                use_async_batching=False,  # the sampler runs in Python, between the steps
-                use_cuda_graph=False,
-                auto_switch_to_flash=False,
-            ),
+        return self._generator.longest
+
+    @property
+    def kind(self) -> str:
+        """How it generates: "paged", "plain" or "single"."""
+        return self._generator.kind
+
+    def _choose_generator(self, model: PromptedModel) -> Generator:
+        """The fastest generator that generates what the base generates.
+
+        Raises:
+            RequestError: there is none, or the cache does not fit into memory.
+        """
+        events = Events(self._find, self._stepped, self._ended)
+        kinds: list[type[PagedGenerator] | type[PlainGenerator]] = [PagedGenerator, PlainGenerator, SingleGenerator]
+        for kind in kinds[not model.shared_prefix :]:
+            try:
+                self._generator = kind(model, self.config, events)
+            except RequestError:
+                raise
+            except FAILURES as error:  # this cache has no place for the states of this architecture
+                log.debug("%s: %s", kind.kind, error)
+                continue
+            with quiet() if kind is not SingleGenerator else nullcontext():  # the last one says why it fails
+                right = generates_right(self, model)
+            if right:
+                self.stats = Stats()
+                if kind is not PagedGenerator:
+                    how = "one after the other" if kind is SingleGenerator else "in batches of equal length"
+                    log.warning("%s: no paged cache, requests run %s", type(model.base).__name__, how)
+                return self._generator
+            self._generator.close()
+        raise RequestError(
+            f"model.path: {self.config.name} ({type(model.base).__name__}) does not generate with its cache what it "
+            "computes without, in this version of transformers; choose another base"
         )
-        base.set_attn_implementation(ATTENTION)
-        self._manager.output_router = _Router(self._ended)
-        self._manager.logit_processor = Sampler(self._find, self._stepped)
-        with torch.random.fork_rng():  # transformers seeds the whole process here
-            self._manager.warmup()  # allocates the cache now, so that errors are raised here
-        self._manager.start()
-        self._scorer = LabelScorer(self._model, self._bank, self._manager.pause, self._scored)
 
     # -- soft prompts ------------------------------------------------------------------------------------------------
 
@@ -200,12 +189,8 @@ class Engine:
                 raise EngineBusy(f"{len(self._running)} requests are running or waiting; ask again later")
             self._hold(request.handle)
             self._running[request_id] = running
-        self._manager.add_request(
-            [*prefix, *request.ids],
-            request_id=request_id,
-            max_new_tokens=request.max_new_tokens,
-            eos_token_id=-1 if request.ignore_end else self.end,
-        )
+        ends = () if request.ignore_end else self.ends
+        self._generator.start(request_id, [*prefix, *request.ids], request.max_new_tokens, ends)
         return request_id
 
     def check(self, request: Request) -> None:
@@ -285,7 +270,7 @@ class Engine:
     @property
     def alive(self) -> bool:
         """False after a step has failed: the engine no longer answers."""
-        return self._manager.is_running() and self._manager.background_thread_status.can_accept_new_requests() is None
+        return self._generator.alive
 
     @property
     def busy(self) -> int:
@@ -297,10 +282,14 @@ class Engine:
         """No further generation request is accepted."""
         return len(self._running) >= self.config.running + self.config.waiting
 
+    def paused(self) -> AbstractContextManager[object]:
+        """No step of generation runs inside, so another pass may use the base."""
+        return self._generator.pause()
+
     def close(self) -> None:
         """Stop immediately. Running requests fail."""
         self._scorer.close()
-        self._manager.stop(block=True, hard_stop=True)
+        self._generator.close()
         for request_id in list(self._running):
             self._finish(request_id, "failed", "the engine was stopped")
 
@@ -350,13 +339,8 @@ class Engine:
         running.tokens += 1
         _deliver(running, token)
 
-    def _ended(self, output: GenerationOutput) -> None:
-        if output.error is not None:
-            log.error("request %s failed: %s", output.request_id, output.error)
-            self._finish(output.request_id, "failed", "the generation failed; the server's log says why")
-        else:
-            ended = bool(output.generated_tokens) and output.generated_tokens[-1] == self.end
-            self._finish(output.request_id, "stop" if ended else "length")
+    def _ended(self, request_id: str, reason: Literal["stop", "length", "failed"], message: str) -> None:
+        self._finish(request_id, reason, message)
 
     def _finish(
         self,
@@ -371,7 +355,7 @@ class Engine:
                 return
             self._release(running.request.handle)
         if cancel:
-            self._manager.cancel_request(request_id)
+            self._generator.cancel(request_id)
         if running.request.ignore_end and reason == "stop":
             reason = "length"
         _deliver(running, End(reason, message, running.cached))
@@ -382,21 +366,3 @@ def _deliver(running: _Running, event: Token | End) -> None:
         running.deliver(event)
     except Exception:  # a failing receiver must not fail the step, and with it all other requests
         log.exception("an answer could not be delivered")
-
-
-def _check_room(base: PreTrainedModel, cache_bytes: int) -> None:
-    device = base.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if cache_bytes > free:
-        raise RequestError(
-            f"serve.cache_mb: {cache_bytes >> 20} MB for keys and values exceed the {free >> 20} MB of memory that the base "
-            "leaves free; lower it, or set model.dtype=bfloat16"
-        )
-
-
-def _token_bytes(base: PreTrainedModel) -> int:
-    """Bytes of the keys and values of one token in all layers."""
-    config: Any = base.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * base.dtype.itemsize)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ptuning.model.tree_attention import segment_attention, softcapped_attention
+from ptuning.model.tree_attention import explicit_attention, segment_attention
 
 ATTENTION = "ptuning_serving"
 """Name of the attention below. Only for `segments` and paged caches, neither of which needs a mask from transformers."""
@@ -34,6 +34,7 @@ def serving_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -43,10 +44,11 @@ def serving_attention(
         NotImplementedError: the architecture's attention has a feature that is not implemented here.
     """
     if cache is None:
-        return segment_attention(module, query, key, value, attention_mask, dropout, scaling, sliding_window, softcap, **kwargs)
-    extras = sorted(name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None)
-    if extras:
-        raise NotImplementedError(f"attention with {', '.join(extras)}")
+        return segment_attention(
+            module, query, key, value, attention_mask, dropout, scaling, sliding_window, softcap, s_aux, **kwargs
+        )
+    if kwargs.get("position_bias") is not None:
+        raise NotImplementedError("attention with position_bias")
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     queries, keys = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
     groups = query.shape[1] // key.shape[1]
@@ -54,13 +56,20 @@ def serving_attention(
     for at in range(len(queries) - 1):
         mine, seen = slice(queries[at], queries[at + 1]), slice(keys[at], keys[at + 1])
         out[:, :, mine] = _attend(
-            query[:, :, mine], key[:, :, seen], value[:, :, seen], groups, scaling, sliding_window, softcap
+            query[:, :, mine], key[:, :, seen], value[:, :, seen], groups, scaling, sliding_window, softcap, s_aux
         )
     return out.transpose(1, 2), None
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, groups: int, scale: float | None, window: int | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    groups: int,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention of one request: its last T tokens `[1, h, T, d]` over all its S cached tokens."""
     length, seen = query.shape[2], key.shape[2]
@@ -69,12 +78,14 @@ def _attend(
     mask = None
     if length > 1 or (window is not None and window < seen):
         mask = _causal(length, seen, window, groups, query.device)
-    if softcap is None:
+    if softcap is None and sinks is None:
         out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     else:
         if mask is None:
             mask = torch.ones(query.shape[2], seen, dtype=torch.bool, device=query.device)
-        out = softcapped_attention(query, key, value, mask, scale, softcap)
+        if sinks is not None:
+            sinks = sinks.view(-1, groups).repeat_interleave(length, 1)
+        out = explicit_attention(query, key, value, mask, scale, softcap, sinks)
     return out.unflatten(2, (groups, length)).flatten(1, 2) if groups > 1 else out
 
 

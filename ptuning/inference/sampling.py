@@ -92,14 +92,26 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
             choice = self._find(self._step[row])
             if choice is None:  # the request was cancelled
                 continue
-            if not math.isfinite(logit):
-                choice.on_token(None)
-                continue
-            if choice.generator is not None:
-                token = draw(scores[row], choice.sampling, choice.generator)
-            choice.on_token(describe(scores[row], token, choice.sampling.top))
-            scores[row, token] = math.inf
+            chosen = _choose(scores[row], choice, logit, token)
+            if chosen is not None:
+                scores[row, chosen] = math.inf
         return scores
+
+
+def choose_token(logits: Tensor, choice: SamplerState) -> int | None:
+    """Choose the next token from logits `[V]` fp32 and report it; None if they are NaN, which is reported, too."""
+    largest, likeliest = logits.max(-1)
+    return _choose(logits, choice, float(largest), int(likeliest))
+
+
+def _choose(logits: Tensor, choice: SamplerState, largest: float, token: int) -> int | None:
+    if not math.isfinite(largest):
+        choice.on_token(None)
+        return None
+    if choice.generator is not None:
+        token = draw(logits, choice.sampling, choice.generator)
+    choice.on_token(describe(logits, token, choice.sampling.top))
+    return token
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -72,6 +72,8 @@ class EngineConfig:
     """Memory for keys and values."""
     context: int = 2**31
     """Maximum positions of a request, soft prompt included; default: the base's limit."""
+    name: str = "the base"
+    """The base's name in errors."""
     share: bool = True
     """Reuse the keys and values of whole pages for requests with the same prefix. False: every request computes its own, so its
     latency reveals nothing about other requests."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,19 @@ class VirtualTokens(nn.Module):
         self._removed = 0
         empty = torch.empty(0, dtype=torch.long, device=weight.device)
         self._bank = _Bank(weight.new_empty(ROWS, weight.shape[1]), 0, empty, empty)
+
+    @classmethod
+    def install(cls, base: Any, vocabulary: int) -> VirtualTokens:
+        """Put it into a base. Whatever else looks up tokens by id sees 0 for a virtual token, as in training."""
+        original = base.get_input_embeddings()
+        bank = cls(original, vocabulary)
+        for module in base.modules():
+            if isinstance(module, nn.Embedding) and module is not original and module.num_embeddings >= vocabulary // 2:
+                module.register_forward_pre_hook(
+                    lambda _, arguments: (torch.where(arguments[0] >= bank.first, 0, arguments[0]),)
+                )
+        base.set_input_embeddings(bank)
+        return bank
 
     @property
     def weight(self) -> Tensor:

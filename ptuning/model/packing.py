@@ -61,6 +61,11 @@ class PackedBatch:
         return self.segments.tokens
 
     @cached_property
+    def ids(self) -> Tensor:
+        """`[N]` token ids, 0 for virtual tokens."""
+        return torch.cat([self.tokens.new_zeros(self.positions - len(self.tokens)), self.tokens])
+
+    @cached_property
     def kept(self) -> Tensor:
         """Packed positions at which anything is predicted, ascending, without duplicates."""
         return (torch.cat([self.at, self.choices.at]) if self.choices else self.at).unique()

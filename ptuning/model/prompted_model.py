@@ -13,21 +13,20 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ptuning import environment
+from ptuning.model.input_embedding import InputEmbedding
 from ptuning.model.last_layer import LastLayer
 from ptuning.model.output_head import OutputHead
 from ptuning.model.packing import Choices, PackedBatch
 from ptuning.model.tree_attention import ATTENTION
-from ptuning.redaction import logger
-
-log = logger(__name__)
 
 
 class PromptedModel(nn.Module):
@@ -45,17 +44,39 @@ class PromptedModel(nn.Module):
         environment.apply("torch")
         _remove_dropout(base)
         self.head = OutputHead(base)
-        self.last_layer = LastLayer(base, base.config.get_text_config().num_hidden_layers)
-        self.shared_prefix = self._take_segment_attention()
-        """True if a soft prompt is computed once per pass and shared by its rows, False for plain concatenation."""
+        self.last_layer = LastLayer(base, getattr(base.config.get_text_config(), "num_hidden_layers", 0))
+        self.embedding = InputEmbedding(base)
+        self._plain_attention = base.config._attn_implementation
+        # What a base's generation config asks for (a penalty for repetition, say) would act here, and not in serving.
+        base.generation_config = GenerationConfig()
+        kinds = set(getattr(base.config, "layer_types", None) or ["full_attention"])
+        self._shared_prefix = False
+        self.needs_ids = False
+        """The base looks up more than its input embedding by token id. A virtual token has id 0 there."""
+        self.pads_left: bool | None = None
+        """Whether it generates text for rows that are padded on the left; None: not checked yet."""
+        self.shared_prefix = base._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"}
 
-    def _take_segment_attention(self) -> bool:
-        kinds = set(getattr(self.base.config, "layer_types", None) or ["full_attention"])
-        if self.base._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"}:
-            self.base.set_attn_implementation(ATTENTION)
-            return True
-        log.warning("%s: no shared-prefix attention, soft prompts are concatenated row by row", type(self.base).__name__)
-        return False
+    @property
+    def shared_prefix(self) -> bool:
+        """True if a soft prompt is computed once per pass and shared by its rows, False for plain concatenation."""
+        return self._shared_prefix
+
+    @shared_prefix.setter
+    def shared_prefix(self, shared: bool) -> None:
+        if shared != self._shared_prefix:
+            self.base.set_attn_implementation(ATTENTION if shared else self._plain_attention)
+        self._shared_prefix = shared
+
+    @contextmanager
+    def plain(self) -> Iterator[PreTrainedModel]:
+        """The base with transformers' own attention, for passes of its own."""
+        shared = self.shared_prefix
+        self.shared_prefix = False
+        try:
+            yield self.base
+        finally:
+            self.shared_prefix = shared
 
     def checkpoint_gradients(self) -> None:
         """Recompute activations in the backward pass: less memory, about a third more compute."""
@@ -75,7 +96,7 @@ class PromptedModel(nn.Module):
         choices = plan.choices
         kept = plan.kept
         with self.head.only(choices.ids if choices and not len(plan.at) else None):
-            logits = self._shared(packed, plan, kept) if self.shared_prefix else self._concatenated(packed, plan, kept)
+            logits = self._logits(packed, plan, kept)
         place = torch.empty(plan.positions, dtype=torch.long)
         place[kept] = torch.arange(len(kept))
         parts = []
@@ -87,13 +108,23 @@ class PromptedModel(nn.Module):
             parts.append(choice_nll(rows, choices))
         return torch.cat(parts)
 
+    def _logits(self, packed: Tensor, plan: PackedBatch, kept: Tensor) -> Tensor:
+        return self._shared(packed, plan, kept) if self.shared_prefix else self._concatenated(packed, plan, kept)
+
+    def inputs(self, embeddings: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        """What a pass of the base begins with: embeddings `[B, T, H]` of ids `[B, T]`, in which virtual tokens are 0."""
+        if not self.needs_ids:
+            return {"inputs_embeds": embeddings}
+        self.embedding.replace(embeddings)
+        return {"input_ids": ids.to(embeddings.device)}
+
     def _shared(self, packed: Tensor, plan: PackedBatch, kept: Tensor) -> Tensor:
         """Logits at the packed positions `kept`, `[kept, V or U]`; every segment is computed once."""
         device = packed.device
         out = self.base(
-            inputs_embeds=packed[None],
+            **self.inputs(packed[None], plan.ids[None]),
             position_ids=plan.segments.positions()[None].to(device),
-            # Given a 4-D mask, transformers does not build its own; segment_attention builds the mask that is used.
+            # Given a 4-D mask, transformers does not build its own; the mask that is used is that of the segment tree.
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
             use_cache=False,
             logits_to_keep=kept.to(device),
@@ -112,7 +143,7 @@ class PromptedModel(nn.Module):
         rows, columns = flat // index.shape[1], flat % index.shape[1]
         wanted, column = torch.unique(columns, return_inverse=True)
         out = self.base(
-            inputs_embeds=packed[index.to(device)],
+            **self.inputs(packed[index.to(device)], plan.ids[index]),
             attention_mask=valid.long().to(device),
             use_cache=False,
             logits_to_keep=wanted.to(device),

@@ -20,14 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from ptuning.model import cpu_attention
 from ptuning.model.token_tree import SegmentGroup, TokenTree
 
 ATTENTION = "ptuning_segments"
-"""Name of the attention below. Without a segment tree it is transformers' own SDPA."""
+"""Name of the attention below."""
 
 
 def _rows(packed: Tensor, groups: list[SegmentGroup]) -> dict[int, Tensor]:
@@ -52,6 +50,7 @@ def _attend(
     scale: float | None,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention of a group's rows to themselves and their ancestors: rows `[R, h, T, d]` -> `[tokens, h, d]`."""
     q = queries[id(group)]
@@ -62,10 +61,12 @@ def _attend(
     if shared > 1:
         # The query heads of one key head become additional query rows, so keys and values are not copied per query head.
         q = q.unflatten(1, (k.shape[1], shared)).transpose(2, 3).flatten(2, 3)
-    if softcap is None:
+    if softcap is None and sinks is None:
         out = cpu_attention.attention(q, k, v, mask, scale)
     else:
-        out = softcapped_attention(q, k, v, mask.allowed, scale, softcap)
+        if sinks is not None:  # of the query heads that one key head has, for each of their rows
+            sinks = sinks.view(k.shape[1], shared).repeat(1, group.longest)
+        out = explicit_attention(q, k, v, mask.allowed, scale, softcap, sinks)
     if shared > 1:
         out = out.unflatten(2, (group.longest, shared)).transpose(2, 3).flatten(1, 2)
     out = out.transpose(1, 2).flatten(0, 1)  # [R * T, h, d]
@@ -81,15 +82,28 @@ def _inherited(above: Tensor, rows: list[int] | None) -> Tensor:
     return above.index_select(0, torch.tensor(rows, device=above.device))
 
 
-def softcapped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float) -> Tensor:
-    """Attention with tanh-capped scores (Gemma 2, arXiv 2408.00118, section 2), which SDPA cannot do."""
+def explicit_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """What SDPA cannot do: tanh-capped scores (Gemma 2, arXiv 2408.00118, section 2), and a learned score `sinks` [h, T] for
+    attending to nothing, which takes part in the softmax (gpt-oss, arXiv 2508.10925, section 2.2)."""
     scores = (q @ k.transpose(-1, -2)) * (scale if scale is not None else q.shape[-1] ** -0.5)
-    scores = softcap * torch.tanh(scores / softcap)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is None:  # causal: the queries are the last positions of the keys
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
     # Not -inf: a padded query that attends to nothing would be NaN, and 0 * NaN would spread to the other queries.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores)[None, :, :, None].expand(len(scores), -1, -1, 1)], -1)
+    shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    return shares[..., : k.shape[2]] @ v
 
 
 def segment_attention(
@@ -102,31 +116,31 @@ def segment_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     segments: TokenTree | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls: `[1, h, N, d]` -> `[1, N, h, d]`.
-
-    Without `segments` it is SDPA (or softcapped attention), so the same model can generate text and run plain batches.
+    """The attention function that transformers calls: `[1, h, N, d]` -> `[1, N, h, d]`. `s_aux` [h] are attention sinks.
 
     Raises:
-        NotImplementedError: the architecture's attention has a feature that is not implemented here.
+        NotImplementedError: the architecture's attention has a feature that is not implemented here, or does not pass on the
+            segment tree.
     """
     if segments is None:
-        if softcap is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-        groups = query.shape[1] // key.shape[1]
-        k, v = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        out = softcapped_attention(query, k, v, attention_mask, scaling, softcap)
-        return out.transpose(1, 2), None
-    extras = sorted(name for name in ("s_aux", "position_bias", "cache") if kwargs.get(name) is not None)
+        raise NotImplementedError("attention without a segment tree")
+    extras = sorted(name for name in ("position_bias", "cache") if kwargs.get(name) is not None)
+    if attention_mask is not None and attention_mask.numel() > 1:
+        extras.append("a mask of its own")
     if extras:
         raise NotImplementedError(f"attention with {', '.join(extras)}")
     queries, keys, values = (_rows(packed[0], segments.groups) for packed in (query, key, value))
-    rows = [_attend(group, queries, keys, values, scaling, sliding_window, softcap) for group in segments.groups]
+    rows = [_attend(group, queries, keys, values, scaling, sliding_window, softcap, s_aux) for group in segments.groups]
     return torch.cat(rows)[None], None
 
 
-AttentionInterface.register(ATTENTION, segment_attention)
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The segment tree is the mask."""
 
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+AttentionInterface.register(ATTENTION, segment_attention)
+AttentionMaskInterface.register(ATTENTION, _no_mask)

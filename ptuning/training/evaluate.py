@@ -22,6 +22,7 @@ from ptuning.data.encoder import Encoder
 from ptuning.model.limits import LOGITS, TOKENS
 from ptuning.model.packing import pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
+from ptuning.model.self_check import pads_left
 from ptuning.training import metrics
 from ptuning.training.distributed import Workers
 from ptuning.training.metrics import Classification
@@ -167,6 +168,22 @@ def greedy(
 
     `together`: workers that share a base continue until the last of them has finished, because each layer needs all of them.
     """
+    if pads_left(model):
+        return _greedy(model, soft_prompt, inputs, encoder, max_new_tokens, together)
+    calls = max(Workers.current().all_gather(len(inputs))) if together else len(inputs)
+    rows = [*inputs, *[inputs[0]] * (calls - len(inputs))]
+    texts = [_greedy(model, soft_prompt, [row], encoder, max_new_tokens, together)[0] for row in rows]
+    return texts[: len(inputs)]
+
+
+def _greedy(
+    model: PromptedModel,
+    soft_prompt: Tensor,
+    inputs: Sequence[list[int]],
+    encoder: Encoder,
+    max_new_tokens: int,
+    together: bool,
+) -> list[str]:
     embed = model.base.get_input_embeddings()
     device = model.base.device
     # One call for all rows: a partitioned base gathers at every call, and workers may have different numbers of rows.
@@ -177,17 +194,20 @@ def greedy(
     embeds = torch.stack([torch.cat([row.new_zeros(longest - len(row), row.shape[1]), row]) for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     end = encoder.tokenizer.eos_token_id
-    ids = model.base.generate(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=end,
-        pad_token_id=end,
-        # transformers detects this itself only while an HfDeepSpeedConfig exists (generation/utils.py).
-        synced_gpus=together,
-    )
-    return [text.strip() for text in encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    with model.plain() as base:
+        # Ids, because not every architecture continues embeddings (Falcon-H1, 5.23).
+        model.embedding.replace(embeds)
+        ids = base.generate(
+            input_ids=torch.zeros_like(mask),
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
+            # transformers detects this itself only while an HfDeepSpeedConfig exists (generation/utils.py).
+            synced_gpus=together,
+        )
+    return [text.strip() for text in encoder.tokenizer.batch_decode(ids[:, longest:], skip_special_tokens=True)]
 
 
 def _passes(split: Split, workers: Workers, slots: int, extra: int, logits: int) -> Iterator[tuple[list[int], bool]]:

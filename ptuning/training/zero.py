@@ -28,6 +28,7 @@ from ptuning.imports import load_deepspeed
 from ptuning.model.base import Base
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.safetensors_files import STORED_DTYPES, stored_tensors, stored_values
+from ptuning.model.self_check import choose_pass
 from ptuning.planning.zero3_simulator import live_numbers, node_copies_fit, prefetch_numbers, share_bytes
 from ptuning.training.distributed import Workers
 from ptuning.training.messages import BaseShare
@@ -105,13 +106,14 @@ def load(
     by tensor, and sends them to the others; `progress` receives the fraction of the elements that has arrived.
 
     Raises:
-        BaseError: the loaded weights differ from the files.
+        BaseError: the loaded weights differ from the files, or no pass is right for this base.
     """
     if zero.stage == 0:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         model = PromptedModel(base.load(dtype))
         _check_weights(model.base, base)
         model.to(device)
+        choose_pass(model, base.name)
     else:
         config = derive_config(zero, base, dtype)
         _skip_compiled_collectives()
@@ -122,6 +124,7 @@ def load(
         _check_weights(model.base, base)
         deepspeed.initialize(model=model, config=config)  # installs the hooks that gather and release
         torch.nn.functional.linear = _linear  # type: ignore[assignment]  # in the place of DeepSpeed's
+        choose_pass(model, base.name)
     if checkpoint_gradients:
         model.checkpoint_gradients()
     return model

@@ -1,0 +1,85 @@
+"""Checks that an engine generates with its cache what its base computes without one."""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from ptuning.inference.sampling import Sampling, Token
+from ptuning.inference.types import End, Request
+from ptuning.model.packing import pack_targets
+from ptuning.model.prompted_model import PromptedModel
+from ptuning.model.self_check import ROUGH, TOLERANCE
+
+if TYPE_CHECKING:
+    from ptuning.inference.engine import Engine
+
+LENGTH, NEW = 3, 3
+TEXTS = (4, 6, 4)
+"""Tokens of the texts: two share a soft prompt's pages, and two may share a batch."""
+TIMES = 25
+"""A log-probability may differ by this many times what is tolerated in a pass (0.05, in 16 bits 0.5): others differ by nats."""
+PATIENCE = 600.0
+"""Seconds for a step of a large base on a CPU."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the tracebacks of a cache that does not suit an architecture: another one is tried next."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "ContinuousBatchingLogger", "ptuning.inference")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+def generates_right(engine: Engine, model: PromptedModel) -> bool:
+    """Three requests of a few tokens; their log-probabilities must be those of the pass of evaluation."""
+    draw = torch.Generator().manual_seed(2)
+    low, high = engine.vocabulary // 8, engine.vocabulary
+    texts = [torch.randint(low, high, (length,), generator=draw).tolist() for length in TEXTS]
+    sample = model.base.get_input_embeddings()(torch.arange(16, device=model.base.device)).float()
+    vectors = torch.randn(LENGTH, sample.shape[1], generator=draw).to(sample) * sample.std()
+    handle = engine.add(vectors, "check")
+    try:
+        answers = _generate(engine, [Request(text, handle, NEW, Sampling(top=0), ignore_end=True) for text in texts])
+    finally:
+        engine.remove(handle)
+    if answers is None:
+        return False
+    rows = [(text, [token.id for token in tokens]) for text, tokens in zip(texts, answers, strict=True)]
+    with torch.no_grad(), engine.paused():
+        nll = model([vectors], pack_targets([LENGTH], [rows])).float().cpu()
+    found = torch.tensor([token.logprob for tokens in answers for token in tokens])
+    return float((found + nll).abs().max()) <= TOLERANCE.get(model.base.dtype, ROUGH / 10) * TIMES
+
+
+def _generate(engine: Engine, requests: Sequence[Request]) -> list[list[Token]] | None:
+    """The tokens of all requests, which run together; None if one fails."""
+    sinks: list[queue.SimpleQueue[Token | End]] = [queue.SimpleQueue() for _ in requests]
+    with engine.paused():  # so they run in the same batch
+        running = [engine.submit(request, sink.put) for request, sink in zip(requests, sinks, strict=True)]
+    answers: list[list[Token]] = []
+    try:
+        for sink in sinks:
+            tokens: list[Token] = []
+            while isinstance(event := sink.get(timeout=PATIENCE), Token):
+                tokens.append(event)
+            if event.reason == "failed" or len(tokens) != NEW:
+                return None
+            answers.append(tokens)
+    except queue.Empty:
+        return None
+    finally:
+        for request_id in running:
+            engine.cancel(request_id)
+    return answers

@@ -1,0 +1,29 @@
+"""Gives a base token ids and embeddings at once.
+
+transformers' models take either ids or embeddings. Some look up more than the input embedding by id: embeddings of each layer
+(Gemma 3n and 4), the route of a token through experts. They get ids, and the result of the input embedding is replaced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class InputEmbedding:
+    """A hook on the input embedding of a base."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self._instead: Tensor | None = None
+        embedding: Any = getattr(base, "get_input_embeddings", lambda: None)()
+        if embedding is not None:
+            embedding.register_forward_hook(self._replaced)
+
+    def replace(self, embeddings: Tensor) -> None:
+        """Replace the result of the next call by `embeddings` [B, T, H]."""
+        self._instead = embeddings
+
+    def _replaced(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor | None:
+        instead, self._instead = self._instead, None
+        return instead

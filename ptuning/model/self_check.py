@@ -1,0 +1,194 @@
+"""Checks on the loaded base that the passes of this project are the base's own function, and chooses the pass that is.
+
+The shared prefix replaces a base's attention; concatenation replaces its ids by embeddings and pads rows. For which of
+transformers' architectures that is right is written nowhere, and a wrong loss looks like any other. So before anything is
+trained or served, two short rows after random soft prompts are computed by each pass and by a plain forward of transformers.
+The check runs on the real base in its dtype, also partitioned: then every rank has to call it.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import LogitsProcessorList
+
+from ptuning.errors import BaseError
+from ptuning.model.label_trie import LabelTrie
+from ptuning.model.packing import Objective, PackedBatch, Row, pack_targets
+from ptuning.model.prompted_model import PromptedModel
+from ptuning.redaction import logger
+
+log = logger(__name__)
+
+LENGTHS, TEXTS, TARGET = (3, 2), (5, 6), 3
+"""Virtual tokens and text tokens of the rows, which are equally long, and tokens of a target."""
+TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
+"""Difference of two equal functions, as a share of the spread of the logits; others differ by their whole spread."""
+ROUGH = 0.2
+"""The same in 16 bits."""
+FAILURES = (NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError)
+"""What an architecture raises that does not know the pass."""
+
+
+@torch.no_grad()
+def choose_pass(model: PromptedModel, name: str) -> None:
+    """Let the model compute by the fastest pass that is right for its base, called `name` in errors.
+
+    Raises:
+        BaseError: the base is not causal, or no pass is right.
+    """
+    kind = type(model.base).__name__
+    rows, vectors = _rows(model), _soft_prompts(model)
+    _look_up_ids(model, rows, name)
+    reference = _Reference(model, rows, vectors)
+    for shared in (True, False)[not model.shared_prefix :]:
+        model.shared_prefix = shared
+        difference = reference.difference()
+        if difference <= TOLERANCE.get(model.base.dtype, ROUGH):
+            if not shared:
+                log.warning("%s: no shared-prefix attention, soft prompts are concatenated row by row", kind)
+            return
+    raise BaseError(
+        f"model.path: a soft prompt in front of {name} ({kind}) is not computed as its own tokens are, "
+        "in this version of transformers; choose another base"
+    )
+
+
+@torch.no_grad()
+def pads_left(model: PromptedModel) -> bool:
+    """Whether `generate` continues rows of different lengths, padded on the left, as it continues each by itself.
+
+    Not so for architectures without masks (RWKV) or with positions of their own (RoFormer). Checked once per model; with a
+    partitioned base, every rank has to call it.
+    """
+    if model.pads_left is None:
+        draw = torch.Generator().manual_seed(3)
+        many = int(model.base.config.get_text_config().vocab_size)
+        rows = [torch.randint(many // 8, many, (1, length), generator=draw) for length in TEXTS]
+        longest = max(TEXTS)
+        padded = torch.cat([torch.nn.functional.pad(row, (longest - row.shape[1], 0)) for row in rows])
+        mask = torch.cat([torch.nn.functional.pad(torch.ones_like(row), (longest - row.shape[1], 0)) for row in rows])
+        together = _generated(model, padded, mask)
+        alone = torch.cat([_generated(model, row, torch.ones_like(row)) for row in rows])
+        model.pads_left = _apart(together, alone) <= TOLERANCE.get(model.base.dtype, ROUGH)
+    return model.pads_left
+
+
+def _generated(model: PromptedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits `[B, 2, V]` of the next token, and of the one after token 0."""
+    device = model.base.device
+
+    def always_zero(_: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, 0] = float("inf")
+        return scores
+
+    with model.plain() as base:
+        made = base.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=2,
+            do_sample=False,
+            pad_token_id=0,
+            logits_processor=LogitsProcessorList([always_zero]),
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return torch.stack(made.logits, 1).float()
+
+
+def _rows(model: PromptedModel) -> list[Row]:
+    """Random tokens; both texts begin alike."""
+    draw = torch.Generator().manual_seed(0)
+    many = int(model.base.config.get_text_config().vocab_size)
+    ids = torch.randint(many // 8, many, (2, max(TEXTS) + TARGET), generator=draw)
+    ids[1, :3] = ids[0, :3]
+    return [(row[:text].tolist(), row[text : text + TARGET].tolist()) for row, text in zip(ids, TEXTS, strict=True)]
+
+
+def _soft_prompts(model: PromptedModel) -> list[Tensor]:
+    """Random vectors as large as the base's own embeddings."""
+    sample = model.base.get_input_embeddings()(torch.arange(16, device=model.base.device)).float()
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randn(length, sample.shape[1], generator=draw).to(sample) * sample.std() for length in LENGTHS]
+
+
+def _look_up_ids(model: PromptedModel, rows: Sequence[Row], name: str) -> None:
+    """See whether embeddings say all that ids say, and whether a token depends on later ones.
+
+    Raises:
+        BaseError: the base is not causal.
+    """
+    shorter = min(len(source) + len(target) for source, target in rows)
+    ids = torch.tensor([(source + target)[:shorter] for source, target in rows], device=model.base.device)
+    with model.plain() as base:
+        expected = base(input_ids=ids, use_cache=False).logits
+        same = int((ids[0] == ids[1]).long().cumprod(0).sum())
+        if _apart(expected[0, :same], expected[1, :same]) > TOLERANCE.get(base.dtype, ROUGH):
+            raise BaseError(
+                f"model.path: {name} ({type(base).__name__}) is not causal: a token depends on those after it; "
+                "choose a decoder, or set is_decoder = true in its config.json if it is one"
+            )
+        model.needs_ids = False
+        try:
+            embeddings = base.get_input_embeddings()(ids)
+            embeddings[:, -1] *= 1.5  # some architectures find out the ids of embeddings that have one (Gemma 4, 5.23)
+            found = base(inputs_embeds=embeddings, use_cache=False).logits
+        except FAILURES:
+            model.needs_ids = True
+        else:
+            model.needs_ids = _apart(found[:, :-1], expected[:, :-1]) > TOLERANCE.get(base.dtype, ROUGH)
+
+
+class _Reference:
+    """Plain forwards of transformers, to which passes are compared."""
+
+    def __init__(self, model: PromptedModel, rows: Sequence[Row], vectors: Sequence[Tensor]) -> None:
+        self._model = model
+        self._vectors = vectors
+        # Labels that part at their first token, and at their last.
+        labels = [(*target[:-1], 0) for _, target in rows] + [tuple(target) for _, target in rows]
+        self._trie = LabelTrie(tuple(dict.fromkeys(labels)))
+        objective = Objective(self._trie)
+        self._plan: PackedBatch = pack_targets(LENGTHS, [[row] for row in rows], [objective] * len(rows))
+        self._expected, self._spread = self._compute(rows)
+
+    def _compute(self, rows: Sequence[Row]) -> tuple[Tensor, float]:
+        model = self._model
+        ids = torch.tensor(
+            [[0] * length + source + target for length, (source, target) in zip(LENGTHS, rows, strict=True)],
+            device=model.base.device,
+        )
+        with model.plain() as base:
+            embeddings = base.get_input_embeddings()(ids)
+            for row, vectors in enumerate(self._vectors):
+                embeddings[row, : len(vectors)] = vectors.to(embeddings)
+            logits = base(**model.inputs(embeddings, ids), use_cache=False).logits.float().cpu()
+        text, chosen = [], []
+        for row, (_, target) in enumerate(rows):
+            at = logits[row, -TARGET - 1 : -1]
+            text.append(cross_entropy(at, torch.tensor(target), reduction="none"))
+            for node, child in self._trie.paths[tuple(target)]:
+                children = list(self._trie.nodes[node].children)
+                chosen.append(-torch.log_softmax(at[self._trie.nodes[node].depth][children], -1)[child])
+        return torch.cat([*text, torch.stack(chosen)]), float(logits.std(-1).mean())
+
+    def difference(self) -> float:
+        """The largest difference of a prediction in a pass of the model, as a share of the spread of the logits."""
+        try:
+            found = self._model(self._vectors, self._plan).float().cpu()
+        except FAILURES as error:
+            log.debug("the pass failed: %s", error)
+            return float("inf")
+        apart = (found - self._expected).abs().max() / max(self._spread, 1e-6)
+        return float(apart) if bool(apart.isfinite()) else float("inf")
+
+
+def _apart(one: Tensor, two: Tensor) -> float:
+    difference = (one.float() - two.float()).abs().max() / max(float(two.float().std(-1).mean()), 1e-6)
+    return float(difference) if bool(difference.isfinite()) else float("inf")

@@ -1,0 +1,186 @@
+"""Law 10: a pass is the base's own function, or another one is taken, or the base is refused. On architectures that differ."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import tiny_base
+from test_model import alone, soft_prompts
+from transformers import PreTrainedModel
+
+from ptuning.errors import BaseError
+from ptuning.inference import paged_attention, plain_generator
+from ptuning.inference.engine import Engine
+from ptuning.inference.types import EngineConfig, Request, RequestError
+from ptuning.model import tree_attention
+from ptuning.model.packing import pack_targets
+from ptuning.model.prompted_model import PromptedModel
+from ptuning.model.self_check import choose_pass
+
+pytestmark = pytest.mark.fast
+
+COMMON = {
+    "vocab_size": 160,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+KINDS: dict[str, tuple[dict[str, Any], str, str]] = {
+    # transformers' config: its arguments, the pass, the generator
+    "LlamaConfig": ({}, "shared", "paged"),
+    "GptOssConfig": (  # attention sinks
+        {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+        "shared",
+        "paged",
+    ),
+    "Gemma4TextConfig": (  # embeddings per layer, looked up by id
+        {
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 160,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 4,
+        },
+        "shared ids",
+        "paged",
+    ),
+    "NemotronConfig": ({}, "concatenated", "plain"),  # its layers pass nothing on to their attention
+    "DogeConfig": ({}, "concatenated", "plain"),  # a mask of its own
+    "DiffLlamaConfig": ({}, "shared", "plain"),  # attends twice per layer
+    "MiniCPM3Config": (LATENT | {"num_key_value_heads": 4}, "shared", "plain"),  # values narrower than keys
+    "MambaConfig": ({"state_size": 4}, "concatenated", "plain"),
+    "FalconH1Config": (
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1},
+        "concatenated",
+        "plain",
+    ),
+    "RwkvConfig": ({"attention_hidden_size": 32}, "concatenated", "single"),
+}
+CASES = [
+    pytest.param(
+        name, marks=() if name in {"LlamaConfig", "GptOssConfig", "Gemma4TextConfig", "DogeConfig"} else pytest.mark.nightly
+    )
+    for name in KINDS
+]
+
+
+def tiny(name: str) -> PreTrainedModel:
+    config = getattr(transformers, name)(**COMMON | KINDS[name][0])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+ROWS = [[([5, 9, 40], [33, 2]), ([8] * 9, [44, 45, 2])], [([7, 6], [50, 2])]]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_pass_is_the_base(name: str) -> None:
+    model = PromptedModel(tiny(name))
+    choose_pass(model, name)
+    found = ("shared" if model.shared_prefix else "concatenated") + " ids" * model.needs_ids
+    assert found == KINDS[name][1]
+
+    prompts, plan = soft_prompts([5, 3]), pack_targets([5, 3], ROWS)
+    nll = model(prompts, plan)
+    gradients = torch.autograd.grad(nll.sum(), prompts)
+    reference = tiny(name).requires_grad_(False)
+    if model.needs_ids:
+        expected = torch.cat([by_ids(reference, prompts[slot], *row) for slot, rows in enumerate(ROWS) for row in rows])
+    else:
+        expected = torch.cat([alone(reference, prompts[slot], row) for slot, rows in enumerate(ROWS) for row in rows])
+    torch.testing.assert_close(nll, expected, atol=2e-4, rtol=2e-4)
+    for got, wanted in zip(gradients, torch.autograd.grad(expected.sum(), prompts), strict=True):
+        assert (got - wanted).norm() <= 1e-3 * wanted.norm()
+
+
+def by_ids(base: PreTrainedModel, soft_prompt: torch.Tensor, source: list[int], target: list[int]) -> torch.Tensor:
+    """A row with its ids, and id 0 where the embedding is a soft prompt's."""
+    ids = torch.tensor([[0] * len(soft_prompt) + source + target])
+    embedding: Any = base.get_input_embeddings()
+    rows = torch.cat([soft_prompt, embedding(ids[0, len(soft_prompt) :])])[None]
+    hook = embedding.register_forward_hook(lambda *_: rows)
+    try:
+        logits = base(input_ids=ids, use_cache=False).logits[0, -len(target) - 1 : -1]
+    finally:
+        hook.remove()
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="none")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_engine_generates_what_the_base_computes(name: str) -> None:
+    """Greedy tokens of soft prompts side by side, each the most likely one in a pass over what stands before it."""
+    engine = Engine(tiny(name), 2, EngineConfig(cache_bytes=1 << 20, context=120))
+    try:
+        assert engine.kind == KINDS[name][2]
+        vectors = [prompt.detach() for prompt in soft_prompts([4, 7])]
+        handles = [engine.add(each, str(at)) for at, each in enumerate(vectors)]
+        answers = [
+            [token.id for token in list(engine.generate(Request(text, handle, 6, ignore_end=True)))[:-1]]
+            for handle in handles
+            for text in ([9, 8, 7], [21] * 12)
+        ]
+    finally:
+        engine.close()
+    model = PromptedModel(tiny(name))
+    choose_pass(model, name)
+    for answer, (slot, text) in zip(answers, [(slot, text) for slot in (0, 1) for text in ([9, 8, 7], [21] * 12)], strict=True):
+        assert len(answer) == 6
+        for place, token in enumerate(answer):
+            rows = [(text + answer[:place], [candidate]) for candidate in range(160)]
+            with torch.no_grad():
+                nll = model([vectors[slot]], pack_targets([len(vectors[slot])], [rows]))
+            assert nll[token] <= nll.min() + 1e-4
+
+
+def test_a_model_that_is_not_causal_is_refused() -> None:
+    base = transformers.BertLMHeadModel(transformers.BertConfig(**COMMON)).eval()
+    with pytest.raises(BaseError, match=r"model.path: it \(BertLMHeadModel\) is not causal: .*; choose a decoder"):
+        choose_pass(PromptedModel(base), "it")
+
+
+def test_another_pass_is_taken_if_one_is_wrong(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Attention that forgets the soft prompt, as one of an architecture that nobody has tried."""
+    original = tree_attention._inherited
+    monkeypatch.setattr(tree_attention, "_inherited", lambda above, rows: original(above, rows) * (rows is None))
+    model = PromptedModel(tiny_base("llama"))
+    with caplog.at_level(logging.WARNING):
+        choose_pass(model, "it")
+    assert not model.shared_prefix and "soft prompts are concatenated row by row" in caplog.text
+    monkeypatch.setattr(PromptedModel, "_concatenated", PromptedModel._shared)
+    with pytest.raises(BaseError, match=r"model.path: a soft prompt in front of it .* choose another base"):
+        choose_pass(PromptedModel(tiny_base("gpt_neo")), "it")
+
+
+def test_another_generator_is_taken_if_one_is_wrong(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(paged_attention, "_causal", lambda length, seen, *_: torch.eye(length, seen, dtype=torch.bool))
+    with caplog.at_level(logging.WARNING):
+        engine = Engine(tiny_base("llama", attention=None), 2, EngineConfig(cache_bytes=1 << 20))
+    engine.close()
+    assert engine.kind == "plain" and caplog.messages == [
+        "LlamaForCausalLM: no paged cache, requests run in batches of equal length"
+    ]
+    monkeypatch.setattr(plain_generator, "choose_token", lambda scores, state: int(state.on_token(None) or 0))
+    with pytest.raises(RequestError, match="it .* does not generate with its cache what it computes without"):
+        Engine(tiny_base("llama", attention=None), 2, EngineConfig(cache_bytes=1 << 20, name="it"))
+
+
+def test_attention_without_its_tree_raises() -> None:
+    model = PromptedModel(tiny_base("llama"))
+    with pytest.raises(NotImplementedError, match="attention without a segment tree"):
+        model.base(input_ids=torch.tensor([[5, 6]]))
