@@ -9,6 +9,7 @@ around a step is avoided: its `step()` releases and gathers again every persiste
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
 import sys
@@ -38,10 +39,13 @@ load_deepspeed()
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 from deepspeed.runtime.zero.linear import zero3_linear_wrap  # noqa: E402
+from deepspeed.runtime.zero.partitioned_param_coordinator import ZeRoTraceMode  # noqa: E402
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config  # noqa: E402
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's settings (malloc.h)."""
+PLAIN = ("builtins", "collections", type(ZeRoTraceMode.RECORD).__module__)
+"""Where the types come from that hold what DeepSpeed has recorded; the others are streams and what it shares."""
 SAMPLES = 8
 """Elements per tensor and rank that are compared with the file after loading."""
 
@@ -122,9 +126,10 @@ def load(
             loaded = _load_partitioned(lambda: base.load(dtype), config)
         model = PromptedModel(loaded)
         _check_weights(model.base, base)
-        deepspeed.initialize(model=model, config=config)  # installs the hooks that gather and release
+        engine = deepspeed.initialize(model=model, config=config)[0]  # installs the hooks that gather and release
         torch.nn.functional.linear = _linear  # type: ignore[assignment]  # in the place of DeepSpeed's
-        choose_pass(model, base.name)
+        with _unrecorded(engine.optimizer.param_coordinator):
+            choose_pass(model, base.name)
     if checkpoint_gradients:
         model.checkpoint_gradients()
     return model
@@ -138,6 +143,15 @@ def _load_partitioned(load_base: Callable[[], PreTrainedModel], config: dict[str
     finally:
         del keep_alive
         unset_hf_deepspeed_config()
+
+
+@contextmanager
+def _unrecorded(coordinator: Any) -> Iterator[None]:
+    """Let DeepSpeed forget the passes inside. It records the first pass to know what the next one needs, and after passes of
+    another kind it gathers the output head twice in every later one (0.19)."""
+    before = {name: copy.copy(value) for name, value in vars(coordinator).items() if type(value).__module__ in PLAIN}
+    yield
+    vars(coordinator).update(before)
 
 
 @contextmanager
