@@ -25,6 +25,7 @@ from ptuning.errors import BaseError
 from ptuning.model import base as base_module
 from ptuning.model import base_folder
 from ptuning.model.base import Base, find_base
+from ptuning.model.nearest_tokens import nearest_words
 from ptuning.planning.meta_model import read_config
 
 pytestmark = pytest.mark.fast
@@ -273,6 +274,8 @@ def test_the_text_part_of_a_multimodal_checkpoint_is_what_the_whole_model_comput
     logits = base.load(torch.float32)(input_ids=ids).logits
     assert torch.equal(logits, whole(input_ids=ids).logits)
     assert base.numbers == sum(parameter.numel() for parameter in model.parameters())
+    virtual = model.get_input_embeddings().weight[7:8].float()
+    assert nearest_words(virtual, base, 1)[0][0][1] == pytest.approx(1.0, abs=1e-3), "its embedding is found in the files"
     # What is written from it is a base of its own.
     again = write("again", model=base.load(torch.float32))
     assert torch.equal(found(again).load(torch.float32)(input_ids=ids).logits, logits)
@@ -405,3 +408,97 @@ def test_auto_weighs_dtypes_by_bytes(write: Write, monkeypatch: pytest.MonkeyPat
     safetensors.torch.save_file({name: tensor.float() for name, tensor in tensors.items()}, folder / "model.safetensors")
     assert found(folder).dtype("auto") == torch.float32
     assert found(folder).dtype("bfloat16") == torch.bfloat16
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+STATIC = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def fp8(weight: torch.Tensor, block: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight in fp8, its scales (one per block, or one in all), and the weight that they mean in fp32."""
+    rows, columns = weight.shape
+    high, wide = (block or rows), (block or columns)
+    blocks = weight.float().view(rows // high, high, columns // wide, wide)
+    scales = blocks.abs().amax((1, 3), keepdim=True) / 448
+    small = (blocks / scales).to(torch.float8_e4m3fn)
+    meant = (small.float() * scales).view(rows, columns)
+    return small.view(rows, columns), scales.view(rows // high, columns // wide) if block else scales.view(()), meant
+
+
+def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Experts `[E, in, out]` in mxfp4, their exponents, and the weight that they mean in fp32."""
+    rows = weight.float().transpose(1, 2)
+    blocks = rows.reshape(*rows.shape[:2], -1, 32)
+    exponents = blocks.abs().amax(-1, keepdim=True).log2().floor() - 2
+    codes = (blocks / 2**exponents).unsqueeze(-1).sub(E2M1).abs().argmin(-1)
+    meant = (E2M1[codes] * 2**exponents).view(rows.shape).transpose(1, 2)
+    packed = codes[..., 0::2] | codes[..., 1::2] << 4
+    return packed.to(torch.uint8), (exponents.squeeze(-1) + 127).to(torch.uint8), meant.contiguous()
+
+
+def quantised(folder: Path, settings: dict[str, Any]) -> Path:
+    """Quantise a checkpoint in place; the result is a folder with the weights that it then means."""
+    plain = folder.with_name("plain")
+    shutil.copytree(folder, plain)
+    stored, meant = {}, {}
+    for name, weight in safetensors.torch.load_file(folder / "model.safetensors").items():
+        stored[name] = meant[name] = weight
+        if settings["quant_method"] == "mxfp4" and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            stored[f"{name}_blocks"], stored[f"{name}_scales"], meant[name] = mxfp4(stored.pop(name))
+        elif settings["quant_method"] == "fp8" and name.endswith("proj.weight"):
+            block = settings["weight_block_size"] and settings["weight_block_size"][0]
+            stored[name], stored[f"{name}_scale_inv"], meant[name] = fp8(weight, block)
+            if not block:
+                stored[name.replace("weight", "activation_scale")] = torch.tensor(1.0)
+    safetensors.torch.save_file({name: each.contiguous() for name, each in stored.items()}, folder / "model.safetensors")
+    safetensors.torch.save_file({name: each.float().contiguous() for name, each in meant.items()}, plain / "model.safetensors")
+    change(folder, quantization_config=settings)
+    return plain
+
+
+QUANTISED = {
+    "fp8": ("LlamaConfig", {}, FP8),
+    "fp8 in a mixture": ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, FP8),
+    "fp8 with one scale": ("Ministral3Config", {}, STATIC),
+    "fp8 in a multimodal file": ("Mistral3Config", MULTIMODAL["mistral3"][1], STATIC),
+    "mxfp4": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}, {"quant_method": "mxfp4"}),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_weights_are_dequantised_into_the_dtype_of_the_base(kind: str, write: Write) -> None:
+    from ptuning.training import zero
+
+    name, settings, method = QUANTISED[kind]
+    config = getattr(transformers, name)(**settings if "text_config" in settings else TEXT | settings)
+    auto = transformers.AutoModelForImageTextToText if "text_config" in settings else transformers.AutoModelForCausalLM
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = auto.from_config(config).to(torch.bfloat16)
+    folder = write(model=model)
+    plain = quantised(folder, method)
+    base, ids = found(folder), torch.arange(3, 12)[None]
+    assert base.notes[-1] == f"dequantised from {method['quant_method']}"
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = found(plain).load(dtype)
+        loaded = base.load(dtype)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+        assert torch.equal(loaded(input_ids=ids).logits, expected(input_ids=ids).logits)
+        assert base.numbers == sum(parameter.numel() for parameter in loaded.parameters())
+        again = write(f"again-{dtype}", model=loaded)  # plain weights and a plain config
+        assert torch.equal(found(again).load(dtype)(input_ids=ids).logits, expected(input_ids=ids).logits)
+    zero.load(base, ZeroConfig(stage=0), torch.float32)  # compares what is stored unchanged
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitnet", "compressed-tensors", "new"])
+def test_other_quantised_weights_are_refused_before_they_are_read(method: str, write: Write) -> None:
+    folder = change(write(), quantization_config={"quant_method": method})
+    assert refusal(folder) == (
+        f"BASE is quantised with {method}, which is not supported; choose the checkpoint that it was made from, or save it "
+        "dequantised"
+    )
+
+
+def test_a_checkpoint_of_bitsandbytes_is_refused(write: Write) -> None:
+    assert "is quantised with bitsandbytes, " in refusal(change(write(), quantization_config={"load_in_4bit": True}))

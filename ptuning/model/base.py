@@ -20,7 +20,7 @@ from ptuning.errors import BaseError, UserError
 from ptuning.model.base_folder import check_folder, find_folder
 from ptuning.model.decoder import TEXT_PART, check_decoder, is_cut_out, is_multimodal
 from ptuning.model.fingerprint import Fingerprint, config_hash, tokenizer_fingerprint, weights_hash
-from ptuning.model.quantization import take_quantization
+from ptuning.model.quantization import complete_dtype, take_quantization
 from ptuning.model.safetensors_files import StoredTensor, stored_tensors, weights_name
 from ptuning.model.stored_names import check_stored
 
@@ -50,7 +50,7 @@ class Base:
 
     @property
     def notes(self) -> list[str]:
-        """How the base differs from what its files hold, one phrase each."""
+        """How the base differs from its files, one phrase each."""
         method = self.quantization and self.quantization.get("quant_method")
         return [
             *(["the text part of a multimodal checkpoint"] if self.multimodal else []),
@@ -127,9 +127,11 @@ class Base:
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise BaseError(f"model.path: {self.name} has no weights for {missing}; use a complete checkpoint")
-        if self.renamed:  # or the names of a checkpoint that is written later would be renamed back, into those of no model
-            used: Any = model._weight_conversions
-            model._weight_conversions = [each for each in used if each._original_source_patterns != list(self.renamed)]  # type: ignore[assignment]  # not a module
+        if self.renamed or self.quantization:
+            # A checkpoint that is written later would get the stored names, and quantised weights, but not their config.
+            model._weight_conversions = None  # type: ignore[assignment]  # not a module
+        if self.quantization:
+            complete_dtype(model, dtype)
         return model
 
     def check_tensors(self) -> None:

@@ -7,11 +7,15 @@ packed tensors of a library. So quantised weights are dequantised into the dtype
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PretrainedConfig
 
 from ptuning.errors import BaseError
+
+if TYPE_CHECKING:  # importing it imports scipy, torch's compiler and more, which a driver does not need
+    from transformers import PreTrainedModel
 
 DEQUANTISED = {"fp8": "", "mxfp4": ""}
 """Methods whose weights transformers dequantises on any device -> the package that this needs."""
@@ -42,6 +46,18 @@ def take_quantization(path: str, config: PretrainedConfig) -> dict[str, Any] | N
     if package and find_spec(package.replace("-", "_")) is None:
         raise BaseError(f"model.path: {path} is quantised with {method}; pip install {package}, on every node")
     return settings | {"dequantize": True}
+
+
+def complete_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Convert the tensors of a dequantised model that transformers left in the dtype of the file (5.23): embeddings, norms."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    kept = list(model._get_dtype_plan(dtype))  # modules that the architecture computes in float32
+    exempt = build_glob_alternation(kept)[0] if kept else None
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not (exempt and exempt.search(name)):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def _method(settings: dict[str, Any]) -> str:
