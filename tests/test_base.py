@@ -6,10 +6,11 @@ import copy
 import fnmatch
 import json
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
@@ -502,3 +503,57 @@ def test_other_quantised_weights_are_refused_before_they_are_read(method: str, w
 
 def test_a_checkpoint_of_bitsandbytes_is_refused(write: Write) -> None:
     assert "is quantised with bitsandbytes, " in refusal(change(write(), quantization_config={"load_in_4bit": True}))
+
+
+# Errors of the base's code.
+
+
+def test_errors_that_no_restart_cures_end_a_run_at_once(monkeypatch: pytest.MonkeyPatch, toy_task: SimpleNamespace) -> None:
+    from ray.cloudpickle import dumps, loads
+    from ray.train import FailureConfig
+    from ray.train.v2._internal.execution.failure_handling import FailureDecision, create_failure_policy
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    from ptuning.cluster.failures import cause
+    from ptuning.training import ray_trainer, worker
+
+    failures: Any = FailureConfig
+    policy: Any = create_failure_policy(failures(max_failures=3))
+    given: list[Any] = []
+    monkeypatch.setattr(ray_trainer.TorchTrainer, "_initialize_and_run_controller", lambda self, **each: given.append(each))
+    ray_trainer._Trainer._initialize_and_run_controller(object.__new__(ray_trainer._Trainer), failure_policy=policy)
+    policy = loads(dumps(given[0]["failure_policy"]))  # as it reaches Train's controller
+
+    class Silent:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *given, **options: None
+
+    monkeypatch.setattr(worker, "_watchdog", lambda *given: Silent())
+    config = {"experiment": toy_task.experiment, "events": None, "threads": 1}
+
+    def decided(error: Exception) -> tuple[str, str]:
+        monkeypatch.setattr(worker.zero, "load", lambda *given, **options: (_ for _ in ()).throw(error))
+        try:
+            worker.run_worker(config, cast(Any, Silent()), cast(Any, None))
+        except Exception as raised:
+            failure: Any = RuntimeError("".join(traceback.format_exception(raised)))
+            decision = policy.make_decision(WorkerGroupError("failed", {0: failure}))
+            return decision.name, cause([str(failure)])
+        raise AssertionError("nothing was raised")
+
+    name = toy_task.experiment["model"]["path"]
+    assert decided(ImportError("gptq requires optimum\nmore")) == (
+        FailureDecision.RAISE.name,
+        f"model.path: {name} needs a package that is not installed on every node (ImportError: gptq requires optimum); "
+        "install it",
+    )
+    for error in (
+        NotImplementedError("attention with s_aux."),
+        AttributeError("'NoneType' object has no attribute 'reshape'"),
+        RuntimeError("expected m1 and m2 to have the same dtype, but got: c10::BFloat16 != float"),
+    ):
+        decision, message = decided(error)
+        assert decision == FailureDecision.RAISE.name and "; choose another base, or report this" in message
+        assert message.startswith(f"model.path: {name} cannot be trained ({type(error).__name__}: ")
+    for error in (RuntimeError("Connection reset by peer"), OSError("Input/output error"), MemoryError()):
+        assert decided(error)[0] == FailureDecision.RETRY.name

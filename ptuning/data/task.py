@@ -66,9 +66,9 @@ def _check_rows_of_tokens(experiment: Experiment, base: Base, encoder: Encoder, 
         used[f"{split.source}: '{text[:80]}'"] = [token]
     for place, ids in used.items():
         if max(ids, default=0) >= base.vocabulary:
-            token = base.tokenizer.convert_ids_to_tokens(max(ids))
+            shown = base.tokenizer.convert_ids_to_tokens(max(ids))
             raise DataError(
-                f"{place} contains the token {token!r} ({max(ids)}), for which the {base.vocabulary} rows of {base.name} have "
+                f"{place} contains the token {shown!r} ({max(ids)}), for which the {base.vocabulary} rows of {base.name} have "
                 "no vector; correct the text, or use the tokenizer that belongs to the model"
             )
 
