@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from ptuning.config import ModelConfig
 from ptuning.errors import BaseError, UserError
 from ptuning.model.base_folder import check_folder, find_folder
-from ptuning.model.decoder import TEXT_PART, check_decoder, is_cut_out, is_multimodal
+from ptuning.model.decoder import TEXT_PART, check_decoder, has_text_part, is_multimodal
 from ptuning.model.fingerprint import Fingerprint, config_hash, tokenizer_fingerprint, weights_hash
 from ptuning.model.quantization import complete_dtype, take_quantization
 from ptuning.model.safetensors_files import StoredTensor, stored_tensors, weights_name
@@ -197,7 +197,7 @@ def find_base(config: ModelConfig) -> Base:
         config.trust_remote_code,
         ends=end_tokens(config.path, folder, decoder, tokenizer),
         multimodal=is_multimodal(described),
-        renamed=dict(TEXT_PART) if is_cut_out(described) else None,
+        renamed=dict(TEXT_PART) if has_text_part(described) else None,
         quantization=quantization,
     )
 

@@ -21,8 +21,8 @@ _CAUSAL_WITHOUT_FLAG = {"gpt_neox", "gpt_neox_japanese", "trocr"}
 def check_decoder(path: str, config: PretrainedConfig) -> PretrainedConfig:
     """The config of the causal language model: `config`, or the text config of a multimodal one that holds one.
 
-    transformers' own mapping of causal models decides; where it maps a multimodal config to the class of the whole model (Gemma
-    3), the whole model is loaded.
+    transformers' own mapping of causal models decides. Parts that read images or audio are not loaded: they would only take
+    memory, and some cannot be initialised under ZeRO-3 (5.23).
 
     Raises:
         BaseError: there is none, for example an encoder, an encoder with a decoder, or a classifier.
@@ -57,22 +57,18 @@ def is_multimodal(config: PretrainedConfig) -> bool:
     return generating and "text_config" in config.sub_configs
 
 
-def is_cut_out(config: PretrainedConfig) -> bool:
-    """Whether a multimodal config's text part is loaded alone, which transformers' mapping of causal models does not offer."""
-    return is_multimodal(config) and type(config) not in AutoModelForCausalLM._model_mapping
+def has_text_part(config: PretrainedConfig) -> bool:
+    """Whether the text part of a multimodal model is loaded alone: transformers has a causal language model for it."""
+    return is_multimodal(config) and type(config.get_text_config()) in AutoModelForCausalLM._model_mapping
 
 
 def text_part(config: PretrainedConfig) -> PretrainedConfig:
     """The text config of a multimodal config whose text part is loaded alone; else `config` itself."""
-    if not is_multimodal(config):
+    if not has_text_part(config):
         return config
     text: PretrainedConfig = config.get_text_config()
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if is_cut_out(config):
-        # The whole model's own setting decides, as in its class.
-        text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
-    elif causal.get(config.model_type) != causal.get(text.model_type):
-        return config
+    # The whole model's own setting decides, as in its class.
+    text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(text, name, None) is None:
             setattr(text, name, getattr(config, name, None))
