@@ -72,7 +72,7 @@ class ModelConfig(Table):
     revision: NonBlank | None = None
     """Commit, tag or branch of a Hugging Face id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 for a base stored in 16 bits if the hardware supports bfloat16, else float32."""
+    """auto: bfloat16 for a base mostly stored in 16 bits or fewer if the hardware supports bfloat16, else float32."""
     trust_remote_code: bool = False
     """Run Python code that ships with the base. Only for bases whose authors you trust with this machine."""
 

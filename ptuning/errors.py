@@ -14,6 +14,11 @@ class BaseError(UserError):
     """The base is unknown, incomplete, or not a decoder-only language model."""
 
 
+class CannotRun(RuntimeError):
+    """An error that occurs again at every attempt: a missing package, or an architecture that lacks an operation. Its run ends
+    at once, without restarts."""
+
+
 class RunFailed(RuntimeError):
     """The run was started and did not finish. The message gives the cause and the fix."""
 

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.bare import spawn
 from ptuning.config import parse_experiment
 from ptuning.data.task import load_task
-from ptuning.model.base import BUILTIN, find_base
+from ptuning.model.base import find_base
+from ptuning.model.base_folder import BUILTIN
 from ptuning.planning.capacity import Training, TrainingPlan
 from ptuning.planning.meta_model import MetaModel, read_config
 from ptuning.planning.workload import Machine, RunShape

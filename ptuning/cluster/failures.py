@@ -29,6 +29,8 @@ _HELPER = re.compile(r"class_name: (\w+).*?pid: (\d+).*?ip: (\S+)", re.DOTALL)
 
 _GONE = re.compile(r"worker process has died|died unexpectedly|Worker unexpectedly exits")
 
+_PERMANENT = re.compile(r"ptuning\.errors\.CannotRun: (.*)")
+
 # Errors of the other workers after one has died: gloo and NCCL.
 _ECHOES = re.compile(r"gloo/transport|ncclRemoteError|NCCL communicator was aborted|Connection (?:reset|closed) by peer")
 
@@ -47,6 +49,8 @@ def explain(error: Exception, folder: str, hang: str | None = None) -> str:
         return disk_full(folder)
     storage.write_file(folder, "error.log", redact(str(error)).encode())
     see = f"see {storage.join(folder, 'error.log')}, and Ray's own logs in {ray_logs()}"
+    if found := _PERMANENT.search(text):
+        return f"{found[1].strip()}; {see}"
     if wanting := memory(text):
         return f"{wanting}; {LESS}; {see}"
     if hang:
@@ -61,6 +65,8 @@ def cause(workers: list[str]) -> str:
 
     `workers`: Ray Train's report about each worker.
     """
+    if found := _PERMANENT.search("\n".join(workers)):
+        return found[1].strip()
     if wanting := memory("\n".join(workers)):
         return wanting
     failure = min(workers, key=lambda each: bool(_ECHOES.search(each)))

@@ -187,7 +187,7 @@ def _base(experiment: Experiment) -> tuple[Finding, str | None]:
         fingerprint = base.fingerprint.weights
     except UserError as error:
         return Finding("wrong", "base", *_split(str(error), "put it where every node can read it")), None
-    return Finding("ok", "base", f"{base.name} in {base.folder}, {fingerprint[:12]}"), fingerprint
+    return Finding("ok", "base", ", ".join([f"{base.name} in {base.folder}", fingerprint[:12], *base.notes])), fingerprint
 
 
 def _split(sentence: str, fix: str) -> tuple[str, str]:

@@ -70,6 +70,16 @@ class Split:
         ids = self.rows.with_format("arrow")["target_ids"][:]
         return np.asarray(pc.list_value_length(ids), dtype=np.int32)
 
+    @cached_property
+    def largest_token(self) -> tuple[str, int]:
+        """The largest token id of all rows, and the text of a row that contains it."""
+        table = self.rows.with_format("arrow")
+        largest = {name: pc.max(pc.list_flatten(table[name][:])).as_py() for name in ("input_ids", "target_ids")}
+        name, token = max(largest.items(), key=lambda entry: entry[1])
+        flat, parents = pc.list_flatten(table[name][:]), pc.list_parent_indices(table[name][:])
+        row = self.rows[parents[pc.index(flat, token).as_py()].as_py()]
+        return row["text" if name == "input_ids" else "target_text"], token
+
     def frequent_tokens(self, most: int = 5000, rows: int = 5000) -> list[int]:
         """Tokens of the first rows' inputs, the most frequent first; equally frequent ones by id."""
         counts = Counter(token for ids in self._ids[:rows]["input_ids"] for token in ids)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ptuning.config import Experiment, ExperimentError
 from ptuning.data.dataset import Split, leaked, load_split
 from ptuning.data.encoder import Encoder
+from ptuning.data.sources import DataError
 from ptuning.model.base import Base
 
 
@@ -47,7 +49,28 @@ def load_task(experiment: Experiment, base: Base) -> Task:
     splits = {
         name: load_split(name, source, encoder) for name in ("train", "validation", "test") if (source := getattr(config, name))
     }
+    if len(base.tokenizer) > base.vocabulary:
+        _check_rows_of_tokens(experiment, base, encoder, splits.values())
     return Task(encoder, splits["train"], splits.get("validation"), splits.get("test"))
+
+
+def _check_rows_of_tokens(experiment: Experiment, base: Base, encoder: Encoder, splits: Iterable[Split]) -> None:
+    """A tokenizer may have tokens for which the embedding has no row (an added pad, an image token): refuse texts that contain
+    one."""
+    texts = {"prompt.init_text": experiment.prompt.init_text or ""}
+    texts |= {f"data.labels: '{label}'": label for label in experiment.data.labels or ()}
+    used = {place: base.tokenizer(text, add_special_tokens=False)["input_ids"] for place, text in texts.items() if text}
+    used |= {f"data.labels: '{label}'": ids for label, ids in zip(experiment.data.labels or (), encoder.label_ids, strict=True)}
+    for split in splits:
+        text, token = split.largest_token
+        used[f"{split.source}: '{text[:80]}'"] = [token]
+    for place, ids in used.items():
+        if max(ids, default=0) >= base.vocabulary:
+            shown = base.tokenizer.convert_ids_to_tokens(max(ids))
+            raise DataError(
+                f"{place} contains the token {shown!r} ({max(ids)}), for which the {base.vocabulary} rows of {base.name} have "
+                "no vector; correct the text, or use the tokenizer that belongs to the model"
+            )
 
 
 def describe_task(task: Task) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import dataclass
@@ -10,21 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from ptuning.config import ModelConfig, quoted
-from ptuning.errors import BaseError, UserError, suggest
+from ptuning.config import ModelConfig
+from ptuning.errors import BaseError, UserError
+from ptuning.model.base_folder import check_folder, find_folder
+from ptuning.model.decoder import TEXT_PART, check_decoder, has_text_part, is_multimodal
 from ptuning.model.fingerprint import Fingerprint, config_hash, tokenizer_fingerprint, weights_hash
-from ptuning.model.safetensors_files import stored_tensors
-from ptuning.paths import locate
+from ptuning.model.quantization import complete_dtype, take_quantization
+from ptuning.model.safetensors_files import StoredTensor, stored_tensors, weights_name
+from ptuning.model.stored_names import check_stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-BUILTIN = Path(__file__).parent.parent / "builtin" / "base"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,24 @@ class Base:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     trust_remote_code: bool
+    ends: tuple[int, ...]
+    """Tokens that end an answer: the tokenizer's end token, which is trained as the end of a target, then the others that the
+    config and generation_config.json name, sorted."""
+    multimodal: bool = False
+    """Whether the files hold a model that also reads images, audio or video. Only its text part is used."""
+    renamed: dict[str, str] | None = None
+    """Expressions that turn stored names into those of the model (`key_mapping`), if its text part is loaded alone."""
+    quantization: dict[str, Any] | None = None
+    """The settings by which transformers dequantises the files; None for plain weights."""
+
+    @property
+    def notes(self) -> list[str]:
+        """How the base differs from its files, one phrase each."""
+        method = self.quantization and self.quantization.get("quant_method")
+        return [
+            *(["the text part of a multimodal checkpoint"] if self.multimodal else []),
+            *([f"dequantised from {method}"] if method else []),
+        ]
 
     @property
     def width(self) -> int:
@@ -52,9 +71,18 @@ class Base:
         return int(self.config.get_text_config().vocab_size)
 
     @cached_property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """The tensors in the files, without their values."""
+        return tuple(stored_tensors(self.folder))
+
+    @cached_property
     def numbers(self) -> int:
-        """Number of parameters in the files; tied ones count once."""
-        return sum(math.prod(tensor.shape) for tensor in stored_tensors(self.folder))
+        """Number of parameters in the files, tied ones counted once; of the model if it is not loaded as it is stored."""
+        if self.notes:
+            model = self._meta_model()
+            if model is not None:
+                return sum(parameter.numel() for parameter in model.parameters())
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -65,52 +93,90 @@ class Base:
         )
 
     def dtype(self, wanted: str) -> torch.dtype:
-        """The dtype to compute in. auto: bfloat16 for 16-bit weights if the hardware supports it, else float32."""
+        """The dtype to compute in. auto: bfloat16 for a base that is mostly stored in 16 bits or fewer if the hardware supports
+        it, else float32."""
         if wanted != "auto":
             return cast(torch.dtype, getattr(torch, wanted))
-        stored = {tensor.dtype for tensor in stored_tensors(self.folder)}
-        return torch.bfloat16 if stored <= {"BF16", "F16"} and computes_in_bfloat16() else torch.float32
+        sizes = {True: 0, False: 0}
+        for tensor in self.tensors:
+            sizes[tensor.dtype in ("F32", "F64")] += tensor.size
+        small = sizes[False] >= sizes[True] or self.quantization is not None
+        return torch.bfloat16 if small and computes_in_bfloat16() else torch.float32
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model with its weights, on the CPU (partitioned inside `zero.partitioned`).
 
         Raises:
-            BaseError: the files do not contain all weights.
+            BaseError: the files do not contain all weights, or in other shapes than the config describes.
         """
         model: PreTrainedModel
         report: dict[str, Any]
         disable_progress_bar()  # transformers shows one per process, even if stderr is not a terminal
+        self.check_tensors()
         loading: Any = AutoModelForCausalLM.from_pretrained  # its type allows only a model as result
         model, report = loading(
             self.folder,
-            config=self.config,
+            config=self._loading_config(),
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=self.trust_remote_code,
             output_loading_info=True,
+            key_mapping=self.renamed,
         )
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise BaseError(f"model.path: {self.name} has no weights for {missing}; use a complete checkpoint")
+        if self.renamed or self.quantization:
+            # A checkpoint that is written later would get the stored names, and quantised weights, but not their config.
+            model._weight_conversions = None  # type: ignore[assignment]  # not a module
+        if self.quantization:
+            complete_dtype(model, dtype)
         return model
+
+    def check_tensors(self) -> None:
+        """Compare the names and shapes of the stored tensors with the model. No weights are read.
+
+        Raises:
+            BaseError: tensors are missing, or have another shape.
+        """
+        model = None if self.quantization else self._meta_model()
+        if model is not None:
+            check_stored(self.name, model, self.tensors, self.renamed)
+
+    def _meta_model(self) -> PreTrainedModel | None:
+        """The model without memory; None if it is the base's own code."""
+        try:
+            kind: Any = AutoModelForCausalLM._model_mapping[type(self.config)]
+        except KeyError:
+            return None
+        config = self.config.get_text_config() if kind.config_class is not type(self.config) else self.config
+        with torch.device("meta"):
+            model: PreTrainedModel = kind(copy.deepcopy(config))
+        return model
+
+    def _loading_config(self) -> PretrainedConfig:
+        """The config with what transformers needs for these files."""
+        config = copy.deepcopy(self.config)
+        for each in (config, config.get_text_config()):
+            each.transformers_weights = weights_name(self.folder)
+            if self.quantization:
+                each.quantization_config = self.quantization
+        return config
 
 
 def find_base(config: ModelConfig) -> Base:
     """Find a base and read everything but its weights.
 
     Raises:
-        BaseError: unknown, without safetensors, or not a decoder-only model.
+        BaseError: unknown, incomplete, without safetensors, quantised in an unsupported way, or not a decoder-only model.
     """
-    folder = _folder(config)
-    if not (folder / "config.json").is_file():
-        raise BaseError(f"model.path: {config.path} has no config.json; give a Hugging Face id or a folder with a model")
-    _check_code(config, folder)
-    if not any(folder.glob("*.safetensors")):
-        raise BaseError(f"model.path: {config.path} has no .safetensors file, the only format that is opened; convert it")
+    folder = find_folder(config)
+    check_folder(config, folder)
     try:
         described = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
-        check_decoder(config.path, described)
+        quantization = take_quantization(config.path, described)
+        decoder = check_decoder(config.path, described)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
@@ -122,78 +188,54 @@ def find_base(config: ModelConfig) -> Base:
             ) from None
         reason = str(error).splitlines()[0]
         raise BaseError(f"model.path: {config.path} cannot be used ({reason}); choose another base") from None
-    base = Base(config.path, config.revision, folder, described, tokenizer, config.trust_remote_code)
-    if tokenizer.eos_token_id is None:
-        raise BaseError(f"model.path: the tokenizer of {config.path} has no end token; set eos_token in its files")
-    if len(tokenizer) > base.vocabulary:
+    return Base(
+        config.path,
+        config.revision,
+        folder,
+        decoder,
+        tokenizer,
+        config.trust_remote_code,
+        ends=end_tokens(config.path, folder, decoder, tokenizer),
+        multimodal=is_multimodal(described),
+        renamed=dict(TEXT_PART) if has_text_part(described) else None,
+        quantization=quantization,
+    )
+
+
+def end_tokens(path: str, folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's, then the others that the config and generation_config.json name, sorted.
+
+    A tokenizer without an end token gets the first one of these files.
+
+    Raises:
+        BaseError: there is no end token, or the embedding has no row for it.
+    """
+    rows = int(config.get_text_config().vocab_size)
+    try:
+        generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        generation = {}
+    named: list[Any] = []
+    for value in (
+        generation.get("eos_token_id") if isinstance(generation, dict) else None,
+        getattr(config, "eos_token_id", None),
+        getattr(config.get_text_config(), "eos_token_id", None),
+    ):
+        named += value if isinstance(value, list) else [value]
+    others = [each for each in named if type(each) is int and 0 <= each < rows]
+    first = tokenizer.eos_token_id
+    if first is None:
+        token = next((tokenizer.convert_ids_to_tokens(each) for each in others if each < len(tokenizer)), None)
+        if token is None:
+            raise BaseError(f"model.path: the tokenizer of {path} has no end token; set eos_token in its files")
+        tokenizer.add_special_tokens({"eos_token": token})
+        first = tokenizer.eos_token_id
+    if first >= rows:
         raise BaseError(
-            f"model.path: the tokenizer of {config.path} has {len(tokenizer)} tokens, its model {base.vocabulary}; "
+            f"model.path: the end token {first} of the tokenizer of {path} has no row in its embedding of {rows} rows; "
             "use the tokenizer that belongs to the model"
         )
-    return base
-
-
-def _check_code(config: ModelConfig, folder: Path) -> None:
-    """Refuse a folder whose config loads code from elsewhere, unless the experiment allows it.
-
-    `auto_map` alone is harmless: transformers uses its own class if it knows the model type, and refuses otherwise. But the
-    name of an attention implementation may be a Hub repository, from which transformers downloads and runs code without asking
-    if the package `kernels` is installed (5.23, modeling_utils.py).
-    """
-    if config.trust_remote_code:
-        return
-    described = _read_json(config, folder)
-    for place in (described, *(each for each in described.values() if isinstance(each, dict))):  # such as a nested text_config
-        for key, value in place.items():
-            if key.strip("_").startswith(("attn_implementation", "experts_implementation")) and _is_foreign(value):
-                raise BaseError(
-                    f"model.path: {config.path} has {key} = {str(value)[:80]!r} in its config.json, which is code from "
-                    "elsewhere; remove it, or set model.trust_remote_code = true if you trust it"
-                )
-
-
-def _is_foreign(value: Any) -> bool:
-    return any(map(_is_foreign, value.values())) if isinstance(value, dict) else "/" in str(value)
-
-
-def _read_json(config: ModelConfig, folder: Path) -> dict[str, Any]:
-    try:
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        described = None
-    if not isinstance(described, dict):
-        raise BaseError(f"model.path: {config.path} has a config.json that is not a JSON object; use another copy")
-    return described
-
-
-def _folder(config: ModelConfig) -> Path:
-    if config.path == "builtin":
-        return BUILTIN
-    folder = locate(config.path)
-    if folder.is_dir():
-        return folder.absolute()
-    if config.path.count("/") != 1 or config.path.startswith((".", "/", "~")):
-        fix = suggest(config.path, ["builtin"], "correct the path", shown=quoted)
-        raise BaseError(f"model.path: {config.path} is neither an existing folder nor a Hugging Face id; {fix}")
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    if config.trust_remote_code:
-        patterns.append("*.py")
-    try:
-        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many types (offline, unknown, gated); the fix is the same
-        reason = str(error).splitlines()[0]
-        raise BaseError(
-            f"model.path: {config.path} was not found on the Hugging Face Hub or in its cache ({reason}); "
-            "check the id, log in, or give a folder"
-        ) from None
-
-
-def check_decoder(path: str, config: PretrainedConfig) -> None:
-    names = config.architectures or []
-    decoder = any("CausalLM" in name or "LMHeadModel" in name for name in names) or not names
-    if config.is_encoder_decoder or not decoder or type(config) not in AutoModelForCausalLM._model_mapping:
-        kind = names[0] if names else config.model_type
-        raise BaseError(f"model.path: {path} is a {kind}, not a decoder-only language model; choose a causal LM")
+    return (first, *sorted({*others} - {first}))
 
 
 def computes_in_bfloat16() -> bool:

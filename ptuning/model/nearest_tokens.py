@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from ptuning.errors import BaseError
 from ptuning.model.base import Base
-from ptuning.model.safetensors_files import StoredTensor, stored_tensors, stored_values
+from ptuning.model.safetensors_files import STORED_DTYPES, StoredTensor, stored_values
+from ptuning.model.stored_names import stored_names
 
 ROWS = 8192
 """Rows of the vocabulary that are compared at a time."""
@@ -64,10 +65,9 @@ def _embedding(base: Base) -> StoredTensor:
         model = AutoModelForCausalLM.from_config(base.config, trust_remote_code=base.trust_remote_code)
     weight = model.get_input_embeddings().weight
     name = next(name for name, parameter in model.named_parameters() if parameter is weight)
-    for tensor in stored_tensors(base.folder):
-        # Some checkpoints lack the outermost prefix of the parameter names.
-        if tensor.shape == tuple(weight.shape) and (f".{name}".endswith(f".{tensor.name}") or tensor.name.endswith(f".{name}")):
-            return tensor
+    tensor = stored_names(model, base.tensors, base.renamed).get(name)
+    if tensor is not None and tensor.shape == tuple(weight.shape) and tensor.dtype in STORED_DTYPES:
+        return tensor
     raise BaseError(
         f"{base.name}: its files contain no input embedding {name}, so there are no nearest words; convert the base"
     )

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ptuning.errors import BaseError
 from ptuning.model import cpu_attention
-from ptuning.model.base import check_decoder
+from ptuning.model.decoder import check_decoder
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packing import Objective, pack_targets
 from ptuning.model.prompted_model import PromptedModel
@@ -46,8 +46,7 @@ def read_config(path: str | Path, trust_remote_code: bool = False) -> Pretrained
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0][:200]
         raise BaseError(f"{path}: is not a supported config ({reason}); give one with a model_type of transformers") from None
-    check_decoder(str(path), config)
-    return config
+    return check_decoder(str(path), config)
 
 
 class MetaModel:

@@ -13,11 +13,12 @@ from ray.exceptions import OutOfMemoryError
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import BackendSetupCallback
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
 from ptuning.cluster.connection import own_cluster
 from ptuning.config import Experiment
-from ptuning.errors import UserError
+from ptuning.errors import CannotRun, UserError
 from ptuning.redaction import redacted
 
 
@@ -38,6 +39,9 @@ class _Trainer(TorchTrainer):
         policy = given.get("scaling_policy")
         if own_cluster() and type(policy) is FixedScalingPolicy:
             policy.__class__ = _without_autoscaler_requests()
+        retrying = given.get("failure_policy")
+        if type(retrying) is DefaultFailurePolicy:
+            retrying.__class__ = _without_useless_retries()
         return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
 
 
@@ -69,6 +73,21 @@ def _without_autoscaler_requests() -> type[FixedScalingPolicy]:
             pass
 
     return NoAutoscalerRequests
+
+
+def _without_useless_retries() -> type[DefaultFailurePolicy]:
+    """A local class, as in `_tolerate_out_of_memory`."""
+    permanent = f"{CannotRun.__module__}.{CannotRun.__name__}"
+
+    class NoUselessRetries(DefaultFailurePolicy):
+        # Ray's own restarts the workers after any of their errors (2.60).
+        def _is_retryable_error(self, training_failed_error: Any) -> bool:
+            failures = getattr(training_failed_error, "worker_failures", None) or {}
+            if any(permanent in str(failure) for failure in failures.values()):
+                return False
+            return bool(super()._is_retryable_error(training_failed_error))
+
+    return NoUselessRetries
 
 
 def scale(experiment: Experiment, groups: int = 1, spare: float = 0.0) -> ray.train.ScalingConfig:

@@ -128,6 +128,8 @@ def _reach(
         return result_type.read(finished, experiment)
     lease.check(folder, say)
     base = find_base(experiment.model)
+    for note in base.notes:
+        say(f"base: {note}")
     storage.check_writable(experiment.compute.storage)
     bring_parent(written, experiment, base)
     trained = configure(experiment, base)

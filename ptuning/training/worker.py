@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from ptuning.config import Experiment
 from ptuning.data.task import Task, load_task
-from ptuning.errors import UserError
+from ptuning.errors import CannotRun, UserError
 from ptuning.model.base import Base, find_base
 from ptuning.training import zero
 from ptuning.training.distributed import Workers
@@ -92,6 +93,10 @@ def run_worker(config: dict[str, Any], sender: EventSender, connect: Connect) ->
         train(pack, connect(pack, watchdog.heartbeat), report)
     except UserError as error:  # the same on every worker: no restart would help
         report(Failed(experiment.name, 0, str(error)))
+    except Exception as error:
+        if not is_permanent(error):
+            raise
+        raise CannotRun(explain_permanent(experiment.model.path, error)) from error
     finally:
         watchdog.end()
         sender.flush()
@@ -106,6 +111,27 @@ def _watchdog(experiment: Experiment, config: dict[str, Any], rank: int) -> Watc
         sender.send(event_fields(event), now=True)
 
     return Watchdog(tell, experiment.compute.hang_s)
+
+
+_SAME_AGAIN = (ImportError, NotImplementedError, TypeError, AttributeError, LookupError)
+_MISMATCH = re.compile(
+    r"same dtype|dtype mismatch|shapes cannot be multiplied|size of tensor|must match|expanded size|inputs_embeds"
+)
+
+
+def is_permanent(error: Exception) -> bool:
+    """Whether an error occurs again at every attempt: a missing package, an operation that an architecture lacks, or tensors
+    that do not fit together. Other errors may come from a machine, its memory, its disk or the network."""
+    if isinstance(error, _SAME_AGAIN) or (type(error) is ValueError):
+        return True
+    return type(error) is RuntimeError and bool(_MISMATCH.search(str(error)))
+
+
+def explain_permanent(base: str, error: Exception) -> str:
+    reason = next(iter(str(error).strip().splitlines()), "no message")[:200].rstrip(". ")
+    what = "needs a package that is not installed on every node" if isinstance(error, ImportError) else "cannot be trained"
+    fix = "install it" if isinstance(error, ImportError) else "choose another base, or report this"
+    return f"model.path: {base} {what} ({type(error).__name__}: {reason}); {fix}"
 
 
 class _Progress:

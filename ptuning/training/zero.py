@@ -28,8 +28,9 @@ from ptuning.errors import BaseError
 from ptuning.imports import load_deepspeed
 from ptuning.model.base import Base
 from ptuning.model.prompted_model import PromptedModel
-from ptuning.model.safetensors_files import STORED_DTYPES, stored_tensors, stored_values
+from ptuning.model.safetensors_files import STORED_DTYPES, stored_values
 from ptuning.model.self_check import choose_pass
+from ptuning.model.stored_names import stored_names
 from ptuning.planning.zero3_simulator import live_numbers, node_copies_fit, prefetch_numbers, share_bytes
 from ptuning.training.distributed import Workers
 from ptuning.training.messages import BaseShare
@@ -255,14 +256,14 @@ def _check_weights(model: PreTrainedModel, base: Base) -> None:
     Under ZeRO-3 transformers 5 does not report mismatched keys (integrations/deepspeed.py), and a base with random weights
     would train without any error.
     """
-    stored = {tensor.name: tensor for tensor in stored_tensors(base.folder)}
+    stored = stored_names(model, base.tensors, base.renamed)
     rank = dist.get_rank() if dist.is_initialized() else 0
     compared = 0
     for name, parameter in model.named_parameters():
-        file = stored.get(name) or stored.get(name.removeprefix(f"{model.base_model_prefix}."))
+        file = stored.get(name)
         shape = _whole_shape(parameter)
         if file is None or file.shape != shape or file.dtype not in STORED_DTYPES:
-            continue  # renamed or merged while loading, or tied: nothing to compare with
+            continue  # merged or dequantised while loading, or tied: nothing to compare with
         local = _own_share(parameter).flatten()
         first = rank * local.numel() if hasattr(parameter, "ds_tensor") else 0
         count = min(local.numel(), _numbers(shape) - first)
