@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import nn
 
-SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
+SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("Wq", "Wk", "Wv"))
 """Names of the projections to queries, keys and values."""
 FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv", "qkv", "att_proj")
 """Names of a projection to queries, keys and values."""
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "o", "Wo", "out_lin", "attn_out", "attention_out", "output")
 """Names of the projection of the result."""
 WITHOUT = ("encoder_attn", "crossattention", "cross_attn", "vision", "visual", "audio")
-"""Parts of a module's name: attention to something other than the text."""
-RECURRENT = ("Delta", "Linear", "Lightning", "Mamba", "Rwkv", "Recurrent", "Conv", "KDA", "Indexer")
+"""Parts of the names of modules that process something other than the text."""
+RECURRENT = ("Delta", "Lightning", "Rwkv", "Indexer")
 """Parts of a class's name: the layer keeps a state of fixed size instead of keys and values."""
 
 
@@ -39,12 +39,17 @@ def attention_sizes(base: nn.Module) -> list[AttentionSize]:
     found: list[AttentionSize] = []
     for name, module in base.named_modules(remove_duplicate=False):
         kind = type(module).__name__
-        if any(part in kind for part in RECURRENT) or any(part in name for part in WITHOUT):
+        if any(part in kind for part in RECURRENT) or unused(name):
             continue
         size = None if getattr(module, "is_kv_shared_layer", False) else _size(module)
         if size is not None:
             found.append(size)
     return found
+
+
+def unused(name: str) -> bool:
+    """A module of this name has no part in a pass over text alone."""
+    return any(part in name for part in WITHOUT)
 
 
 def token_numbers(base: nn.Module, *, cached: bool = False) -> int:

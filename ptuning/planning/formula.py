@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ptuning.model.attention_sizes import attention_sizes
+from ptuning.model.attention_sizes import attention_sizes, unused
 from ptuning.planning.workload import BaseShape, Workload
 from ptuning.planning.zero3_simulator import Moment, Timeline
 
 RESULTS = 3
 """Tensors of the size of a module's input and result that are kept: these, and those of what follows it."""
 CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k", "num_selected_experts", "num_experts_per_token")
+CHUNKS = ("mamba_chunk_size", "chunk_size")
 STATES = ("ssm_state_size", "state_size", "mamba_d_state", "d_state")
 
 
@@ -41,9 +42,9 @@ def timeline_by_formula(
     scores = 0 if getattr(base, "_supports_sdpa", False) else rows * (work.length + work.fed_per_row) ** 2
     per_layer = max(1, len(attention_sizes(base)) or shape.layers)
     uses: list[_Use] = []
-    for module in base.modules():
+    for name, module in base.named_modules():
         own = {number[id(parameter)]: parameter for parameter in module.parameters(recurse=False)}
-        if own:
+        if own and not unused(name):
             kept = sum(_kept(module, parameter, base, shape, work, tokens) for parameter in own.values())
             uses.append(_Use(tuple(own), kept))
     heads = max(1, _number(base, ("num_attention_heads", "n_head", "num_heads"), 1))
@@ -84,15 +85,26 @@ def _kept(module: nn.Module, parameter: Tensor, base: nn.Module, shape: BaseShap
         return 0
     if parameter.dim() == 2 and shape.vocabulary in parameter.shape:  # the output head: logits, their fp32 copy, its gradient
         return work.predictions * ((work.compared or shape.vocabulary) * (size + 12) + parameter.shape[-1] * size)
+    if getattr(module, "A_log", None) is parameter:
+        return _states(parameter, base, work, tokens)
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return RESULTS * tokens * parameter.shape[0] * size
     if parameter.dim() == 2:
-        states = _number(base, STATES, 0) if "A_log" in dict(module.named_parameters(recurse=False)) else 0
-        return RESULTS * tokens * size * sum(parameter.shape) + 16 * tokens * states * parameter.shape[0]
+        return RESULTS * tokens * size * sum(parameter.shape)
     if parameter.dim() == 3:  # experts
         chosen = min(parameter.shape[0], _number(base, CHOSEN, parameter.shape[0]))
         return chosen * tokens * size * RESULTS * (parameter.shape[1] + parameter.shape[2])
     return tokens * parameter.numel() * (size + 8)  # norms, biases: computed in fp32
+
+
+def _states(decay: Tensor, base: nn.Module, work: Workload, tokens: int) -> int:
+    """A state space: with one decay per channel and state (Mamba) all states, otherwise products within chunks."""
+    states = _number(base, STATES, 128)
+    if decay.dim() > 1:
+        return 16 * tokens * decay.numel()
+    chunk = _number(base, CHUNKS, 64)
+    padded = work.slots * work.rows * -(-(work.length + work.tokens) // chunk) * chunk
+    return 16 * padded * (chunk + states) * decay.numel()
 
 
 def _number(base: Any, names: tuple[str, ...], otherwise: int) -> int:

@@ -61,7 +61,9 @@ class MetaModel:
                 base = AutoModelForCausalLM.from_config(config, dtype=dtype)
             self.model = PromptedModel(base)
         except Exception as error:  # the base's own code, with any config
-            raise BaseError(f"{config.model_type}: cannot be planned ({_reason(error)}); correct the config") from None
+            raise BaseError(
+                f"{config.model_type}: cannot be planned ({_reason(error)}); correct the config, or choose another base"
+            ) from None
         if checkpoint_gradients:
             try:
                 self.model.checkpoint_gradients()

@@ -31,7 +31,8 @@ def fused_attention() -> Iterator[None]:
     flash = aten._scaled_dot_product_flash_attention_for_cpu
 
     def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
-        if query.device.type != "meta" or query.dim() != 4:
+        numeric = attn_mask is not None and attn_mask.requires_grad  # a bias with a gradient: no fused kernel takes it
+        if query.device.type != "meta" or query.dim() != 4 or numeric:
             return original(query, key, value, attn_mask, **options)
         if query.shape[1] != key.shape[1]:
             groups = query.shape[1] // key.shape[1]
@@ -190,13 +191,6 @@ def _product(left: Tensor, right: Tensor, offsets: Tensor | None = None, bias: A
     return left.new_empty(*left.shape[:-1], right.shape[-1], dtype=dtype)
 
 
-def _where(tensor: Tensor) -> Any:
-    """The places of the elements that are not 0: at most all."""
-    if tensor.device.type != "meta":
-        return None
-    return tensor.new_empty(tensor.numel(), tensor.dim(), dtype=torch.long)
-
-
 def _equal(left: Tensor, right: Tensor) -> Any:
     return False if left.device.type == "meta" else None
 
@@ -204,7 +198,6 @@ def _equal(left: Tensor, right: Tensor) -> Any:
 USUAL: dict[Any, Callable[..., Any]] = {
     aten._local_scalar_dense.default: _value,
     aten._grouped_mm.default: _product,
-    aten.nonzero.default: _where,
     aten.equal.default: _equal,
 }
 """Results of operations for tensors on the meta device; None: the operation itself is called."""

@@ -67,11 +67,11 @@ def _fitting(pack: Pack, experiment: Experiment, limit: int) -> int:
     room = min(pack.workers.all_gather(_room(size)))
     machine = Machine(size, room, int(os.environ.get("LOCAL_WORLD_SIZE", size)), 1.0, 1.0, torch.cuda.is_available())
     training = Training(meta_model.shape, settings, machine, meta_model.training, meta_model.evaluation)
-    most = int(pack.workers.broadcast(training.most_slots_in(room, limit)))
+    most = training.most_slots_in(room, limit)
     if meta_model.estimated and wanted and most < limit:
         log.warning("search.slots: %d may not fit into memory: an estimate for this base is %d", limit, most)
-        return limit
-    return most
+        most = limit
+    return int(pack.workers.broadcast(most))
 
 
 def _seconds(pack: Pack, experiment: Experiment, size: int) -> float:
