@@ -17,7 +17,7 @@ FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv", "qkv", "att_proj")
 """Names of a projection to queries, keys and values."""
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "o", "Wo", "out_lin", "attn_out", "attention_out", "output")
 """Names of the projection of the result."""
-WITHOUT = ("encoder_attn", "crossattention", "cross_attn", "vision", "visual", "audio")
+WITHOUT = ("encoder_attn", "crossattention", "cross_attn", "vision", "visual", "image", "audio")
 """Parts of the names of modules that process something other than the text."""
 RECURRENT = ("Delta", "Lightning", "Rwkv", "Indexer")
 """Parts of a class's name: the layer keeps a state of fixed size instead of keys and values."""
@@ -88,6 +88,7 @@ def _latent(module: Any, output: int) -> AttentionSize:
 
 def _made(layer: Any) -> int:
     """Width of a projection's result; 0 if it is not one."""
+    layer = getattr(layer, "linear", layer)  # Moshi wraps its projections
     if hasattr(layer, "nf"):  # GPT-2's Conv1D, whose weight is transposed
         return int(layer.nf)
     return int(layer.out_features) if hasattr(layer, "out_features") else 0
@@ -95,6 +96,7 @@ def _made(layer: Any) -> int:
 
 def _given(layer: Any) -> int:
     """Width that a projection is given; 0 if it is not one."""
+    layer = getattr(layer, "linear", layer)
     if hasattr(layer, "nf"):
         return int(layer.nx)
     return int(layer.in_features) if hasattr(layer, "in_features") else 0
