@@ -73,6 +73,21 @@ def test_gradients_are_those_of_exact_attention(shape, dtype, scale, scores, que
         assert float((one.double() - other).norm()) <= tolerance * float(max(each.norm() for each in wanted))
 
 
+@pytest.mark.parametrize("values", [4, 24])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_values_may_be_narrower_or_wider_than_keys(values: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in multi-head latent attention; a row of several blocks."""
+    monkeypatch.setattr(cpu_attention, "QUERIES", 16)
+    (q, k, _), _, mask = drawn((2, 2, 33, 40, 16, "behind"), dtype)
+    v, gradient = torch.randn(2, 2, 40, values).to(dtype), torch.randn(2, 2, 33, values).to(dtype)
+    output, found = gradients(cpu_attention.attention, [q, k, v], gradient, mask, None)
+    expected, wanted = gradients(exact, [each.double() for each in (q, k, v)], gradient.double(), mask, None)
+    assert output.shape == (2, 2, 33, values)
+    assert float((output.double() - expected).norm() / expected.norm()) < TOLERANCE[dtype]
+    for one, other in zip(found, wanted, strict=True):
+        assert float((one.double() - other).norm()) <= TOLERANCE[dtype] * float(max(each.norm() for each in wanted))
+
+
 @given(
     before=st.integers(0, 9),
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4),

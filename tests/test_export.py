@@ -13,7 +13,13 @@ from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from test_registry import put, registry, store  # noqa: F401 (fixtures)
 from test_soft_prompt import make
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from ptuning.config import ModelConfig, Template
 from ptuning.data.encoder import Encoder
@@ -23,7 +29,8 @@ from ptuning.model.base import Base, find_base
 from ptuning.model.packing import pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.soft_prompt import SoftPrompt
-from ptuning.registry.merged_export import ExportError, Merged, export_merged, write_merged
+from ptuning.registry.merged_check import ExportError
+from ptuning.registry.merged_export import Merged, export_merged, write_merged
 from ptuning.registry.peft_import import import_adapter, locate
 from ptuning.registry.publish import fetch
 from ptuning.registry.registry import Registry

@@ -112,7 +112,7 @@ def test_every_slot_adds_the_same() -> None:
 @pytest.mark.fast
 def test_recomputing_keeps_less() -> None:
     work = Workload(4, 8, 8, 40, 2)
-    assert meta_model(recompute=True).training(work).peak < 0.8 * meta_model().training(work).peak
+    assert meta_model(recompute=True).training(work).peak < 0.85 * meta_model().training(work).peak
 
 
 @pytest.mark.fast

@@ -91,8 +91,8 @@ class _Attention(torch.autograd.Function):
         context.mask, context.scale = mask, scale if scale is not None else q.shape[-1] ** -0.5
         if mask.allowed is None or mask.size <= QUERIES:  # torch skips the masked half of causal attention
             return whole(q, k, v, mask, scale)
-        rows, heads, queries, width = q.shape
-        output = q.new_empty(rows, queries, heads, width).transpose(1, 2)  # torch's memory layout
+        rows, heads, queries = q.shape[:3]
+        output = q.new_empty(rows, queries, heads, v.shape[-1]).transpose(1, 2)  # torch's memory layout
         for block in mask.blocks:
             looks = mask.allowed[:, :, block.queries, block.keys]
             found = scaled_dot_product_attention(

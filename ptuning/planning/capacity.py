@@ -156,7 +156,7 @@ class Training:
             rows = max(1, TOKENS // (settings.tokens + settings.new_tokens))
             positions = rows * (settings.length + settings.tokens + settings.new_tokens)
             # transformers' cache grows by concatenation, layer by layer.
-            cache = positions * shape.token_numbers * shape.itemsize * (shape.layers + 1) // shape.layers
+            cache = positions * shape.cached_numbers * shape.itemsize * (shape.layers + 1) // shape.layers
             peak = max(peak, cache + gather(self._pass(1, rows, 1), spread, shape.itemsize).peak)
         return peak
 
@@ -230,7 +230,7 @@ def plan_serving(
         vectors *= 2
     bank = vectors * shape.width * shape.itemsize
     room = machine.memory - machine.reserved - shape.bytes - bank - step
-    page = PAGE * shape.token_numbers * shape.itemsize
+    page = PAGE * max(1, shape.token_numbers) * shape.itemsize  # a state space has no keys and values
     shared = settings.length // PAGE  # whole pages of a soft prompt are stored once
     each = -(-(settings.length - shared * PAGE + positions + new) // PAGE)
 

@@ -26,6 +26,8 @@ class Estimate:
     packed: TrainingPlan | None
     """The plan with all of them."""
     serving: ServingPlan
+    estimated: str | None
+    """Why activations are an estimate from the shapes of the weights; None: they are those of the real pass."""
     advice: list[str]
 
     def __str__(self) -> str:
@@ -40,7 +42,7 @@ class Estimate:
         return self.serving.peak <= self.machine.memory and self.serving.running > 0
 
     def as_json(self) -> dict[str, Any]:
-        """As plain data, in bytes and seconds."""
+        """As plain data, in bytes and seconds. `estimated` is null, or the reason why activations are an estimate."""
         found = asdict(self) | {"fits": self.fits, "serves": self.serves}
         for name, plan in (("training", self.training), ("packed", self.packed), ("serving", self.serving)):
             if plan is not None:
@@ -99,6 +101,10 @@ def _describe(found: Estimate) -> str:
     if found.serves:
         row("  requests at once", str(serving.running))
         row("  with serve.cache_mb at most", f"{max(0, serving.room) >> 20:,}: {serving.most_running:,} requests")
+    if found.estimated:
+        lines.append(
+            f"activations are estimated, as the pass of this base cannot be replayed without values ({found.estimated})"
+        )
     for line in found.advice:
         lines.append(f"does not fit: {line}")
     return "\n".join(lines)

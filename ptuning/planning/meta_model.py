@@ -1,34 +1,32 @@
 """A base on torch's meta device, from its config alone: its tensors, and the allocations of a pass over time. Reads no weights.
 
-It runs the real pass (`PromptedModel`, forward and backward) on tensors with shapes but no memory. A dispatch mode counts the
-bytes of every storage from allocation to release, and hooks record which module needs its tensors when, as DeepSpeed's hooks
-do. So there are no formulas per architecture that could become outdated. Memory that kernels allocate internally is not seen.
+It runs the real pass (`PromptedModel`, forward and backward) on tensors with shapes but no memory (`recorder`). So there are no
+formulas per architecture that could become outdated. Memory that kernels allocate internally is not seen. A pass that depends
+on values of tensors cannot be replayed; it is estimated by a formula, and `MetaModel.estimated` is the reason.
 """
 
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ptuning.errors import BaseError
-from ptuning.model import cpu_attention
+from ptuning.model.attention_sizes import attention_sizes, token_numbers
 from ptuning.model.decoder import check_decoder
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packing import Objective, pack_targets
 from ptuning.model.prompted_model import PromptedModel
+from ptuning.planning.formula import timeline_by_formula
+from ptuning.planning.recorder import Recorder, fused_attention
 from ptuning.planning.workload import BaseShape, Workload
-from ptuning.planning.zero3_simulator import Moment, Timeline
+from ptuning.planning.zero3_simulator import Timeline
+from ptuning.redaction import logger
+
+log = logger(__name__)
 
 
 def read_config(path: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -53,7 +51,7 @@ class MetaModel:
     """A base without memory, in its compute dtype.
 
     Raises:
-        BaseError: its code does not run without weights.
+        BaseError: its code does not run without weights, or it cannot recompute activations.
     """
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype, *, checkpoint_gradients: bool = False) -> None:
@@ -61,12 +59,21 @@ class MetaModel:
             with torch.device("meta"):
                 base = AutoModelForCausalLM.from_config(config, dtype=dtype)
             self.model = PromptedModel(base)
-        except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise BaseError(f"{config.model_type}: cannot be planned ({reason}); correct the config") from None
+        except Exception as error:  # the base's own code, with any config
+            raise BaseError(
+                f"{config.model_type}: cannot be planned ({_reason(error)}); correct the config, or choose another base"
+            ) from None
         if checkpoint_gradients:
-            self.model.checkpoint_gradients()
+            try:
+                self.model.checkpoint_gradients()
+            except ValueError:
+                raise BaseError(
+                    f"train.gradient_checkpointing: {type(base).__name__} does not support it; set it to false"
+                ) from None
+        self.recomputes = checkpoint_gradients
         self.shape = _shape(self.model, dtype)
+        self.estimated: str | None = None
+        """Why a pass could not be replayed and its activations are an estimate; None: all passes were replayed."""
         self._known: dict[tuple[Workload, bool], Timeline] = {}
 
     def training(self, work: Workload) -> Timeline:
@@ -79,8 +86,30 @@ class MetaModel:
 
     def _timeline(self, work: Workload, backward: bool) -> Timeline:
         if (work, backward) not in self._known:
-            self._known[work, backward] = self._run(work, backward)
+            self._known[work, backward] = self._replay(work, backward) or timeline_by_formula(
+                self.model.base,
+                self.shape,
+                work,
+                backward=backward,
+                shared=self.model.shared_prefix,
+                recompute=self.recomputes,
+            )
         return self._known[work, backward]
+
+    def _replay(self, work: Workload, backward: bool) -> Timeline | None:
+        """None if the pass depends on values, or does not work at all: a plan does not need to know which."""
+        if self.estimated:
+            return None
+        try:
+            return self._run(work, backward)
+        except Exception as error:  # whatever the base's own code raises without values
+            self.estimated = _reason(error)
+            log.warning("%s: activations are estimated, its pass cannot be replayed (%s)", self._name, self.estimated)
+            return None
+
+    @property
+    def _name(self) -> str:
+        return type(self.model.base).__name__
 
     def _run(self, work: Workload, backward: bool) -> Timeline:
         text = work.tokens - work.targets
@@ -94,129 +123,40 @@ class MetaModel:
         vectors = [torch.zeros(work.length, self.shape.width, device="meta", requires_grad=backward) for _ in lengths]
         with (
             warnings.catch_warnings(),
-            _Recorder(self.model) as recorder,
-            _fused_attention(),
+            Recorder(self.model) as recorder,
+            fused_attention(),
             torch.set_grad_enabled(backward),
         ):
-            # With checkpointing transformers enables gradients of the embeddings' output, and torch warns about those hooks.
-            warnings.filterwarnings("ignore", "Full backward hook", UserWarning)
+            # transformers warns about what it does not know of tensors without values.
+            warnings.simplefilter("ignore", UserWarning)
             nll = self.model(vectors, plan)
             if backward:
                 nll.sum().backward()
         return recorder.timeline()
 
 
+def _reason(error: Exception) -> str:
+    """The first line of an error that code of others raised."""
+    words = str(error).strip().splitlines() or [type(error).__name__]
+    return words[0][:200]
+
+
 def _shape(model: PromptedModel, dtype: torch.dtype) -> BaseShape:
     base = model.base
-    config: Any = base.config.get_text_config()
     embedding: Any = base.get_input_embeddings().weight
     head: Any = getattr(base.get_output_embeddings(), "weight", embedding)
-    heads = config.num_attention_heads
-    wide = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    layers = int(base.config.get_text_config().num_hidden_layers)
     return BaseShape(
         numbers=sum(parameter.numel() for parameter in base.parameters()),
         embedding=embedding.numel(),
         head=0 if head is embedding else head.numel(),
         last=model.last_layer.numbers,
-        width=config.hidden_size,
-        layers=config.num_hidden_layers,
-        vocabulary=config.vocab_size,
-        attention_width=heads * wide,
-        token_numbers=2 * config.num_hidden_layers * key_heads * wide,
+        width=embedding.shape[1],
+        layers=layers,
+        vocabulary=head.shape[0],
+        attention_width=sum(size.queries for size in attention_sizes(base)) // layers,
+        token_numbers=token_numbers(base),
+        cached_numbers=token_numbers(base, cached=True),
         itemsize=dtype.itemsize,
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in base.buffers()),
     )
-
-
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    """On the meta device SDPA uses its math implementation, which stores every score. Real devices use a fused kernel, which
-    stores queries, keys, values, the result and a numeric mask. The shapes of the CPU kernel are used for all devices."""
-    original = functional.scaled_dot_product_attention
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-    def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
-        if query.device.type != "meta":
-            return original(query, key, value, attn_mask, **options)
-        if query.shape[1] != key.shape[1]:
-            groups = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-        causal, scale = bool(options.get("is_causal")), options.get("scale")
-        return flash(query, key, value, 0.0, causal, attn_mask=attn_mask, scale=scale)[0]
-
-    places: tuple[Any, ...] = (functional, cpu_attention)
-    for place in places:
-        place.scaled_dot_product_attention = fused
-    try:
-        yield
-    finally:
-        for place in places:
-            place.scaled_dot_product_attention = original
-
-
-class _Recorder(TorchDispatchMode):
-    """Counts the bytes of live storages, and records the moments of a pass."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._live = self._peak = 0
-        self._tensors = {id(parameter): number for number, parameter in enumerate(model.parameters())}
-        self._sizes = tuple(parameter.numel() for parameter in model.parameters())
-        # The base's own tensors are counted elsewhere, and they outlive the pass.
-        self._known = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
-        self._moments: list[Moment] = []
-        self._handles = [handle for module in model.modules() for handle in self._watch(module)]
-
-    def __exit__(self, *error: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-        super().__exit__(*error)
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.device.type == "meta":
-                self._count(leaf.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self._live += size
-        self._peak = max(self._peak, self._live)
-        weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._live -= size
-
-    def _watch(self, module: nn.Module) -> list[Any]:
-        own = tuple(dict.fromkeys(self._tensors[id(parameter)] for parameter in module.parameters(recurse=False)))
-        if not own:
-            return []
-        return [
-            module.register_forward_pre_hook(lambda *_: self._note("fetch", own, True)),
-            module.register_forward_hook(lambda *_: self._note("release", own, True)),
-            module.register_full_backward_pre_hook(lambda *_: self._note("fetch", own, False)),
-            module.register_full_backward_hook(lambda *_: self._note("release", own, False)),
-        ]
-
-    def _note(self, kind: Any, own: tuple[int, ...], forward: bool) -> None:
-        self._close()
-        self._moments.append(Moment(kind, own, 0, forward))
-
-    def _close(self) -> None:
-        """Assign the peak since the latest moment to that moment."""
-        if self._moments:
-            latest = self._moments[-1]
-            self._moments[-1] = Moment(latest.kind, latest.tensors, max(latest.peak, self._peak), latest.forward)
-            self._peak = self._live
-
-    def timeline(self) -> Timeline:
-        self._close()
-        return Timeline(self._sizes, tuple(self._moments))

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from ptuning.config import Experiment
 from ptuning.data.task import load_task
-from ptuning.errors import UserError
+from ptuning.errors import BaseError, UserError
 from ptuning.model.base import computes_in_bfloat16, find_base
 from ptuning.model.limits import MOST_SLOTS
 from ptuning.planning.capacity import Training, plan_serving, sharing
@@ -95,6 +95,7 @@ def make_plan(
         slots,
         training.plan(slots) if slots else None,
         serving,
+        meta_model.estimated,
         [],
     )
     advice = [] if found.fits else [_more_for_training(meta_model, dtype, settings, machine)]
@@ -138,12 +139,16 @@ def _training(meta_model: MetaModel, settings: RunShape, machine: Machine) -> Tr
 def _more_for_training(meta_model: MetaModel, dtype: torch.dtype, settings: RunShape, machine: Machine) -> str:
     """The changes that would make one soft prompt fit."""
     small = replace(settings, micro_batch=1)
-    recomputing = MetaModel(meta_model.model.base.config, dtype, checkpoint_gradients=True)
-    ways = [
-        ("train.micro_batch_size=1", meta_model, small),
-        ("train.gradient_checkpointing=true", recomputing, settings),
-        ("train.gradient_checkpointing=true train.micro_batch_size=1", recomputing, small),
-    ]
+    ways = [("train.micro_batch_size=1", meta_model, small)]
+    recomputing = meta_model
+    try:
+        recomputing = MetaModel(meta_model.model.base.config, dtype, checkpoint_gradients=True)
+        ways += [
+            ("train.gradient_checkpointing=true", recomputing, settings),
+            ("train.gradient_checkpointing=true train.micro_batch_size=1", recomputing, small),
+        ]
+    except BaseError:  # this base cannot recompute activations
+        pass
     for words, way, changed in ways:
         if _training(way, changed, machine).most_slots(1):
             return f"training: fits with {words}"

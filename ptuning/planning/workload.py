@@ -25,9 +25,11 @@ class BaseShape:
     layers: int
     vocabulary: int
     attention_width: int
-    """Query heads times their width."""
+    """Query heads times their width, averaged over the layers."""
     token_numbers: int
-    """Elements of one token's keys and values in all layers."""
+    """Elements of one token's keys and values in all layers, as attention reads them and the engine stores them."""
+    cached_numbers: int
+    """The same in the base's own cache, which evaluation uses for generated text."""
     itemsize: int
     """Bytes per element in the compute dtype."""
     buffers: int = 0

@@ -38,7 +38,10 @@ class Timeline:
         return max((moment.peak for moment in self.moments), default=0)
 
     def with_slots(self, other: Timeline, slots: int) -> Timeline:
-        """The pass with `slots` slots, extrapolated from one (self) and two (other): every slot adds the same bytes."""
+        """The pass with `slots` slots, extrapolated from one (self) and two (other): every slot adds the same bytes. If the two
+        passes do not have the same moments, every slot is counted like the first, which is more."""
+        if [moment.kind for moment in self.moments] != [moment.kind for moment in other.moments]:
+            return replace(self, moments=tuple(replace(moment, peak=slots * moment.peak) for moment in self.moments))
         pairs = zip(self.moments, other.moments, strict=True)
         return replace(self, moments=tuple(replace(a, peak=a.peak + (slots - 1) * (b.peak - a.peak)) for a, b in pairs))
 

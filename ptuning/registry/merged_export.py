@@ -2,7 +2,8 @@
 
 The vocabulary is extended by the virtual tokens `<|NAME:0|>` ..., whose embeddings are the soft prompt's vectors. The tokenizer
 prepends them to every text, before its own special tokens, as in ptuning's own pass. The chat template does the same, and puts
-the last user message into the field of the card's template. `token_suppression` prevents the generation of virtual tokens.
+the last user message into the field of the card's template. `token_suppression` prevents the generation of virtual tokens. The
+export is loaded again and compared before it gets its name (`merged_check`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,24 +25,18 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ptuning.config import Template, template_fields
 from ptuning.data.encoder import Encoder
-from ptuning.errors import UserError
 from ptuning.imports import load_deepspeed
 from ptuning.model.base import Base
 from ptuning.model.compatibility import base_of, check_base, next_logits
 from ptuning.model.safetensors_files import STORED_DTYPES, stored_tensors
 from ptuning.model.soft_prompt import Card, SoftPrompt
 from ptuning.registry import token_suppression
+from ptuning.registry.merged_check import OTHERWISE, ExportError, check_logits, check_written, last_logits, merging
 from ptuning.registry.publish import check_free, retrieve
 from ptuning.registry.registry import Registry, Version
 from ptuning.registry.token_suppression import Suppression
 
 PROBES = ("This is a test.", "a", "Two  words, 3 numbers\nand äöü!")
-TOLERANCE = 1e-4
-"""Maximum change of a logit, relative to the largest: scaling an embedding down and up again rounds."""
-
-
-class ExportError(UserError):
-    """This soft prompt cannot be merged into its base."""
 
 
 @dataclass(frozen=True)
@@ -102,25 +98,32 @@ def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Mer
     front = _in_front(plain)
     tokens = [f"<|{name}:{place}|>" for place in range(len(vectors))]
     model = base.load(dtype).eval()
-    probe = torch.tensor([plain(PROBES[0])["input_ids"]])
-    expected = next_logits(model, loaded.vectors, probe)
-    first = cast(list[int], plain.convert_tokens_to_ids(front))
-    states = token_suppression.hidden_states(model, loaded.vectors, first, len(plain))
-    tokenizer = AutoTokenizer.from_pretrained(
-        base.folder, trust_remote_code=base.trust_remote_code
-    )  # a new copy, which is modified
-    ids = _add_tokens(tokenizer, tokens, name)
-    untied = _grow(model, ids, vectors)
-    guarded = token_suppression.suppress(model, ids, states)
-    _check_logits(model, ids, probe, expected, name)
+    texts = [list(plain(text)["input_ids"]) for text in PROBES]
+    with merging(name, type(model).__name__):
+        expected = torch.stack([next_logits(model, loaded.vectors, torch.tensor([text])).float() for text in texts])
+        first = cast(list[int], plain.convert_tokens_to_ids(front))
+        states = token_suppression.hidden_states(model, loaded.vectors, first, len(plain))
+        tokenizer = AutoTokenizer.from_pretrained(
+            base.folder, trust_remote_code=base.trust_remote_code
+        )  # a new copy, which is modified
+        ids = _add_tokens(tokenizer, tokens, name)
+        untied = _grow(model, ids, vectors)
+        guarded = token_suppression.suppress(model, ids, states)
+        rows = [[*ids, *text] for text in texts]
+        found = last_logits(model, rows)
+        check_logits(model, ids, found, expected, name)
     tokenizer.padding_side = "left"  # generation continues at the right end
     prepends = _prepend(tokenizer, tokens, ids)
     chat = _chat(tokenizer, plain, loaded.card.template, [*tokens, *front], ids)
     model.generation_config = _generation(model, base, ids, loaded.card)
-    _write(model, tokenizer, loaded.card, folder)
-    if prepends and not _prepends(AutoTokenizer.from_pretrained(folder), plain, ids):
-        prepends = False
-    return Merged(len(tokens), int(model.config.get_text_config().vocab_size), untied, guarded, prepends, chat)
+    with _new_folder(folder) as temporary, merging(name, type(model).__name__):
+        _save(model, temporary, untied)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "soft_prompt_card.json").write_text(loaded.card.public().model_dump_json(indent=1), encoding="utf-8")
+        del model  # only one of the two has to fit into memory
+        check_written(temporary, dtype, rows, found, ids, name, base.trust_remote_code)
+        prepends = prepends and _prepends(AutoTokenizer.from_pretrained(temporary), plain, ids)
+    return Merged(len(tokens), found.shape[1], untied, guarded, prepends, chat)
 
 
 def _stored_dtype(base: Base) -> torch.dtype:
@@ -155,16 +158,30 @@ def _grow(model: PreTrainedModel, ids: list[int], vectors: Tensor) -> bool:
     scale = _scale(model)
     head, embedding = model.get_output_embeddings(), cast(nn.Embedding, model.get_input_embeddings())
     if head is None:
-        raise ExportError(f"{type(model).__name__}: has no output head of its own; it cannot be merged")
+        raise ExportError(f"{type(model).__name__}: has no output head of its own and cannot be merged; {OTHERWISE}")
     tied = head.weight is embedding.weight
     if tied:
         for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False
         head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
     if max(ids) >= embedding.num_embeddings:
+        same = _named(model, getattr(head, "bias", None))
         embedding = model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+        head = model.get_output_embeddings()
+        for owner, place in same:  # some architectures give the head's bias a second name, which would keep its old size
+            setattr(owner, place, head.bias)
     embedding.weight.data[ids] = (vectors / scale).to(model.dtype)
     return tied
+
+
+def _named(model: PreTrainedModel, parameter: Tensor | None) -> list[tuple[nn.Module, str]]:
+    """All modules with this parameter, and its name there."""
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, each in module.named_parameters(recurse=False)
+        if parameter is not None and each is parameter
+    ]
 
 
 def _scale(model: PreTrainedModel) -> float:
@@ -174,22 +191,10 @@ def _scale(model: PreTrainedModel) -> float:
     given, rows = embedding(ids).float(), embedding.weight[ids].float()
     scale = float((given * rows).sum() / rows.square().sum())
     if not torch.allclose(given, scale * rows, rtol=1e-2, atol=1e-6):
-        raise ExportError(f"{type(model).__name__}: its embedding is more than a table; the soft prompt cannot be merged")
+        raise ExportError(
+            f"{type(model).__name__}: its embedding is more than a table, no soft prompt can be merged; {OTHERWISE}"
+        )
     return scale
-
-
-def _check_logits(model: PreTrainedModel, ids: list[int], probe: Tensor, expected: Tensor, name: str) -> None:
-    """Check that the merged model, fed with ids, gives the logits of base and soft prompt."""
-    together = torch.cat([torch.tensor([ids]), probe], dim=1)
-    with torch.no_grad():
-        logits = model(input_ids=together, use_cache=False).logits[0, -1]
-    real = torch.ones(len(logits), dtype=torch.bool)
-    real[ids] = False
-    real[len(expected) :] = False
-    before, after = expected[real[: len(expected)]].float(), logits[real].float()
-    close = 1e-2 if model.dtype != torch.float32 else TOLERANCE
-    if not bool((before - after).abs().max() <= close * before.abs().max()):
-        raise ExportError(f"{name}: {type(model).__name__} treats ids and vectors differently; it cannot be merged")
 
 
 def _prepend(tokenizer: PreTrainedTokenizerBase, tokens: list[str], ids: list[int]) -> bool:
@@ -258,9 +263,10 @@ def _jinja(front: str, template: Template) -> str:
 
 
 def _generation(model: PreTrainedModel, base: Base, ids: list[int], card: Card) -> GenerationConfig:
-    """The generation config: the base's settings, its end token, and `suppress_tokens` with the virtual tokens."""
+    """The generation config: the base's settings, all its end tokens, and `suppress_tokens` with the virtual tokens."""
     settings = model.generation_config or GenerationConfig()
-    settings.eos_token_id = base.tokenizer.eos_token_id
+    ends = _ends(base.tokenizer.eos_token_id, settings.eos_token_id, getattr(model.config, "eos_token_id", None))
+    settings.eos_token_id = ends if len(ends) > 1 else ends[0]
     settings.pad_token_id = base.tokenizer.eos_token_id if settings.pad_token_id is None else settings.pad_token_id
     settings.suppress_tokens = [*(settings.suppress_tokens or []), *ids]
     if card.max_new_tokens:
@@ -268,16 +274,33 @@ def _generation(model: PreTrainedModel, base: Base, ids: list[int], card: Card) 
     return settings
 
 
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: Card, folder: Path) -> None:
+def _ends(*places: int | list[int] | None) -> list[int]:
+    """All end tokens of the tokenizer, the generation config and the config, without duplicates."""
+    ends = [end for place in places if place is not None for end in (place if isinstance(place, list) else [place])]
+    return list(dict.fromkeys(ends))
+
+
+def _save(model: PreTrainedModel, folder: Path, untied: bool) -> None:
     # save_pretrained imports DeepSpeed if it is installed, which then searches for an accelerator and warns of what it finds,
     # unless it was imported before with the accelerator set.
     load_deepspeed()
+    weights: dict[str, Tensor] | None = None
+    if untied:
+        # What a config unties, it unties everywhere, such as the shared blocks of Zamba: every name is saved.
+        weights, known = {}, set()
+        for name, tensor in model.state_dict().items():
+            weights[name] = tensor.clone() if tensor.data_ptr() in known else tensor
+            known.add(tensor.data_ptr())
+    model.save_pretrained(folder, state_dict=weights)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, which is renamed to it if everything in it is right, and removed otherwise."""
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "soft_prompt_card.json").write_text(card.public().model_dump_json(indent=1), encoding="utf-8")
+        yield temporary
         if folder.exists():
             folder.rmdir()  # empty
         temporary.rename(folder)

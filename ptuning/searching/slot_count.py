@@ -10,14 +10,17 @@ import psutil
 import torch
 
 from ptuning.config import Experiment
-from ptuning.errors import UserError
+from ptuning.errors import BaseError, UserError
 from ptuning.model.limits import MOST_SLOTS
 from ptuning.planning.capacity import Training
 from ptuning.planning.meta_model import MetaModel
 from ptuning.planning.workload import Machine, RunShape
+from ptuning.redaction import logger
 from ptuning.searching.space import LENGTH, trial_tables
 from ptuning.training.loop import Pack, step
 from ptuning.training.messages import StartRun
+
+log = logger(__name__)
 
 GAIN = 1.1
 """Doubling the slots must raise the throughput at least by this factor."""
@@ -47,19 +50,28 @@ def count_slots(pack: Pack, experiment: Experiment) -> int:
 
 
 def _fitting(pack: Pack, experiment: Experiment, limit: int) -> int:
-    """Slots that fit beside the base, by the arithmetic of `ptuning plan`, with the longest soft prompts of the search."""
+    """Slots that fit beside the base, by the arithmetic of `ptuning plan`, with the longest soft prompts of the search. A base
+    that cannot be replayed gets the slots that the experiment asks for: an estimate is too high to refuse them."""
+    wanted = isinstance(experiment.search.slots, int)
     split = pack.load_task(experiment).train
     size = pack.workers.size
     settings = RunShape.of_rows(experiment, split.lengths.tolist(), split.target_lengths.tolist())
     settings = replace(settings, length=max(experiment.search.length))
     # The model that is there may be sharded, its meta_model is whole.
-    meta_model = MetaModel(
-        pack.base.config, next(pack.model.parameters()).dtype, checkpoint_gradients=experiment.train.gradient_checkpointing
-    )
+    dtype = next(pack.model.parameters()).dtype
+    try:
+        meta_model = MetaModel(pack.base.config, dtype, checkpoint_gradients=experiment.train.gradient_checkpointing)
+    except BaseError as error:  # the same on all workers
+        log.warning("the memory of slots is unknown: %s", error)
+        return limit if wanted else 1
     room = min(pack.workers.all_gather(_room(size)))
     machine = Machine(size, room, int(os.environ.get("LOCAL_WORLD_SIZE", size)), 1.0, 1.0, torch.cuda.is_available())
     training = Training(meta_model.shape, settings, machine, meta_model.training, meta_model.evaluation)
-    return int(pack.workers.broadcast(training.most_slots_in(room, limit)))
+    most = training.most_slots_in(room, limit)
+    if meta_model.estimated and wanted and most < limit:
+        log.warning("search.slots: %d may not fit into memory: an estimate for this base is %d", limit, most)
+        most = limit
+    return int(pack.workers.broadcast(most))
 
 
 def _seconds(pack: Pack, experiment: Experiment, size: int) -> float:
