@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ptuning import environment
+from ptuning.model.first_layer import FirstLayer
 from ptuning.model.last_layer import LastLayer
 from ptuning.model.output_head import OutputHead
 from ptuning.model.packing import Choices, PackedBatch
@@ -45,7 +46,9 @@ class PromptedModel(nn.Module):
         environment.apply("torch")
         _remove_dropout(base)
         self.head = OutputHead(base)
-        self.last_layer = LastLayer(base, base.config.get_text_config().num_hidden_layers)
+        layers = base.config.get_text_config().num_hidden_layers
+        self.first_layer = FirstLayer(base, layers)
+        self.last_layer = LastLayer(base, layers)
         self.shared_prefix = self._take_segment_attention()
         """True if a soft prompt is computed once per pass and shared by its rows, False for plain concatenation."""
 
@@ -72,6 +75,7 @@ class PromptedModel(nn.Module):
         text = self.base.get_input_embeddings()(plan.tokens.to(device))
         pieces = [soft_prompt.to(text) for soft_prompt in soft_prompts if len(soft_prompt)]
         packed = torch.cat([*pieces, text])  # [N, H]
+        plan.segments.trained = None if text.requires_grad else len(packed) - len(text)
         choices = plan.choices
         kept = plan.kept
         with self.head.only(choices.ids if choices and not len(plan.at) else None):
