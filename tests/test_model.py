@@ -383,10 +383,16 @@ def test_dropout_is_off_even_in_training_mode(architecture):
 # Cost ----------------------------------------------------------------------------------------------------------------
 
 
+def first_projections(base):
+    projections = ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj")
+    return sum(parameter.numel() for name, parameter in base.named_parameters() if any(each in name for each in projections))
+
+
 def test_a_step_computes_no_more_than_it_must():
     """FLOPs of a step: 4 N (sum of P + T) for the layers, 4 V H targets for the head, and attention. Forward 2 and
     backward 2 per weight and token, for frozen weights have no gradient; T: the last target token is not fed. The last
-    layer's queries, output and MLP are computed for targets only.
+    layer's queries, output and MLP are computed for targets only, and the backward pass of the first layer's queries, keys
+    and values for soft prompts only.
 
     Attention: two products (scores, values) forward and four backward, each 2 R T S H per layer, for R rows of at most
     T tokens that look at S = ancestors + T; causal halves are computed and thrown away. That is what the mathematical
@@ -412,6 +418,7 @@ def test_a_step_computes_no_more_than_it_must():
     )
     expected = (
         4 * (n - last) * (sum(lengths) + fed)
+        - 2 * first_projections(base) * fed
         + 4 * last * targets
         + 6 * 2 * layers * width * looked
         + 4 * vocabulary * width * targets
@@ -435,7 +442,8 @@ def test_a_step_of_choices_computes_what_it_reads():
     texts = [9 + 3, 9 + 2]
     looked = length**2 + len(rows) * max(texts) * (length + max(texts))
     reads = len(plan.kept)
-    expected = 4 * (n - last) * (length + sum(texts)) + 4 * last * reads + 6 * 2 * layers * WIDTH * looked
+    expected = 4 * (n - last) * (length + sum(texts)) - 2 * first_projections(base) * sum(texts) + 4 * last * reads
+    expected += 6 * 2 * layers * WIDTH * looked
     expected += 4 * len(LABELS.ids) * WIDTH * reads
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
 

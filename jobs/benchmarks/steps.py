@@ -122,13 +122,15 @@ def padded(rows: Sequence[Row], device: torch.device | str = "cpu") -> dict[str,
 
 def flops(batch: int, text: int, length: int, size: Size) -> int:
     """FLOPs that a step of B rows of T tokens needs, as `tests/test_model.py` counts them: 4 per weight and token (frozen
-    weights have no gradient), soft prompt once, last target never fed, last layer and head at targets only, attention."""
+    weights have no gradient), soft prompt once, last target never fed, last layer and head at targets only, backward pass of
+    the first layer's projections for soft prompts only, attention."""
     fed, targets = batch * (text - 1), batch * len(TARGET)
     square, mlp = size.width * size.width, 3 * size.width * size.inner
     last = 2 * square + mlp  # queries, output projection and MLP of the last layer
     layer = last + 2 * square * size.key_heads // size.heads
     looked = length * length + fed * (length + text - 1)
     layers = 4 * (size.layers * layer - last) * (length + fed) + 4 * last * targets
+    layers -= 2 * (square + 2 * square * size.key_heads // size.heads) * fed
     return layers + 6 * 2 * size.layers * size.width * looked + 4 * size.vocabulary * size.width * targets
 
 

@@ -87,7 +87,7 @@ class Engine:
         self._resident: dict[str, tuple[ResidentPrompt, int]] = {}  # by content hash, with its reference count
         self._waiting_rows = 0
         model = PromptedModel(base)
-        choose_pass(model, config.name)
+        choose_pass(model, config.name, gradients=False)
         self._bank = VirtualTokens.install(base, self.vocabulary)
         self._generator = self._choose_generator(model)
         self._scorer = LabelScorer(model, self._bank, self._generator.pause, self._scored)

@@ -69,8 +69,8 @@ class Predictor:
         model: torch.nn.Module = found.load(found.dtype(dtype))
         self._engine = Engine(
             cast(PreTrainedModel, model.to("cuda" if torch.cuda.is_available() else "cpu")),
-            found.tokenizer.eos_token_id,
-            EngineConfig(waiting=MANY, cache_bytes=cache_mb << 20, context=found.context),
+            found.ends,
+            EngineConfig(waiting=MANY, cache_bytes=cache_mb << 20, context=found.context, name=found.name),
         )
         self._tokenizer = found.tokenizer
         try:

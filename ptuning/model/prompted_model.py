@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel
 
 from ptuning import environment
+from ptuning.model.first_layer import FirstLayer
 from ptuning.model.input_embedding import InputEmbedding
 from ptuning.model.last_layer import LastLayer
 from ptuning.model.output_head import OutputHead
@@ -44,9 +45,13 @@ class PromptedModel(nn.Module):
         environment.apply("torch")
         _remove_dropout(base)
         self.head = OutputHead(base)
-        self.last_layer = LastLayer(base, getattr(base.config.get_text_config(), "num_hidden_layers", 0))
+        layers = getattr(base.config.get_text_config(), "num_hidden_layers", 0)
+        self.first_layer = FirstLayer(base, layers)
+        self.last_layer = LastLayer(base, layers)
         self.embedding = InputEmbedding(base)
         self._plain_attention = base.config._attn_implementation
+        self.ends = _ends(base)
+        """Token ids that end a text, by the configs of the base."""
         # What a base's generation config asks for (a penalty for repetition, say) would act here, and not in serving.
         base.generation_config = GenerationConfig()
         kinds = set(getattr(base.config, "layer_types", None) or ["full_attention"])
@@ -93,6 +98,7 @@ class PromptedModel(nn.Module):
         text = self.base.get_input_embeddings()(plan.tokens.to(device))
         pieces = [soft_prompt.to(text) for soft_prompt in soft_prompts if len(soft_prompt)]
         packed = torch.cat([*pieces, text])  # [N, H]
+        plan.segments.trained = None if text.requires_grad else len(packed) - len(text)
         choices = plan.choices
         kept = plan.kept
         with self.head.only(choices.ids if choices and not len(plan.at) else None):
@@ -161,6 +167,14 @@ def choice_nll(logits: Tensor, choices: Choices) -> Tensor:
     node = choices.node.to(device)
     among = logits.gather(1, children.clamp(min=0)[node]).masked_fill(hidden[node], -math.inf)  # [Q, C]
     return -torch.log_softmax(among, -1)[choices.asked.to(device), choices.child.to(device)]
+
+
+def _ends(base: PreTrainedModel) -> tuple[int, ...]:
+    found: set[int] = set()
+    for config in (base.generation_config, base.config.get_text_config()):
+        ends = getattr(config, "eos_token_id", None)
+        found |= set(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
+    return tuple(sorted(found))
 
 
 def _remove_dropout(base: PreTrainedModel) -> None:

@@ -31,25 +31,28 @@ TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
 """Difference of two equal functions, as a share of the spread of the logits; others differ by their whole spread."""
 ROUGH = 0.2
 """The same in 16 bits."""
+TIMES = 3
+"""How much more gradients may differ, as a share of their norm."""
 FAILURES = (NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError)
 """What an architecture raises that does not know the pass."""
 
 
-@torch.no_grad()
-def choose_pass(model: PromptedModel, name: str) -> None:
+def choose_pass(model: PromptedModel, name: str, gradients: bool = True) -> None:
     """Let the model compute by the fastest pass that is right for its base, called `name` in errors.
+
+    `gradients`: compare the gradients of the soft prompts, too.
 
     Raises:
         BaseError: the base is not causal, or no pass is right.
     """
     kind = type(model.base).__name__
-    rows, vectors = _rows(model), _soft_prompts(model)
+    rows = _rows(model)
     _look_up_ids(model, rows, name)
-    reference = _Reference(model, rows, vectors)
-    for shared in (True, False)[not model.shared_prefix :]:
-        model.shared_prefix = shared
-        difference = reference.difference()
-        if difference <= TOLERANCE.get(model.base.dtype, ROUGH):
+    reference = _Reference(model, rows, gradients)
+    ways = [(True, True), (True, False), (False, False)] if model.shared_prefix else [(False, False)]
+    for shared, limited in ways:
+        model.shared_prefix, model.first_layer.active = shared, limited
+        if reference.is_met():
             if not shared:
                 log.warning("%s: no shared-prefix attention, soft prompts are concatenated row by row", kind)
             return
@@ -111,6 +114,7 @@ def _rows(model: PromptedModel) -> list[Row]:
     return [(row[:text].tolist(), row[text : text + TARGET].tolist()) for row, text in zip(ids, TEXTS, strict=True)]
 
 
+@torch.no_grad()
 def _soft_prompts(model: PromptedModel) -> list[Tensor]:
     """Random vectors as large as the base's own embeddings."""
     sample = model.base.get_input_embeddings()(torch.arange(16, device=model.base.device)).float()
@@ -118,6 +122,7 @@ def _soft_prompts(model: PromptedModel) -> list[Tensor]:
     return [torch.randn(length, sample.shape[1], generator=draw).to(sample) * sample.std() for length in LENGTHS]
 
 
+@torch.no_grad()
 def _look_up_ids(model: PromptedModel, rows: Sequence[Row], name: str) -> None:
     """See whether embeddings say all that ids say, and whether a token depends on later ones.
 
@@ -148,15 +153,24 @@ def _look_up_ids(model: PromptedModel, rows: Sequence[Row], name: str) -> None:
 class _Reference:
     """Plain forwards of transformers, to which passes are compared."""
 
-    def __init__(self, model: PromptedModel, rows: Sequence[Row], vectors: Sequence[Tensor]) -> None:
+    def __init__(self, model: PromptedModel, rows: Sequence[Row], gradients: bool) -> None:
         self._model = model
-        self._vectors = vectors
+        self._vectors = [vectors.requires_grad_(gradients) for vectors in _soft_prompts(model)]
+        self._gradients = gradients
         # Labels that part at their first token, and at their last.
         labels = [(*target[:-1], 0) for _, target in rows] + [tuple(target) for _, target in rows]
         self._trie = LabelTrie(tuple(dict.fromkeys(labels)))
         objective = Objective(self._trie)
         self._plan: PackedBatch = pack_targets(LENGTHS, [[row] for row in rows], [objective] * len(rows))
-        self._expected, self._spread = self._compute(rows)
+        self._nll, self._spread = self._compute(rows)
+        self._gradient = self._derive(self._nll)
+        self._nll = self._nll.detach()
+
+    def _derive(self, nll: Tensor) -> Tensor:
+        """The gradient of the soft prompts, flat."""
+        if not self._gradients:
+            return torch.zeros(1)
+        return torch.cat([each.flatten() for each in torch.autograd.grad(nll.sum(), self._vectors)]).float().cpu()
 
     def _compute(self, rows: Sequence[Row]) -> tuple[Tensor, float]:
         model = self._model
@@ -164,29 +178,35 @@ class _Reference:
             [[0] * length + source + target for length, (source, target) in zip(LENGTHS, rows, strict=True)],
             device=model.base.device,
         )
-        with model.plain() as base:
-            embeddings = base.get_input_embeddings()(ids)
-            for row, vectors in enumerate(self._vectors):
-                embeddings[row, : len(vectors)] = vectors.to(embeddings)
+        with model.plain() as base, torch.set_grad_enabled(self._gradients):
+            text = base.get_input_embeddings()(ids)
+            embeddings = torch.stack(
+                [torch.cat([each.to(row), row[len(each) :]]) for each, row in zip(self._vectors, text, strict=True)]
+            )
             logits = base(**model.inputs(embeddings, ids), use_cache=False).logits.float().cpu()
-        text, chosen = [], []
+        texts, chosen = [], []
         for row, (_, target) in enumerate(rows):
             at = logits[row, -TARGET - 1 : -1]
-            text.append(cross_entropy(at, torch.tensor(target), reduction="none"))
+            texts.append(cross_entropy(at, torch.tensor(target), reduction="none"))
             for node, child in self._trie.paths[tuple(target)]:
                 children = list(self._trie.nodes[node].children)
                 chosen.append(-torch.log_softmax(at[self._trie.nodes[node].depth][children], -1)[child])
-        return torch.cat([*text, torch.stack(chosen)]), float(logits.std(-1).mean())
+        return torch.cat([*texts, torch.stack(chosen)]), float(logits.detach().std(-1).mean())
 
-    def difference(self) -> float:
-        """The largest difference of a prediction in a pass of the model, as a share of the spread of the logits."""
+    def is_met(self) -> bool:
+        """Whether the model's pass computes the same predictions and gradients."""
         try:
-            found = self._model(self._vectors, self._plan).float().cpu()
+            with torch.set_grad_enabled(self._gradients):
+                nll = self._model(self._vectors, self._plan).float().cpu()
+                gradient = self._derive(nll)
         except FAILURES as error:
             log.debug("the pass failed: %s", error)
-            return float("inf")
-        apart = (found - self._expected).abs().max() / max(self._spread, 1e-6)
-        return float(apart) if bool(apart.isfinite()) else float("inf")
+            return False
+        tolerance = TOLERANCE.get(self._model.base.dtype, ROUGH)
+        apart = float((nll.detach() - self._nll).abs().max()) / max(self._spread, 1e-6)
+        steeper = float((gradient - self._gradient).norm()) / max(float(self._gradient.norm()), 1e-6)
+        log.debug("predictions differ by %.1e, gradients by %.1e", apart, steeper)
+        return apart <= tolerance and steeper <= TIMES * tolerance  # not so if either is not a number
 
 
 def _apart(one: Tensor, two: Tensor) -> float:

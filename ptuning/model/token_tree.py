@@ -134,10 +134,14 @@ class SegmentGroup:
     def _allowed(self, window: int | None) -> Tensor | None:
         """`[R or 1, 1, T, S]`, True where a token attends; None if this equals plain causal attention."""
         positions, valid = [], []
+        # After equally long ancestors, the mask of the longest row is right for every row: a row's padding comes after its
+        # tokens, so no token attends to it, and what the padding itself attends to is never read.
+        alike = all(group.dense for group, _ in self.chain[:-1])
         for group, rows in self.chain:
-            at = torch.tensor(group.offsets)[:, None] + group.depths[None]
-            there = torch.arange(group.longest)[None] < torch.tensor(group.lengths)[:, None]
-            pick = torch.tensor(rows) if rows is not None else slice(None)
+            lengths = [group.longest] if alike else group.lengths
+            at = torch.tensor(group.offsets[: len(lengths)])[:, None] + group.depths[None]
+            there = torch.arange(group.longest)[None] < torch.tensor(lengths)[:, None]
+            pick = slice(None) if rows is None or alike else torch.tensor(rows)
             positions.append(at[pick])
             valid.append(there[pick])
         keys, queries = torch.cat(positions, 1), positions[-1]
@@ -162,6 +166,8 @@ class TokenTree:
         self.tokens = 0
         self.read: Tensor | None = None
         """Packed positions `[U]` whose outputs are read, without duplicates; None: any may be read."""
+        self.trained: int | None = None
+        """Number of leading tokens, those of the soft prompts, whose inputs have a gradient; None: any may have one."""
 
     def add(
         self,

@@ -28,6 +28,21 @@ ATTENTION = "ptuning_segments"
 """Name of the attention below."""
 
 
+class _Padded(torch.autograd.Function):
+    """Repeats the last token of short rows. No token attends to the copies and their outputs are dropped, so their gradient is
+    zero: the backward pass is a selection, where that of `index_select` is a sum into zeros."""
+
+    @staticmethod
+    def forward(context: Any, part: Tensor, padded: Tensor, unpadded: Tensor) -> Tensor:
+        context.save_for_backward(unpadded)
+        return part.index_select(1, padded)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (unpadded,) = context.saved_tensors
+        return gradients[0].index_select(1, unpadded), None, None
+
+
 def _rows(packed: Tensor, groups: list[SegmentGroup]) -> dict[int, Tensor]:
     """`[h, N, d]` packed -> `[R, h, T, d]` padded rows of every group, by the group's id.
 
@@ -37,7 +52,7 @@ def _rows(packed: Tensor, groups: list[SegmentGroup]) -> dict[int, Tensor]:
     rows = {}
     for group, part in zip(groups, packed.split([group.tokens for group in groups], 1), strict=True):
         if not group.dense:
-            part = part.index_select(1, group.padded.flatten().to(packed.device))
+            part = _Padded.apply(part, group.padded.flatten().to(packed.device), group.unpadded.to(packed.device))
         rows[id(group)] = part.unflatten(1, (len(group.lengths), group.longest)).transpose(0, 1)
     return rows
 

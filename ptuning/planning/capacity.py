@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ptuning.model.limits import LOGITS, PAGE, STEP_TOKENS, TOKENS
+from ptuning.model.limits import LOGITS, PAGE, STEP_TOKENS, TOKENS, scored_tokens
 from ptuning.planning.workload import BaseShape, Machine, RunShape, Trace, Workload
 from ptuning.planning.zero3_simulator import (
     Sharing,
@@ -149,8 +149,9 @@ class Training:
     def _evaluated(self, slots: int, spread: Sharing) -> int:
         """Passes have the same size for any number of slots, until one row per slot exceeds that size."""
         settings, shape = self.settings, self.shape
-        slots = slots if slots * settings.tokens > TOKENS // 2 else 1
-        fitting = min(TOKENS // (slots * settings.tokens), LOGITS // (slots * settings.targets * shape.vocabulary))
+        most = scored_tokens(self.machine.gpus)
+        slots = slots if slots * settings.tokens > most // 2 else 1
+        fitting = min(most // (slots * settings.tokens), LOGITS // (slots * settings.targets * shape.vocabulary))
         peak = gather(self._pass(slots, max(1, fitting), settings.targets), spread, shape.itemsize).peak
         if settings.new_tokens:
             rows = max(1, TOKENS // (settings.tokens + settings.new_tokens))

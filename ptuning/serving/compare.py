@@ -51,7 +51,7 @@ def compare(registry: Registry, name: str, text: str, base_path: str | None = No
         raise RegistryError(f"{versions[-1]}: has no template; import it again with --input and --target")
     base = find_base(ModelConfig(path=base_path or card.base, revision=None if base_path else card.revision))
     check_base(newest, str(versions[-1]), base)
-    engine = Engine(base.load(torch.float32), base.tokenizer.eos_token_id, EngineConfig(context=base.context))
+    engine = Engine(base.load(torch.float32), base.ends, EngineConfig(context=base.context, name=base.name))
     try:
         longest = max(soft_prompt.card.length for soft_prompt in loaded.values())
         encoder = Encoder(card.template, base.tokenizer, engine.longest - longest)

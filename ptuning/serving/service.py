@@ -40,12 +40,13 @@ class Service:
         model: torch.nn.Module = self.base.load(self.base.dtype(experiment.model.dtype))
         self.engine = Engine(
             cast(PreTrainedModel, model.to("cuda" if torch.cuda.is_available() else "cpu")),
-            self.base.tokenizer.eos_token_id,
+            self.base.ends,
             EngineConfig(
                 running=self.limits.running,
                 waiting=self.limits.waiting,
                 cache_bytes=self.limits.cache_mb << 20,
                 context=self.base.context,
+                name=self.base.name,
             ),
         )
         store = experiment.compute.storage

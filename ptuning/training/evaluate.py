@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ptuning.data.dataset import Split
 from ptuning.data.encoder import Encoder
-from ptuning.model.limits import LOGITS, TOKENS
+from ptuning.model.limits import LOGITS, TOKENS, scored_tokens
 from ptuning.model.packing import pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.self_check import pads_left
@@ -66,7 +66,7 @@ def label_scores(
     scores = torch.zeros(len(soft_prompts), len(split.lengths), len(trie.labels), dtype=torch.float64)
     sizes = [len(soft_prompt) for soft_prompt in soft_prompts]
     numbers = len(trie.nodes) * len(trie.ids)
-    for rows, real in _passes(split, workers, len(sizes), len(trie.tokens), numbers):
+    for rows, real in _passes(split, workers, len(sizes), len(trie.tokens), numbers, _scored_tokens(model)):
         inputs = [split.row(row)[0] for row in rows]
         nll = model(soft_prompts, pack_labels(sizes, [inputs] * len(sizes), trie)).double().cpu()
         if real:
@@ -129,7 +129,7 @@ def _target_losses(model: PromptedModel, soft_prompts: Sequence[Tensor], split: 
     sums = torch.zeros(len(soft_prompts) + 1, dtype=torch.float64)
     sizes = [len(soft_prompt) for soft_prompt in soft_prompts]
     longest = int(split.lengths.max())
-    for rows, real in _passes(split, workers, len(sizes), 0, longest * _vocabulary(model)):
+    for rows, real in _passes(split, workers, len(sizes), 0, longest * _vocabulary(model), _scored_tokens(model)):
         batch = [split.row(row) for row in rows]
         plan = pack_targets(sizes, [batch] * len(sizes))
         nll = model(soft_prompts, plan).double().cpu()
@@ -145,7 +145,7 @@ def generate_rows(
 ) -> list[str]:
     """Greedy text for every row, up to the end token or `max_new_tokens`, in the order of the split."""
     own: list[tuple[int, str]] = []
-    for rows, real in _passes(split, workers, 1, max_new_tokens, _vocabulary(model)):
+    for rows, real in _passes(split, workers, 1, max_new_tokens, _vocabulary(model), TOKENS):
         inputs = [split.row(row)[0] for row in rows]
         texts = greedy(model, soft_prompt, inputs, encoder, max_new_tokens, together=workers.size > 1)
         if real:
@@ -202,7 +202,7 @@ def _greedy(
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=end,
+            eos_token_id=sorted({end, *model.ends}),
             pad_token_id=end,
             # transformers detects this itself only while an HfDeepSpeedConfig exists (generation/utils.py).
             synced_gpus=together,
@@ -210,21 +210,25 @@ def _greedy(
     return [text.strip() for text in encoder.tokenizer.batch_decode(ids[:, longest:], skip_special_tokens=True)]
 
 
-def _passes(split: Split, workers: Workers, slots: int, extra: int, logits: int) -> Iterator[tuple[list[int], bool]]:
+def _passes(split: Split, workers: Workers, slots: int, extra: int, logits: int, most: int) -> Iterator[tuple[list[int], bool]]:
     """This worker's rows in each pass, longest rows first; False for a pass without rows of its own, which the other workers
     need.
 
-    `extra`: additional tokens per row; `logits`: logits computed per row.
+    `extra`: additional tokens per row; `logits`: logits computed per row; `most`: tokens of a pass.
     """
     order = np.argsort(-split.lengths, kind="stable")
     start = 0
     while start < len(order):
         tokens = slots * (int(split.lengths[order[start]]) + extra)
-        fitting = max(1, min(TOKENS // tokens, LOGITS // (slots * logits)))
+        fitting = max(1, min(most // tokens, LOGITS // (slots * logits)))
         chunk = order[start : start + fitting * workers.size]
         start += len(chunk)
         mine = chunk[workers.rank :: workers.size].tolist()
         yield (mine, True) if mine else ([int(chunk[0])], False)
+
+
+def _scored_tokens(model: PromptedModel) -> int:
+    return scored_tokens(model.base.device.type != "cpu")
 
 
 def _vocabulary(model: PromptedModel) -> int:
