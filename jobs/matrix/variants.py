@@ -1,0 +1,135 @@
+"""What is checked: every type of transformers' mapping for causal language models, and variants as published models use them.
+
+A variant changes settings of the tiny config of its type. `CORRECTIONS` are settings of types whose sizes depend on each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from matrix.shrink import CONTEXT
+
+
+@dataclass(frozen=True)
+class Case:
+    """A base to build."""
+
+    name: str
+    type: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Settings of the tiny config; those of a nested config as a mapping."""
+    layers: int | None = None
+
+
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+_LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 64,
+}
+_LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+
+CORRECTIONS: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "deepseek_v3": {"num_experts_per_tok": 2},
+}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert plain": ("bert", {"is_decoder": False}),
+    "roberta plain": ("roberta", {"is_decoder": False}),
+    "xlm causal": ("xlm", {"is_encoder": False, "causal": True}),
+    "cohere2 pattern": ("cohere2", {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
+    "deepseek_v2 lite": ("deepseek_v2", {"q_lora_rank": None}),
+    "deepseek_v3 groups": ("deepseek_v3", {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}),
+    "exaone4 full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "falcon 7b": ("falcon", {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False}),
+    "falcon 40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "multi_query": False}),
+    "falcon rw": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+    "gemma3 1b": ("gemma3_text", {"num_key_value_heads": 1}),
+    "gemma4 e2b": ("gemma4_text", {"num_kv_shared_layers": 2, "use_double_wide_mlp": True}),
+    "gemma4 26b": (
+        "gemma4_text",
+        {
+            **{"hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
+            **{"moe_intermediate_size": 32, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        },
+    ),
+    "gemma4 31b": (
+        "gemma4_text",
+        {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    ),
+    "gpt2 scaled": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
+    "granite4 dense": (
+        "granitemoehybrid",
+        {"layer_types": ["full_attention"] * 3, "num_local_experts": 0, "num_experts_per_tok": 0},
+    ),
+    "granite4 h": (
+        "granitemoehybrid",
+        {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_local_experts": 4},
+    ),
+    "internlm3 dynamic": ("internlm3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 6.0}}),
+    "llama3 rope": ("llama", {"rope_parameters": _LLAMA3}),
+    "llama yarn": ("llama", {"rope_parameters": _YARN}),
+    "llama dynamic rope": (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+            "max_position_embeddings": 24,
+        },
+    ),
+    "minimax full": ("minimax", {"layer_types": ["full_attention"] * 3}),
+    "mistral no window": ("mistral", {"sliding_window": None}),
+    "mpt no alibi": ("mpt", {"attn_config": {"alibi": False}}),
+    "olmo clip": ("olmo", {"clip_qkv": 0.5}),
+    "opt 350m": ("opt", {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    "phi3 longrope": (
+        "phi3",
+        {"rope_parameters": _LONG, "original_max_position_embeddings": 128, "max_position_embeddings": CONTEXT},
+    ),
+    "phi3 window": ("phi3", {"sliding_window": 8}),
+    "phi4 mini": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+    ),
+    "qwen2 window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
+    "qwen3_moe some dense": ("qwen3_moe", {"mlp_only_layers": [0]}),
+    "stablelm2": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "starcoder multi-head": ("gpt_bigcode", {"multi_query": False}),
+}
+
+WRAPPERS = (
+    *("mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "internvl", "llava"),
+    *("idefics3", "smolvlm", "paligemma", "lfm2_vl", "aria", "cohere2_vision", "minimax_m3_vl"),
+)
+"""Multimodal types outside the mapping, whose text model is a causal language model."""
+
+
+def cases() -> list[Case]:
+    """Everything that is checked, in the order of the table."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    types = [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *WRAPPERS]
+    plain = [Case(name, name, CORRECTIONS.get(name, {})) for name in sorted(types)]
+    changed = [Case(name, kind, {**CORRECTIONS.get(kind, {}), **changes}) for name, (kind, changes) in VARIANTS.items()]
+    return [*plain, *changed]
+
+
+def find_cases(names: list[str]) -> list[Case]:
+    """The cases of these names; all without names.
+
+    Raises:
+        ValueError: a name is not known.
+    """
+    known = {case.name: case for case in cases()}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"unknown types: {', '.join(unknown)}; give names of transformers' causal mapping or of its variants")
+    return [known[name] for name in names] if names else list(known.values())
