@@ -4,7 +4,7 @@
     python jobs/architectures.py render build/architectures.jsonl docs/reference/architectures.md
 
 Each base takes a few seconds on one core. Results are appended to the file at once, one line of JSON for each base; `--resume`
-skips the bases that the file contains.
+skips what the file contains, and tries again what could not be built.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def check(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         sys.exit(f"--types: {error}")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    done = {line["name"] for line in runner.read(arguments.out)} if arguments.resume and arguments.out.exists() else set()
+    before = runner.read(arguments.out) if arguments.resume and arguments.out.exists() else []
+    done = {line["name"] for line in before if runner.complete(line, columns)}
     with arguments.out.open("a" if arguments.resume else "w", encoding="utf-8") as file:
 
         def tell(line: runner.Line) -> None:

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matrix.shrink import BEGIN, CONTEXT, END, PAD, VOCABULARY, shrunk
-from matrix.variants import Case
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -22,6 +20,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from matrix.shrink import BEGIN, CONTEXT, END, PAD, VOCABULARY, shrunk
+from matrix.variants import Case
 
 SPREAD = 1.2
 """Standard deviation of random weights times the square root of their inputs: attention is then far from uniform."""

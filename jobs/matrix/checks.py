@@ -17,12 +17,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from matrix.bases import load_plain
-from matrix.reference import STAND_INS, TIE, Reference
-from matrix.shrink import CONTEXT, END, VOCABULARY
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from matrix.bases import load_plain
+from matrix.reference import STAND_INS, TIE, Reference
+from matrix.shrink import CONTEXT, END, VOCABULARY
 from ptuning.config import ModelConfig, Template, ZeroConfig
 from ptuning.data.encoder import Encoder
 from ptuning.errors import UserError
@@ -169,12 +169,15 @@ def serve(subject: Subject) -> None:
     prompts = {length: subject.soft_prompt(length) for length in (1, 20, 33)}
     with _errors() as errors, _engine(base, subject.base.tokenizer.eos_token_id) as engine:
         handles = {length: engine.add(vectors, content_hash(vectors)) for length, vectors in prompts.items()}
+        alone: list[list[int]] = []
         requests = [(length, _ids(size, size)) for length, size in itertools.product(prompts, (5, 26))]
         for length, source in requests:
-            _answers(subject, prompts[length], source, _alone(engine, Request(source, handles[length], NEW), errors), "alone")
+            alone.append(_alone(engine, Request(source, handles[length], NEW), errors))
+            _answers(subject, prompts[length], source, alone[-1], "alone")
         together = _together(engine, [Request(source, handles[length], NEW) for length, source in requests], errors)
-        for (length, source), got in zip(requests, together, strict=True):
-            _answers(subject, prompts[length], source, got, "in a batch")
+        for (length, source), got, before in zip(requests, together, alone, strict=True):
+            if got != before:
+                _answers(subject, prompts[length], source, got, "in a batch")
         sources = [_ids(7, 1), _ids(21, 2)]
         scores = torch.tensor(engine.choose(handles[20], sources, LABELS).result(60))
 
@@ -233,10 +236,9 @@ def plan(subject: Subject) -> None:
 
 
 def _plan(subject: Subject, model: MetaModel) -> None:
-    for work in (Workload(2, 5, 4, 12, 3), Workload(2, 5, 4, 12, 3, 4)):
-        for timeline in (model.training(work), model.evaluation(work)):
-            if not timeline.moments:
-                raise Wrong("the plan has no moments")
+    for timeline in (model.training(Workload(2, 5, 4, 12, 3)), model.evaluation(Workload(2, 5, 4, 12, 3, 4))):
+        if not timeline.moments:
+            raise Wrong("the plan has no moments")
     parameters = sum(parameter.numel() for parameter in subject.reference.model.parameters())
     if model.shape.numbers != parameters:
         raise Wrong(f"planned with {model.shape.numbers:,} parameters instead of {parameters:,}")

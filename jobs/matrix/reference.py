@@ -1,8 +1,8 @@
-"""What a base with a soft prompt in front computes, by plain transformers: one row at a time, without a cache and without padding.
+"""What a base with a soft prompt in front computes, by plain transformers: row by row, without a cache and without padding.
 
 The text goes in as token ids, and a hook replaces the first rows of the input embedding by the soft prompt. So bases whose
-layers look up ids, too, are compared with what they compute for the text itself; the virtual tokens need some id there, and each
-of a few is allowed.
+layers look up ids, too, are compared with what they compute for the text itself; the virtual tokens need some id there, and
+each of a few is allowed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from matrix.shrink import BEGIN, END, PAD
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from matrix.shrink import BEGIN, END, PAD
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packing import Row
 
@@ -109,19 +109,16 @@ class Reference:
     @torch.no_grad()
     def disagreement(self, soft_prompt: Tensor, source: Sequence[int], got: Sequence[int], new: int) -> str:
         """Empty if `got` is a greedy continuation of at most `new` tokens; tokens with equal logits count as the same."""
-        ids = list(source)
-        for at in range(new):
-            logits = self.logits(soft_prompt, ids)[-1]
-            best = int(logits.argmax())
-            token = got[at] if at < len(got) else END if len(got) < new else None
-            if token is None:
-                return ""
-            if token != best and float(logits[best] - logits[token]) > TIE * float(logits.std()):
-                return f"token {at}: {token} instead of {best}"
-            if token == END:
-                return "" if len(got) <= at + 1 else "does not stop at the end token"
-            ids.append(token)
-        return "" if len(got) <= new else f"{len(got)} tokens instead of {new}"
+        if len(got) > new or END in got[:-1] or (len(got) < new and END not in got[-1:]):
+            return f"{list(got)} does not end where it should"
+        before = len(soft_prompt) + len(source) - 1
+        whole = self.logits(soft_prompt, [*source, *got[:-1]])[before:]  # a causal base needs one pass
+        for at, token in enumerate(got):
+            if not _chosen(whole[at], token):
+                logits = self.logits(soft_prompt, [*source, *got[:at]])[-1]  # where positions depend on the length of the text
+                if not _chosen(logits, token):
+                    return f"token {at}: {token} instead of {int(logits.argmax())}"
+        return ""
 
     @torch.no_grad()
     def greedy(self, soft_prompt: Tensor, source: Sequence[int], new: int) -> tuple[list[int], float]:
@@ -135,3 +132,8 @@ class Reference:
             if ids[-1] == END:
                 break
         return ids[len(source) :], lead
+
+
+def _chosen(logits: Tensor, token: int) -> bool:
+    """Whether a token has the largest logit, or one that is equal to it."""
+    return float(logits.max() - logits[token]) <= TIE * float(logits.std())

@@ -5,6 +5,7 @@ So a crash, or a check that does not end, costs one base, and importing costs no
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from matrix.bases import tokenizer, write_base
 from matrix.checks import COLUMNS, SECONDS, Subject, judged
 from matrix.variants import Case
@@ -50,6 +52,7 @@ def prepare() -> None:
     set_verbosity_error()
     torch.set_num_threads(1)
     tokenizer()
+    gc.freeze()  # a collection in a forked process would visit, and thereby copy, everything that is imported
 
 
 def run(
@@ -192,6 +195,21 @@ def counts(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def read(path: Path) -> list[Line]:
-    """The results in a file: of a base that occurs twice, the later one."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return list({line["name"]: line for line in lines if "name" in line}.values())
+    """The results in a file. A base may occur several times: a later line adds its columns or replaces them."""
+    found: dict[str, Line] = {}
+    for text in path.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        if "name" not in line:
+            continue
+        before = found.get(line["name"])
+        if before and not line["built"]:
+            line["cells"] = {**before["cells"], **line["cells"]}
+            line["facts"] = {**before["facts"], **line["facts"]}
+        found[line["name"]] = line
+    return list(found.values())
+
+
+def complete(line: Line, columns: Sequence[str]) -> bool:
+    """Whether a base needs no further check of these columns."""
+    refused = line["cells"].get("accepted", {}).get("result") == "no"
+    return not line["built"] and (refused or set(columns) <= set(line["cells"]))
