@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -61,8 +62,11 @@ def write_base(case: Case, folder: Path) -> PreTrainedModel:
 
 
 def _class_of(config: PretrainedConfig) -> Any:
-    causal = type(config) in AutoModelForCausalLM._model_mapping
-    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    """The class that published checkpoints of this config have: the whole model where the config has a text config."""
+    whole = type(config) in AutoModelForImageTextToText._model_mapping and getattr(config, "text_config", None) is not None
+    if whole or type(config) not in AutoModelForCausalLM._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def load_plain(folder: Path, attention: str | None = None) -> PreTrainedModel:
@@ -74,7 +78,8 @@ def load_plain(folder: Path, attention: str | None = None) -> PreTrainedModel:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    model, report = _class_of(config).from_pretrained(
+    loader = getattr(transformers, (config.architectures or [""])[0], None) or _class_of(config)
+    model, report = loader.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, attn_implementation=attention
     )
     if report["missing_keys"]:

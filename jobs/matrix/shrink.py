@@ -26,7 +26,9 @@ _NAMES: dict[int, tuple[str, ...]] = {
         *("input_embedding_size", "output_embedding_size", "pronunciation_embed_dim", "shape_embed_dim", "ple_embed_dim"),
         *("projection_hidden_size", "merged_hidden_size", "text_hidden_size", "vision_output_dim", "output_dim"),
         *("output_proj_dims", "projector_output_size", "adapter_out_dim", "pooler_hidden_size", "mm_embed_dim"),
+        *("adapter_in_dim", "adapter_input_size"),
     ),
+    128: ("mamba_d_ssm",),
     96: (
         *("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "dff", "dim_ff", "d_inner", "n_inner"),
         *("ffn_hidden_size", "intermediate_size_mlp", "dense_intermediate_size", "block_ff_dim", "feed_forward_size"),
@@ -63,6 +65,7 @@ _NAMES: dict[int, tuple[str, ...]] = {
     VOCABULARY: (
         *("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size", "text_vocab_size"),
         *("pronunciation_vocab_size", "shape_vocab_size", "ngram_vocab_size_base"),
+        "encoder_hash_byte_group_vocab",
     ),
 }
 _EXACT = {name: size for size, names in _NAMES.items() for name in names}
@@ -101,7 +104,7 @@ def shrunk(default: Mapping[str, Any], layers: int | None = None) -> dict[str, A
         elif name in _LAYERS:
             changed[name] = len(kept)
         elif isinstance(value, list) and depth and len(value) == depth and len(value) > 2:
-            changed[name] = [value[layer] for layer in kept]
+            changed[name] = [_size(name, value[layer], default) for layer in kept]
         else:
             new = _size(name, value, default)
             if new != value:

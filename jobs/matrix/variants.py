@@ -29,6 +29,22 @@ _LLAMA3 = {
 }
 _LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
 
+_ALTERNATING = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "num_hidden_layers": 4,
+}
+
+_QWEN4 = {
+    **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16, "indexer_compress_ratio": 4},
+    **{"ple_layer_ids": [1], "ple_embed_dim": 64},
+}
+
+
+def _mrope(*sections: int, **settings: Any) -> dict[str, Any]:
+    """Rotary positions in three directions, as multimodal bases have them."""
+    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections), **settings}
+
+
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {
@@ -36,7 +52,34 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         }
     },
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "mamba2": {"num_heads": 8},
+    "ministral": {"head_dim": 16},
+    "paligemma": {"text_config": {"num_key_value_heads": 1}},
+    "qwen2_vl": {"text_config": {"rope_parameters": _mrope(2, 3, 3)}},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": _mrope(2, 3, 3)}},
+    "qwen4_exp_text": _QWEN4,
+    "qwen4_exp": {"text_config": _QWEN4},
+    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 16]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        **{"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4},
+        **{"attention_hidden_size": 128, "attention_head_dim": 32},
+    },
+    "zamba2": {
+        **{"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4},
+        **{"hybrid_layer_ids": [1, 3], "attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 8},
+        **{"mamba_headdim": 16, "num_query_groups": 4},
+    },
+    "nemotron": {"num_key_value_heads": 2},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "emu3": {"vocabulary_map": {"<image>": 316, "<|extra_200|>": 317}},
+    "gemma3n_text": {**_ALTERNATING, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], "num_kv_shared_layers": 2},
+    "glm4v": {"text_config": {"rope_parameters": _mrope(2, 3, 3)}},
+    "glm4v_moe": {"text_config": {"rope_parameters": _mrope(1, 1, 2, partial_rotary_factor=0.5)}},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1},
     "deepseek_v3": {"num_experts_per_tok": 2},
 }
@@ -44,16 +87,17 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert plain": ("bert", {"is_decoder": False}),
     "roberta plain": ("roberta", {"is_decoder": False}),
-    "xlm causal": ("xlm", {"is_encoder": False, "causal": True}),
+    "xlm causal": ("xlm", {"causal": True}),
     "cohere2 pattern": ("cohere2", {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
     "deepseek_v2 lite": ("deepseek_v2", {"q_lora_rank": None}),
     "deepseek_v3 groups": ("deepseek_v3", {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}),
     "exaone4 full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
     "falcon 7b": ("falcon", {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False}),
     "falcon 40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "multi_query": False}),
-    "falcon rw": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+    "falcon rw": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "num_kv_heads": 4}),
     "gemma3 1b": ("gemma3_text", {"num_key_value_heads": 1}),
-    "gemma4 e2b": ("gemma4_text", {"num_kv_shared_layers": 2, "use_double_wide_mlp": True}),
+    "gemma3n not shared": ("gemma3n_text", {"num_kv_shared_layers": 0}),
+    "gemma4 e2b": ("gemma4_text", {**_ALTERNATING, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}),
     "gemma4 26b": (
         "gemma4_text",
         {
@@ -98,7 +142,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "phi3",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
     ),
-    "qwen2 window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen2 window": (
+        "qwen2",
+        {
+            **{"use_sliding_window": True, "sliding_window": 8},
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
     "qwen3_moe some dense": ("qwen3_moe", {"mlp_only_layers": [0]}),
     "stablelm2": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
