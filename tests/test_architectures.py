@@ -28,7 +28,7 @@ def break_attention() -> None:
 
     def attention(*arguments: Any, segments: Any = None, **options: Any) -> Any:
         out, weights = segment_attention(*arguments, segments=segments, **options)
-        return (out if segments is None else 1.01 * out), weights
+        return (out if segments is None else out + 0.05 * out.roll(1, -1)), weights
 
     def trained(subject: Subject) -> Any:
         model = load(subject)

@@ -84,11 +84,17 @@ _CAPPED: dict[int, tuple[str, ...]] = {
 }
 _MOST = {name: size for size, names in _CAPPED.items() for name in names}
 
-_CLEARED = (
-    *("forced_eos_token_id", "forced_bos_token_id", "suppress_tokens", "begin_suppress_tokens", "per_layer_config"),
-    *("quantization_config", "transformers_version", "_name_or_path", "architectures", "id2label", "label2id", "dtype"),
+_DROPPED = (
+    *("per_layer_config", "quantization_config", "transformers_version", "_name_or_path", "architectures", "id2label"),
+    *("label2id", "dtype"),
 )
-"""Settings that do not fit a tiny vocabulary, or that the config class computes."""
+"""Settings that the config class computes, or that do not matter."""
+
+_CLEARED = (
+    *("forced_eos_token_id", "forced_bos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+    *("encoder_no_repeat_ngram_size", "no_repeat_ngram_size"),
+)
+"""Settings of generation that transformers takes from the config: greedy text would not be the most likely tokens."""
 
 
 def shrunk(default: Mapping[str, Any], layers: int | None = None) -> dict[str, Any]:
@@ -97,9 +103,11 @@ def shrunk(default: Mapping[str, Any], layers: int | None = None) -> dict[str, A
     depth = next((default[name] for name in _LAYERS if isinstance(default.get(name), int)), 0)
     kept = list(range(layers)) if layers else _kinds(default, depth)
     for name, value in default.items():
-        if name in _CLEARED:
+        if name in _DROPPED:
             continue
-        if isinstance(value, Mapping) and ("model_type" in value or name.endswith("_config")):
+        if name in _CLEARED:
+            changed[name] = 0 if name.endswith("_size") else None
+        elif isinstance(value, Mapping) and ("model_type" in value or name.endswith("_config")):
             changed[name] = {**_identity(value), **shrunk(value)}
         elif name in _LAYERS:
             changed[name] = len(kept)

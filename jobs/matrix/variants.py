@@ -46,6 +46,8 @@ def _mrope(*sections: int, **settings: Any) -> dict[str, Any]:
 
 
 CORRECTIONS: dict[str, dict[str, Any]] = {
+    "big_bird": {"block_size": 64},
+    "bigbird_pegasus": {"block_size": 64},
     "cohere_compass_text": {
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": 1e4},
