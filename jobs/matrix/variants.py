@@ -39,6 +39,11 @@ _QWEN4 = {
     **{"ple_layer_ids": [1], "ple_embed_dim": 64},
 }
 
+_DOTS3 = {
+    **{"swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32},
+    **{"swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16},
+}
+
 
 def _mrope(*sections: int, **settings: Any) -> dict[str, Any]:
     """Rotary positions in three directions, as multimodal bases have them."""
@@ -54,16 +59,27 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         }
     },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "deepseek_v3": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots3_note": {"text_config": _DOTS3},
+    "dots3_note_text": _DOTS3,
+    "emu3": {"vq_config": {"base_channels": 32}, "vocabulary_map": {"<image>": 316, "<|extra_200|>": 317}},
+    "gemma3n_text": {**_ALTERNATING, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], "num_kv_shared_layers": 2},
+    "glm4v": {"text_config": {"rope_parameters": _mrope(2, 3, 3)}},
+    "glm4v_moe": {"text_config": {"rope_parameters": _mrope(1, 1, 2, partial_rotary_factor=0.5)}},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
     "paligemma": {"text_config": {"num_key_value_heads": 1}},
-    "qwen2_vl": {"text_config": {"rope_parameters": _mrope(2, 3, 3)}},
     "qwen2_5_vl": {"text_config": {"rope_parameters": _mrope(2, 3, 3)}},
-    "qwen4_exp_text": _QWEN4,
+    "qwen2_vl": {"text_config": {"rope_parameters": _mrope(2, 3, 3)}},
     "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 16]},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -75,15 +91,6 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
         **{"hybrid_layer_ids": [1, 3], "attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 8},
         **{"mamba_headdim": 16, "num_query_groups": 4},
     },
-    "nemotron": {"num_key_value_heads": 2},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "emu3": {"vocabulary_map": {"<image>": 316, "<|extra_200|>": 317}},
-    "gemma3n_text": {**_ALTERNATING, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], "num_kv_shared_layers": 2},
-    "glm4v": {"text_config": {"rope_parameters": _mrope(2, 3, 3)}},
-    "glm4v_moe": {"text_config": {"rope_parameters": _mrope(1, 1, 2, partial_rotary_factor=0.5)}},
-    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1},
-    "deepseek_v3": {"num_experts_per_tok": 2},
 }
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
