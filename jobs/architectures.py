@@ -83,7 +83,7 @@ def check(arguments: argparse.Namespace) -> None:
 def render(arguments: argparse.Namespace) -> None:
     """Write the results as a Markdown page."""
     everything = [json.loads(line) for line in arguments.results.read_text(encoding="utf-8").splitlines()]
-    versions = next((line["versions"] for line in reversed(everything) if "versions" in line), {})
+    versions: dict[str, str] = next((line["versions"] for line in reversed(everything) if "versions" in line), {})
     arguments.page.parent.mkdir(parents=True, exist_ok=True)
     arguments.page.write_text(page.page(runner.read(arguments.results), versions), encoding="utf-8")
 

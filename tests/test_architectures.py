@@ -19,7 +19,7 @@ SCRIPT = REPOSITORY / "jobs" / "architectures.py"
 
 def break_attention() -> None:
     """After a base is loaded, its attention over segments gives other values: what no check at load could find."""
-    from matrix.checks import Subject
+    from matrix.subject import Subject
     from transformers import AttentionInterface
 
     from ptuning.model.tree_attention import ATTENTION, segment_attention
@@ -39,7 +39,7 @@ def break_attention() -> None:
 
 
 def die() -> None:
-    from matrix.checks import Subject
+    from matrix.subject import Subject
 
     Subject.trained = lambda subject: os._exit(3)  # type: ignore[method-assign, assignment]
 
@@ -84,7 +84,8 @@ def test_a_crash_costs_one_cell():
     ids=["right", "refused", "raised"],
 )
 def test_the_end_of_a_check_is_a_result(error, expected):
-    from matrix.checks import Subject, Wrong, judged
+    from matrix.checks import judged
+    from matrix.subject import Subject, Wrong
 
     def check(subject: Subject) -> None:
         if error:

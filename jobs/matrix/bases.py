@@ -43,8 +43,9 @@ def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     merged = dict(values)
     for name, value in changes.items():
         below = merged.get(name)
-        nested = isinstance(value, Mapping) and name.endswith("_config") and isinstance(below, Mapping)
-        merged[name] = _merged(below, value) if nested else value  # type: ignore[arg-type]
+        if name.endswith("_config") and isinstance(value, Mapping) and isinstance(below, Mapping):
+            value = _merged(below, value)
+        merged[name] = value
     return merged
 
 
@@ -84,7 +85,7 @@ def load_plain(folder: Path, attention: str | None = None) -> PreTrainedModel:
     )
     if report["missing_keys"]:
         raise ValueError(f"weights are missing: {', '.join(sorted(report['missing_keys'])[:3])}")
-    return model.requires_grad_(False).eval()  # type: ignore[no-any-return]
+    return model.requires_grad_(False).eval()
 
 
 @torch.no_grad()
@@ -99,7 +100,7 @@ def _widen(model: PreTrainedModel) -> None:
         elif parameter.dim() >= 2:
             _spread(parameter, SPREAD * parameter.shape[-1] ** -0.5)
         elif bool((parameter == parameter[:1]).all()):  # scales and biases, which are 1 or 0 in a new model
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
 def _spread(parameter: Tensor, wanted: float) -> None:
@@ -107,7 +108,7 @@ def _spread(parameter: Tensor, wanted: float) -> None:
     if not found or not torch.isfinite(torch.tensor(found)):
         parameter.copy_(torch.randn_like(parameter) * wanted / 2)
     elif found < wanted:
-        parameter *= wanted / found
+        parameter.mul_(wanted / found)
 
 
 @cache

@@ -8,96 +8,31 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import queue
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from matrix.bases import load_plain
-from matrix.reference import STAND_INS, TIE, Reference
-from matrix.shrink import CONTEXT, END, VOCABULARY
-from ptuning.config import ModelConfig, Template, ZeroConfig
+from matrix.reference import TIE, Reference
+from matrix.shrink import CONTEXT, VOCABULARY
+from matrix.subject import GRADIENT, LABELS, LOGITS, LOSS, NEW, Subject, Wrong, distance, far, first_line, ids, row
+from ptuning.config import Template
 from ptuning.data.encoder import Encoder
 from ptuning.errors import UserError
 from ptuning.inference.engine import Engine
 from ptuning.inference.types import End, EngineConfig, Request
-from ptuning.model.base import Base, find_base
-from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packing import Row, pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.soft_prompt import Card, SoftPrompt, content_hash
 from ptuning.planning.meta_model import MetaModel, read_config
 from ptuning.planning.workload import Workload
 from ptuning.registry.merged_export import write_merged
-from ptuning.training import zero
 from ptuning.training.evaluate import greedy
-
-LOSS, GRADIENT = 1e-4, 1e-3
-"""Largest error of a token's loss, relative to the largest loss if that is above 1, and of a gradient, relative to its norm."""
-LOGITS = 1e-3
-"""Largest error of an exported base's logits, relative to their spread."""
-NEW = 8
-"""Tokens to generate."""
-LABELS = LabelTrie(((40, END), (41, 42, END), (41, 43, END), (41, 42, 50, 60, END), (70, 71, END)))
-
-
-class Wrong(Exception):
-    """The numbers are not those of plain transformers, and nothing was said."""
-
-
-@dataclass
-class Subject:
-    """One base on disk, and what plain transformers makes of it."""
-
-    folder: Path
-    work: Path
-    """For what the checks write."""
-    facts: dict[str, object] = field(default_factory=dict)
-
-    @cached_property
-    def base(self) -> Base:
-        return find_base(ModelConfig(path=str(self.folder)))
-
-    @cached_property
-    def reference(self) -> Reference:
-        return Reference(load_plain(self.folder))
-
-    @cached_property
-    def references(self) -> list[Reference]:
-        """Bases that look up ids in their layers may use any stand-in for virtual tokens."""
-        if self.reference.takes_vectors():
-            return [self.reference]
-        self.facts["ids"] = True
-        return [Reference(self.reference.model, stand_in) for stand_in in STAND_INS]
-
-    def trained(self) -> PromptedModel:
-        """The base as training loads it."""
-        model = zero.load(self.base, ZeroConfig(stage=0), torch.float32)
-        self.facts["way"] = "fast" if model.shared_prefix else "slow"
-        return model
-
-    def soft_prompt(self, length: int, seed: int = 0) -> Tensor:
-        """Vectors about as long as those of the base's tokens."""
-        table = self.reference.embed(range(3, VOCABULARY // 2))
-        generator = torch.Generator().manual_seed(100 * seed + length)
-        return torch.randn(length, self.reference.width, generator=generator) * float(table.std())
-
-    def against(self, check: Callable[[Reference], str]) -> None:
-        """Raise unless one of the references agrees; `check` returns the difference."""
-        differences = []
-        for reference in self.references:
-            difference = check(reference)
-            if not difference:
-                return
-            differences.append(difference)
-        raise Wrong(differences[0])
 
 
 def accepted(subject: Subject) -> None:
@@ -114,7 +49,7 @@ def train(subject: Subject) -> None:
     model = subject.trained()
     if not subject.reference.is_causal():
         raise Wrong("a token depends on later tokens")
-    rows = [[_row(3, 2, 1), _row(20, 5, 2), _row(30, 4, 3)], [_row(9, 1, 4), _row(15, 3, 5)]]
+    rows = [[row(3, 2, 1), row(20, 5, 2), row(30, 4, 3)], [row(9, 1, 4), row(15, 3, 5)]]
     for lengths in ((6, 3), (1, 20), (0, 12)):
         _compare_losses(subject, model, lengths, rows)
     inputs = [[source for source, _ in batch] for batch in rows]
@@ -126,7 +61,7 @@ def train(subject: Subject) -> None:
     def difference(reference: Reference) -> str:
         pairs = [(prompt, source) for prompt, sources in zip(prompts, inputs, strict=True) for source in sources]
         expected = torch.stack([reference.label_logprobs(prompt, source, LABELS) for prompt, source in pairs])
-        return _far("labels", got, expected, LOSS)
+        return far("labels", got, expected, LOSS)
 
     subject.against(difference)
 
@@ -134,14 +69,14 @@ def train(subject: Subject) -> None:
 def recompute(subject: Subject) -> None:
     """The same gradients with gradient checkpointing."""
     model = subject.trained()
-    rows = [[_row(9, 2, 1), _row(20, 5, 2)]]
+    rows = [[row(9, 2, 1), row(20, 5, 2)]]
     model.checkpoint_gradients()
     _compare_losses(subject, model, (6,), rows)
 
 
 def long(subject: Subject) -> None:
     """Rows of more than 128 tokens."""
-    _compare_losses(subject, subject.trained(), (6, 3), [[_row(145, 5, 1), _row(12, 2, 2)], [_row(190, 5, 3)]])
+    _compare_losses(subject, subject.trained(), (6, 3), [[row(145, 5, 1), row(12, 2, 2)], [row(190, 5, 3)]])
 
 
 def text(subject: Subject) -> None:
@@ -149,13 +84,13 @@ def text(subject: Subject) -> None:
     model, vectors = subject.trained(), subject.soft_prompt(6)
     encoder = Encoder(Template(input="{text}", target="{text}"), subject.base.tokenizer, CONTEXT)
     for name, lengths in (("", (9,)), ("padded rows: ", (4, 11, 23))):
-        inputs = [_ids(length, length) for length in lengths]
+        inputs = [ids(length, length) for length in lengths]
         got = greedy(model, vectors, inputs, encoder, NEW)
 
         def difference(reference: Reference, inputs: list[list[int]] = inputs, got: list[str] = got, name: str = name) -> str:
             for source, found in zip(inputs, got, strict=True):
-                ids, lead = reference.greedy(vectors, source, NEW)
-                expected = encoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                tokens, lead = reference.greedy(vectors, source, NEW)
+                expected = str(encoder.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
                 if found != expected and lead > TIE:
                     return f"{name}{len(source)} tokens: {found!r} instead of {expected!r}"
             return ""
@@ -170,7 +105,7 @@ def serve(subject: Subject) -> None:
     with _errors() as errors, _engine(base, subject.base.tokenizer.eos_token_id) as engine:
         handles = {length: engine.add(vectors, content_hash(vectors)) for length, vectors in prompts.items()}
         alone: list[list[int]] = []
-        requests = [(length, _ids(size, size)) for length, size in itertools.product(prompts, (5, 26))]
+        requests = [(length, ids(size, size)) for length, size in itertools.product(prompts, (5, 26))]
         for length, source in requests:
             alone.append(_alone(engine, Request(source, handles[length], NEW), errors))
             _answers(subject, prompts[length], source, alone[-1], "alone")
@@ -178,12 +113,12 @@ def serve(subject: Subject) -> None:
         for (length, source), got, before in zip(requests, together, alone, strict=True):
             if got != before:
                 _answers(subject, prompts[length], source, got, "in a batch")
-        sources = [_ids(7, 1), _ids(21, 2)]
+        sources = [ids(7, 1), ids(21, 2)]
         scores = torch.tensor(engine.choose(handles[20], sources, LABELS).result(60))
 
         def difference(reference: Reference) -> str:
             expected = [reference.label_logprobs(prompts[20], source, LABELS) for source in sources]
-            return _far("labels", scores, torch.stack(expected), LOSS)
+            return far("labels", scores, torch.stack(expected), LOSS)
 
         subject.against(difference)
 
@@ -197,13 +132,13 @@ def export(subject: Subject) -> None:
     folder = subject.work / "merged"
     write_merged(SoftPrompt(vectors, card), subject.base, "matrix", folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    virtual = tokenizer.convert_tokens_to_ids([f"<|matrix:{place}|>" for place in range(len(vectors))])
+    virtual = [int(tokenizer.get_vocab()[f"<|matrix:{place}|>"]) for place in range(len(vectors))]
     try:
         merged = Reference(load_plain(folder))
     except Exception as error:
-        raise Wrong(f"the export cannot be loaded ({_first_line(error)})") from error
+        raise Wrong(f"the export cannot be loaded ({first_line(error)})") from error
     nothing = torch.zeros(0, vectors.shape[1])
-    for source in (_ids(9, 1), _ids(30, 2)):
+    for source in (ids(9, 1), ids(30, 2)):
         with torch.no_grad():
             logits = merged.logits(nothing, [*virtual, *source])[len(vectors) :]
         got = logits[:, :VOCABULARY]
@@ -211,7 +146,7 @@ def export(subject: Subject) -> None:
         def difference(reference: Reference, source: list[int] = source, got: Tensor = got) -> str:
             with torch.no_grad():
                 expected = reference.logits(vectors, source)[len(vectors) :, :VOCABULARY]
-            return _far("logits", got, expected, LOGITS * float(expected.std()), relative=False)
+            return far("logits", got, expected, LOGITS * float(expected.std()), relative=False)
 
         subject.against(difference)
         if int(logits[-1].argmax()) in virtual:
@@ -249,14 +184,16 @@ def sharded(subject: Subject) -> None:
     from matrix.sharded import gradients_of_two
 
     prompts = [subject.soft_prompt(length) for length in (5, 3)]
-    rows = [[_row(9, 2, 1), _row(4, 5, 2), _row(17, 3, 3), _row(6, 1, 4)], [_row(8, 2, 5), _row(12, 4, 6)]]
+    rows = [[row(9, 2, 1), row(4, 5, 2), row(17, 3, 3), row(6, 1, 4)], [row(8, 2, 5), row(12, 4, 6)]]
     got = gradients_of_two(subject.folder, prompts, rows, subject.work)
 
     def difference(reference: Reference) -> str:
         for k, (prompt, batch) in enumerate(zip(prompts, rows, strict=True)):
             vectors = prompt.clone().requires_grad_()
-            (expected,) = torch.autograd.grad(torch.cat([reference.nll(vectors, row) for row in batch]).sum(), [vectors])
-            error = _distance(got[k], expected)
+            (expected,) = torch.autograd.grad(
+                torch.cat([reference.nll(vectors, example) for example in batch]).sum(), [vectors]
+            )
+            error = distance(got[k], expected)
             if not error <= GRADIENT:
                 return f"gradient of slot {k} differs by {error:.1e}"
         return ""
@@ -294,17 +231,6 @@ SECONDS = {
 # Helpers -------------------------------------------------------------------------------------------------------------
 
 
-def _ids(length: int, seed: int) -> list[int]:
-    """A text of ordinary tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    found: list[int] = torch.randint(4, VOCABULARY - 20, (length,), generator=generator).tolist()
-    return found
-
-
-def _row(source: int, target: int, seed: int) -> Row:
-    return _ids(source, seed), [*_ids(target - 1, seed + 50), END]
-
-
 def _compare_losses(subject: Subject, model: PromptedModel, lengths: Sequence[int], rows: Sequence[Sequence[Row]]) -> None:
     prompts = [subject.soft_prompt(length, seed).requires_grad_() for seed, length in enumerate(lengths)]
     trained = [prompt for prompt in prompts if len(prompt)]
@@ -312,34 +238,19 @@ def _compare_losses(subject: Subject, model: PromptedModel, lengths: Sequence[in
     gradients = torch.autograd.grad(got.sum(), trained)
 
     def difference(reference: Reference) -> str:
-        pairs = [(prompt, row) for prompt, batch in zip(prompts, rows, strict=True) for row in batch]
-        expected = torch.cat([reference.nll(prompt, row) for prompt, row in pairs])
-        far = _far("loss", got.detach(), expected.detach(), LOSS)
-        if far:
-            return f"{far}, soft prompts of {tuple(lengths)}"
+        pairs = [(prompt, example) for prompt, batch in zip(prompts, rows, strict=True) for example in batch]
+        expected = torch.cat([reference.nll(prompt, example) for prompt, example in pairs])
+        apart = far("loss", got.detach(), expected.detach(), LOSS)
+        if apart:
+            return f"{apart}, soft prompts of {tuple(lengths)}"
         for mine, theirs in zip(gradients, torch.autograd.grad(expected.sum(), trained), strict=True):
-            error = _distance(mine, theirs)
+            error = distance(mine, theirs)
             subject.facts["gradient"] = max(error, float(str(subject.facts.get("gradient", 0.0))))
             if not error <= GRADIENT:
                 return f"gradient differs by {error:.1e}"
         return ""
 
     subject.against(difference)
-
-
-def _distance(mine: Tensor, theirs: Tensor) -> float:
-    """The norm of the difference, relative to the norm."""
-    norm = float(theirs.norm())
-    return float((mine - theirs).norm()) / norm if norm else float(mine.norm())
-
-
-def _far(name: str, got: Tensor, expected: Tensor, tolerance: float, relative: bool = True) -> str:
-    """Empty if two tensors agree, else the difference."""
-    if got.shape != expected.shape:
-        return f"{name}: shape {tuple(got.shape)} instead of {tuple(expected.shape)}"
-    error = float((got.float() - expected.float()).abs().max()) if got.numel() else 0.0
-    scale = max(1.0, float(expected.abs().max())) if relative and got.numel() else 1.0
-    return "" if math.isfinite(error) and error <= tolerance * scale else f"{name} differs by {error / scale:.1e}"
 
 
 @contextmanager
@@ -394,7 +305,7 @@ def _together(engine: Engine, requests: Sequence[Request], errors: Sequence[str]
 def _tokens(events: Sequence[object], errors: Sequence[str]) -> list[int]:
     end = events[-1]
     if not isinstance(end, End) or end.reason not in ("stop", "length"):
-        raise RuntimeError(f"{end}: {errors[0]}" if errors else str(end))
+        raise RuntimeError(re.sub(r"^request \w+ failed: ", "", errors[0]) if errors else str(end))
     return [int(getattr(event, "id")) for event in events[:-1]]  # noqa: B009  # a `Token`
 
 
@@ -406,10 +317,6 @@ def _answers(subject: Subject, vectors: Tensor, source: list[int], got: list[int
     subject.against(difference)
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-
-
 def judged(check: Callable[[Subject], None], subject: Subject) -> dict[str, str]:
     """The result of a check: `ok`, `no` with its sentence, `error` with type and first line, or `wrong` with the difference."""
     try:
@@ -419,5 +326,5 @@ def judged(check: Callable[[Subject], None], subject: Subject) -> dict[str, str]
     except Wrong as error:
         return {"result": "wrong", "detail": str(error)}
     except Exception as error:
-        return {"result": "error", "detail": _first_line(error).replace(str(subject.folder), "BASE")}
+        return {"result": "error", "detail": first_line(error).replace(str(subject.folder), "BASE")}
     return {"result": "ok", "detail": ""}

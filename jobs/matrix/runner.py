@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from matrix.bases import tokenizer, write_base
-from matrix.checks import COLUMNS, SECONDS, Subject, judged
+from matrix.checks import COLUMNS, SECONDS, judged
+from matrix.subject import Subject, first_line
 from matrix.variants import Case
 
 PACKAGES = ("transformers", "torch", "deepspeed", "tokenizers", "safetensors")
@@ -160,7 +161,7 @@ def reports(case: Case, columns: Sequence[str], work: Path) -> Iterator[Line]:
             subject = Subject(folder, work)
             facts = {"class": type(subject.reference.model).__name__, "context": round(subject.reference.context(), 3)}
     except (Exception, OutOfTime) as error:
-        yield {"built": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
+        yield {"built": first_line(error)}
         return
     yield {"facts": facts}
     for column in columns:

@@ -68,7 +68,7 @@ _NAMES: dict[int, tuple[str, ...]] = {
         "encoder_hash_byte_group_vocab",
     ),
 }
-_EXACT = {name: size for size, names in _NAMES.items() for name in names}
+_EXACT: dict[str, Any] = {name: size for size, names in _NAMES.items() for name in names}
 _EXACT |= {"initializer_range": 0.05, "qk_head_dim": 24, "bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": PAD}
 _EXACT |= {"split_ngram_parts": 1, "make_ngram_vocab_size_divisible_by": 8, "block_multiple_of": 16, "pretraining_tp": 1}
 _EXACT |= {"query_pre_attn_scalar": 16, "residual_in_fp32": False}

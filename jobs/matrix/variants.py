@@ -51,6 +51,7 @@ def _mrope(*sections: int, **settings: Any) -> dict[str, Any]:
 
 
 CORRECTIONS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "big_bird": {"block_size": 64},
     "bigbird_pegasus": {"block_size": 64},
     "cohere_compass_text": {
@@ -69,6 +70,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {**_ALTERNATING, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], "num_kv_shared_layers": 2},
     "glm4v": {"text_config": {"rope_parameters": _mrope(2, 3, 3)}},
     "glm4v_moe": {"text_config": {"rope_parameters": _mrope(1, 1, 2, partial_rotary_factor=0.5)}},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
@@ -123,10 +125,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "granitemoehybrid",
         {"layer_types": ["full_attention"] * 3, "num_local_experts": 0, "num_experts_per_tok": 0},
     ),
-    "granite4 h": (
-        "granitemoehybrid",
-        {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_local_experts": 4},
-    ),
+    "granite4 h": ("granitemoehybrid", {"num_local_experts": 0, "num_experts_per_tok": 0}),
     "internlm3 dynamic": ("internlm3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 6.0}}),
     "llama3 rope": ("llama", {"rope_parameters": _LLAMA3}),
     "llama yarn": ("llama", {"rope_parameters": _YARN}),
