@@ -29,6 +29,9 @@ _LLAMA3 = {
 }
 _LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
 
+_SPARE = {"vocab_size": 328}
+"""Rows for the tokens that the tokenizers of these types add to any vocabulary."""
+
 _ALTERNATING = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     "num_hidden_layers": 4,
@@ -81,6 +84,8 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "paligemma": {"text_config": {"num_key_value_heads": 1}},
     "qwen2_5_vl": {"text_config": {"rope_parameters": _mrope(2, 3, 3)}},
+    "qwen2": _SPARE,
+    "qwen3_5_moe_text": _SPARE,
     "qwen2_vl": {"text_config": {"rope_parameters": _mrope(2, 3, 3)}},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
