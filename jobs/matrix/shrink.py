@@ -57,7 +57,7 @@ _NAMES: dict[int, tuple[str, ...]] = {
         *("sliding_window", "sliding_window_size", "attention_window_size", "window_size", "attention_chunk_size"),
         *("keep_window_size", "floor_scale"),
     ),
-    2: ("linear_num_key_heads", "o_groups", "n_groups", "depth", "num_mem_blocks", "heads_per_ngram"),
+    2: ("linear_num_key_heads", "o_groups", "n_groups", "depth", "heads_per_ngram"),
     CONTEXT: (
         *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length", "max_target_positions"),
         "model_max_length",
@@ -86,7 +86,7 @@ _MOST = {name: size for size, names in _CAPPED.items() for name in names}
 
 _DROPPED = (
     *("per_layer_config", "quantization_config", "transformers_version", "_name_or_path", "architectures", "id2label"),
-    *("label2id", "dtype"),
+    *("label2id", "dtype", "full_attn_idxs"),
 )
 """Settings that the config class computes, or that do not matter."""
 
