@@ -65,7 +65,7 @@ class _Turns:
             self._condition.notify_all()
 
     def pass_on(self) -> None:
-        """Let whoever waits have a turn."""
+        """Let the next batch that waits have a turn."""
         with self._condition:
             if not self._waiting:
                 return

@@ -56,7 +56,7 @@ class VirtualTokens(nn.Module):
 
     @classmethod
     def install(cls, base: Any, vocabulary: int) -> VirtualTokens:
-        """Put it into a base. Whatever else looks up tokens by id sees 0 for a virtual token, as in training."""
+        """Put it into a base. Other embeddings of the base see id 0 for a virtual token, as in training."""
         original = base.get_input_embeddings()
         bank = cls(original, vocabulary)
         for module in base.modules():

@@ -11,6 +11,7 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,8 @@ def _generated(model: PromptedModel, ids: Tensor, mask: Tensor) -> Tensor:
         return scores
 
     with model.plain() as base:
-        made = base.generate(
+        generating: Any = base  # its type has no generation
+        made = generating.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=2,

@@ -197,7 +197,8 @@ def _greedy(
     with model.plain() as base:
         # Ids, because not every architecture continues embeddings (Falcon-H1, 5.23).
         model.embedding.replace(embeds)
-        ids = base.generate(
+        generating: Any = base  # its type has no generation
+        ids = generating.generate(
             input_ids=torch.zeros_like(mask),
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
