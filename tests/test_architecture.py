@@ -73,7 +73,7 @@ OWNERS = {
 """The only modules that import each framework."""
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc", "core"}
-LONG_JOBS = {"demo", "pretrain_builtin"}
+LONG_JOBS = {"architectures", "demo", "pretrain_builtin"}
 
 
 def module_name(path: Path) -> str:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from ptuning.inference.sampling import Sampling, Token
-from ptuning.inference.types import End, Request
+from ptuning.inference.types import Deliver, End, Request, ResidentPrompt
 from ptuning.model.packing import pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.self_check import ROUGH, TOLERANCE
-
-if TYPE_CHECKING:
-    from ptuning.inference.engine import Engine
 
 LENGTH, NEW = 3, 3
 TEXTS = (4, 6, 4)
@@ -26,6 +24,22 @@ TIMES = 25
 """A log-probability may differ by this many times what is tolerated in a pass (0.05, in 16 bits 0.5): others differ by nats."""
 PATIENCE = 600.0
 """Seconds for a step of a large base on a CPU."""
+
+
+class Checked(Protocol):
+    """What the check needs of an engine."""
+
+    vocabulary: int
+
+    def add(self, vectors: Tensor, content_hash: str) -> ResidentPrompt: ...
+
+    def remove(self, handle: ResidentPrompt) -> None: ...
+
+    def submit(self, request: Request, deliver: Deliver) -> str: ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+    def paused(self) -> AbstractContextManager[object]: ...
 
 
 @contextmanager
@@ -42,7 +56,7 @@ def quiet() -> Iterator[None]:
             each.setLevel(level)
 
 
-def generates_right(engine: Engine, model: PromptedModel) -> bool:
+def generates_right(engine: Checked, model: PromptedModel) -> bool:
     """Three requests of a few tokens; their log-probabilities must be those of the pass of evaluation."""
     draw = torch.Generator().manual_seed(2)
     low, high = engine.vocabulary // 8, engine.vocabulary
@@ -63,7 +77,7 @@ def generates_right(engine: Engine, model: PromptedModel) -> bool:
     return float((found + nll).abs().max()) <= TOLERANCE.get(model.base.dtype, ROUGH / 10) * TIMES
 
 
-def _generate(engine: Engine, requests: Sequence[Request]) -> list[list[Token]] | None:
+def _generate(engine: Checked, requests: Sequence[Request]) -> list[list[Token]] | None:
     """The tokens of all requests, which run together; None if one fails."""
     sinks: list[queue.SimpleQueue[Token | End]] = [queue.SimpleQueue() for _ in requests]
     with engine.paused():  # so they run in the same batch

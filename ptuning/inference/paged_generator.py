@@ -16,6 +16,7 @@ from ptuning.inference.generator import Events
 from ptuning.inference.paged_attention import ATTENTION
 from ptuning.inference.sampling import Sampler
 from ptuning.inference.types import EngineConfig, RequestError
+from ptuning.model.attention_sizes import token_numbers
 from ptuning.model.limits import PAGE
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.redaction import logger
@@ -56,7 +57,7 @@ class PagedGenerator:
         self._events = events
         self._ends: dict[str, frozenset[int]] = {}
         _check_room(base, config.cache_bytes)
-        pages = max(8, config.cache_bytes // (PAGE * token_bytes(base)))
+        pages = max(8, config.cache_bytes // (PAGE * max(1, token_numbers(base) * base.dtype.itemsize)))
         self.longest = min(config.context, PAGE * pages * 3 // 4)
         # transformers allows two names here; ours is not one of them and is set afterwards.
         base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
@@ -121,11 +122,3 @@ def _check_room(base: PreTrainedModel, cache_bytes: int) -> None:
             f"serve.cache_mb: {cache_bytes >> 20} MB for keys and values exceed the {free >> 20} MB of memory that the base "
             "leaves free; lower it, or set model.dtype=bfloat16"
         )
-
-
-def token_bytes(base: PreTrainedModel) -> int:
-    """Bytes of the keys and values of one token in all layers."""
-    config: Any = base.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * base.dtype.itemsize)
