@@ -39,6 +39,7 @@ def accepted(subject: Subject) -> None:
     """`find_base`; what is not causal must not be accepted, and the width is the embedding's."""
     base = subject.base
     if not subject.reference.is_causal():
+        subject.trained()  # refused once it is loaded, before its first step
         raise Wrong("accepted, but a token depends on later tokens")
     if base.width != subject.reference.width:
         raise Wrong(f"its width is reported as {base.width}, its embedding has {subject.reference.width}")
@@ -174,7 +175,8 @@ def _plan(subject: Subject, model: MetaModel) -> None:
     for timeline in (model.training(Workload(2, 5, 4, 12, 3)), model.evaluation(Workload(2, 5, 4, 12, 3, 4))):
         if not timeline.moments:
             raise Wrong("the plan has no moments")
-    parameters = sum(parameter.numel() for parameter in subject.reference.model.parameters())
+    whole = sum(parameter.numel() for parameter in subject.reference.model.parameters())
+    parameters = subject.base.numbers if subject.base.notes else whole
     if model.shape.numbers != parameters:
         raise Wrong(f"planned with {model.shape.numbers:,} parameters instead of {parameters:,}")
 

@@ -61,9 +61,7 @@ class VirtualTokens(nn.Module):
         bank = cls(original, vocabulary)
         for module in base.modules():
             if isinstance(module, nn.Embedding) and module is not original and module.num_embeddings >= vocabulary // 2:
-                module.register_forward_pre_hook(
-                    lambda _, arguments: (torch.where(arguments[0] >= bank.first, 0, arguments[0]),)
-                )
+                module.register_forward_pre_hook(bank._hide)
         base.set_input_embeddings(bank)
         return bank
 
@@ -145,6 +143,13 @@ class VirtualTokens(nn.Module):
         # A cancelled request may run for one more step after its soft prompt was removed: any row will do.
         rows = (ids + bank.shifts[slots]).clamp_(0, bank.used - 1)
         return torch.where(virtual[..., None], bank.vectors[rows], text)
+
+    def _hide(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Virtual ids as 0. Embeddings of positions may be called without ids."""
+        return tuple(
+            torch.where(each >= self.first, 0, each) if isinstance(each, Tensor) and not each.is_floating_point() else each
+            for each in arguments
+        )
 
     def _publish(self, vectors: Tensor, used: int) -> None:
         firsts = torch.tensor(list(self._places), dtype=torch.long)

@@ -59,7 +59,10 @@ class Base:
 
     @property
     def width(self) -> int:
-        return int(self.config.get_text_config().hidden_size)
+        """Of the input embedding, which a few architectures project to that of their layers."""
+        config = self.config.get_text_config()
+        names = ("word_embed_proj_dim", "embedding_size", "input_embedding_size", "hidden_size")
+        return next(int(wide) for name in names if (wide := getattr(config, name, None)))
 
     @property
     def context(self) -> int:

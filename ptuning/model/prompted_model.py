@@ -15,6 +15,7 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,8 @@ class PromptedModel(nn.Module):
         self._shared_prefix = False
         self.needs_ids = False
         """The base looks up more than its input embedding by token id. A virtual token has id 0 there."""
-        self.pads_left: bool | None = None
-        """Whether it generates text for rows that are padded on the left; None: not checked yet."""
+        self.generates: Literal["padded", "alone", "recomputed"] | None = None
+        """How transformers' `generate` is right for this base (`self_check.how_it_generates`); None: not checked yet."""
         self.shared_prefix = base._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"}
 
     @property

@@ -11,11 +11,11 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import LogitsProcessorList
 
 from ptuning.errors import BaseError
@@ -64,23 +64,29 @@ def choose_pass(model: PromptedModel, name: str, gradients: bool = True) -> None
 
 
 @torch.no_grad()
-def pads_left(model: PromptedModel) -> bool:
-    """Whether `generate` continues rows of different lengths, padded on the left, as it continues each by itself.
+def how_it_generates(model: PromptedModel) -> Literal["padded", "alone", "recomputed"]:
+    """How transformers' `generate` computes what the base computes without a cache.
 
-    Not so for architectures without masks (RWKV) or with positions of their own (RoFormer). Checked once per model; with a
-    partitioned base, every rank has to call it.
+    padded: rows of different lengths together, padded on the left; alone: each row by itself (architectures without masks, or
+    with positions of their own: RWKV, RoFormer); recomputed: not at all (RoBERTa, transformers 5.23). Checked once per model;
+    with a partitioned base, every rank has to call it.
     """
-    if model.pads_left is None:
+    if model.generates is None:
         draw = torch.Generator().manual_seed(3)
         many = int(model.base.config.get_text_config().vocab_size)
         rows = [torch.randint(many // 8, many, (1, length), generator=draw) for length in TEXTS]
-        longest = max(TEXTS)
-        padded = torch.cat([torch.nn.functional.pad(row, (longest - row.shape[1], 0)) for row in rows])
-        mask = torch.cat([torch.nn.functional.pad(torch.ones_like(row), (longest - row.shape[1], 0)) for row in rows])
-        together = _generated(model, padded, mask)
-        alone = torch.cat([_generated(model, row, torch.ones_like(row)) for row in rows])
-        model.pads_left = _apart(together, alone) <= TOLERANCE.get(model.base.dtype, ROUGH)
-    return model.pads_left
+        longest, tolerance = max(TEXTS), TOLERANCE.get(model.base.dtype, ROUGH)
+        with model.plain() as base:
+            zeros = [pad(row, (0, 1)).to(base.device) for row in rows]
+            expected = torch.cat([base(input_ids=row, use_cache=False).logits[:, -2:].float() for row in zeros])
+        padded = torch.cat([pad(row, (longest - row.shape[1], 0)) for row in rows])
+        mask = torch.cat([pad(torch.ones_like(row), (longest - row.shape[1], 0)) for row in rows])
+        if _apart(_generated(model, padded, mask), expected) <= tolerance:
+            model.generates = "padded"
+        else:
+            alone = torch.cat([_generated(model, row, torch.ones_like(row)) for row in rows])
+            model.generates = "alone" if _apart(alone, expected) <= tolerance else "recomputed"
+    return model.generates
 
 
 def _generated(model: PromptedModel, ids: Tensor, mask: Tensor) -> Tensor:

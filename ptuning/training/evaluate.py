@@ -22,7 +22,7 @@ from ptuning.data.encoder import Encoder
 from ptuning.model.limits import LOGITS, TOKENS, scored_tokens
 from ptuning.model.packing import pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
-from ptuning.model.self_check import pads_left
+from ptuning.model.self_check import how_it_generates
 from ptuning.training import metrics
 from ptuning.training.distributed import Workers
 from ptuning.training.metrics import Classification
@@ -168,12 +168,33 @@ def greedy(
 
     `together`: workers that share a base continue until the last of them has finished, because each layer needs all of them.
     """
-    if pads_left(model):
+    how = how_it_generates(model)
+    if how == "padded":
         return _greedy(model, soft_prompt, inputs, encoder, max_new_tokens, together)
     calls = max(Workers.current().all_gather(len(inputs))) if together else len(inputs)
     rows = [*inputs, *[inputs[0]] * (calls - len(inputs))]
+    if how == "recomputed":
+        return [_recomputed(model, soft_prompt, row, encoder, max_new_tokens, together) for row in rows][: len(inputs)]
     texts = [_greedy(model, soft_prompt, [row], encoder, max_new_tokens, together)[0] for row in rows]
     return texts[: len(inputs)]
+
+
+def _recomputed(
+    model: PromptedModel, soft_prompt: Tensor, ids: list[int], encoder: Encoder, max_new_tokens: int, together: bool
+) -> str:
+    """Greedy text without any cache. `together`: all workers make the same number of passes."""
+    ends = {encoder.tokenizer.eos_token_id, *model.ends}
+    made: list[int] = []
+    with model.plain() as base:
+        for _ in range(max_new_tokens):
+            row = torch.tensor([[0] * len(soft_prompt) + ids + made], device=base.device)
+            embeddings = base.get_input_embeddings()(row)
+            embeddings[0, : len(soft_prompt)] = soft_prompt.to(embeddings)
+            made.append(int(base(**model.inputs(embeddings, row), use_cache=False).logits[0, -1].argmax()))
+            if made[-1] in ends and not together:
+                break
+    first = next((at for at, token in enumerate(made) if token in ends), len(made))
+    return str(encoder.tokenizer.decode(made[:first], skip_special_tokens=True)).strip()
 
 
 def _greedy(
