@@ -214,13 +214,14 @@ def _greedy(
     # Padding is on the left, because `generate` continues at the right end.
     embeds = torch.stack([torch.cat([row.new_zeros(longest - len(row), row.shape[1]), row]) for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    ids_of_text = torch.tensor([[0] * (longest - len(ids)) + ids for ids in inputs], device=device)
     end = encoder.tokenizer.eos_token_id
     with model.plain() as base:
         # Ids, because not every architecture continues embeddings (Falcon-H1, 5.23).
         model.embedding.replace(embeds)
         generating: Any = base  # its type has no generation
         ids = generating.generate(
-            input_ids=torch.zeros_like(mask),
+            input_ids=ids_of_text,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
