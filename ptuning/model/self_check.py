@@ -34,6 +34,8 @@ ROUGH = 0.2
 """The same in 16 bits."""
 TIMES = 3
 """How much more gradients may differ, as a share of their norm."""
+STEPS = 4
+"""Generated tokens that are compared."""
 FAILURES = (NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError)
 """What an architecture raises that does not know the pass."""
 
@@ -77,20 +79,32 @@ def how_it_generates(model: PromptedModel) -> Literal["padded", "alone", "recomp
         rows = [torch.randint(many // 8, many, (1, length), generator=draw) for length in TEXTS]
         longest, tolerance = max(TEXTS), TOLERANCE.get(model.base.dtype, ROUGH)
         with model.plain() as base:
-            zeros = [pad(row, (0, 1)).to(base.device) for row in rows]
-            expected = torch.cat([base(input_ids=row, use_cache=False).logits[:, -2:].float() for row in zeros])
+            expected = []
+            for row in rows:
+                whole = pad(row, (0, STEPS - 1))  # the tokens that are chosen are 0
+                embeddings = _stretched(model, whole, torch.ones_like(whole))
+                logits = base(**model.inputs(embeddings, whole), use_cache=False).logits
+                expected.append(logits[:, -STEPS:].float())
         padded = torch.cat([pad(row, (longest - row.shape[1], 0)) for row in rows])
         mask = torch.cat([pad(torch.ones_like(row), (longest - row.shape[1], 0)) for row in rows])
-        if _apart(_generated(model, padded, mask), expected) <= tolerance:
+        if _apart(_generated(model, padded, mask), torch.cat(expected)) <= tolerance:
             model.generates = "padded"
         else:
             alone = torch.cat([_generated(model, row, torch.ones_like(row)) for row in rows])
-            model.generates = "alone" if _apart(alone, expected) <= tolerance else "recomputed"
+            model.generates = "alone" if _apart(alone, torch.cat(expected)) <= tolerance else "recomputed"
     return model.generates
 
 
+def _stretched(model: PromptedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Embeddings `[B, T, H]` of ids, the first of every row that is not padding made half as large again: no token has it."""
+    device = model.base.device
+    embeddings: Tensor = model.base.get_input_embeddings()(ids.to(device))
+    first = (mask.cumsum(1) == 1) & (mask == 1)
+    return embeddings * (1 + 0.5 * first.to(embeddings))[..., None]
+
+
 def _generated(model: PromptedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits `[B, 2, V]` of the next token, and of the one after token 0."""
+    """Logits `[B, STEPS, V]` of the tokens that follow if each is token 0."""
     device = model.base.device
 
     def always_zero(_: Tensor, scores: Tensor) -> Tensor:
@@ -98,12 +112,14 @@ def _generated(model: PromptedModel, ids: Tensor, mask: Tensor) -> Tensor:
         scores[:, 0] = float("inf")
         return scores
 
+    embeddings = _stretched(model, ids, mask)
     with model.plain() as base:
+        model.embedding.replace(embeddings)
         generating: Any = base  # its type has no generation
         made = generating.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            max_new_tokens=2,
+            max_new_tokens=STEPS,
             do_sample=False,
             pad_token_id=0,
             logits_processor=LogitsProcessorList([always_zero]),
