@@ -333,6 +333,15 @@ def test_bert_as_a_decoder_is_accepted(write: Write) -> None:
 # Tokens.
 
 
+@pytest.mark.parametrize(("kind", "context"), [("dynamic", 32), ("longrope", 32), ("linear", 128)])
+def test_rows_stay_where_rotary_frequencies_do_not_depend_on_their_neighbours(write: Write, kind: str, context: int) -> None:
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    folder = change(write(), rope_parameters=rope, max_position_embeddings=128)
+    assert found(folder).context == context
+
+
 def test_the_end_tokens_are_those_of_all_files(write: Write) -> None:
     folder = write()
     assert found(folder).ends == (2,)

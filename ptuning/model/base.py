@@ -66,8 +66,17 @@ class Base:
 
     @property
     def context(self) -> int:
-        """Maximum number of positions; practically unlimited if the base's config gives no limit."""
-        return int(getattr(self.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+        """Maximum number of positions; practically unlimited if the base's config gives no limit.
+
+        Where rotary frequencies depend on the longest row of a pass (Phi-3 with 128k positions, dynamic NTK), it is the length up
+        to which they do not: beyond it, a row would be computed differently beside longer ones.
+        """
+        config = self.config.get_text_config()
+        most = int(getattr(config, "max_position_embeddings", None) or 2**31)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            most = min(most, int(rope.get("original_max_position_embeddings") or most))
+        return most
 
     @property
     def vocabulary(self) -> int:
