@@ -68,8 +68,8 @@ class Base:
     def context(self) -> int:
         """Maximum number of positions; practically unlimited if the base's config gives no limit.
 
-        Where rotary frequencies depend on the longest row of a pass (Phi-3 with 128k positions, dynamic NTK), it is the length up
-        to which they do not: beyond it, a row would be computed differently beside longer ones.
+        Where rotary frequencies depend on the longest row of a pass (Phi-3 with 128k positions, dynamic NTK), it is the length
+        up to which they do not: beyond it, a row would be computed differently beside longer ones.
         """
         config = self.config.get_text_config()
         most = int(getattr(config, "max_position_embeddings", None) or 2**31)
