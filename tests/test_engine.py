@@ -98,14 +98,21 @@ def test_answers_are_those_of_the_base_alone(architecture):
     try:
         prompts = {length: engine.add(soft_prompt(length, length), str(length)) for length in (1, 20, 33)}
         requests = [(length, text(draw, draw.randint(1, 40))) for length in prompts for _ in range(3)]
-        sinks: list[queue.SimpleQueue[Token | End]] = [queue.SimpleQueue() for _ in requests]
-        for (length, ids), sink in zip(requests, sinks, strict=True):
-            engine.submit(Request(ids, prompts[length], 12), sink.put)
-        for (length, ids), sink in zip(requests, sinks, strict=True):
-            tokens = [event.id for event in iter(lambda sink=sink: sink.get(timeout=20), None) if collect(event, sink)]
-            assert tokens == reference(base, soft_prompt(length, length), ids, 12)
+        answers_are_the_base(engine, base, prompts, requests)
     finally:
         engine.close()
+
+
+def answers_are_the_base(
+    engine: Engine, base: torch.nn.Module, handles: dict[int, ResidentPrompt], requests: list[tuple[int, list[int]]]
+) -> None:
+    """Requests (length of the soft prompt, text) that run together, each against the base alone."""
+    sinks: list[queue.SimpleQueue[Token | End]] = [queue.SimpleQueue() for _ in requests]
+    for (length, ids), sink in zip(requests, sinks, strict=True):
+        engine.submit(Request(ids, handles[length], 12), sink.put)
+    for (length, ids), sink in zip(requests, sinks, strict=True):
+        tokens = [event.id for event in iter(lambda sink=sink: sink.get(timeout=20), None) if collect(event, sink)]
+        assert tokens == reference(base, soft_prompt(length, length), ids, 12)
 
 
 def collect(event: Token | End, sink: queue.SimpleQueue) -> bool:
@@ -435,12 +442,7 @@ def test_a_base_without_a_paged_cache_is_served_as_well():
         long = engine.generate(Request([5] * 10, handles[9], 100, ignore_end=True))
         first = next(long)
         requests = [(length, text(draw, size)) for size in (3, 3, 3, 8) for length in handles]
-        sinks: list[queue.SimpleQueue[Token | End]] = [queue.SimpleQueue() for _ in requests]
-        for (length, ids), sink in zip(requests, sinks, strict=True):
-            engine.submit(Request(ids, handles[length], 12), sink.put)
-        for (length, ids), sink in zip(requests, sinks, strict=True):
-            tokens = [event.id for event in iter(lambda sink=sink: sink.get(timeout=20), None) if collect(event, sink)]
-            assert tokens == reference(base, soft_prompt(length, length), ids, 12)
+        answers_are_the_base(engine, base, handles, requests)
         assert isinstance(first, Token) and isinstance(next(long), Token), "the long one goes on meanwhile"
         long.close()  # the client has gone
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -52,12 +53,9 @@ def test_parameters_of_public_shapes_are_the_known_totals(name: str, billions: f
     assert shape.numbers / 1e9 == pytest.approx(billions, abs=0.005)
 
 
-@pytest.mark.fast
-@pytest.mark.parametrize("architecture", ["llama", "llama_tied_gqa", "gpt2", "gpt_neo", "qwen3", "gemma2"])
-def test_a_blueprint_counts_what_the_real_pass_keeps(architecture: str) -> None:
-    """Bytes that autograd keeps between forward and backward, on the meta device and on the CPU."""
-    base = tiny_base(architecture, attention=None)
-    model = PromptedModel(base)
+@contextlib.contextmanager
+def keeping(base: torch.nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes of every storage that a pass keeps for its backward pass, the base's own tensors aside."""
     known = {tensor.untyped_storage()._cdata for tensor in [*base.parameters(), *base.buffers()]}
     kept: dict[int, int] = {}
 
@@ -67,9 +65,19 @@ def test_a_blueprint_counts_what_the_real_pass_keeps(architecture: str) -> None:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied_gqa", "gpt2", "gpt_neo", "qwen3", "gemma2"])
+def test_a_blueprint_counts_what_the_real_pass_keeps(architecture: str) -> None:
+    """Bytes that autograd keeps between forward and backward, on the meta device and on the CPU."""
+    base = tiny_base(architecture, attention=None)
+    model = PromptedModel(base)
     rows = [([5] * 9, [6, 7, 2])] * 4
     vectors = [torch.zeros(5, 32, requires_grad=True) for _ in range(2)]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with keeping(base) as kept:
         nll = model(vectors, pack_targets([5, 5], [rows, rows]))
     found = MetaModel(tiny_config(architecture), torch.float32).training(Workload(2, 5, 4, 12, 3))
     backward = next(moment for moment in found.moments if not moment.forward)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config
-from test_plan import invoke
+from test_plan import invoke, keeping
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -92,18 +92,9 @@ def test_what_is_replayed_is_what_the_real_pass_keeps(kind: str) -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config_of(kind), dtype=torch.float32)
     model = PromptedModel(base)
-    known = {tensor.untyped_storage()._cdata for tensor in [*base.parameters(), *base.buffers()]}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
     width = model_of(kind).shape.width
     vectors = [torch.zeros(5, width, requires_grad=True)]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with keeping(base) as kept:
         model(vectors, pack_targets([5], [[([5] * 9, [6, 7, 2])] * 4]))
     backward = next(moment for moment in model_of(kind).training(WORK).moments if not moment.forward)
     assert 0.7 * sum(kept.values()) <= backward.peak <= 1.5 * sum(kept.values())

@@ -77,10 +77,9 @@ class Engine:
 
     def __init__(self, base: PreTrainedModel, end: int | Sequence[int], config: EngineConfig | None = None) -> None:
         config = config or EngineConfig()
-        ends = (end,) if isinstance(end, int) else tuple(end)
         self.config = config
         self.vocabulary = int(base.config.get_text_config().vocab_size)
-        self.ends = ends
+        self.ends = (end,) if isinstance(end, int) else tuple(end)
         self.stats = Stats()
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
@@ -89,7 +88,7 @@ class Engine:
         model = PromptedModel(base)
         choose_pass(model, config.name, gradients=False)
         self._bank = VirtualTokens.install(base, self.vocabulary)
-        self._generator = self._choose_generator(model)
+        self._start_generator(model)
         self._scorer = LabelScorer(model, self._bank, self._generator.pause, self._scored)
 
     @property
@@ -102,13 +101,14 @@ class Engine:
         """How it generates: "paged", "plain" or "single"."""
         return self._generator.kind
 
-    def _choose_generator(self, model: PromptedModel) -> Generator:
-        """The fastest generator that generates what the base generates.
+    def _start_generator(self, model: PromptedModel) -> None:
+        """Start the fastest generator that generates what the base generates.
 
         Raises:
             RequestError: there is none, or the cache does not fit into memory.
         """
-        events = Events(self._find, self._stepped, self._ended)
+        self._generator: Generator
+        events = Events(self._find, self._stepped, self._finish)
         kinds: list[type[PagedGenerator] | type[PlainGenerator]] = [PagedGenerator, PlainGenerator, SingleGenerator]
         for kind in kinds[not model.shared_prefix :]:
             try:
@@ -125,7 +125,7 @@ class Engine:
                 if kind is not PagedGenerator:
                     how = "one after the other" if kind is SingleGenerator else "in batches of equal length"
                     log.warning("%s: no paged cache, requests run %s", type(model.base).__name__, how)
-                return self._generator
+                return
             self._generator.close()
         raise RequestError(
             f"model.path: {self.config.name} ({type(model.base).__name__}) does not generate with its cache what it "
@@ -338,9 +338,6 @@ class Engine:
             self.stats.cached_tokens += running.cached
         running.tokens += 1
         _deliver(running, token)
-
-    def _ended(self, request_id: str, reason: Literal["stop", "length", "failed"], message: str) -> None:
-        self._finish(request_id, reason, message)
 
     def _finish(
         self,

@@ -15,7 +15,7 @@ from ptuning.inference.sampling import Sampling, Token
 from ptuning.inference.types import Deliver, End, Request, ResidentPrompt
 from ptuning.model.packing import pack_targets
 from ptuning.model.prompted_model import PromptedModel
-from ptuning.model.self_check import ROUGH, TOLERANCE
+from ptuning.model.self_check import ROUGH, TOLERANCE, random_prompts
 
 LENGTH, NEW = 3, 3
 TEXTS = (4, 6, 4)
@@ -61,8 +61,7 @@ def generates_right(engine: Checked, model: PromptedModel) -> bool:
     draw = torch.Generator().manual_seed(2)
     low, high = engine.vocabulary // 8, engine.vocabulary
     texts = [torch.randint(low, high, (length,), generator=draw).tolist() for length in TEXTS]
-    sample = model.base.get_input_embeddings()(torch.arange(16, device=model.base.device)).float()
-    vectors = torch.randn(LENGTH, sample.shape[1], generator=draw).to(sample) * sample.std()
+    (vectors,) = random_prompts(model, [LENGTH], draw)
     handle = engine.add(vectors, "check")
     try:
         answers = _generate(engine, [Request(text, handle, NEW, Sampling(top=0), ignore_end=True) for text in texts])

@@ -102,7 +102,6 @@ class PlainGenerator:
         self._beginning = False
         """A batch waits for its first turn."""
         self._closed = False
-        self._failed = False
         self._thread = threading.Thread(target=self._run, name="ptuning-batches", daemon=True)
         self._thread.start()
 
@@ -133,7 +132,7 @@ class PlainGenerator:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive() and not self._failed
+        return self._thread.is_alive()
 
     def close(self) -> None:
         with self._change:

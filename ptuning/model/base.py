@@ -214,6 +214,12 @@ def find_base(config: ModelConfig) -> Base:
     )
 
 
+def listed_ends(*values: Any) -> list[int]:
+    """The token ids in values of `eos_token_id`, which a config gives as one, as a list or not at all; without duplicates."""
+    listed = [each for value in values for each in (value if isinstance(value, list) else [value])]
+    return list(dict.fromkeys(each for each in listed if type(each) is int))
+
+
 def end_tokens(path: str, folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokens that end an answer: the tokenizer's, then the others that the config and generation_config.json name, sorted.
 
@@ -227,14 +233,12 @@ def end_tokens(path: str, folder: Path, config: PretrainedConfig, tokenizer: Pre
         generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         generation = {}
-    named: list[Any] = []
-    for value in (
+    named = listed_ends(
         generation.get("eos_token_id") if isinstance(generation, dict) else None,
         getattr(config, "eos_token_id", None),
         getattr(config.get_text_config(), "eos_token_id", None),
-    ):
-        named += value if isinstance(value, list) else [value]
-    others = [each for each in named if type(each) is int and 0 <= each < rows]
+    )
+    others = [each for each in named if 0 <= each < rows]
     first = tokenizer.eos_token_id
     if first is None:
         token = next((tokenizer.convert_ids_to_tokens(each) for each in others if each < len(tokenizer)), None)

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel
 
 from ptuning import environment
+from ptuning.model.base import listed_ends
 from ptuning.model.first_layer import FirstLayer
 from ptuning.model.input_embedding import InputEmbedding
 from ptuning.model.last_layer import LastLayer
@@ -51,7 +52,8 @@ class PromptedModel(nn.Module):
         self.last_layer = LastLayer(base, layers)
         self.embedding = InputEmbedding(base)
         self._plain_attention = base.config._attn_implementation
-        self.ends = _ends(base)
+        configs = (base.generation_config, base.config.get_text_config())
+        self.ends = tuple(listed_ends(*(getattr(config, "eos_token_id", None) for config in configs)))
         """Token ids that end a text, by the configs of the base."""
         # What a base's generation config asks for (a penalty for repetition, say) would act here, and not in serving.
         base.generation_config = GenerationConfig()
@@ -168,14 +170,6 @@ def choice_nll(logits: Tensor, choices: Choices) -> Tensor:
     node = choices.node.to(device)
     among = logits.gather(1, children.clamp(min=0)[node]).masked_fill(hidden[node], -math.inf)  # [Q, C]
     return -torch.log_softmax(among, -1)[choices.asked.to(device), choices.child.to(device)]
-
-
-def _ends(base: PreTrainedModel) -> tuple[int, ...]:
-    found: set[int] = set()
-    for config in (base.generation_config, base.config.get_text_config()):
-        ends = getattr(config, "eos_token_id", None)
-        found |= set(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
-    return tuple(sorted(found))
 
 
 def _remove_dropout(base: PreTrainedModel) -> None:

@@ -79,19 +79,19 @@ def how_it_generates(model: PromptedModel) -> Literal["padded", "alone", "recomp
         rows = [torch.randint(many // 8, many, (1, length), generator=draw) for length in TEXTS]
         longest, tolerance = max(TEXTS), TOLERANCE.get(model.base.dtype, ROUGH)
         with model.plain() as base:
-            expected = []
+            logits: list[Tensor] = []
             for row in rows:
                 whole = pad(row, (0, STEPS - 1))  # the tokens that are chosen are 0
                 embeddings = _stretched(model, whole, torch.ones_like(whole))
-                logits = base(**model.inputs(embeddings, whole), use_cache=False).logits
-                expected.append(logits[:, -STEPS:].float())
+                logits.append(base(**model.inputs(embeddings, whole), use_cache=False).logits[:, -STEPS:].float())
+            expected = torch.cat(logits)
         padded = torch.cat([pad(row, (longest - row.shape[1], 0)) for row in rows])
         mask = torch.cat([pad(torch.ones_like(row), (longest - row.shape[1], 0)) for row in rows])
-        if _apart(_generated(model, padded, mask), torch.cat(expected)) <= tolerance:
+        if _apart(_generated(model, padded, mask), expected) <= tolerance:
             model.generates = "padded"
         else:
             alone = torch.cat([_generated(model, row, torch.ones_like(row)) for row in rows])
-            model.generates = "alone" if _apart(alone, torch.cat(expected)) <= tolerance else "recomputed"
+            model.generates = "alone" if _apart(alone, expected) <= tolerance else "recomputed"
     return model.generates
 
 
@@ -139,11 +139,10 @@ def _rows(model: PromptedModel) -> list[Row]:
 
 
 @torch.no_grad()
-def _soft_prompts(model: PromptedModel) -> list[Tensor]:
-    """Random vectors as large as the base's own embeddings."""
+def random_prompts(model: PromptedModel, lengths: Sequence[int], draw: torch.Generator) -> list[Tensor]:
+    """Random soft prompts, as large as the base's own embeddings."""
     sample = model.base.get_input_embeddings()(torch.arange(16, device=model.base.device)).float()
-    draw = torch.Generator().manual_seed(1)
-    return [torch.randn(length, sample.shape[1], generator=draw).to(sample) * sample.std() for length in LENGTHS]
+    return [torch.randn(length, sample.shape[1], generator=draw).to(sample) * sample.std() for length in lengths]
 
 
 @torch.no_grad()
@@ -179,7 +178,8 @@ class _Reference:
 
     def __init__(self, model: PromptedModel, rows: Sequence[Row], gradients: bool) -> None:
         self._model = model
-        self._vectors = [vectors.requires_grad_(gradients) for vectors in _soft_prompts(model)]
+        drawn = random_prompts(model, LENGTHS, torch.Generator().manual_seed(1))
+        self._vectors = [vectors.requires_grad_(gradients) for vectors in drawn]
         self._gradients = gradients
         # Labels that part at their first token, and at their last.
         labels = [(*target[:-1], 0) for _, target in rows] + [tuple(target) for _, target in rows]

@@ -26,7 +26,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ptuning.config import Template, template_fields
 from ptuning.data.encoder import Encoder
 from ptuning.imports import load_deepspeed
-from ptuning.model.base import Base
+from ptuning.model.base import Base, listed_ends
 from ptuning.model.compatibility import base_of, check_base, next_logits
 from ptuning.model.safetensors_files import STORED_DTYPES, stored_tensors
 from ptuning.model.soft_prompt import Card, SoftPrompt
@@ -265,19 +265,13 @@ def _jinja(front: str, template: Template) -> str:
 def _generation(model: PreTrainedModel, base: Base, ids: list[int], card: Card) -> GenerationConfig:
     """The generation config: the base's settings, all its end tokens, and `suppress_tokens` with the virtual tokens."""
     settings = model.generation_config or GenerationConfig()
-    ends = _ends(base.tokenizer.eos_token_id, settings.eos_token_id, getattr(model.config, "eos_token_id", None))
+    ends = listed_ends(base.tokenizer.eos_token_id, settings.eos_token_id, getattr(model.config, "eos_token_id", None))
     settings.eos_token_id = ends if len(ends) > 1 else ends[0]
     settings.pad_token_id = base.tokenizer.eos_token_id if settings.pad_token_id is None else settings.pad_token_id
     settings.suppress_tokens = [*(settings.suppress_tokens or []), *ids]
     if card.max_new_tokens:
         settings.max_new_tokens = card.max_new_tokens
     return settings
-
-
-def _ends(*places: int | list[int] | None) -> list[int]:
-    """All end tokens of the tokenizer, the generation config and the config, without duplicates."""
-    ends = [end for place in places if place is not None for end in (place if isinstance(place, list) else [place])]
-    return list(dict.fromkeys(ends))
 
 
 def _save(model: PreTrainedModel, folder: Path, untied: bool) -> None:
