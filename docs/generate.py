@@ -65,7 +65,7 @@ def experiment_reference() -> str:
 
 
 def _is_table(annotation: Any) -> bool:
-    from ptuning.config import Table
+    from ptuning.settings.fields import Table
 
     return isinstance(annotation, type) and issubclass(annotation, Table)
 

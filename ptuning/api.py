@@ -15,9 +15,11 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ptuning import environment
-from ptuning.config import MARGIN, Experiment, Template
+from ptuning.config import Experiment
 from ptuning.errors import RunFailed, UserError
 from ptuning.imports import quick_imports
+from ptuning.settings.data import Template
+from ptuning.settings.fields import MARGIN
 
 if TYPE_CHECKING:
     from ptuning.inference.predictor import Predictor

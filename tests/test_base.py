@@ -18,7 +18,7 @@ import torch
 import transformers
 from conftest import tiny_base
 
-from ptuning.config import ModelConfig, Template, ZeroConfig, parse_experiment
+from ptuning.config import parse_experiment
 from ptuning.data.encoder import Encoder
 from ptuning.data.sources import DataError
 from ptuning.data.task import load_task
@@ -28,6 +28,9 @@ from ptuning.model import base_folder
 from ptuning.model.base import Base, find_base
 from ptuning.model.nearest_tokens import nearest_words
 from ptuning.planning.meta_model import read_config
+from ptuning.settings.data import Template
+from ptuning.settings.model import ModelConfig
+from ptuning.settings.training import ZeroConfig
 
 pytestmark = pytest.mark.fast
 

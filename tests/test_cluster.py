@@ -24,8 +24,9 @@ import yaml
 from conftest import REPOSITORY
 
 from ptuning.cli import app
-from ptuning.config import ServeConfig, read_experiment
+from ptuning.config import read_experiment
 from ptuning.serving.auth import VARIABLE
+from ptuning.settings.running import ServeConfig
 
 pytestmark = [
     pytest.mark.fast,

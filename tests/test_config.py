@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from ptuning.config import NAME, DataConfig, Experiment, ExperimentError, parse_experiment, read_experiment, template_fields
+from ptuning.config import Experiment, ExperimentError, parse_experiment, read_experiment
 from ptuning.errors import UserError
+from ptuning.settings.data import DataConfig, template_fields
+from ptuning.settings.fields import NAME
 
 pytestmark = pytest.mark.fast
 

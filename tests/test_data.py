@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ptuning.config import Template
 from ptuning.data import sources
 from ptuning.data.dataset import Split, leaked, load_split
 from ptuning.data.encoder import Encoder
 from ptuning.data.sources import DataError
 from ptuning.errors import UserError
 from ptuning.model.fingerprint import tokenizer_fingerprint
+from ptuning.settings.data import Template
 
 pytestmark = pytest.mark.fast
 
@@ -272,7 +272,7 @@ def test_several_processes_may_load_at_once(tiny_tokenizer: PreTrainedTokenizerF
     jsonl("t.jsonl", ROWS * 300)
     program = (
         "from transformers import PreTrainedTokenizerFast\n"
-        "from ptuning.config import Template; from ptuning.data.encoder import Encoder\n"
+        "from ptuning.settings.data import Template; from ptuning.data.encoder import Encoder\n"
         "from ptuning.data.dataset import load_split\n"
         f"tokenizer = PreTrainedTokenizerFast.from_pretrained({str(tmp_path / 'tokenizer')!r})\n"
         "encoder = Encoder(Template(input='{text}', target=' {label}'), tokenizer, 100)\n"

@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ptuning.config import ModelConfig, Template
 from ptuning.data.encoder import Encoder
 from ptuning.errors import UserError
 from ptuning.model import soft_prompt
@@ -35,6 +34,8 @@ from ptuning.registry.peft_import import import_adapter, locate
 from ptuning.registry.publish import fetch
 from ptuning.registry.registry import Registry
 from ptuning.registry.token_suppression import Suppression
+from ptuning.settings.data import Template
+from ptuning.settings.model import ModelConfig
 from ptuning.training import evaluate
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore:TypedStorage")]

@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ptuning.config import ModelConfig
 from ptuning.model.base import Base, find_base
 from ptuning.model.compatibility import next_logits
 from ptuning.model.soft_prompt import SoftPrompt
 from ptuning.registry import merged_export, token_suppression
 from ptuning.registry.merged_check import ExportError
 from ptuning.registry.merged_export import write_merged
+from ptuning.settings.model import ModelConfig
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore:TypedStorage")]
 

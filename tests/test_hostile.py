@@ -14,10 +14,10 @@ import torch
 from conftest import tiny_base
 from test_soft_prompt import make, rewrite
 
-from ptuning.config import ModelConfig
 from ptuning.errors import UserError
 from ptuning.model import soft_prompt
 from ptuning.model.base import find_base
+from ptuning.settings.model import ModelConfig
 
 pytestmark = pytest.mark.fast
 

@@ -36,7 +36,7 @@ from test_tracking import free_port, new_database
 from typer.testing import CliRunner
 
 from ptuning.cli.app import app
-from ptuning.config import ModelConfig, Template, parse_experiment
+from ptuning.config import parse_experiment
 from ptuning.data.dataset import load_split
 from ptuning.data.encoder import Encoder
 from ptuning.inference.engine import Engine
@@ -51,6 +51,8 @@ from ptuning.serving.auth import read_keys
 from ptuning.serving.detokenizer import TextStream
 from ptuning.serving.served_models import ServedModels
 from ptuning.serving.service import Service
+from ptuning.settings.data import Template
+from ptuning.settings.model import ModelConfig
 from ptuning.tracking import client as tracking_client
 from ptuning.training.distributed import Workers
 from ptuning.training.evaluate import evaluate

@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from ptuning.cli.app import app
-from ptuning.config import ModelConfig, Template
 from ptuning.model.base import find_base
 from ptuning.model.nearest_tokens import nearest_words, norms
 from ptuning.registry.promotions import PromotionLog
 from ptuning.registry.publish import retrieve
 from ptuning.registry.registry import Registry
+from ptuning.settings.data import Template
+from ptuning.settings.model import ModelConfig
 from ptuning.tracking.client import default_uri
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

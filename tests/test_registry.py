@@ -18,7 +18,7 @@ from test_soft_prompt import make
 from test_tracking import free_port, migrated, new_database, server
 
 from ptuning import storage
-from ptuning.config import ModelConfig, Template, parse_experiment
+from ptuning.config import parse_experiment
 from ptuning.errors import UserError
 from ptuning.model import soft_prompt
 from ptuning.model.base import find_base
@@ -26,6 +26,8 @@ from ptuning.registry.gate import GateError, promote
 from ptuning.registry.promotions import Move, MovedMeanwhile, PromotionLog, State, delete
 from ptuning.registry.publish import fetch, publish, retrieve
 from ptuning.registry.registry import Reference, Registry, RegistryError, Version, check_name, parse_reference
+from ptuning.settings.data import Template
+from ptuning.settings.model import ModelConfig
 from ptuning.tracking import client as tracking_client
 from ptuning.training.run_setup import bring_parent, pin_parent
 

@@ -22,13 +22,15 @@ import torch
 from conftest import REPOSITORY, tiny_base
 from test_http_api import ADMIN, GOOD, KEY, publish_soft_prompt, raw, serving, settings
 
-from ptuning.config import ModelConfig, ServeConfig, parse_experiment
+from ptuning.config import parse_experiment
 from ptuning.errors import UserError
 from ptuning.inference.types import EngineBusy, Request
 from ptuning.model.base import find_base
 from ptuning.registry.registry import FORMAT
 from ptuning.serving import auth
 from ptuning.serving.auth import AccessError, read_keys, scope_of
+from ptuning.settings.model import ModelConfig
+from ptuning.settings.running import ServeConfig
 
 pytestmark = [
     # MLflow 3.17 uses SQLAlchemy's noload, deprecated in 2.1 (store/tracking/sqlalchemy_store.py).

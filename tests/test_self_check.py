@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel
 
-from ptuning.config import Template
 from ptuning.data.encoder import Encoder
 from ptuning.errors import BaseError
 from ptuning.inference import paged_attention, plain_generator
@@ -24,6 +23,7 @@ from ptuning.model import tree_attention
 from ptuning.model.packing import pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.self_check import choose_pass
+from ptuning.settings.data import Template
 from ptuning.training.evaluate import greedy
 
 pytestmark = pytest.mark.fast

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor
 
-from ptuning.config import Template
 from ptuning.model import compatibility, initializers, soft_prompt
 from ptuning.model.packing import pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
+from ptuning.settings.data import Template
 from ptuning.storage import StorageError
 
 pytestmark = pytest.mark.fast

@@ -31,12 +31,13 @@ from ptuning.cli.app import app
 from ptuning.cluster import job_package
 from ptuning.cluster.job_package import JobPackage
 from ptuning.cluster.local_paths import absolute
-from ptuning.config import ModelConfig, read_experiment
+from ptuning.config import read_experiment
 from ptuning.data.sources import read_source
 from ptuning.errors import UserError
 from ptuning.model import soft_prompt
 from ptuning.model.base import find_base
 from ptuning.paths import locate
+from ptuning.settings.model import ModelConfig
 from ptuning.training.run_setup import pin_parent
 
 Write = Callable[..., Path]

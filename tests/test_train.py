@@ -20,12 +20,14 @@ from conftest import weights_hash
 from hypothesis import strategies as st
 
 from ptuning import storage
-from ptuning.config import Experiment, ModelConfig, TrainConfig, ZeroConfig, parse_experiment
+from ptuning.config import Experiment, parse_experiment
 from ptuning.data.task import load_task
 from ptuning.model import soft_prompt
 from ptuning.model.base import Base, find_base
 from ptuning.model.packing import Objective, pack_targets
 from ptuning.model.prompted_model import PromptedModel
+from ptuning.settings.model import ModelConfig
+from ptuning.settings.training import TrainConfig, ZeroConfig
 from ptuning.training import checkpoint, zero
 from ptuning.training import loop as training
 from ptuning.training import slot as training_slot

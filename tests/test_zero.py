@@ -18,7 +18,7 @@ import torch.multiprocessing
 from benchmarks.bare import count_gathered
 from conftest import weights_hash
 
-from ptuning.config import ModelConfig, ZeroConfig, parse_experiment
+from ptuning.config import parse_experiment
 from ptuning.data.task import load_task
 from ptuning.model import soft_prompt
 from ptuning.model.base import find_base
@@ -27,6 +27,8 @@ from ptuning.model.prompted_model import PromptedModel
 from ptuning.planning.meta_model import MetaModel
 from ptuning.planning.workload import Workload
 from ptuning.planning.zero3_simulator import Sharing, gather, prefetch_numbers
+from ptuning.settings.model import ModelConfig
+from ptuning.settings.training import ZeroConfig
 from ptuning.training.distributed import Workers
 from ptuning.training.evaluate import evaluate, greedy
 from ptuning.training.loop import Pack, train

@@ -12,11 +12,11 @@ from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptuning.config import ModelConfig
 from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import Token
 from ptuning.inference.types import EngineConfig, Request
 from ptuning.model.base import Base, find_base
+from ptuning.settings.model import ModelConfig
 
 CLIENTS, REQUESTS, ROUNDS, LENGTH = 16, 64, 5, 20
 Answers = list[list[int]]

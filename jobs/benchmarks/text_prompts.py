@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ptuning.config import Experiment, template_fields
+from ptuning.config import Experiment
 from ptuning.data.dataset import Split
 from ptuning.data.encoder import Encoder
 from ptuning.data.sources import read_source
@@ -25,6 +25,7 @@ from ptuning.data.task import Task
 from ptuning.model.base import Base
 from ptuning.model.packing import pack_labels
 from ptuning.model.prompted_model import PromptedModel
+from ptuning.settings.data import template_fields
 from ptuning.training import metrics
 from ptuning.training.evaluate import greedy
 

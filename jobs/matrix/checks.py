@@ -21,7 +21,6 @@ from matrix.bases import load_plain
 from matrix.reference import TIE, Reference
 from matrix.shrink import CONTEXT, VOCABULARY
 from matrix.subject import GRADIENT, LABELS, LOGITS, LOSS, NEW, Subject, Wrong, distance, far, first_line, ids, row
-from ptuning.config import Template
 from ptuning.data.encoder import Encoder
 from ptuning.errors import UserError
 from ptuning.inference.engine import Engine
@@ -32,6 +31,7 @@ from ptuning.model.soft_prompt import Card, SoftPrompt, content_hash
 from ptuning.planning.meta_model import MetaModel, read_config
 from ptuning.planning.workload import Workload
 from ptuning.registry.merged_export import write_merged
+from ptuning.settings.data import Template
 from ptuning.training.evaluate import greedy
 
 

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ptuning.config import ModelConfig, ZeroConfig
 from ptuning.model.base import find_base
 from ptuning.model.packing import Row, pack_targets
+from ptuning.settings.model import ModelConfig
+from ptuning.settings.training import ZeroConfig
 from ptuning.training import zero
 from ptuning.training.distributed import Workers
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from matrix.bases import load_plain
 from matrix.reference import STAND_INS, Reference
 from matrix.shrink import END, VOCABULARY
-from ptuning.config import ModelConfig, ZeroConfig
 from ptuning.model.base import Base, find_base
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packing import Row
 from ptuning.model.prompted_model import PromptedModel
+from ptuning.settings.model import ModelConfig
+from ptuning.settings.training import ZeroConfig
 from ptuning.training import zero
 
 LOSS, GRADIENT = 1e-4, 1e-3

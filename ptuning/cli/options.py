@@ -10,9 +10,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ptuning.config import EMPTY
 from ptuning.errors import UserError
 from ptuning.redaction import redact, redacted
+from ptuning.settings.fields import EMPTY
 
 
 def fail(message: str, code: int) -> NoReturn:

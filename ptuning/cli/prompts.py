@@ -14,8 +14,9 @@ import typer
 
 from ptuning import api
 from ptuning.cli.options import BaseOption, Json, Storage, Tracking, busy, fail, non_blank, table
-from ptuning.config import MARGIN, Template
 from ptuning.errors import UserError
+from ptuning.settings.data import Template
+from ptuning.settings.fields import MARGIN
 
 if TYPE_CHECKING:
     from ptuning.registry.registry import Version

@@ -13,11 +13,11 @@ from functools import cached_property
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from ptuning.config import Template, template_fields
 from ptuning.data.sources import FORMAT, DataError, texts_of
 from ptuning.errors import suggest
 from ptuning.model.fingerprint import json_hash, tokenizer_fingerprint
 from ptuning.model.label_trie import LabelTrie, nested_labels
+from ptuning.settings.data import Template, template_fields
 
 
 class UnusableRow(DataError):

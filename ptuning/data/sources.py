@@ -30,10 +30,10 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features
 from datasets.exceptions import DatasetsError
 
-from ptuning.config import NAME
 from ptuning.errors import UserError, suggest
 from ptuning.model.fingerprint import json_hash
 from ptuning.paths import locate
+from ptuning.settings.fields import NAME
 
 FORMAT = 1
 """Incremented when the same source would be stored or tokenised differently; older cache files are then ignored."""

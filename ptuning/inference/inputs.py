@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ptuning.config import Template, template_fields
 from ptuning.data.encoder import Encoder
 from ptuning.inference.types import RequestError
+from ptuning.settings.data import Template, template_fields
 
 RAW = Template(input="{text}", target="{text}", truncate="error")
 """Text as it is."""

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from ptuning.config import ModelConfig
 from ptuning.errors import BaseError, UserError
 from ptuning.model.base_folder import check_folder, find_folder
 from ptuning.model.decoder import TEXT_PART, check_decoder, has_text_part, is_multimodal
@@ -23,6 +22,7 @@ from ptuning.model.fingerprint import Fingerprint, config_hash, tokenizer_finger
 from ptuning.model.quantization import complete_dtype, take_quantization
 from ptuning.model.safetensors_files import StoredTensor, stored_tensors, weights_name
 from ptuning.model.stored_names import check_stored
+from ptuning.settings.model import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

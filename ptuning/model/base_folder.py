@@ -10,10 +10,11 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from ptuning.config import ModelConfig, quoted
 from ptuning.errors import BaseError, suggest
 from ptuning.model.safetensors_files import INDEX, WHOLE, index_files, stored_tensors
 from ptuning.paths import locate
+from ptuning.settings.messages import quoted
+from ptuning.settings.model import ModelConfig
 
 BUILTIN = Path(__file__).parent.parent / "builtin" / "base"
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ptuning.config import ModelConfig
 from ptuning.errors import BaseError
 from ptuning.model.base import Base, find_base
 from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
+from ptuning.settings.model import ModelConfig
 
 if TYPE_CHECKING:  # importing it imports scipy, torch's compiler and more, which a driver does not need
     from transformers import PreTrainedModel

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ptuning.config import Table
 from ptuning.model.safetensors_files import stored_tensors
+from ptuning.settings.fields import Table
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

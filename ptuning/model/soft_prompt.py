@@ -21,10 +21,11 @@ from pydantic import ValidationError, field_validator
 from torch import Tensor
 
 from ptuning import storage
-from ptuning.config import Table, Template
 from ptuning.errors import UserError
 from ptuning.paths import SCHEME
 from ptuning.redaction import last_name, redacted
+from ptuning.settings.data import Template
+from ptuning.settings.fields import Table
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "card.json"
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ptuning.config import MARGIN, template_fields
 from ptuning.errors import UserError
 from ptuning.model.compatibility import base_of, check_base, next_logits
 from ptuning.model.soft_prompt import Card, SoftPrompt
 from ptuning.registry.promotions import PromotionLog, State
 from ptuning.registry.publish import preferred_metrics, retrieve
 from ptuning.registry.registry import FORCED, STATE, Reference, Registry, Version
+from ptuning.settings.data import template_fields
+from ptuning.settings.fields import MARGIN
 
 
 class GateError(UserError):

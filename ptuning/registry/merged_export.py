@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ptuning.config import Template, template_fields
 from ptuning.data.encoder import Encoder
 from ptuning.imports import load_deepspeed
 from ptuning.model.base import Base, listed_ends
@@ -35,6 +34,7 @@ from ptuning.registry.merged_check import OTHERWISE, ExportError, check_logits, 
 from ptuning.registry.publish import check_free, retrieve
 from ptuning.registry.registry import Registry, Version
 from ptuning.registry.token_suppression import Suppression
+from ptuning.settings.data import Template, template_fields
 
 PROBES = ("This is a test.", "a", "Two  words, 3 numbers\nand äöü!")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from ptuning import storage
-from ptuning.config import ModelConfig, Template
 from ptuning.errors import BaseError
 from ptuning.model import soft_prompt
 from ptuning.model.base import Base, find_base
@@ -17,6 +16,8 @@ from ptuning.model.compatibility import check_base
 from ptuning.model.soft_prompt import CARD, CONFIG, WEIGHTS, Card, SoftPrompt, SoftPromptError, public_base
 from ptuning.registry.publish import publish
 from ptuning.registry.registry import FILES, Registry, Version, check_name
+from ptuning.settings.data import Template
+from ptuning.settings.model import ModelConfig
 
 
 def import_adapter(

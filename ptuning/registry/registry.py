@@ -18,9 +18,9 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ptuning.config import NAME
 from ptuning.errors import UserError, suggest
 from ptuning.redaction import redact
+from ptuning.settings.fields import NAME
 from ptuning.tracking import client as tracking_client
 from ptuning.tracking.client import TrackingError, asking
 

@@ -22,9 +22,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTra
 from ray.tune.search import Searcher
 
 from ptuning import storage
-from ptuning.config import Experiment, is_whole
+from ptuning.config import Experiment
 from ptuning.searching.space import LENGTH, RATE, best_result, choices, grid, key_of, ranges, score, trial_tables
 from ptuning.searching.trial_store import TrialRecord, TrialStore
+from ptuning.settings.search import is_whole
 
 REDUCTION = 3
 """ASHA lets the best third pass each rung; the rungs are this factor apart."""

@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ptuning.config import Experiment, ExperimentError, is_whole, parse_experiment
+from ptuning.config import Experiment, ExperimentError, parse_experiment
+from ptuning.settings.search import is_whole
 
 Values = Mapping[str, Any]
 """One configuration: dotted keys of the experiment and their values."""

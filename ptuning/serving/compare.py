@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ptuning.config import ModelConfig
 from ptuning.data.encoder import Encoder
 from ptuning.errors import UserError
 from ptuning.inference.engine import Engine
@@ -20,6 +19,7 @@ from ptuning.model.compatibility import check_base
 from ptuning.model.soft_prompt import SoftPrompt
 from ptuning.registry.publish import retrieve
 from ptuning.registry.registry import Registry, RegistryError
+from ptuning.settings.model import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from ptuning.config import ServeConfig
 from ptuning.errors import UserError
 from ptuning.inference.types import AnswerFailed, EngineBusy, EngineStopped
 from ptuning.redaction import logger, placeless
@@ -24,6 +23,7 @@ from ptuning.serving import proxy
 from ptuning.serving.auth import Scope, scope_of
 from ptuning.serving.protocol import ErrorBody, ErrorDetail, complaint
 from ptuning.serving.served_models import UnknownModel
+from ptuning.settings.running import ServeConfig
 
 log = logger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ptuning import storage
-from ptuning.config import Experiment, Template, TrainConfig
+from ptuning.config import Experiment
 from ptuning.data.batch_sampler import BatchSampler
 from ptuning.data.task import Task
 from ptuning.model import initializers, soft_prompt
@@ -19,6 +19,8 @@ from ptuning.model.base import Base
 from ptuning.model.compatibility import check_base
 from ptuning.model.packing import Objective, Row
 from ptuning.model.soft_prompt import Card
+from ptuning.settings.data import Template
+from ptuning.settings.training import TrainConfig
 from ptuning.training.messages import Event, StartRun, event_fields
 from ptuning.training.starts import Start, rounds, survivors
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Adafactor
 
-from ptuning.config import TrainConfig
+from ptuning.settings.training import TrainConfig
 
 SHARE = 0.2
 """Fraction of a run's steps after which one start is left."""

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptuning.config import ZeroConfig
 from ptuning.errors import BaseError
 from ptuning.imports import load_deepspeed
 from ptuning.model.base import Base
@@ -32,6 +31,7 @@ from ptuning.model.safetensors_files import STORED_DTYPES, stored_values
 from ptuning.model.self_check import choose_pass
 from ptuning.model.stored_names import stored_names
 from ptuning.planning.zero3_simulator import live_numbers, node_copies_fit, prefetch_numbers, share_bytes
+from ptuning.settings.training import ZeroConfig
 from ptuning.training.distributed import Workers
 from ptuning.training.messages import BaseShare
 

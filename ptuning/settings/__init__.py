@@ -1,0 +1,1 @@
+"""The tables of an experiment file, in the order in which data flows. `ptuning.config` joins them into an experiment."""

@@ -1,0 +1,47 @@
+"""[model] and [prompt]: the frozen base, and the soft prompt's length and initialisation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from ptuning.settings.fields import Init, NonBlank, Positive, Table
+
+
+class ModelConfig(Table):
+    """The frozen base."""
+
+    path: NonBlank = "builtin"
+    """"builtin", a Hugging Face id, or a folder."""
+    revision: NonBlank | None = None
+    """Commit, tag or branch of a Hugging Face id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 for a base mostly stored in 16 bits or fewer if the hardware supports bfloat16, else float32."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the base. Only for bases whose authors you trust with this machine."""
+
+
+class PromptConfig(Table):
+    """The soft prompt's length and initialisation."""
+
+    length: Positive = 20
+    """Virtual tokens (P)."""
+    init: Init = "vocabulary"
+    """random: normal, with the standard deviation of the base's embeddings; vocabulary: embeddings of frequent tokens; text:
+    embeddings of init_text; labels: embeddings of the label words (Lester et al. 2021, section 3.2); soft-prompt: copied from
+    init_from (SPoT, Vu et al. 2022)."""
+    init_text: NonBlank | None = None
+    """Text for init = "text"; repeated or truncated to the length."""
+    init_from: NonBlank | None = None
+    """For init = "soft-prompt": the folder of a soft prompt, or name@alias in the registry."""
+
+    @model_validator(mode="after")
+    def _init_has_its_source(self) -> PromptConfig:
+        for init, key in (("text", "init_text"), ("soft-prompt", "init_from")):
+            value = getattr(self, key)
+            if self.init == init and not value:
+                raise ValueError(f'{key}: init = "{init}" needs it; set prompt.{key}')
+            if self.init != init and value is not None:
+                raise ValueError(f'{key}: is only used with init = "{init}"; set prompt.init = "{init}" or remove it')
+        return self

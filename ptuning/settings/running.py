@@ -1,0 +1,92 @@
+"""[serve], [tracking] and [compute]: the server, MLflow, workers and storage."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from ptuning.settings.fields import Count, NonBlank, Number, Positive, PositiveNumber, Table
+
+
+class ServeConfig(Table):
+    """The server."""
+
+    host: NonBlank = "127.0.0.1"
+    """Address to listen on. Any address but loopback requires API keys."""
+    port: Annotated[int, Field(ge=0, le=65535, strict=True)] = 8000
+    """Port of the API."""
+    keys: NonBlank | None = None
+    """File with one API key per line, "KEY" or "KEY admin". Default: the variable PTUNING_API_KEYS (comma-separated)."""
+    soft_prompts: tuple[NonBlank, ...] = ()
+    """Registered names to serve. Empty: every soft prompt trained for this base."""
+    refresh_s: PositiveNumber = 2.0
+    """Seconds between two checks of the registry: the maximum delay until a replica serves a promoted version."""
+    replicas: Positive | tuple[Positive, Positive] = 1
+    """Number of replicas, each with its own copy of the base; [min, max] scales with the number of requests."""
+    cpus_per_replica: PositiveNumber = 1.0
+    """CPU cores per replica."""
+    gpus_per_replica: Number = 0.0
+    """With a fraction several replicas share a GPU."""
+    running: Positive = 32
+    """Maximum requests in one batch of a replica."""
+    waiting: Positive = 256
+    """Maximum requests that wait in a replica. Further ones are answered with 429."""
+    cache_mb: Positive = 512
+    """Size of a replica's key-value cache in MB."""
+    max_new_tokens: Positive = 1024
+    """Maximum tokens of one answer."""
+    max_answers: Positive = 16
+    """Maximum answers to one request: n times the number of prompts. Texts to classify are limited by `waiting` instead."""
+    max_body_kb: Positive = 1024
+    """Maximum size of a request body in KiB. Larger ones are answered with 413."""
+    deadline_s: PositiveNumber = 120.0
+    """Seconds after which an answer is aborted. Clients cannot extend it."""
+    drain_s: PositiveNumber = 30.0
+    """Seconds that a stopping replica waits for requests in flight."""
+
+    @field_validator("replicas")
+    @classmethod
+    def _min_to_max(cls, replicas: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(replicas, tuple) and replicas[0] > replicas[1]:
+            raise ValueError(f"[{replicas[0]}, {replicas[1]}] is not a valid range; write [min, max] with min <= max")
+        return replicas
+
+
+class TrackingConfig(Table):
+    """MLflow."""
+
+    uri: NonBlank | None = None
+    """Tracking server or database. Default: SQLite in the storage folder."""
+    experiment: NonBlank = "ptuning"
+    """MLflow experiment that the runs belong to."""
+
+
+class ComputeConfig(Table):
+    """Workers and storage."""
+
+    workers: Positive | tuple[Positive, Positive] = 1
+    """Data-parallel workers; [min, max]: as many as the cluster has resources for."""
+    cpus_per_worker: PositiveNumber | None = None
+    """Default: the machine's cores divided by the number of workers, at least 1 (on a cluster: 1)."""
+    gpus_per_worker: Number | None = None
+    """Default: 1 if the cluster has GPUs, else 0."""
+    storage: NonBlank = "runs"
+    """Folder or s3://bucket/folder for checkpoints, soft prompts and, by default, the tracking store."""
+    address: NonBlank | None = None
+    """Ray cluster to connect to. Default: RAY_ADDRESS, else a cluster on this machine that ends with the command."""
+    max_failures: Count = 3
+    """Maximum worker failures of a run. Each restart continues from the newest checkpoint; one failure more fails the run."""
+    hang_s: PositiveNumber | None = None
+    """Seconds without progress after which hung workers are restarted. Default: 20 times the longest step, at least 60."""
+
+    @field_validator("workers")
+    @classmethod
+    def _min_to_max(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(workers, tuple) and workers[0] > workers[1]:
+            raise ValueError(f"[{workers[0]}, {workers[1]}] is not a valid range; write [min, max] with min <= max")
+        return workers
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]

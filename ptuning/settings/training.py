@@ -1,0 +1,80 @@
+"""[train] and [zero]: training of one soft prompt, and how DeepSpeed partitions the base."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ptuning.settings.fields import Count, Metric, Number, Positive, Share, Table
+
+TEXT_WEIGHT = 0.3
+"""Measured (BENCHMARKS.md, "Labels as a choice"): it raises the accuracy of one-token labels and makes free generation produce
+them."""
+
+
+class TrainConfig(Table):
+    """Training of one soft prompt."""
+
+    objective: Literal["auto", "choice", "text"] = "auto"
+    """choice: cross-entropy over the labels, as evaluation and serving read them; text: cross-entropy of every target token
+    over the whole vocabulary, as in PEFT; auto: choice if there are labels, else text."""
+    text_weight: Annotated[float, Field(ge=0, le=1, strict=True)] | Literal["auto"] = "auto"
+    """With objective = "choice": weight of an additional text objective. It makes unconstrained generation (PEFT's generate,
+    merged checkpoints) produce the label, too. auto: 0.3 if every label is one token of the base, else 0, because learning to
+    spell a label costs accuracy."""
+    class_weights: Literal["balanced"] | None = None
+    """balanced: every label has the same weight in the loss, regardless of its number of rows. The predicted probabilities then
+    assume that all labels are equally frequent."""
+    learning_rate: Annotated[float, Field(gt=0, le=1e30, strict=True)] = 0.1
+    """Peak learning rate. AdamW needs 0.03 to 0.3 with labels and less for text, Adafactor about 0.3 (Lester et al. 2021)."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """Optimizer of the soft prompt; the base has none."""
+    weight_decay: Number = 0.0
+    """Decoupled weight decay of the soft prompt."""
+    starts: Annotated[int, Field(gt=0, le=32, strict=True)] = 1
+    """Number of initialisations (different seeds) that train side by side for the first fifth of the steps. The one that is
+    best on the validation rows (without them: on the training rows) continues. In a search every trial has one."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
+    warmup: Share = 0.05
+    """Fraction of the steps in which the learning rate rises from 0."""
+    batch_size: Positive = 16
+    """Rows per step, summed over all workers."""
+    micro_batch_size: Positive | None = None
+    """Maximum rows per worker in one pass. A larger part of the batch is split into several passes. Default: one pass."""
+    steps: Positive = 300
+    """Optimizer updates. The learning-rate schedule ends at the last one."""
+    evaluate_every: Positive = 50
+    """Steps between evaluations on the validation rows."""
+    patience: Positive | None = None
+    """Stop after this many evaluations in a row without improvement."""
+    metric: Metric | None = None
+    """Validation metric that selects the best step. Default: accuracy if there are labels, else loss."""
+    clip: Number = 1.0
+    """Maximum gradient norm of a soft prompt; 0 disables clipping."""
+    checkpoint_every: Positive = 20
+    """Steps between checkpoints. A crash loses at most this many steps."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    seed: Count = 0
+    """Seed of the initialisation and of the order of the rows."""
+
+    def resolved_text_weight(self, target_tokens: int) -> float:
+        """The weight of the text objective. `target_tokens`: tokens of the longest label, its end token included."""
+        if self.text_weight == "auto":
+            return TEXT_WEIGHT if target_tokens <= 2 else 0.0
+        return self.text_weight
+
+
+class ZeroConfig(Table):
+    """How DeepSpeed ZeRO partitions the frozen base over the workers. All other DeepSpeed settings are derived."""
+
+    stage: Literal[0, 3] = 3
+    """3: the base is partitioned over the workers; 0: every worker holds the whole base."""
+    offload: bool = False
+    """Keep the partitions of the base in CPU memory (GPU workers only)."""
+    live_parameters: Positive | None = None
+    """Maximum parameters of the base that are gathered at once on a worker. Default: depends on the free memory."""
+    persistent_below: Count = 10_000
+    """Tensors with fewer elements than this (norms, biases) are not partitioned."""
