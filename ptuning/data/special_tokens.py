@@ -1,9 +1,9 @@
 """Special tokens in a text: those of a template's own words are tokens, those that occur in a field or a message are text.
 
-A tokenizer turns the text "</s>" into the end token, whoever wrote it. So a row could end its own input, and a user could write
-the turns of a conversation. `split_special_tokens` of transformers (5.23) reads every special token of a text as text, those of
-a template included; and it is a state of the tokenizer, which threads share. So the special tokens that shall stay tokens are
-replaced by stand-ins that no text can contain, and a copy of the tokenizer maps these to the same ids.
+A tokenizer turns the text "</s>" into the end token, regardless of its author. So a row could end its own input, and a user
+could write the turns of a conversation. `split_special_tokens` of transformers (5.23) reads every special token of a text as
+text, those of a template included; and it is a state of the tokenizer, which threads share. So the special tokens that stay
+tokens are replaced by stand-ins that no text can contain, and a copy of the tokenizer maps these to the same ids.
 """
 
 from __future__ import annotations

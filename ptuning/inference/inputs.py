@@ -11,7 +11,7 @@ from ptuning.inference.types import RequestError
 from ptuning.settings.data import Template, template_fields
 
 RAW = Template(input="{text}", target="{text}", truncate="error", special_tokens="tokens")
-"""Text as it is: whoever sends it writes the whole input, special tokens included."""
+"""Text as it is: the client writes the whole input, special tokens included."""
 
 
 def fields_of(encoder: Encoder, text: str | Mapping[str, str]) -> dict[str, str]:
