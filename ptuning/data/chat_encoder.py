@@ -77,11 +77,11 @@ class ChatEncoder(Encoder):
     def _example(self, messages: list[Message]) -> Example:
         trained = [at for at, each in enumerate(messages) if each["role"] == "assistant" and each.get("weight", 1)]
         if not trained:
-            raise UnusableRow("has no answer of the assistant to train on; add one or remove the row")
+            raise UnusableRow("has no answer of the assistant to train on; add one")
         last = trained[-1]
         before, answer = messages[:last], messages[last]
         if not before:
-            raise UnusableRow("begins with the answer that is trained; put a message before it or remove the row")
+            raise UnusableRow("begins with the answer that is trained; put a message before it")
         if not answer["content"].strip():
             raise UnusableRow("its answer is empty; fill it or remove the row")
         label = self.label_index(answer["content"].strip()) if self.template.labels else -1
@@ -112,7 +112,7 @@ class ChatEncoder(Encoder):
             if ids[:end] != [*found.input_ids, *found.target_ids]:
                 if self.chat.text(messages).startswith(found.text + found.answer_text):
                     raise UnusableRow(
-                        f"the tokenizer merges the begin of message {at + 1} with the text before it; remove white space there"
+                        f"the tokenizer merges the begin of message {at + 1} with the text before it; begin it without white space"
                     )
                 raise ChatError(
                     "the chat template writes earlier answers differently from the last one, so that they cannot be trained "

@@ -57,7 +57,7 @@ class ChatRows:
         for column, role in zip(self.columns, ("user", "assistant") if len(self.columns) > 1 else ("",), strict=True):
             found += self._messages(column, row.get(column), role)
         if _listed(row.get("tools")):
-            raise DataError("the field 'tools' is not empty, and tools are not supported; remove the row")
+            raise DataError("the field 'tools' is not empty, and tools are not supported; leave the row out")
         system = row.get("system")
         if isinstance(system, str) and system.strip() and found[0]["role"] not in ("system", "developer"):
             found.insert(0, {"role": "system", "content": system})
@@ -77,10 +77,10 @@ class ChatRows:
             raise DataError(f"{place} is not an object; write it with {self.role} and {self.content}")
         used = [key for key in _TOOLS if message.get(key)]
         if used:
-            raise DataError(f"{place} has '{used[0]}', and tools are not supported; remove the row")
+            raise DataError(f"{place} has '{used[0]}', and tools are not supported; leave the row out")
         role = message.get(self.role)
         if role not in ROLES:
-            raise DataError(f"{place}: its role {role!r} is not system, user or assistant; correct it or remove the row")
+            raise DataError(f"{place}: its role {role!r} is not system, user or assistant; correct it")
         text = text_of(message.get(self.content), f"{place}: '{self.content}'")
         found: Message = {"role": ROLES[role] or role, "content": text}
         weight = message.get("weight")
@@ -104,7 +104,7 @@ def text_of(content: Any, place: str) -> str:
         kinds = {part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in content}
         if kinds == {"text"} and all(isinstance(part.get("text"), str) for part in content):
             return "".join(part["text"] for part in content)
-        raise DataError(f"{place} has parts that are not texts; remove the row")
+        raise DataError(f"{place} has parts that are not texts; keep its texts only")
     kind = "null" if content is None else f"a {type(content).__name__}"
     raise DataError(f"{place} is {kind}, not a text; fill it or remove the row")
 

@@ -58,7 +58,7 @@ class Template(Table):
     def _arguments_of_the_template(cls, arguments: dict[str, JsonValue] | None) -> dict[str, JsonValue] | None:
         wrong = sorted(name for name in arguments or () if name in RESERVED or not name.isidentifier())
         if wrong:
-            raise ValueError(f"{wrong[0]!r} is not an argument of a chat template; remove it")
+            raise ValueError(f"{wrong[0]!r} is not an argument of a chat template; leave it out")
         return arguments
 
     @field_validator("input", "target")
@@ -72,7 +72,7 @@ class Template(Table):
         if self.input or self.target:
             self._check_plain()
         elif self.labels is not None and self.loss == "all":
-            raise ValueError('loss: "all" has no meaning with labels, of which the last answer is one; remove it')
+            raise ValueError('loss: "all" has no meaning with labels, of which the last answer is one; leave it out')
         if self.labels is None:
             return self
         if len(self.labels) < 2:
@@ -88,7 +88,7 @@ class Template(Table):
                 raise ValueError(f"{key}: is missing; set it")
         for key in ("chat_template", "chat_template_kwargs", "system", "loss"):
             if getattr(self, key) is not None:
-                raise ValueError(f"{key}: is for conversations, and has no effect with input and target; remove it")
+                raise ValueError(f"{key}: is for conversations, and has no effect with input and target; keep one of them")
         many = len(template_fields(self.target))
         if self.labels is None and not many:
             raise ValueError('target: contains no field of the row; write, for example, " {label}"')
@@ -128,7 +128,7 @@ class DataConfig(Template):
     @model_validator(mode="after")
     def _messages_or_fields(self) -> DataConfig:
         if self.messages and self.input:
-            raise ValueError("messages: is for conversations, and has no effect with input and target; remove it")
+            raise ValueError("messages: is for conversations, and has no effect with input and target; keep one of them")
         return self
 
 
