@@ -111,9 +111,9 @@ class _Pass:
         layout = Layout(at, torch.ones_like(valid), len(packed))
         mask = valid.long().to(self._device)
         with self._model.packed_layers.layout(layout, packed):
-            name, cache, logits = self._run(
-                layout.written_out(packed[None]), self._plan.ids[index], mask, (mask.cumsum(1) - 1).clamp(min=0)
-            )
+            inputs = self._model.inputs(layout.written_out(packed[None]), self._plan.ids[index])
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            name, cache, logits = self._run(inputs | {"attention_mask": mask} | self._at(positions))
         self._found.append((index[:, -1], logits))
         return _States(name, cache, mask, lengths.to(self._device))
 
@@ -128,31 +128,26 @@ class _Pass:
             places = torch.cat([starts + token for _, token in now])
             here = states.of(rows)
             mask = torch.cat([here.mask, here.mask.new_ones(len(rows), 1)], 1)
-            name, cache, logits = self._run(
-                self._packed.index_select(0, places.to(self._device))[:, None],
-                self._plan.ids[places][:, None],
-                mask,
-                here.lengths[:, None],
-                {here.name: here.cache},
+            ids = self._plan.ids[places][:, None].to(self._device)
+            inputs = self._model.base.prepare_inputs_for_generation(  # as `generate` does: some take no mask here
+                ids,
+                attention_mask=mask,
+                use_cache=True,
+                is_first_iteration=False,
+                **{here.name: here.cache} | self._at(here.lengths[:, None]),
             )
+            name, cache, logits = self._run(inputs)
             self._found.append((places, logits))
             tokens = [token for _, token in now]
             if any(parent in tokens for parent in parents):
                 self._feed_labels(_States(name, cache, mask, here.lengths + 1), parents, tokens, starts)
 
-    def _run(
-        self, embeddings: Tensor, ids: Tensor, mask: Tensor, positions: Tensor, cache: Mapping[str, Cache] | None = None
-    ) -> tuple[str, Cache, Tensor]:
+    def _at(self, positions: Tensor) -> dict[str, Tensor]:
+        return {"position_ids": positions} if self._positions else {}
+
+    def _run(self, inputs: Mapping[str, Any]) -> tuple[str, Cache, Tensor]:
         """The cache with its name, and the logits `[rows, V or U]` of the last column."""
-        options = {"position_ids": positions} if self._positions else {}
-        out = self._model.base(
-            **self._model.inputs(embeddings, ids),
-            attention_mask=mask,
-            use_cache=True,
-            logits_to_keep=1,
-            **options,
-            **cache or {},
-        )
+        out = self._model.base(**dict(inputs) | {"use_cache": True, "logits_to_keep": 1})
         found = [(name, value) for name, value in out.items() if isinstance(value, Cache)]
         if not found:
             raise NotImplementedError(f"{type(self._model.base).__name__} has no cache that can be copied")
