@@ -6,7 +6,7 @@ tokens of training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from ptuning.data.sources import FORMAT, DataError, texts_of
+from ptuning.data.special_tokens import TextTokenizer
 from ptuning.errors import suggest
 from ptuning.model.fingerprint import json_hash, tokenizer_fingerprint
 from ptuning.model.label_trie import LabelTrie, nested_labels
@@ -22,6 +23,24 @@ from ptuning.settings.data import Template, template_fields
 
 class UnusableRow(DataError):
     """A row that cannot be used. In the train split it is dropped and counted, elsewhere it is an error."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as token ids."""
+
+    input_ids: list[int]
+    target_ids: list[int]
+    """With the end token."""
+    label: int
+    """-1 without labels."""
+    text: str
+    """The whole input, even if its ids were truncated."""
+    target_text: str
+    cut: bool
+    """The input was truncated."""
+    earlier: tuple[int, ...] = ()
+    """Places in `input_ids` that are predicted, too: earlier answers of a conversation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +69,7 @@ class Encoder:
     @cached_property
     def label_ids(self) -> list[list[int]]:
         """Token ids of every label as a target, end token included; empty without labels."""
-        ids = [self.target_ids({field: label}) for label in self.template.labels or () for field in self._label_field]
+        ids = [self._label_target(label) for label in self.template.labels or ()]
         labels = dict(zip(map(tuple, ids), self.template.labels or (), strict=True))
         for label, tokens in zip(self.template.labels or (), ids, strict=True):
             if labels[tuple(tokens)] != label:
@@ -80,13 +99,32 @@ class Encoder:
         """Maximum tokens of an input if it does not depend on the row: with labels, the longest label still fits."""
         return self.limit - max(map(len, self.label_ids), default=1)
 
+    @property
+    def end(self) -> int:
+        """The token that ends a target."""
+        return int(self.tokenizer.eos_token_id)
+
+    def examples(self, rows: Sequence[Mapping[str, object]]) -> Iterator[Example | DataError]:
+        """Every row as token ids, or the reason why it cannot be used."""
+        inputs = [self.input_text(row) for row in rows]
+        targets = [self.target_text(row) for row in rows]
+        target_ids = [] if self.template.labels else self._targets(rows)
+        for at, (row, whole) in enumerate(zip(rows, self._inputs(rows), strict=True)):
+            try:
+                label = self.label_of(row)
+                target = target_ids[at] if label < 0 else self.label_ids[label]
+                ids = self._fit(row, whole, self.limit - len(target) if label < 0 else self.input_room)
+                yield Example(ids, target, label, inputs[at], targets[at], ids is not whole)
+            except DataError as error:
+                yield error
+
     def input_ids(self, fields: Mapping[str, object]) -> list[int]:
         """The whole input with the special tokens that the tokenizer prepends, without those that it appends."""
-        return self._inputs([self.input_text(fields)])[0]
+        return self._inputs([fields])[0]
 
     def target_ids(self, fields: Mapping[str, object]) -> list[int]:
         """The target and the end token."""
-        return self._targets([self.target_text(fields)])[0]
+        return self._targets([fields])[0]
 
     def input_text(self, fields: Mapping[str, object]) -> str:
         return self.template.input.format_map(texts_of(fields, template_fields(self.template.input)))
@@ -108,10 +146,17 @@ class Encoder:
         Raises:
             DataError: the value is not one of the labels.
         """
-        labels = self.template.labels
-        if labels is None:
+        if self.template.labels is None:
             return -1
-        value = texts_of(fields, self._label_field)[self._label_field[0]]
+        return self.label_index(texts_of(fields, self._label_field)[self._label_field[0]])
+
+    def label_index(self, value: str) -> int:
+        """The index of a label.
+
+        Raises:
+            DataError: the value is not one of the labels.
+        """
+        labels = self.template.labels or ()
         if value not in labels:
             listed = ", ".join(f"'{label}'" for label in labels[:20])
             listed += f", ... ({len(labels)} in all)" if len(labels) > 20 else ""
@@ -119,25 +164,41 @@ class Encoder:
             raise DataError(f"'{value}' is not one of the labels {listed}; {fix}")
         return labels.index(value)
 
+    def _label_target(self, label: str) -> list[int]:
+        return self.target_ids({self._label_field[0]: label})
+
     @property
     def _label_field(self) -> list[str]:
         return template_fields(self.template.target)
 
     @cached_property
-    def _added(self) -> tuple[int, int]:
-        """The numbers of special tokens that the tokenizer prepends and appends to a text."""
+    def _added(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer prepends and appends to a text."""
         (bare,), (full,) = self._tokens(["a"], special=False), self._tokens(["a"], special=True)
         if not bare:
-            return len(full), 0
+            return full, []
         front = next(at for at in range(len(full)) if full[at : at + len(bare)] == bare)
-        return front, len(full) - len(bare) - front
+        return full[:front], full[front + len(bare) :]
 
-    def _inputs(self, texts: Sequence[str]) -> list[list[int]]:
-        _, behind = self._added
-        return [ids[: len(ids) - behind] for ids in self._tokens(texts, special=True)]
+    def _inputs(self, rows: Sequence[Mapping[str, object]]) -> list[list[int]]:
+        front, behind = self._added
+        if self.template.special_tokens == "text":
+            return [[*front, *ids] for ids in self._text_ids(self.template.input, rows)]
+        texts = [self.input_text(fields) for fields in rows]
+        return [ids[: len(ids) - len(behind)] for ids in self._tokens(texts, special=True)]
 
-    def _targets(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[*ids, self.tokenizer.eos_token_id] for ids in self._tokens(texts, special=False)]
+    def _targets(self, rows: Sequence[Mapping[str, object]]) -> list[list[int]]:
+        if self.template.special_tokens == "text":
+            found = self._text_ids(self.template.target, rows)
+        else:
+            found = self._tokens([self.target_text(fields) for fields in rows], special=False)
+        return [[*ids, self.tokenizer.eos_token_id] for ids in found]
+
+    def _text_ids(self, template: str, rows: Sequence[Mapping[str, object]]) -> list[list[int]]:
+        """Special tokens of the template are tokens, those in fields are text."""
+        reader, names = TextTokenizer.of(self.tokenizer), template_fields(template)
+        marked = reader.template(template)
+        return reader.ids([marked.format_map(texts_of(fields, names)) for fields in rows])
 
     def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         # verbose=False: no warning about texts longer than the base's context; they are truncated or refused later.
@@ -145,7 +206,7 @@ class Encoder:
 
     def _fit(self, fields: Mapping[str, object], ids: list[int], room: int) -> list[int]:
         """`ids` (the whole input) if they fit, else the ids after truncating the longest field as little as possible."""
-        front, _ = self._added
+        front = len(self._added[0])
         if len(ids) <= front:
             raise UnusableRow("the input has no text; fill the row or remove it")
         if len(ids) <= room:
@@ -172,4 +233,4 @@ class Encoder:
     def _cut(self, texts: dict[str, str], field: str, kept: int) -> list[int]:
         text = texts[field]
         part = text[:kept] if self.template.truncate == "right" else text[len(text) - kept :]
-        return self._inputs([self.template.input.format_map({**texts, field: part})])[0]
+        return self._inputs([{**texts, field: part}])[0]
