@@ -145,9 +145,9 @@ def _encode(
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     inputs = [encoder.input_text(row) for row in rows]
     targets = [encoder.target_text(row) for row in rows]
-    target_ids = [] if encoder.template.labels else encoder._targets(targets)
+    target_ids = [] if encoder.template.labels else encoder._targets(rows)
     encoded: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    for at, whole in enumerate(encoder._inputs(inputs)):
+    for at, whole in enumerate(encoder._inputs(rows)):
         try:
             label = encoder.label_of(rows[at])
             target = target_ids[at] if label < 0 else encoder.label_ids[label]

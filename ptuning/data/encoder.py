@@ -14,6 +14,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from ptuning.data.sources import FORMAT, DataError, texts_of
+from ptuning.data.special_tokens import TextTokenizer
 from ptuning.errors import suggest
 from ptuning.model.fingerprint import json_hash, tokenizer_fingerprint
 from ptuning.model.label_trie import LabelTrie, nested_labels
@@ -82,11 +83,11 @@ class Encoder:
 
     def input_ids(self, fields: Mapping[str, object]) -> list[int]:
         """The whole input with the special tokens that the tokenizer prepends, without those that it appends."""
-        return self._inputs([self.input_text(fields)])[0]
+        return self._inputs([fields])[0]
 
     def target_ids(self, fields: Mapping[str, object]) -> list[int]:
         """The target and the end token."""
-        return self._targets([self.target_text(fields)])[0]
+        return self._targets([fields])[0]
 
     def input_text(self, fields: Mapping[str, object]) -> str:
         return self.template.input.format_map(texts_of(fields, template_fields(self.template.input)))
@@ -124,20 +125,33 @@ class Encoder:
         return template_fields(self.template.target)
 
     @cached_property
-    def _added(self) -> tuple[int, int]:
-        """The numbers of special tokens that the tokenizer prepends and appends to a text."""
+    def _added(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer prepends and appends to a text."""
         (bare,), (full,) = self._tokens(["a"], special=False), self._tokens(["a"], special=True)
         if not bare:
-            return len(full), 0
+            return full, []
         front = next(at for at in range(len(full)) if full[at : at + len(bare)] == bare)
-        return front, len(full) - len(bare) - front
+        return full[:front], full[front + len(bare) :]
 
-    def _inputs(self, texts: Sequence[str]) -> list[list[int]]:
-        _, behind = self._added
-        return [ids[: len(ids) - behind] for ids in self._tokens(texts, special=True)]
+    def _inputs(self, rows: Sequence[Mapping[str, object]]) -> list[list[int]]:
+        front, behind = self._added
+        if self.template.special_tokens == "text":
+            return [[*front, *ids] for ids in self._text_ids(self.template.input, rows)]
+        texts = [self.input_text(fields) for fields in rows]
+        return [ids[: len(ids) - len(behind)] for ids in self._tokens(texts, special=True)]
 
-    def _targets(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[*ids, self.tokenizer.eos_token_id] for ids in self._tokens(texts, special=False)]
+    def _targets(self, rows: Sequence[Mapping[str, object]]) -> list[list[int]]:
+        if self.template.special_tokens == "text":
+            found = self._text_ids(self.template.target, rows)
+        else:
+            found = self._tokens([self.target_text(fields) for fields in rows], special=False)
+        return [[*ids, self.tokenizer.eos_token_id] for ids in found]
+
+    def _text_ids(self, template: str, rows: Sequence[Mapping[str, object]]) -> list[list[int]]:
+        """Special tokens of the template are tokens, those in fields are text."""
+        reader, names = TextTokenizer.of(self.tokenizer), template_fields(template)
+        marked = reader.template(template)
+        return reader.ids([marked.format_map(texts_of(fields, names)) for fields in rows])
 
     def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         # verbose=False: no warning about texts longer than the base's context; they are truncated or refused later.
@@ -145,7 +159,7 @@ class Encoder:
 
     def _fit(self, fields: Mapping[str, object], ids: list[int], room: int) -> list[int]:
         """`ids` (the whole input) if they fit, else the ids after truncating the longest field as little as possible."""
-        front, _ = self._added
+        front = len(self._added[0])
         if len(ids) <= front:
             raise UnusableRow("the input has no text; fill the row or remove it")
         if len(ids) <= room:
@@ -172,4 +186,4 @@ class Encoder:
     def _cut(self, texts: dict[str, str], field: str, kept: int) -> list[int]:
         text = texts[field]
         part = text[:kept] if self.template.truncate == "right" else text[len(text) - kept :]
-        return self._inputs([self.template.input.format_map({**texts, field: part})])[0]
+        return self._inputs([{**texts, field: part}])[0]

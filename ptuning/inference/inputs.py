@@ -10,8 +10,8 @@ from ptuning.data.encoder import Encoder
 from ptuning.inference.types import RequestError
 from ptuning.settings.data import Template, template_fields
 
-RAW = Template(input="{text}", target="{text}", truncate="error")
-"""Text as it is."""
+RAW = Template(input="{text}", target="{text}", truncate="error", special_tokens="tokens")
+"""Text as it is: the client writes the whole input, special tokens included."""
 
 
 def fields_of(encoder: Encoder, text: str | Mapping[str, str]) -> dict[str, str]:

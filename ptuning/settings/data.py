@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
@@ -24,6 +24,15 @@ class Template(Table):
     truncate: Literal["left", "right", "error"] = "right"
     """How an input that is too long is shortened: its longest field is truncated on this side, the template's own words stay;
     error: the row is refused (a training row is dropped)."""
+    special_tokens: Literal["text", "tokens"] = "text"
+    """Special tokens of the base, such as </s>, in the fields of a row. text: they are read as text like any other, so a text
+    cannot end the input or write another turn; tokens: they become the tokens themselves. Those in the template's own words are
+    always tokens."""
+
+    @classmethod
+    def of_card(cls, template: Any) -> Any:
+        """The template as a card has it. A card of an earlier version without `special_tokens` keeps its tokens."""
+        return {"special_tokens": "tokens", **template} if isinstance(template, dict) else template
 
     @field_validator("input", "target")
     @classmethod
