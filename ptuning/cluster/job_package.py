@@ -139,7 +139,7 @@ def _check_passwords(experiment: Experiment) -> None:
                 raise UserError(_open(f"{table}.{key}", value))
 
 
-_TEXTS: dict[str, set[str]] = {"data": {"input", "target", "labels"}, "prompt": {"init_text"}}
+_TEXTS: dict[str, set[str]] = {"data": {"input", "target", "labels", "chat_template", "system"}, "prompt": {"init_text"}}
 
 
 def _open(key: str, value: str) -> str:
@@ -242,6 +242,9 @@ def _inputs(experiment: Experiment, kind: Kind, packer: _Packer) -> None:
             source = getattr(experiment.data, split)
             if source and ":" not in source:
                 packer.file(f"data.{split}", source)
+        chat_template = experiment.data.chat_template
+        if chat_template and "{" not in chat_template and ":" not in chat_template:
+            packer.file("data.chat_template", chat_template)
         init_from = experiment.prompt.init_from
         if init_from and "://" not in init_from and ("/" in init_from or Path(init_from).expanduser().is_dir()):
             packer.folder("prompt.init_from", init_from, SOFT_PROMPT)

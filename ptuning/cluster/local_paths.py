@@ -23,6 +23,9 @@ def absolute(experiment: Experiment) -> Experiment:
         source = tables["data"][split]
         if source and ":" not in source:
             tables["data"][split] = str(Path(source).expanduser().absolute())
+    chat_template = tables["data"]["chat_template"]
+    if chat_template and "{" not in chat_template and ":" not in chat_template:
+        tables["data"]["chat_template"] = str(Path(chat_template).expanduser().absolute())
     tables["compute"]["storage"] = _without_credentials(experiment)
     for table, key in (("compute", "storage"), ("prompt", "init_from"), ("model", "path")):
         value = tables[table][key]

@@ -19,9 +19,11 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 
+from ptuning.data.conversations import ChatRows
 from ptuning.data.encoder import Encoder, UnusableRow
 from ptuning.data.sources import DataError, cache_folder, quiet, read_source
 from ptuning.model.fingerprint import json_hash
+from ptuning.model.packing import TurnsRow
 
 _COLUMNS = Features(
     {
@@ -33,6 +35,7 @@ _COLUMNS = Features(
         "references": List(Value("string")),
         "length": Value("int32"),
         "cut": Value("bool"),
+        "earlier": List(Value("int32")),
     }
 )
 
@@ -47,7 +50,7 @@ class Split:
     """As written in the experiment."""
     rows: Dataset
     """input_ids, target_ids (with end token), label (-1 without labels), text (the whole rendered input), target_text,
-    references (list of texts), length (tokens of input + target), cut."""
+    references (list of texts), length (tokens of input + target), cut, earlier (places in input_ids that are predicted)."""
     lengths: NDArray[np.int32]
     """[rows] tokens of input + target."""
     cut: int
@@ -60,15 +63,27 @@ class Split:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def row(self, index: int) -> tuple[list[int], list[int]]:
-        """Token ids of one example: input, target (with the end token)."""
-        source, target = self._ids
-        return source[int(index)].values.to_numpy().tolist(), target[int(index)].values.to_numpy().tolist()
+    def row(self, index: int) -> TurnsRow:
+        """Token ids of one example: input, target (with the end token) and, of a conversation whose earlier answers are
+        predicted, too, their places in the input."""
+        source, target, earlier = (column[int(index)].values.to_numpy().tolist() for column in self._ids)
+        return (source, target, earlier) if earlier else (source, target)
 
     @cached_property
     def target_lengths(self) -> NDArray[np.int32]:
-        """[rows] tokens of the target, end token included."""
-        return np.asarray(pc.list_value_length(self._ids[1]), dtype=np.int32)
+        """[rows] tokens that are predicted, end tokens included."""
+        _, target, earlier = (np.asarray(pc.list_value_length(column), dtype=np.int32) for column in self._ids)
+        return target + earlier
+
+    @cached_property
+    def longest_answer(self) -> int:
+        """Tokens of the longest target, or of the longest earlier answer that is predicted; end token included."""
+        _, target, earlier = self._ids
+        longest = int(pc.max(pc.list_value_length(target)).as_py())
+        for places in earlier.combine_chunks().to_pylist() if len(pc.list_flatten(earlier)) else ():
+            runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+            longest = max(longest, *map(len, runs))
+        return longest
 
     @cached_property
     def largest_token(self) -> tuple[str, int]:
@@ -86,19 +101,20 @@ class Split:
         return [token for token, _ in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))[:most]]
 
     @cached_property
-    def _ids(self) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-        """input_ids and target_ids, memory-mapped: a row takes a fifth of the time that it takes through `datasets`."""
+    def _ids(self) -> tuple[pa.ChunkedArray, pa.ChunkedArray, pa.ChunkedArray]:
+        """The columns of `row`, memory-mapped: a row takes a fifth of the time that it takes through `datasets`."""
         columns = self.rows.with_format("arrow")
-        return columns["input_ids"][:], columns["target_ids"][:]
+        return columns["input_ids"][:], columns["target_ids"][:], columns["earlier"][:]
 
 
-def load_split(name: str, source: str, encoder: Encoder) -> Split:
+def load_split(name: str, source: str, encoder: Encoder, chat: ChatRows | None = None) -> Split:
     """Read and tokenise the rows of `source`, or take them from the cache. In "train" unusable rows are dropped and counted.
+    `chat`: how its rows become the conversations of the encoder.
 
     Raises:
         DataError: the source or one of its rows is invalid.
     """
-    texts = read_source(source, encoder.fields, references=encoder.template.labels is None)
+    texts = read_source(source, encoder.fields, references=encoder.template.labels is None, chat=chat)
     drop = name == "train"
     key = json_hash([texts.fingerprint, encoder.fingerprint, drop])[:32]
     with quiet():
@@ -143,28 +159,22 @@ def _encode(
     """Text rows -> the columns of `_COLUMNS`, without the dropped rows."""
     references = columns.pop("references", [None] * len(indices))
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    inputs = [encoder.input_text(row) for row in rows]
-    targets = [encoder.target_text(row) for row in rows]
-    target_ids = [] if encoder.template.labels else encoder._targets(rows)
     encoded: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    for at, whole in enumerate(encoder._inputs(rows)):
-        try:
-            label = encoder.label_of(rows[at])
-            target = target_ids[at] if label < 0 else encoder.label_ids[label]
-            ids = encoder._fit(rows[at], whole, encoder.limit - len(target) if label < 0 else encoder.input_room)
-        except DataError as error:
-            if drop and isinstance(error, UnusableRow):
+    for at, found in enumerate(encoder.examples(rows)):
+        if isinstance(found, DataError):
+            if drop and isinstance(found, UnusableRow):
                 continue
-            raise DataError(f"{source}, row {indices[at] + 1}: {error}") from None
+            raise DataError(f"{source}, row {indices[at] + 1}: {found}") from None
         row = {
-            "input_ids": ids,
-            "target_ids": target,
-            "label": label,
-            "text": inputs[at],
-            "target_text": targets[at],
-            "references": references[at] or [targets[at].lstrip()],
-            "length": len(ids) + len(target),
-            "cut": ids is not whole,
+            "input_ids": found.input_ids,
+            "target_ids": found.target_ids,
+            "label": found.label,
+            "text": found.text,
+            "target_text": found.target_text,
+            "references": references[at] or [found.target_text.lstrip()],
+            "length": len(found.input_ids) + len(found.target_ids),
+            "cut": found.cut,
+            "earlier": found.earlier,
         }
         for name, value in row.items():
             encoded[name].append(value)

@@ -6,7 +6,7 @@ tokens of training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +23,24 @@ from ptuning.settings.data import Template, template_fields
 
 class UnusableRow(DataError):
     """A row that cannot be used. In the train split it is dropped and counted, elsewhere it is an error."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as token ids."""
+
+    input_ids: list[int]
+    target_ids: list[int]
+    """With the end token."""
+    label: int
+    """-1 without labels."""
+    text: str
+    """The whole input, even if its ids were truncated."""
+    target_text: str
+    cut: bool
+    """The input was truncated."""
+    earlier: tuple[int, ...] = ()
+    """Places in `input_ids` that are predicted, too: earlier answers of a conversation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +69,7 @@ class Encoder:
     @cached_property
     def label_ids(self) -> list[list[int]]:
         """Token ids of every label as a target, end token included; empty without labels."""
-        ids = [self.target_ids({field: label}) for label in self.template.labels or () for field in self._label_field]
+        ids = [self._label_target(label) for label in self.template.labels or ()]
         labels = dict(zip(map(tuple, ids), self.template.labels or (), strict=True))
         for label, tokens in zip(self.template.labels or (), ids, strict=True):
             if labels[tuple(tokens)] != label:
@@ -81,6 +99,25 @@ class Encoder:
         """Maximum tokens of an input if it does not depend on the row: with labels, the longest label still fits."""
         return self.limit - max(map(len, self.label_ids), default=1)
 
+    @property
+    def end(self) -> int:
+        """The token that ends a target."""
+        return int(self.tokenizer.eos_token_id)
+
+    def examples(self, rows: Sequence[Mapping[str, object]]) -> Iterator[Example | DataError]:
+        """Every row as token ids, or the reason why it cannot be used."""
+        inputs = [self.input_text(row) for row in rows]
+        targets = [self.target_text(row) for row in rows]
+        target_ids = [] if self.template.labels else self._targets(rows)
+        for at, (row, whole) in enumerate(zip(rows, self._inputs(rows), strict=True)):
+            try:
+                label = self.label_of(row)
+                target = target_ids[at] if label < 0 else self.label_ids[label]
+                ids = self._fit(row, whole, self.limit - len(target) if label < 0 else self.input_room)
+                yield Example(ids, target, label, inputs[at], targets[at], ids is not whole)
+            except DataError as error:
+                yield error
+
     def input_ids(self, fields: Mapping[str, object]) -> list[int]:
         """The whole input with the special tokens that the tokenizer prepends, without those that it appends."""
         return self._inputs([fields])[0]
@@ -109,16 +146,26 @@ class Encoder:
         Raises:
             DataError: the value is not one of the labels.
         """
-        labels = self.template.labels
-        if labels is None:
+        if self.template.labels is None:
             return -1
-        value = texts_of(fields, self._label_field)[self._label_field[0]]
+        return self.label_index(texts_of(fields, self._label_field)[self._label_field[0]])
+
+    def label_index(self, value: str) -> int:
+        """The index of a label.
+
+        Raises:
+            DataError: the value is not one of the labels.
+        """
+        labels = self.template.labels or ()
         if value not in labels:
             listed = ", ".join(f"'{label}'" for label in labels[:20])
             listed += f", ... ({len(labels)} in all)" if len(labels) > 20 else ""
             fix = suggest(value, labels, "correct the row or data.labels", shown=lambda label: f"'{label}'")
             raise DataError(f"'{value}' is not one of the labels {listed}; {fix}")
         return labels.index(value)
+
+    def _label_target(self, label: str) -> list[int]:
+        return self.target_ids({self._label_field[0]: label})
 
     @property
     def _label_field(self) -> list[str]:

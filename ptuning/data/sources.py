@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import pyarrow as pa
@@ -35,7 +35,7 @@ from ptuning.model.fingerprint import json_hash
 from ptuning.paths import locate
 from ptuning.settings.fields import NAME
 
-FORMAT = 1
+FORMAT = 2
 """Incremented when the same source would be stored or tokenised differently; older cache files are then ignored."""
 
 LINE_LIMIT = 10_000_000
@@ -61,20 +61,39 @@ class Texts:
     """SHA-256 of the texts in order. It does not depend on the file format."""
 
 
-def read_source(source: str, fields: Sequence[str], references: bool) -> Texts:
-    """The named fields of all rows of a source and, if requested, their `references` (null for rows without any).
+class RowReader(Protocol):
+    """Makes texts of rows that are more than texts, such as conversations."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it needs."""
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Further columns that it reads, and that the source has."""
+
+    @property
+    def key(self) -> list[Any]:
+        """Everything that determines the texts of a row."""
+
+    def texts(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The texts of a row.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+
+
+def read_source(source: str, fields: Sequence[str], references: bool, chat: RowReader | None = None) -> Texts:
+    """The named fields of all rows of a source and, if requested, their `references` (null for rows without any). `chat`: makes
+    the fields of a row from its columns.
 
     Raises:
         DataError: the source is missing, unreadable, broken or empty, or a row lacks a field.
     """
     columns = sorted(set(fields))
-    if source.startswith("hub:"):
-        hub = _load_from_hub(source)
-        rows, identity = _hub_rows(hub, source, columns), hub._fingerprint
-    else:
-        path = _local_path(source)
-        rows, identity = _READERS[path.suffix.lower()](path, source, columns), _file_hash(path, source)
-    stem = json_hash([FORMAT, identity, columns, references])[:32]
+    rows, identity = _open(source, sorted({*chat.columns, *chat.optional}) if chat else columns)
+    stem = json_hash([FORMAT, identity, columns, references, *(chat.key if chat else ())])[:32]
     folder = cache_folder()
     # The fingerprint of the content is part of the file name: no second file is needed that could be missing.
     found = next(folder.glob(f"{stem}-*.arrow"), None)
@@ -82,8 +101,27 @@ def read_source(source: str, fields: Sequence[str], references: bool) -> Texts:
         schema = pa.schema([(column, pa.string()) for column in columns])
         if references:
             schema = schema.append(pa.field("references", pa.list_(pa.string())))
-        found = _write(folder, stem, source, _checked(rows, columns, references), schema)
+        found = _write(folder, stem, source, _checked(rows, columns, references, chat), schema)
     return Texts(Dataset.from_file(str(found)), found.stem.rpartition("-")[2])
+
+
+def first_row(source: str) -> Mapping[str, Any]:
+    """The first row of a source, with all its columns; empty if there is none.
+
+    Raises:
+        DataError: the source is missing, unreadable or broken.
+    """
+    rows, _ = _open(source, None)
+    return next((row for _, row in rows), {})
+
+
+def _open(source: str, columns: list[str] | None) -> tuple[Iterator[Row], str]:
+    """The rows of a source with these columns (None: all), and what identifies its content."""
+    if source.startswith("hub:"):
+        hub = _load_from_hub(source)
+        return _hub_rows(hub, source, columns), hub._fingerprint
+    path = _local_path(source)
+    return _READERS[path.suffix.lower()](path, source, columns), _file_hash(path, source)
 
 
 def texts_of(row: Mapping[str, object], fields: Iterable[str]) -> dict[str, str]:
@@ -181,7 +219,7 @@ def _place(source: str, row: int, line: int) -> str:
     return f"{source}, row {row}" + (f" (line {line})" if line != row else "")
 
 
-def _jsonl_rows(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
+def _jsonl_rows(path: Path, source: str, columns: list[str] | None) -> Iterator[Row]:
     count = 0
     for number, line in _lines(path, source):
         if not line.strip():
@@ -196,7 +234,7 @@ def _jsonl_rows(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
         yield _place(source, count, number), row
 
 
-def _csv_rows(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
+def _csv_rows(path: Path, source: str, columns: list[str] | None) -> Iterator[Row]:
     csv.field_size_limit(max(LINE_LIMIT, csv.field_size_limit()))
     reader = csv.reader((line for _, line in _lines(path, source)), strict=True)
     try:
@@ -219,7 +257,7 @@ def _csv_rows(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
         raise DataError(f"{source}, line {reader.line_num}: is not valid CSV ({error}); check the quotes") from None
 
 
-def _parquet_rows(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
+def _parquet_rows(path: Path, source: str, columns: list[str] | None) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
 
@@ -231,7 +269,7 @@ def _parquet_rows(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
         raise DataError(f"{source}: is not a readable Parquet file ({_first_line(error)}); write it again") from None
 
 
-def _hub_rows(rows: Dataset, source: str, columns: list[str]) -> Iterator[Row]:
+def _hub_rows(rows: Dataset, source: str, columns: list[str] | None) -> Iterator[Row]:
     def read(names: list[str]) -> Iterator[pa.Table | pa.RecordBatch]:
         return iter(rows.select_columns(names).with_format("arrow").iter(1000))
 
@@ -239,9 +277,10 @@ def _hub_rows(rows: Dataset, source: str, columns: list[str]) -> Iterator[Row]:
 
 
 def _arrow_rows(
-    read: Callable[[list[str]], Iterator[pa.Table | pa.RecordBatch]], schema: pa.Schema, source: str, columns: list[str]
+    read: Callable[[list[str]], Iterator[pa.Table | pa.RecordBatch]], schema: pa.Schema, source: str, columns: list[str] | None
 ) -> Iterator[Row]:
     """Rows of a columnar source. Class indices (ClassLabel) are replaced by the class names."""
+    columns = schema.names if columns is None else columns
     lacking = [column for column in columns if column not in schema.names]
     if lacking:
         raise DataError(f"{source}: {_missing(lacking[0], schema.names)}")
@@ -258,7 +297,7 @@ def _arrow_rows(
             yield f"{source}, row {count}", row
 
 
-_READERS: dict[str, Callable[[Path, str, list[str]], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path, str, list[str] | None], Iterator[Row]]] = {
     ".jsonl": _jsonl_rows,
     ".json": _jsonl_rows,
     ".csv": _csv_rows,
@@ -295,11 +334,13 @@ def _references(row: Mapping[str, Any]) -> list[str] | None:
     return value or None
 
 
-def _checked(rows: Iterator[Row], columns: list[str], references: bool) -> Iterator[tuple[dict[str, Any], bytes]]:
+def _checked(
+    rows: Iterator[Row], columns: list[str], references: bool, chat: RowReader | None = None
+) -> Iterator[tuple[dict[str, Any], bytes]]:
     """The texts of every row, and the bytes to hash. Errors name the row."""
     for place, row in rows:
         try:
-            texts: dict[str, Any] = texts_of(row, columns)
+            texts: dict[str, Any] = chat.texts(row) if chat else texts_of(row, columns)
             if references:
                 texts["references"] = _references(row)
             yield texts, json.dumps(list(texts.values()), ensure_ascii=False).encode()

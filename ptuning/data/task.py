@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ptuning.config import Experiment, ExperimentError
+from ptuning.data.chat_encoder import make_encoder
 from ptuning.data.dataset import Split, leaked, load_split
 from ptuning.data.encoder import Encoder
 from ptuning.data.sources import DataError
+from ptuning.data.task_template import task_template
 from ptuning.model.base import Base
 
 
@@ -20,11 +22,13 @@ class Task:
     train: Split
     validation: Split | None
     test: Split | None
+    note: str = ""
+    """What was recognised in rows without `data.input`."""
 
     @property
     def max_new_tokens(self) -> int:
         """Tokens of the longest training target, end token included."""
-        return int(self.train.target_lengths.max())
+        return self.train.longest_answer
 
 
 def load_task(experiment: Experiment, base: Base) -> Task:
@@ -45,13 +49,16 @@ def load_task(experiment: Experiment, base: Base) -> Task:
             f"data.max_tokens: {length} virtual tokens and {config.max_tokens} of text exceed the {base.context} positions of "
             f"{base.name}; set it to at most {room}"
         )
-    encoder = Encoder(config, base.tokenizer, min(config.max_tokens or room, room))
+    found = task_template(config, base.tokenizer, base.name)
+    encoder = make_encoder(found.template, base.tokenizer, min(config.max_tokens or room, room))
     splits = {
-        name: load_split(name, source, encoder) for name in ("train", "validation", "test") if (source := getattr(config, name))
+        name: load_split(name, source, encoder, found.rows)
+        for name in ("train", "validation", "test")
+        if (source := getattr(config, name))
     }
     if len(base.tokenizer) > base.vocabulary:
         _check_rows_of_tokens(experiment, base, encoder, splits.values())
-    return Task(encoder, splits["train"], splits.get("validation"), splits.get("test"))
+    return Task(encoder, splits["train"], splits.get("validation"), splits.get("test"), found.note)
 
 
 def _check_rows_of_tokens(experiment: Experiment, base: Base, encoder: Encoder, splits: Iterable[Split]) -> None:
@@ -75,7 +82,7 @@ def _check_rows_of_tokens(experiment: Experiment, base: Base, encoder: Encoder, 
 
 def describe_task(task: Task) -> list[str]:
     """Lines about the splits: rows, tokens, truncated and dropped rows, and training rows that occur in other splits."""
-    lines = []
+    lines = [f"rows: {task.note}"] if task.note else []
     for split in (task.train, task.validation, task.test):
         if split is None:
             continue
