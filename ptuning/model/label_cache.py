@@ -17,20 +17,28 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
-from ptuning.model.packed_layers import Layout
+from ptuning.model.packed_layers import Layout, PackedLayers
 from ptuning.model.packing import PackedBatch
-
-if TYPE_CHECKING:
-    from ptuning.model.prompted_model import PromptedModel
 
 AT_ONCE = 8
 """Tokens of a trie that are fed at once: each needs a copy of the states of all texts."""
+
+
+class Passes(Protocol):
+    """What is needed of a `PromptedModel`."""
+
+    base: PreTrainedModel
+
+    @property
+    def packed_layers(self) -> PackedLayers: ...
+
+    def inputs(self, embeddings: Tensor, ids: Tensor) -> dict[str, Tensor]: ...
 
 
 def has_trees(plan: PackedBatch) -> bool:
@@ -72,7 +80,7 @@ def _tensors(values: Mapping[Any, Any]) -> Iterator[Tensor]:
 
 
 class _Pass:
-    def __init__(self, model: PromptedModel, packed: Tensor, plan: PackedBatch) -> None:
+    def __init__(self, model: Passes, packed: Tensor, plan: PackedBatch) -> None:
         self._model, self._packed, self._plan = model, packed, plan
         self._device = packed.device
         self._positions = "position_ids" in inspect.signature(model.base.forward).parameters
@@ -159,7 +167,7 @@ def _after(parents: Sequence[int], token: int) -> list[int]:
 
 
 @torch.no_grad()
-def label_logits(model: PromptedModel, packed: Tensor, plan: PackedBatch, kept: Tensor) -> Tensor:
+def label_logits(model: Passes, packed: Tensor, plan: PackedBatch, kept: Tensor) -> Tensor:
     """Logits at the packed places `kept` of texts' ends and label tokens, `[kept, V or U]`, from packed embeddings `[N, H]`."""
     with _cached(model.base):
         return _Pass(model, packed, plan).logits(kept)
