@@ -137,7 +137,8 @@ class _Pass:
             here = states.of(rows)
             mask = torch.cat([here.mask, here.mask.new_ones(len(rows), 1)], 1)
             ids = self._plan.ids[places][:, None].to(self._device)
-            inputs = self._model.base.prepare_inputs_for_generation(  # as `generate` does: some take no mask here
+            base: Any = self._model.base  # its type has no generation
+            inputs = base.prepare_inputs_for_generation(  # as `generate` does: some take no mask here
                 ids,
                 attention_mask=mask,
                 use_cache=True,
