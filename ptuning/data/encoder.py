@@ -13,11 +13,14 @@ from functools import cached_property
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from ptuning.data.sources import FORMAT, DataError, texts_of
-from ptuning.errors import suggest
+from ptuning.data.row import texts_of
+from ptuning.data.sources import FORMAT
+from ptuning.errors import DataError, suggest
 from ptuning.model.fingerprint import json_hash, tokenizer_fingerprint
 from ptuning.model.label_trie import LabelTrie, nested_labels
-from ptuning.settings.data import Template, template_fields
+from ptuning.settings.data import Template
+from ptuning.settings.label_values import canonical, spellings
+from ptuning.settings.template import fill, template_fields
 
 
 class UnusableRow(DataError):
@@ -50,7 +53,7 @@ class Encoder:
     @cached_property
     def label_ids(self) -> list[list[int]]:
         """Token ids of every label as a target, end token included; empty without labels."""
-        ids = [self.target_ids({field: label}) for label in self.template.labels or () for field in self._label_field]
+        ids = self._targets([self.label_target(index) for index in range(len(self.template.labels or ()))])
         labels = dict(zip(map(tuple, ids), self.template.labels or (), strict=True))
         for label, tokens in zip(self.template.labels or (), ids, strict=True):
             if labels[tuple(tokens)] != label:
@@ -89,10 +92,19 @@ class Encoder:
         return self._targets([self.target_text(fields)])[0]
 
     def input_text(self, fields: Mapping[str, object]) -> str:
-        return self.template.input.format_map(texts_of(fields, template_fields(self.template.input)))
+        return fill(self.template.input, self._texts(fields, self.template.input))
 
     def target_text(self, fields: Mapping[str, object]) -> str:
-        return self.template.target.format_map(texts_of(fields, template_fields(self.template.target)))
+        """The target of a row; with labels, its label's."""
+        label = self.label_of(fields)
+        if label >= 0:
+            return self.label_target(label)
+        return fill(self.template.target, self._texts(fields, self.template.target))
+
+    def label_target(self, index: int) -> str:
+        """The target of a label."""
+        assert self.template.labels is not None
+        return fill(self.template.target, dict.fromkeys(self._label_field, self.template.labels[index]))
 
     def fitted_ids(self, fields: Mapping[str, object], room: int | None = None) -> list[int]:
         """The input in at most `room` tokens (default: `input_room`). The longest field is truncated as the template says.
@@ -112,12 +124,28 @@ class Encoder:
         if labels is None:
             return -1
         value = texts_of(fields, self._label_field)[self._label_field[0]]
-        if value not in labels:
-            listed = ", ".join(f"'{label}'" for label in labels[:20])
-            listed += f", ... ({len(labels)} in all)" if len(labels) > 20 else ""
-            fix = suggest(value, labels, "correct the row or data.labels", shown=lambda label: f"'{label}'")
+        label = self._labels_of_values.get(value) or self._spellings.get(canonical(value))
+        if label is None:
+            values = list(self._labels_of_values)
+            listed = ", ".join(f"'{each}'" for each in values[:20])
+            listed += f", ... ({len(values)} in all)" if len(values) > 20 else ""
+            place = "data.labels" if self.template.label_values is None else "the table data.labels"
+            fix = suggest(value, values, f"correct the row or {place}", shown=lambda each: f"'{each}'")
             raise DataError(f"'{value}' is not one of the labels {listed}; {fix}")
-        return labels.index(value)
+        return labels.index(label)
+
+    @cached_property
+    def _labels_of_values(self) -> dict[str, str]:
+        """Value of a row -> label."""
+        return dict(self.template.label_values or ((label, label) for label in self.template.labels or ()))
+
+    @cached_property
+    def _spellings(self) -> dict[str, str]:
+        """The same for all spellings of numbers and truth values."""
+        return spellings(self._labels_of_values)
+
+    def _texts(self, fields: Mapping[str, object], template: str) -> dict[str, str]:
+        return texts_of(fields, template_fields(template), self.template.defaults)
 
     @property
     def _label_field(self) -> list[str]:
@@ -153,7 +181,7 @@ class Encoder:
         size = f"the input has {len(ids)} tokens, {room} fit (limit {self.limit}, {self.limit - room} for the target)"
         if self.template.truncate == "error":
             raise DataError(f'{size}; shorten the text, raise data.max_tokens or set data.truncate = "right"')
-        texts = texts_of(fields, template_fields(self.template.input))
+        texts = self._texts(fields, self.template.input)
         longest = max(texts, key=lambda field: len(texts[field]), default=None)
         best: list[int] = []
         # Binary search over the number of kept characters: fewer than low fit, more than high do not.
@@ -172,4 +200,4 @@ class Encoder:
     def _cut(self, texts: dict[str, str], field: str, kept: int) -> list[int]:
         text = texts[field]
         part = text[:kept] if self.template.truncate == "right" else text[len(text) - kept :]
-        return self._inputs([self.template.input.format_map({**texts, field: part})])[0]
+        return self._inputs([fill(self.template.input, {**texts, field: part})])[0]
