@@ -197,7 +197,7 @@ def test_a_wrong_experiment_is_one_sentence(changes, message):
     ("plain", "message"),
     [
         ({"name": "x"}, "e.toml: data: is missing; set it"),
-        ({"name": "x", "data": {}}, "e.toml: data.input: is missing; set it"),
+        ({"name": "x", "data": {}}, "e.toml: data.train: is missing; set it"),
         ({"data": SMALLEST["data"]}, "e.toml: name: is missing; set it"),
     ],
 )
@@ -360,7 +360,7 @@ def test_a_file_says_the_same_as_its_tables(write_toml):
     assert read_experiment(write_toml(plain)) == parse_experiment(plain)
 
 
-TEXT = {"data.input", "data.target", "data.labels", "data.label_values"}
+TEXT = {"data.input", "data.target", "data.labels", "data.label_values", "data.chat_template_kwargs"}
 """Strings of an experiment that may be blank: they are text. All others name something."""
 
 
@@ -392,6 +392,6 @@ def test_what_names_something_is_not_blank(key, blank, tmp_path):
 def test_the_keys_that_name_something_are_known():
     assert set(named_by_text(Experiment)) - TEXT == {
         *("name", "model.path", "model.revision", "prompt.init_text", "prompt.init_from", "data.train", "data.validation"),
-        *("data.test", "data.references", "serve.host", "serve.keys", "serve.soft_prompts", "tracking.uri"),
-        *("tracking.experiment", "compute.storage", "compute.address"),
+        *("data.test", "data.references", "data.chat_template", "data.system", "serve.host", "serve.keys"),
+        *("serve.soft_prompts", "tracking.uri", "tracking.experiment", "compute.storage", "compute.address"),
     }

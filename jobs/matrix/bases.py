@@ -97,6 +97,8 @@ def _widen(model: PreTrainedModel) -> None:
             continue
         if id(parameter) in tables:
             _spread(parameter, 0.3)
+            empty = (parameter == 0).all(-1)  # padding: states of zeros tie wherever the largest of some scores are chosen
+            parameter[empty] = torch.randn_like(parameter[empty]) * parameter.std()
         elif parameter.dim() >= 2:
             _spread(parameter, SPREAD * parameter.shape[-1] ** -0.5)
         elif bool((parameter == parameter[:1]).all()):  # scales and biases, which are 1 or 0 in a new model

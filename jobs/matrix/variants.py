@@ -64,8 +64,12 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
         }
     },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    # Its whole model forgets the scale that its text model (and Cohere's own code) applies to logits (transformers 5.23).
+    "cohere2_vision": {"text_config": {"logit_scale": 1.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1},
     "deepseek_v3": {"num_experts_per_tok": 2},
+    # Above this length the keys of equal tokens tie, and which of them are kept depends on the length of the row.
+    "doge": {"keep_window_size": CONTEXT},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots3_note": {"text_config": _DOTS3},
     "dots3_note_text": _DOTS3,
@@ -140,7 +144,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
-            "max_position_embeddings": 24,
+            "max_position_embeddings": CONTEXT,
         },
     ),
     "minimax full": ("minimax", {"layer_types": ["full_attention"] * 3}),

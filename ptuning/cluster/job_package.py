@@ -143,7 +143,10 @@ def _check_passwords(experiment: Experiment) -> None:
                     raise UserError(_open(f"{table}.{key}", each))
 
 
-_TEXTS: dict[str, set[str]] = {"data": {"input", "target", "labels", "label_values"}, "prompt": {"init_text"}}
+_TEXTS: dict[str, set[str]] = {
+    "data": {"input", "target", "labels", "label_values", "chat_template", "system"},
+    "prompt": {"init_text"},
+}
 
 
 def _open(key: str, value: str) -> str:
@@ -267,6 +270,9 @@ def _inputs(experiment: Experiment, kind: Kind, packer: _Packer) -> None:
     if kind != "serve":
         for split, source in experiment.data.sources():
             packer.data(f"data.{split}", source)
+        chat_template = experiment.data.chat_template
+        if chat_template and "{" not in chat_template and is_path(chat_template):
+            packer.data("data.chat_template", chat_template)
         init_from = experiment.prompt.init_from
         if init_from and "://" not in init_from and ("/" in init_from or Path(init_from).expanduser().is_dir()):
             packer.folder("prompt.init_from", init_from, SOFT_PROMPT)

@@ -6,7 +6,7 @@ tokens of training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ptuning.data.row import texts_of
 from ptuning.data.sources import FORMAT
+from ptuning.data.special_tokens import TextTokenizer
 from ptuning.errors import DataError, suggest
 from ptuning.model.fingerprint import json_hash, tokenizer_fingerprint
 from ptuning.model.label_trie import LabelTrie, nested_labels
@@ -25,6 +26,26 @@ from ptuning.settings.template import fill, template_fields
 
 class UnusableRow(DataError):
     """A row that cannot be used. In the train split it is dropped and counted, elsewhere it is an error."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as token ids."""
+
+    input_ids: list[int]
+    target_ids: list[int]
+    """With the end token."""
+    label: int
+    """-1 without labels."""
+    text: str
+    """The whole input, even if its ids were truncated."""
+    target_text: str
+    cut: bool
+    """The input was truncated."""
+    earlier: tuple[int, ...] = ()
+    """Places in `input_ids` that are predicted, too: earlier answers of a conversation."""
+    blank: bool = False
+    """All fields of the input are blank."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +74,7 @@ class Encoder:
     @cached_property
     def label_ids(self) -> list[list[int]]:
         """Token ids of every label as a target, end token included; empty without labels."""
-        ids = self._targets([self.label_target(index) for index in range(len(self.template.labels or ()))])
+        ids = [self._label_target(label) for label in self.template.labels or ()]
         labels = dict(zip(map(tuple, ids), self.template.labels or (), strict=True))
         for label, tokens in zip(self.template.labels or (), ids, strict=True):
             if labels[tuple(tokens)] != label:
@@ -83,28 +104,41 @@ class Encoder:
         """Maximum tokens of an input if it does not depend on the row: with labels, the longest label still fits."""
         return self.limit - max(map(len, self.label_ids), default=1)
 
+    @property
+    def end(self) -> int:
+        """The token that ends a target."""
+        return int(self.tokenizer.eos_token_id)
+
+    def examples(self, rows: Sequence[Mapping[str, object]]) -> Iterator[Example | DataError]:
+        """Every row as token ids, or the reason why it cannot be used."""
+        names = template_fields(self.template.input)
+        target_ids = [] if self.template.labels else self._targets(rows)
+        for at, (row, whole) in enumerate(zip(rows, self._inputs(rows), strict=True)):
+            try:
+                label = self.label_of(row)
+                target = target_ids[at] if label < 0 else self.label_ids[label]
+                ids = self._fit(row, whole, self.limit - len(target) if label < 0 else self.input_room)
+                blank = not any(str(row[name]).strip() for name in names)
+                yield Example(
+                    ids, target, label, self.input_text(row), self.target_text(row), cut=ids is not whole, blank=blank
+                )
+            except DataError as error:
+                yield error
+
     def input_ids(self, fields: Mapping[str, object]) -> list[int]:
         """The whole input with the special tokens that the tokenizer prepends, without those that it appends."""
-        return self._inputs([self.input_text(fields)])[0]
+        return self._inputs([fields])[0]
 
     def target_ids(self, fields: Mapping[str, object]) -> list[int]:
         """The target and the end token."""
-        return self._targets([self.target_text(fields)])[0]
+        return self._targets([fields])[0]
 
     def input_text(self, fields: Mapping[str, object]) -> str:
         return fill(self.template.input, self._texts(fields, self.template.input))
 
     def target_text(self, fields: Mapping[str, object]) -> str:
         """The target of a row; with labels, its label's."""
-        label = self.label_of(fields)
-        if label >= 0:
-            return self.label_target(label)
-        return fill(self.template.target, self._texts(fields, self.template.target))
-
-    def label_target(self, index: int) -> str:
-        """The target of a label."""
-        assert self.template.labels is not None
-        return fill(self.template.target, dict.fromkeys(self._label_field, self.template.labels[index]))
+        return fill(self.template.target, self._target_texts(fields))
 
     def fitted_ids(self, fields: Mapping[str, object], room: int | None = None) -> list[int]:
         """The input in at most `room` tokens (default: `input_room`). The longest field is truncated as the template says.
@@ -120,10 +154,16 @@ class Encoder:
         Raises:
             DataError: the value is not one of the labels.
         """
-        labels = self.template.labels
-        if labels is None:
+        if self.template.labels is None:
             return -1
-        value = texts_of(fields, self._label_field)[self._label_field[0]]
+        return self.label_index(texts_of(fields, self._label_field)[self._label_field[0]])
+
+    def label_index(self, value: str) -> int:
+        """The index of a label.
+
+        Raises:
+            DataError: the value is not one of the labels.
+        """
         label = self._labels_of_values.get(value) or self._spellings.get(canonical(value))
         if label is None:
             values = list(self._labels_of_values)
@@ -132,7 +172,7 @@ class Encoder:
             place = "data.labels" if self.template.label_values is None else "the table data.labels"
             fix = suggest(value, values, f"correct the row or {place}", shown=lambda each: f"'{each}'")
             raise DataError(f"'{value}' is not one of the labels {listed}; {fix}")
-        return labels.index(label)
+        return (self.template.labels or ()).index(label)
 
     @cached_property
     def _labels_of_values(self) -> dict[str, str]:
@@ -147,25 +187,50 @@ class Encoder:
     def _texts(self, fields: Mapping[str, object], template: str) -> dict[str, str]:
         return texts_of(fields, template_fields(template), self.template.defaults)
 
+    def _target_texts(self, fields: Mapping[str, object]) -> dict[str, str]:
+        label = self.label_of(fields)
+        if label < 0:
+            return self._texts(fields, self.template.target)
+        return dict.fromkeys(self._label_field, (self.template.labels or ())[label])
+
+    def _label_target(self, label: str) -> list[int]:
+        return self._target_ids([dict.fromkeys(self._label_field, label)])[0]
+
     @property
     def _label_field(self) -> list[str]:
         return template_fields(self.template.target)
 
     @cached_property
-    def _added(self) -> tuple[int, int]:
-        """The numbers of special tokens that the tokenizer prepends and appends to a text."""
+    def _added(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer prepends and appends to a text."""
         (bare,), (full,) = self._tokens(["a"], special=False), self._tokens(["a"], special=True)
         if not bare:
-            return len(full), 0
+            return full, []
         front = next(at for at in range(len(full)) if full[at : at + len(bare)] == bare)
-        return front, len(full) - len(bare) - front
+        return full[:front], full[front + len(bare) :]
 
-    def _inputs(self, texts: Sequence[str]) -> list[list[int]]:
-        _, behind = self._added
-        return [ids[: len(ids) - behind] for ids in self._tokens(texts, special=True)]
+    def _inputs(self, rows: Sequence[Mapping[str, object]]) -> list[list[int]]:
+        front, behind = self._added
+        if self.template.special_tokens == "text":
+            reader = TextTokenizer.of(self.tokenizer)
+            marked = reader.template(self.template.input)
+            found = reader.ids([fill(marked, self._texts(fields, self.template.input)) for fields in rows])
+            return [[*front, *ids] for ids in found]
+        texts = [self.input_text(fields) for fields in rows]
+        return [ids[: len(ids) - len(behind)] for ids in self._tokens(texts, special=True)]
 
-    def _targets(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[*ids, self.tokenizer.eos_token_id] for ids in self._tokens(texts, special=False)]
+    def _targets(self, rows: Sequence[Mapping[str, object]]) -> list[list[int]]:
+        return self._target_ids([self._target_texts(fields) for fields in rows])
+
+    def _target_ids(self, texts: Sequence[Mapping[str, str]]) -> list[list[int]]:
+        """The token ids of targets with these texts in their fields, end token included."""
+        if self.template.special_tokens == "text":
+            reader = TextTokenizer.of(self.tokenizer)
+            marked = reader.template(self.template.target)
+            found = reader.ids([fill(marked, each) for each in texts])
+        else:
+            found = self._tokens([fill(self.template.target, each) for each in texts], special=False)
+        return [[*ids, self.tokenizer.eos_token_id] for ids in found]
 
     def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         # verbose=False: no warning about texts longer than the base's context; they are truncated or refused later.
@@ -173,7 +238,7 @@ class Encoder:
 
     def _fit(self, fields: Mapping[str, object], ids: list[int], room: int) -> list[int]:
         """`ids` (the whole input) if they fit, else the ids after truncating the longest field as little as possible."""
-        front, _ = self._added
+        front = len(self._added[0])
         if len(ids) <= front:
             raise UnusableRow("the input has no text; fill the row or remove it")
         if len(ids) <= room:
@@ -200,4 +265,4 @@ class Encoder:
     def _cut(self, texts: dict[str, str], field: str, kept: int) -> list[int]:
         text = texts[field]
         part = text[:kept] if self.template.truncate == "right" else text[len(text) - kept :]
-        return self._inputs([fill(self.template.input, {**texts, field: part})])[0]
+        return self._inputs([{**texts, field: part}])[0]

@@ -6,7 +6,7 @@ import csv
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +27,33 @@ Row = tuple[str, Mapping[str, Any]]
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
+class RowReader(Protocol):
+    """Makes texts of rows that are more than texts, such as conversations."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it needs."""
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Further columns that it reads, and that the source has."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that it makes."""
+
+    @property
+    def key(self) -> list[Any]:
+        """Everything that determines the texts of a row."""
+
+    def texts(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The texts of a row.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+
+
 @dataclass(frozen=True)
 class Columns:
     """What is read of a row."""
@@ -43,14 +70,21 @@ class Columns:
     """Column with further correct answers."""
     labels: tuple[str, ...] = ()
     """Canonical values that the target may have, if they are known."""
+    chat: RowReader | None = None
+    """Makes the fields from other columns."""
+    whole: bool = False
+    """All columns are read; `names` are those that the source may have."""
 
     @staticmethod
     def of(names: Iterable[str]) -> Columns:
         return Columns(tuple(sorted(set(names))))
 
     @staticmethod
-    def of_template(template: Template, references: str | None = None) -> Columns:
-        """What a template reads. `references`: a column with further correct answers to free text."""
+    def of_template(template: Template, references: str | None = None, chat: RowReader | None = None) -> Columns:
+        """What a template reads. `references`: a column with further correct answers to free text; `chat`: makes the fields of
+        a conversation."""
+        if chat:
+            return Columns(chat.fields, free=template.labels is None, references=references, chat=chat)
         target = tuple(template_fields(template.target))
         values = [value for value, _ in template.label_values or ()] or list(template.labels or ())
         return Columns(
@@ -64,11 +98,15 @@ class Columns:
 
     @property
     def every(self) -> list[str]:
-        return [*self.names, *([self.references] if self.references else [])]
+        """The columns, and the values inside columns, that are read."""
+        names = (*self.chat.columns, *self.chat.optional) if self.chat else self.names
+        return [*names, *([self.references] if self.references else [])]
 
     @property
     def required(self) -> list[str]:
-        return [name for name in self.names if name not in self.defaults]
+        if self.whole:
+            return []
+        return [name for name in (self.chat.columns if self.chat else self.names) if name not in self.defaults]
 
     def roots(self, known: Iterable[str]) -> list[str]:
         """The columns that contain the fields.
@@ -214,7 +252,7 @@ def _arrow_rows(
 ) -> Iterator[Row]:
     """Rows of a columnar source. Class indices (ClassLabel) are replaced by the class names."""
     try:
-        names = columns.roots(schema.names)
+        names = schema.names if columns.whole else columns.roots(schema.names)
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
     features = Features.from_arrow_schema(pa.schema([schema.field(name) for name in names], schema.metadata))

@@ -7,9 +7,11 @@ from collections import Counter
 from typing import Any
 
 from ptuning.config import Experiment, parse_experiment
+from ptuning.data.conversations import MESSAGES, answer_of, read
 from ptuning.data.division import training_texts
 from ptuning.data.readers import Columns
 from ptuning.data.sources import read_source, shown
+from ptuning.data.task_template import conversations
 from ptuning.errors import DataError
 from ptuning.settings.label_values import canonical, ordered
 
@@ -30,7 +32,7 @@ def resolved(experiment: Experiment) -> tuple[Experiment, list[str]]:
         lines.append(f"data.labels: {len(labels)} found: {', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}")
     epochs = experiment.train.epochs
     if epochs is not None:
-        rows = len(training_texts(experiment.data)["train"].rows)
+        rows = len(training_texts(experiment.data, experiment.data, conversations(experiment.data))["train"].rows)
         steps = max(1, math.ceil(epochs * rows / experiment.train.batch_size - 1e-9))
         experiment = _changed(experiment, "train", epochs=None, steps=steps)
         lines.append(f"train.epochs: {epochs:g} of {rows} rows are {steps} steps")
@@ -46,11 +48,14 @@ def _changed(experiment: Experiment, table: str, **values: Any) -> Experiment:
 def _labels(experiment: Experiment) -> list[str]:
     """The values of the target field in the training rows."""
     config = experiment.data
-    columns = Columns.of_template(config)
+    chat = conversations(config)
+    columns = Columns.of_template(config, chat=chat)
     rows = read_source(config.train, columns).rows
+    name = MESSAGES if chat else columns.target[0]
     counts: Counter[str] = Counter()
-    for batch in rows.select_columns([columns.target[0]]).iter(10_000):
-        counts.update(batch[columns.target[0]])
+    for batch in rows.select_columns([name]).iter(10_000):
+        values: list[str] = batch[name]
+        counts.update(filter(None, (answer_of(read(value)).strip() for value in values)) if chat else values)
     spellings: dict[str, list[str]] = {}
     for value in counts:
         spellings.setdefault(canonical(value), []).append(value)
@@ -62,5 +67,6 @@ def _labels(experiment: Experiment) -> list[str]:
             "list the labels, or leave data.labels out"
         )
     if len(labels) < 2:
-        raise DataError(f'data.labels: "auto" finds only {labels[0]!r} in the {where}; add rows of other labels, or list them')
+        only = repr(labels[0]) if labels else "empty values"
+        raise DataError(f'data.labels: "auto" finds only {only} in the {where}; add rows of other labels, or list them')
     return labels

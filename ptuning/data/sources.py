@@ -38,7 +38,7 @@ from ptuning.errors import DataError
 from ptuning.model.fingerprint import json_hash
 from ptuning.settings.fields import NAME
 
-FORMAT = 2
+FORMAT = 3
 """Incremented when the same source would be stored or tokenised differently; older cache files are then ignored."""
 
 REFERENCES = "\ue000references"
@@ -76,7 +76,8 @@ def read_source(source: str | Sequence[str], columns: Columns) -> Texts:
     """
     parts = _parts(source, columns)
     answered = [columns.free, columns.references, columns.target] if columns.free else [columns.target]
-    key = [FORMAT, [part.identity for part in parts], columns.names, sorted(columns.defaults.items()), answered]
+    made = columns.chat.key if columns.chat else None
+    key = [FORMAT, [part.identity for part in parts], columns.names, sorted(columns.defaults.items()), answered, made]
     names = [*columns.names, *(["references"] if columns.free else [])]
     schema = _schema(columns)
     rows = chain.from_iterable(part.rows() for part in parts)
@@ -85,6 +86,16 @@ def read_source(source: str | Sequence[str], columns: Columns) -> Texts:
     if len(parts) > 1:
         notes.insert(0, f"{len(parts)} files")
     return Texts(Dataset.from_file(str(found)), found.stem.rpartition("-")[2], tuple(dict.fromkeys(notes)))
+
+
+def first_row(source: str | Sequence[str], known: Sequence[str] = ()) -> Mapping[str, Any]:
+    """The first row of a source, with all its columns; empty if there is none. `known`: names of columns that it may have.
+
+    Raises:
+        DataError: the source is missing, unreadable or broken.
+    """
+    parts = _parts(source, Columns(tuple(known), whole=True))
+    return next((row for _, row in chain.from_iterable(part.rows() for part in parts)), {})
 
 
 def place_of(source: str | Sequence[str], columns: Columns, index: int) -> str:
@@ -171,6 +182,9 @@ def _checked(rows: Iterable[Row], columns: Columns, source: str) -> Iterator[Sto
 
 
 def _texts(row: Any, columns: Columns) -> Stored:
+    if columns.chat:
+        found = answers(row, columns.references) if columns.references else None
+        return _with_answers(columns.chat.texts(row), found, columns)
     listed = None
     if columns.free and len(columns.target) == 1:
         (name,) = columns.target
@@ -183,9 +197,12 @@ def _texts(row: Any, columns: Columns) -> Stored:
     texts: dict[str, Any] = texts_of(row, columns.names, columns.defaults)
     if columns.target and not any(texts[name].strip() or name in columns.defaults for name in columns.target):
         raise DataError(f"the field '{columns.target[0]}' is empty; fill it or remove the row")
+    return _with_answers(texts, answers(row, columns.references) if columns.references else listed, columns)
+
+
+def _with_answers(texts: dict[str, Any], found: list[str] | None, columns: Columns) -> Stored:
     if not columns.free:
         return texts, stored_bytes(list(texts.values()))
-    found = answers(row, columns.references) if columns.references else listed
     return {**texts, REFERENCES: found}, stored_bytes([*texts.values(), found])
 
 

@@ -34,7 +34,7 @@ from ptuning.inference.engine_check import generates_right, quiet
 from ptuning.inference.generator import Events, Generator
 from ptuning.inference.label_scorer import LabelJob, LabelScorer
 from ptuning.inference.paged_generator import PagedGenerator
-from ptuning.inference.plain_generator import PlainGenerator, SingleGenerator
+from ptuning.inference.plain_generator import PlainGenerator, RecomputingGenerator, SingleGenerator
 from ptuning.inference.sampling import SamplerState, Token
 from ptuning.inference.types import (
     Deliver,
@@ -54,6 +54,14 @@ from ptuning.model.self_check import FAILURES, choose_pass
 from ptuning.redaction import logger
 
 log = logger(__name__)
+
+
+HOW = {
+    PlainGenerator: "no paged cache, requests run in batches of equal length",
+    SingleGenerator: "no paged cache, requests run one after the other",
+    RecomputingGenerator: "no cache gives the same numbers, every new token computes all tokens before it again",
+}
+"""What is slower than pages, in the log's words."""
 
 
 @dataclass
@@ -98,7 +106,7 @@ class Engine:
 
     @property
     def kind(self) -> str:
-        """How it generates: "paged", "plain" or "single"."""
+        """How it generates: "paged", "plain", "single" or "recomputing"."""
         return self._generator.kind
 
     def _start_generator(self, model: PromptedModel) -> None:
@@ -109,7 +117,9 @@ class Engine:
         """
         self._generator: Generator
         events = Events(self._find, self._stepped, self._finish)
-        kinds: list[type[PagedGenerator] | type[PlainGenerator]] = [PagedGenerator, PlainGenerator, SingleGenerator]
+        kinds: list[type[PagedGenerator] | type[PlainGenerator]] = [
+            *(PagedGenerator, PlainGenerator, SingleGenerator, RecomputingGenerator)
+        ]
         for kind in kinds[not model.shared_prefix :]:
             try:
                 self._generator = kind(model, self.config, events)
@@ -118,13 +128,12 @@ class Engine:
             except FAILURES as error:  # this cache has no place for the states of this architecture
                 log.debug("%s: %s", kind.kind, error)
                 continue
-            with quiet() if kind is not SingleGenerator else nullcontext():  # the last one says why it fails
+            with quiet() if kind is not RecomputingGenerator else nullcontext():  # the last one says why it fails
                 right = generates_right(self, model)
             if right:
                 self.stats = Stats()
-                if kind is not PagedGenerator:
-                    how = "one after the other" if kind is SingleGenerator else "in batches of equal length"
-                    log.warning("%s: no paged cache, requests run %s", type(model.base).__name__, how)
+                if kind in HOW:
+                    log.warning("%s: %s", type(model.base).__name__, HOW[kind])
                 return
             self._generator.close()
         raise RequestError(

@@ -12,8 +12,8 @@ from ptuning.inference.types import RequestError
 from ptuning.settings.data import Template
 from ptuning.settings.template import template_defaults, template_fields
 
-RAW = Template(input="{text}", target="{text}", truncate="error")
-"""Text as it is."""
+RAW = Template(input="{text}", target="{text}", truncate="error", special_tokens="tokens")
+"""Text as it is: the client writes the whole input, special tokens included."""
 
 
 def fields_of(encoder: Encoder, text: str | Mapping[str, str]) -> dict[str, str]:

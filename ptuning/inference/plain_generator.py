@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from ptuning.inference.generator import Events
 from ptuning.inference.sampling import choose_token
 from ptuning.inference.types import EngineConfig
+from ptuning.inference.virtual_tokens import VirtualTokens
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.redaction import logger
 
@@ -93,6 +94,7 @@ class PlainGenerator:
         self._events = events
         self._running = config.running
         self.longest = min(config.context, LONGEST)
+        self._bank = cast(VirtualTokens, model.base.get_input_embeddings())
         self._shared = model.shared_prefix
         model.shared_prefix = False
         self._turns = _Turns()
@@ -182,23 +184,30 @@ class PlainGenerator:
                     self._change.notify_all()
                 if not rows:
                     return
-                base: Any = self._model.base
-                ids = torch.tensor([row.ids for row in rows], device=base.device)
-                base.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    generation_config=GenerationConfig(
-                        do_sample=False, max_new_tokens=max(row.new for row in rows), eos_token_id=None, pad_token_id=0
-                    ),
-                    logits_processor=LogitsProcessorList([_Step(self, rows)]),
-                    stopping_criteria=StoppingCriteriaList([_Ended(rows)]),
-                )
+                self._continue(rows)
         except Exception:  # any error must reach those who wait; the next batch may do better
             log.exception("a batch failed")
             message = "the generation failed; the server's log says why"
         for row in rows:
             if not row.done or message:
                 self._finish(row, message)
+
+    def _continue(self, rows: list[_Row]) -> None:
+        """All steps of a batch."""
+        base: Any = self._model.base
+        ids = torch.tensor([row.ids for row in rows], device=base.device)
+        # Layers that look up ids see 0 for a virtual token, as in training; the result of the input embedding is replaced.
+        self._model.embedding.replace(self._bank(ids))
+        ids = torch.where(ids >= self._bank.first, 0, ids)
+        base.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=GenerationConfig(
+                do_sample=False, max_new_tokens=max(row.new for row in rows), eos_token_id=None, pad_token_id=0
+            ),
+            logits_processor=LogitsProcessorList([_Step(self, rows)]),
+            stopping_criteria=StoppingCriteriaList([_Ended(rows)]),
+        )
 
     def choose(self, rows: list[_Row], logits: Tensor) -> None:
         """Choose the next token of every row from logits `[B, V]`, which then have it as maximum; then others have a turn."""
@@ -233,6 +242,24 @@ class SingleGenerator(PlainGenerator):
 
     kind = "single"
     largest = 1
+
+
+class RecomputingGenerator(SingleGenerator):
+    """Every step computes all tokens again, for architectures that compute other numbers with a cache, or with the positions
+    that `generate` gives them (RoBERTa, transformers 5.23)."""
+
+    kind = "recomputing"
+
+    @torch.no_grad()
+    def _continue(self, rows: list[_Row]) -> None:
+        base: Any = self._model.base
+        (row,) = rows
+        ids = torch.tensor([row.ids], device=base.device)
+        while not row.done:
+            inputs = self._model.inputs(self._bank(ids), torch.where(ids >= self._bank.first, 0, ids))
+            scores = base(**inputs, use_cache=False).logits[:, -1].float()
+            self.choose(rows, scores)
+            ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
 
 
 class _Step(LogitsProcessor):

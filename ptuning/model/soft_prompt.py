@@ -77,6 +77,11 @@ class Card(Table):
     content_hash: str
     """SHA-256 of the vectors."""
 
+    @field_validator("template", mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, value: Any) -> Any:
+        return Template.of_card(value)
+
     @field_validator("base", "experiment")
     @classmethod
     def _without_passwords(cls, value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
 from ptuning.settings.fields import EMPTY, Count, NonBlank, Positive, Table
 from ptuning.settings.label_values import canonical, label_text
@@ -17,14 +17,34 @@ AUTO = ("auto",)
 """`data.labels` until the labels are found in the training rows. A list of one label is refused otherwise."""
 
 
-class Template(Table):
-    """How a row becomes text. Stored in the card: training, evaluation and serving see the same tokens."""
+RESERVED = frozenset(
+    {
+        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    }
+)
+"""Names that transformers' `apply_chat_template` (5.23) does not pass on to a template."""
 
-    input: str
+
+class Template(Table):
+    """How a row becomes text: by plain templates (`input`, `target`) or, if both are empty, by a chat template. Stored in the
+    card: training, evaluation and serving see the same tokens."""
+
+    input: str = ""
     """Text before the target, with columns of the row in braces: "Message: {text}\\nLabel:". {answers.text[0]} is a value
-    inside a column; {input|} is optional, with the text after the bar in its place."""
-    target: str
+    inside a column; {input|} is optional, with the text after the bar in its place. Without `input` and `target`, rows are
+    conversations or pairs of prompt and completion, recognised from their columns."""
+    target: str = ""
     """Text to predict, for example " {label}". The end token is appended."""
+    chat_template: NonBlank | None = None
+    """Chat template for rows that are conversations: Jinja text, or a file that contains it. Default: the base's own."""
+    chat_template_kwargs: dict[str, JsonValue] | None = None
+    """Arguments of the chat template, for example { enable_thinking = false }."""
+    system: NonBlank | None = None
+    """System message of conversations that begin without one."""
+    loss: Literal["last", "all"] | None = None
+    """What is trained of a conversation: its last answer (the default) or all its answers. Answers with `weight` 0 are not."""
     labels: tuple[str, ...] | None = None
     """All labels of a classification task: a list; a table {"0" = "negative", "1" = "positive"} from values of the rows to
     labels; or "auto", the values of the training rows. Without labels the target is free text."""
@@ -35,6 +55,24 @@ class Template(Table):
     truncate: Literal["left", "right", "error"] = "right"
     """How an input that is too long is shortened: its longest field is truncated on this side, the template's own words stay;
     error: the row is refused (a training row is dropped)."""
+
+    special_tokens: Literal["text", "tokens"] = "text"
+    """Special tokens of the base, such as </s>, in the fields of a row. text: they are read as text like any other, so a text
+    cannot end the input or write another turn; tokens: they become the tokens themselves. Those in the template's own words are
+    always tokens."""
+
+    @classmethod
+    def of_card(cls, template: Any) -> Any:
+        """The template as a card has it. A card of an earlier version without `special_tokens` keeps its tokens."""
+        return {"special_tokens": "tokens", **template} if isinstance(template, dict) else template
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _arguments_of_the_template(cls, arguments: dict[str, JsonValue] | None) -> dict[str, JsonValue] | None:
+        wrong = sorted(name for name in arguments or () if name in RESERVED or not name.isidentifier())
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is not an argument of a chat template; leave it out")
+        return arguments
 
     @model_validator(mode="before")
     @classmethod
@@ -60,16 +98,12 @@ class Template(Table):
 
     @model_validator(mode="after")
     def _labels_fit_the_target(self) -> Template:
+        if self.input or self.target:
+            self._check_plain()
+        elif self.labels is not None and self.loss == "all":
+            raise ValueError('loss: "all" has no meaning with labels, of which the last answer is one; leave it out')
         if self.labels is None:
-            try:
-                _check_fields(self.target, " {label}")
-            except ValueError as error:
-                raise ValueError(f"target: {error}") from None
             return self
-        if len(template_fields(self.target)) != 1:
-            raise ValueError('target: must contain exactly one field if there are labels; write, for example, " {label}"')
-        if template_defaults(self.target):
-            raise ValueError("target: the label must not be optional; write the column without a bar")
         if len(self.labels) < 2 and not self._finds_labels:
             raise ValueError("labels: has fewer than two labels; list at least two")
         twins = sorted({label for label in self.labels if self.labels.count(label) > 1})
@@ -79,6 +113,29 @@ class Template(Table):
         if unknown:
             raise ValueError(f"label_values: {unknown[0]!r} is not one of the labels; write a table in data.labels instead")
         return self
+
+    def _check_plain(self) -> None:
+        for key in ("input", "target"):
+            if not getattr(self, key):
+                raise ValueError(f"{key}: is missing; set it")
+        for key in ("chat_template", "chat_template_kwargs", "system", "loss"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key}: is for conversations, and has no effect with input and target; keep one of them")
+        if self.labels is None:
+            try:
+                _check_fields(self.target, " {label}")
+            except ValueError as error:
+                raise ValueError(f"target: {error}") from None
+            return
+        if len(template_fields(self.target)) != 1:
+            raise ValueError('target: must contain exactly one field if there are labels; write, for example, " {label}"')
+        if template_defaults(self.target):
+            raise ValueError("target: the label must not be optional; write the column without a bar")
+
+    @property
+    def is_chat(self) -> bool:
+        """Rows are conversations, and `chat_template` is the text of their template. Only of a template that is resolved."""
+        return not self.input
 
     @property
     def _finds_labels(self) -> bool:
@@ -143,6 +200,17 @@ Source = Annotated[NonBlank | tuple[NonBlank, ...], BeforeValidator(_source)]
 SourceOrShare = Annotated[NonBlank | tuple[NonBlank, ...] | float, BeforeValidator(_source_or_share)]
 
 
+class MessagesConfig(Table):
+    """Where the messages of a row are."""
+
+    column: NonBlank = "messages"
+    """Column with the list of messages."""
+    role: NonBlank = "role"
+    """Key of a message's role: system, user (human) or assistant (gpt, model, bot)."""
+    content: NonBlank = "content"
+    """Key of a message's text."""
+
+
 class DataConfig(Template):
     """The task. A split is a file, a folder, a pattern such as "data/*.csv", an address (https://, s3://),
     "hub:org/name:split", "builtin:task/split", or a list of these. Files are JSON, JSON lines, CSV, TSV, Parquet or Arrow,
@@ -163,6 +231,10 @@ class DataConfig(Template):
     references: NonBlank | None = None
     """Column with further correct answers to free text, a text or a list of texts per row. Only metrics use them."""
 
+    messages: MessagesConfig | None = None
+    """Conversations in other columns: { column = "dialog", role = "from", content = "value" }. Recognised without it:
+    `messages` and `conversations` with role/content or from/value, and `prompt` with `completion`."""
+
     @model_validator(mode="before")
     @classmethod
     def _test_rows_are_held_out(cls, tables: Any) -> Any:
@@ -176,11 +248,14 @@ class DataConfig(Template):
     @field_validator("input")
     @classmethod
     def _input_has_a_field(cls, template: str) -> str:
-        check_input(template)
+        if template:
+            check_input(template)
         return template
 
     @model_validator(mode="after")
     def _fits_together(self) -> DataConfig:
+        if self.messages and self.input:
+            raise ValueError("messages: is for conversations, and has no effect with input and target; keep one of them")
         if self.validation_share + self.held_out >= 1:
             raise ValueError(
                 f"test: {self.held_out:g} and data.validation = {self.validation_share:g} leave no training rows; lower one"

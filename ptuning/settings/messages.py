@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -81,7 +81,9 @@ def _table(root: type[BaseModel], tables: Sequence[str]) -> type[BaseModel] | No
     table = root
     for name in tables:
         field = table.model_fields.get(name)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()  # a table may be optional
+        tables_here = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not tables_here:
             return None
-        table = field.annotation
+        table = tables_here[0]
     return table

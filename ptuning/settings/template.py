@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -49,17 +49,23 @@ def parse_template(template: str) -> tuple[str | TemplateField, ...]:
     end = 0
     for found in _TOKEN.finditer(template):
         literal, end = template[end : found.start()], found.end()
-        if literal:
-            parts.append(literal)
         if found[0] in ("{{", "}}"):
-            parts.append(found[0][0])
-        elif found[1] is None:
+            _add(parts, literal + found[0][0])
+            continue
+        _add(parts, literal)
+        if found[1] is None:
             raise ValueError(f"{template!r}: the {found[0]} at character {found.start() + 1} has no partner; {_LITERAL}")
         else:
             parts.append(_field(template, found[1]))
-    if end < len(template):
-        parts.append(template[end:])
+    _add(parts, template[end:])
     return tuple(parts)
+
+
+def _add(parts: list[str | TemplateField], text: str) -> None:
+    if text and parts and isinstance(parts[-1], str):
+        parts[-1] += text
+    elif text:
+        parts.append(text)
 
 
 _LITERAL = "write literal braces as {{ and }}"
@@ -94,9 +100,10 @@ def template_defaults(template: str) -> dict[str, str]:
     return {field.name: field.default for field in fields if field.default is not None}
 
 
-def fill(template: str, texts: Mapping[str, str]) -> str:
-    """The template with the texts of its fields."""
-    return "".join(part if isinstance(part, str) else texts[part.name] for part in parse_template(template))
+def fill(template: str | Sequence[str | TemplateField], texts: Mapping[str, str]) -> str:
+    """The template, or its parts, with the texts of its fields."""
+    parts = parse_template(template) if isinstance(template, str) else template
+    return "".join(part if isinstance(part, str) else texts[part.name] for part in parts)
 
 
 def in_shell_style(template: str) -> str | None:

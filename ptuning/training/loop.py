@@ -24,7 +24,7 @@ from ptuning.data.batch_sampler import shard
 from ptuning.data.task import Task
 from ptuning.errors import UserError
 from ptuning.model.base import Base
-from ptuning.model.packing import Row, pack_targets
+from ptuning.model.packing import TurnsRow, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.soft_prompt import SoftPrompt
 from ptuning.training import checkpoint
@@ -208,7 +208,7 @@ def _split(values: list[Each], sizes: Sequence[int]) -> list[list[Each]]:
     return [values[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
-def _micro_batches(pack: Pack, rows: list[np.ndarray]) -> list[list[list[Row]]]:
+def _micro_batches(pack: Pack, rows: list[np.ndarray]) -> list[list[list[TurnsRow]]]:
     """This worker's rows, pass by pass and start by start: `[passes][starts of all slots]` lists of rows.
 
     Every worker makes the same number of passes, as a sharded base needs; one with fewer rows may have empty lists. Where a

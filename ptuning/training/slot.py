@@ -17,9 +17,8 @@ from ptuning.data.task import Task
 from ptuning.model import initializers, soft_prompt
 from ptuning.model.base import Base
 from ptuning.model.compatibility import check_base
-from ptuning.model.packing import Objective, Row
+from ptuning.model.packing import Objective, TurnsRow
 from ptuning.model.soft_prompt import Card
-from ptuning.settings.data import Template
 from ptuning.settings.training import TrainConfig
 from ptuning.training.messages import Event, StartRun, event_fields
 from ptuning.training.starts import Start, rounds, survivors
@@ -79,7 +78,7 @@ class Slot:
     def checkpoint_due(self) -> bool:
         return self.step % self.config.checkpoint_every == 0
 
-    def loss(self, text: Tensor, choices: Tensor, rows: Sequence[Row], totals: tuple[int, int]) -> Tensor:
+    def loss(self, text: Tensor, choices: Tensor, rows: Sequence[TurnsRow], totals: tuple[int, int]) -> Tensor:
         """This worker's part of the loss of the global batch, from the negative log-likelihoods of text tokens and choices;
         `totals`: target tokens and rows of the whole batch.
 
@@ -93,11 +92,11 @@ class Slot:
         loss = choices.sum() / count
         return loss + self.text_weight * text.sum() / tokens if self.objective.text else loss
 
-    def _choice_weights(self, rows: Sequence[Row]) -> Tensor:
+    def _choice_weights(self, rows: Sequence[TurnsRow]) -> Tensor:
         """The class weight of each choice, which is that of its row's label."""
         assert self.objective.trie is not None and self.class_weights is not None
         paths, weights = self.objective.trie.paths, self.class_weights
-        return torch.tensor([weights[tuple(target)] for _, target in rows for _ in paths[tuple(target)]])
+        return torch.tensor([weights[tuple(target)] for _, target, *_ in rows for _ in paths[tuple(target)]])
 
     def update(self, gradients: Sequence[Tensor], losses: Sequence[float]) -> float:
         """One optimiser step per start, with the gradient of the whole global batch; returns the first start's gradient
@@ -157,7 +156,7 @@ class Slot:
             prefix = f"start{start.number}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             start.restore(own, numbers)
-        self.best_vectors = tensors["best_vectors"]
+        self.best_vectors = tensors["best_vectors"].to(self.vectors.device)
         self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
         self.since_best, self.parent = state["since_best"], state["parent"]
 
@@ -235,7 +234,6 @@ def make_card(slot: Slot, base: Base, measured: dict[str, float]) -> Card:
     """The card of a slot's best soft prompt."""
     experiment, task = slot.experiment, slot.task
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
-    template = {name: getattr(experiment.data, name) for name in Template.model_fields}
     tables = experiment.model_dump(mode="json")
     tables["train"] |= {"objective": experiment.objective, "text_weight": slot.text_weight}
     return Card(
@@ -245,7 +243,7 @@ def make_card(slot: Slot, base: Base, measured: dict[str, float]) -> Card:
         base_fingerprint=base.fingerprint.model_dump(),
         length=experiment.prompt.length,
         width=base.width,
-        template=Template(**template),
+        template=task.encoder.template,
         max_new_tokens=task.max_new_tokens,
         init=experiment.prompt.init,
         metrics=measured,
