@@ -60,7 +60,7 @@ def task_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase, base: 
 
 
 def conversations(config: DataConfig) -> ChatRows | None:
-    """How the rows of a task become conversations, whatever the base; None: they are plain fields.
+    """How the rows of a task become conversations, for any base; None: they are plain fields.
 
     Raises:
         DataError: they are not recognised.
