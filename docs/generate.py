@@ -88,6 +88,8 @@ def _default(field: Any) -> str:
 
 def value_kind(annotation: Any, metadata: Any = ()) -> str:
     """The values that a field accepts: the type in TOML terms, with its limits."""
+    from pydantic import JsonValue
+
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return value_kind(arguments[0], arguments[1:])
@@ -101,7 +103,7 @@ def value_kind(annotation: Any, metadata: Any = ()) -> str:
             return f"list of {value_kind(arguments[0])}"
         return "[" + ", ".join(value_kind(each) for each in arguments) + "]"
     if origin is dict:
-        return f"table of {value_kind(arguments[1])}"
+        return "table" if arguments[1] is JsonValue else f"table of {value_kind(arguments[1])}"
     kind = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}[annotation]
     limits = list(_limits(metadata))
     return f"{kind} {' and '.join(limits)}" if limits else kind

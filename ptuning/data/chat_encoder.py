@@ -113,9 +113,9 @@ class ChatEncoder(Encoder):
             end = begin + len(found.target_ids)
             if ids[:end] != [*found.input_ids, *found.target_ids]:
                 if self.chat.text(messages).startswith(found.text + found.answer_text):
-                    place = f"message {at + 1}"
                     raise UnusableRow(
-                        f"the tokenizer merges the begin of {place} with the text before it; begin it without white space"
+                        f"the tokenizer merges the begin of message {at + 1} with the text before it; "
+                        "begin it without white space"
                     )
                 raise ChatError(
                     "the chat template writes earlier answers differently from the last one, so that they cannot be trained "
