@@ -76,7 +76,11 @@ def _key_table(table: str, fields: dict[str, Any]) -> Iterator[str]:
     for name, field in fields.items():
         key = f"{table}.{name}" if table else name
         meaning = _cell(_one_line(field.description or ""))
-        yield f"| `{key}` | {_cell(value_kind(field.annotation, field.metadata))} | {_default(field)} | {meaning} |"
+        inner = next((each for each in (field.annotation, *typing.get_args(field.annotation)) if _is_table(each)), None)
+        kind = "table" if inner else _cell(value_kind(field.annotation, field.metadata))
+        yield f"| `{key}` | {kind} | {_default(field)} | {meaning} |"
+        if inner:
+            yield from list(_key_table(key, inner.model_fields))[2:]  # without the head
 
 
 def _default(field: Any) -> str:
