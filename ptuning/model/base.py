@@ -20,7 +20,7 @@ from ptuning.errors import BaseError, UserError
 from ptuning.model.base_folder import check_folder, find_folder
 from ptuning.model.decoder import TEXT_PART, check_decoder, has_text_part, is_multimodal
 from ptuning.model.fingerprint import Fingerprint, config_hash, tokenizer_fingerprint, weights_hash
-from ptuning.model.quantization import complete_dtype, take_quantization
+from ptuning.model.quantization import WHOLE, dequantized, take_quantization
 from ptuning.model.safetensors_files import StoredTensor, stored_tensors, weights_name
 from ptuning.model.stored_names import check_stored
 from ptuning.settings.model import ModelConfig
@@ -57,6 +57,11 @@ class Base:
             *(["the text part of a multimodal checkpoint"] if self.multimodal else []),
             *([f"dequantised from {method}"] if method else []),
         ]
+
+    @property
+    def loaded_whole(self) -> bool:
+        """Whether every worker has to load the whole base before it can be partitioned."""
+        return self.quantization is not None and self.quantization["quant_method"] in WHOLE
 
     @property
     def width(self) -> int:
@@ -127,6 +132,7 @@ class Base:
         model: PreTrainedModel
         report: dict[str, Any]
         environment.apply("torch")  # torch reads a part of it before its first allocation on a GPU
+        where = device if device is not None and device.type != "cpu" else None
         disable_progress_bar()  # transformers shows one per process, even if stderr is not a terminal
         self.check_tensors()
         loading: Any = AutoModelForCausalLM.from_pretrained  # its type allows only a model as result
@@ -139,7 +145,7 @@ class Base:
             trust_remote_code=self.trust_remote_code,
             output_loading_info=True,
             key_mapping=self.renamed,
-            **({"device_map": {"": device}} if device is not None and device.type != "cpu" else {}),
+            device_map={"": where or torch.device("cpu")} if where or self.loaded_whole else None,
         )
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
@@ -148,7 +154,7 @@ class Base:
             # A checkpoint that is written later would get the stored names, and quantised weights, but not their config.
             model._weight_conversions = None  # type: ignore[assignment]  # not a module
         if self.quantization:
-            complete_dtype(model, dtype)
+            model = dequantized(model, self.quantization["quant_method"], dtype)
         return model
 
     def check_tensors(self) -> None:
