@@ -21,9 +21,8 @@ from conftest import tiny_base
 
 from ptuning.config import parse_experiment
 from ptuning.data.encoder import Encoder
-from ptuning.data.sources import DataError
 from ptuning.data.task import load_task
-from ptuning.errors import BaseError
+from ptuning.errors import BaseError, DataError
 from ptuning.model import base as base_module
 from ptuning.model import base_folder
 from ptuning.model.base import Base, find_base

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ptuning.data.chat_text import ASKED, ChatError, ChatText
 from ptuning.data.conversations import MESSAGES, Message, read
 from ptuning.data.encoder import Encoder, Example, UnusableRow
-from ptuning.data.sources import DataError
+from ptuning.errors import DataError
 from ptuning.settings.data import Template
 
 
@@ -85,6 +85,8 @@ class ChatEncoder(Encoder):
         if not answer["content"].strip():
             raise UnusableRow("its answer is empty; fill it or remove the row")
         label = self.label_index(answer["content"].strip()) if self.template.labels else -1
+        if label >= 0 and self.template.labels and answer["content"].strip() != self.template.labels[label]:
+            answer = {**answer, "content": self.template.labels[label]}  # another value of the row for this label
         found = self.chat.answer(before, answer)
         target = found.target_ids
         if label >= 0 and target != self.label_ids[label]:

@@ -35,7 +35,8 @@ from ptuning.registry.merged_check import OTHERWISE, ExportError, check_logits, 
 from ptuning.registry.publish import check_free, retrieve
 from ptuning.registry.registry import Registry, Version
 from ptuning.registry.token_suppression import Suppression
-from ptuning.settings.data import Template, template_fields
+from ptuning.settings.data import Template
+from ptuning.settings.template import fill, template_fields
 
 PROBES = ("This is a test.", "a", "Two  words, 3 numbers\nand äöü!")
 
@@ -244,7 +245,7 @@ def _chat(
 
 def _message(template: Template, text: str) -> str:
     fields = template_fields(template.input)
-    return text if len(fields) == 1 else template.input.format_map(dict.fromkeys(fields, text))
+    return text if len(fields) == 1 else fill(template.input, dict.fromkeys(fields, text))
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
@@ -258,7 +259,7 @@ def _jinja(front: str, template: Template) -> str:
     fields = template_fields(template.input)
     if len(fields) == 1:
         mark = uuid.uuid4().hex
-        before, _, behind = template.input.format_map({fields[0]: mark}).partition(mark)
+        before, _, behind = fill(template.input, {fields[0]: mark}).partition(mark)
         behind = behind.replace(mark, "")
     return (
         "{%- set last = messages | selectattr('role', 'equalto', 'user') | list | last -%}"
