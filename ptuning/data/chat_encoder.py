@@ -112,7 +112,7 @@ class ChatEncoder(Encoder):
             if ids[:end] != [*found.input_ids, *found.target_ids]:
                 if self.chat.text(messages).startswith(found.text + found.answer_text):
                     raise UnusableRow(
-                        f"the tokenizer merges the begin of message {at + 1} with the text before it; begin it without white space"
+                        f"the tokenizer merges message {at + 1} with the text before it; begin it without white space"
                     )
                 raise ChatError(
                     "the chat template writes earlier answers differently from the last one, so that they cannot be trained "
