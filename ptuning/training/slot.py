@@ -156,7 +156,7 @@ class Slot:
             prefix = f"start{start.number}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             start.restore(own, numbers)
-        self.best_vectors = tensors["best_vectors"]
+        self.best_vectors = tensors["best_vectors"].to(self.vectors.device)
         self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
         self.since_best, self.parent = state["since_best"], state["parent"]
 
