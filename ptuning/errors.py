@@ -14,6 +14,10 @@ class BaseError(UserError):
     """The base is unknown, incomplete, or not a decoder-only language model."""
 
 
+class DataError(UserError):
+    """A split cannot be used. The message names the file, the row or line, and the fix."""
+
+
 class CannotRun(RuntimeError):
     """An error that occurs again at every attempt: a missing package, or an architecture that lacks an operation. Its run ends
     at once, without restarts."""

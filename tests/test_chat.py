@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from ptuning.data.chat_encoder import ChatEncoder, make_encoder
 from ptuning.data.conversations import ChatRows, recognise
 from ptuning.data.dataset import Split, load_split
-from ptuning.data.sources import DataError, first_row
-from ptuning.errors import UserError
+from ptuning.data.sources import first_row
+from ptuning.data.task_template import recognised
+from ptuning.errors import DataError, UserError
 from ptuning.settings.data import DataConfig, Template
 
 pytestmark = pytest.mark.fast
@@ -64,7 +65,7 @@ def jsonl(path: str, rows: Sequence[object]) -> str:
 
 def load(encoder: ChatEncoder, rows: Sequence[object], name: str = "train", **data: Any) -> Split:
     source = jsonl(f"{name}.jsonl", rows)
-    found = recognise(DataConfig(train=source, **data), first_row(source), source)
+    found = recognised(DataConfig(train=source, **data))
     assert found is not None
     return load_split(name, source, encoder, found)
 
@@ -220,7 +221,7 @@ def test_the_last_answer_is_the_label(form: str, tokenizers: dict[str, PreTraine
     tokenizer = tokenizers[form]
     encoder = encoder_of(tokenizer, labels=("fruit", "tool"))
     rows = [{"messages": [TURNS[0], {"role": "assistant", "content": label}]} for label in ("fruit", " tool\n")]
-    split = load(encoder, rows[:1] if form == "chatml" else rows)
+    split = load(encoder, rows)
     end = tokenizer.convert_tokens_to_ids(FORMS[form].end)
     assert encoder.label_ids == [[*tokenizer(label, add_special_tokens=False).input_ids, end] for label in ("fruit", "tool")]
     for row in range(len(split)):
@@ -286,9 +287,9 @@ def test_every_usual_form_is_the_same_conversation(row: dict[str, Any], data: di
     if kind == "parquet":
         source = "rows.parquet"
         pq.write_table(pa.Table.from_pylist([row]), source)
-    found = recognise(DataConfig(train=source, **data), first_row(source), source)
+    found = recognised(DataConfig(train=source, **data))
     assert found is not None
-    assert json.loads(found.texts(first_row(source))["messages"]) == PLAIN
+    assert json.loads(found.texts(first_row(source, found.columns))["messages"]) == PLAIN
 
 
 def test_a_system_column_begins_the_conversation() -> None:

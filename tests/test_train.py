@@ -68,6 +68,7 @@ def test_a_soft_prompt_learns_the_toy_task(run: Any, toy_task: SimpleNamespace) 
     assert len(losses) == 60 and losses[-1] < losses[0] / 2
     card = done.result("toy").card
     assert card.metrics == finished.values and card.length == 10 and card.template.labels == ("fruit", "tool")
+    assert (card.dtype, card.training_pass, card.base_notes) == ("float32", "shared-prefix", ())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ptuning.data.chat_text import ASKED, ChatError, ChatText
 from ptuning.data.conversations import MESSAGES, Message, read
 from ptuning.data.encoder import Encoder, Example, UnusableRow
-from ptuning.data.sources import DataError
+from ptuning.errors import DataError
 from ptuning.settings.data import Template
 
 
@@ -85,6 +85,8 @@ class ChatEncoder(Encoder):
         if not answer["content"].strip():
             raise UnusableRow("its answer is empty; fill it or remove the row")
         label = self.label_index(answer["content"].strip()) if self.template.labels else -1
+        if label >= 0 and self.template.labels:
+            answer = {**answer, "content": self.template.labels[label]}  # a row may have other values for it, or white space
         found = self.chat.answer(before, answer)
         target = found.target_ids
         if label >= 0 and target != self.label_ids[label]:
@@ -112,7 +114,8 @@ class ChatEncoder(Encoder):
             if ids[:end] != [*found.input_ids, *found.target_ids]:
                 if self.chat.text(messages).startswith(found.text + found.answer_text):
                     raise UnusableRow(
-                        f"the tokenizer merges message {at + 1} with the text before it; begin it without white space"
+                        f"the tokenizer merges the begin of message {at + 1} with the text before it; "
+                        "begin it without white space"
                     )
                 raise ChatError(
                     "the chat template writes earlier answers differently from the last one, so that they cannot be trained "

@@ -19,8 +19,8 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ptuning.data.conversations import Message
-from ptuning.data.sources import DataError
 from ptuning.data.special_tokens import TextTokenizer
+from ptuning.errors import DataError
 from ptuning.settings.data import Template
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptuning.data.sources import DataError
+from ptuning.errors import DataError
 from ptuning.settings.data import DataConfig, MessagesConfig
 
 Message = dict[str, Any]
@@ -29,6 +29,8 @@ ROLES = {
 _TOOLS = ("tool_calls", "function_call", "tool_call_id")
 _COLUMNS = ("messages", "conversations", "conversation")
 _PAIR = ("prompt", "completion")
+KNOWN = (*_COLUMNS, *_PAIR)
+"""Columns of conversations that are recognised."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class ChatRows:
     content: str = "content"
     optional: tuple[str, ...] = ()
     """Of `system` and `tools` the columns that the first row has."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (MESSAGES,)
 
     @property
     def key(self) -> list[Any]:
@@ -144,6 +150,25 @@ def read(value: object) -> list[Message]:
     """The conversation in a field: a list of messages, or `ChatRows.texts`' JSON text."""
     found: Sequence[Any] = json.loads(value) if isinstance(value, str) else value  # type: ignore[assignment]
     return list(found)
+
+
+def answer_of(messages: Sequence[Message]) -> str:
+    """The last answer that is trained; "" if there is none."""
+    last = _last_answer(messages)
+    return "" if last is None else str(messages[last]["content"])
+
+
+def asked(messages: Sequence[Message]) -> str:
+    """What stands before the last answer, as a text that is the same for equal conversations."""
+    before = messages[: _last_answer(messages)]
+    if len(before) == 1 and before[0]["role"] == "user":
+        return str(before[0]["content"])
+    return json.dumps(before, ensure_ascii=False)
+
+
+def _last_answer(messages: Sequence[Message]) -> int | None:
+    answers = (at for at, each in enumerate(messages) if each["role"] == "assistant" and each.get("weight", 1))
+    return max(answers, default=None)
 
 
 def _listed(value: Any) -> Any:

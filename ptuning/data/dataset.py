@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,9 +19,12 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 
+from ptuning.data.cache import cache_folder, quiet
 from ptuning.data.conversations import ChatRows
 from ptuning.data.encoder import Encoder, UnusableRow
-from ptuning.data.sources import DataError, cache_folder, quiet, read_source
+from ptuning.data.readers import Columns
+from ptuning.data.sources import REFERENCES, ROW, Texts, place_of, read_source, shown
+from ptuning.errors import DataError
 from ptuning.model.fingerprint import json_hash
 from ptuning.model.packing import TurnsRow
 
@@ -35,6 +38,7 @@ _COLUMNS = Features(
         "references": List(Value("string")),
         "length": Value("int32"),
         "cut": Value("bool"),
+        "blank": Value("bool"),
         "earlier": List(Value("int32")),
     }
 )
@@ -50,7 +54,8 @@ class Split:
     """As written in the experiment."""
     rows: Dataset
     """input_ids, target_ids (with end token), label (-1 without labels), text (the whole rendered input), target_text,
-    references (list of texts), length (tokens of input + target), cut, earlier (places in input_ids that are predicted)."""
+    references (list of texts), length (tokens of input + target), cut, blank (all fields of the input are blank), earlier
+    (places in input_ids that are predicted)."""
     lengths: NDArray[np.int32]
     """[rows] tokens of input + target."""
     cut: int
@@ -59,6 +64,8 @@ class Split:
     """Number of training rows that were dropped: without text, or too long even after truncation."""
     fingerprint: str
     """SHA-256 of the texts of all rows in order, dropped rows included; the same for every file format."""
+    notes: tuple[str, ...] = ()
+    """What was found out about the files."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -107,44 +114,69 @@ class Split:
         return columns["input_ids"][:], columns["target_ids"][:], columns["earlier"][:]
 
 
-def load_split(name: str, source: str, encoder: Encoder, chat: ChatRows | None = None) -> Split:
+def load_split(
+    name: str,
+    source: str | Sequence[str],
+    encoder: Encoder,
+    chat: ChatRows | None = None,
+    *,
+    references: str | None = None,
+    texts: Texts | None = None,
+) -> Split:
     """Read and tokenise the rows of `source`, or take them from the cache. In "train" unusable rows are dropped and counted.
-    `chat`: how its rows become the conversations of the encoder.
+
+    Args:
+        chat: how its rows become the conversations of the encoder.
+        references: column with further correct answers to free text.
+        texts: the part of the source's rows that belongs to the split; default: all.
 
     Raises:
         DataError: the source or one of its rows is invalid.
     """
-    texts = read_source(source, encoder.fields, references=encoder.template.labels is None, chat=chat)
+    columns = Columns.of_template(encoder.template, references, chat)
+    texts = texts or read_source(source, columns)
     drop = name == "train"
-    key = json_hash([texts.fingerprint, encoder.fingerprint, drop])[:32]
-    with quiet():
-        rows = texts.rows.map(
-            _encode,
-            batched=True,
-            with_indices=True,
-            fn_kwargs={"encoder": encoder, "source": source, "drop": drop},
-            features=_COLUMNS,
-            remove_columns=texts.rows.column_names,
-            # An explicit key instead of a pickle of the function: the same in every process and for equal files.
-            new_fingerprint=key,
-            cache_file_name=str(cache_folder() / f"{key}.arrow"),
-            load_from_cache_file=True,
-        )
+    key = json_hash([texts.fingerprint, ROW in texts.rows.column_names, encoder.fingerprint, drop])[:32]
+    try:
+        with quiet():
+            rows = texts.rows.map(
+                _encode,
+                batched=True,
+                with_indices=True,
+                fn_kwargs={"encoder": encoder, "drop": drop},
+                features=_COLUMNS,
+                remove_columns=texts.rows.column_names,
+                # An explicit key instead of a pickle of the function: the same in every process and for equal files.
+                new_fingerprint=key,
+                cache_file_name=str(cache_folder() / f"{key}.arrow"),
+                load_from_cache_file=True,
+            )
+    except _WrongRow as error:
+        raise DataError(f"{place_of(source, columns, error.row)}: {error}") from None
     if not len(rows):
         raise DataError(
-            f"{source}: none of its {len(texts.rows)} rows has text that fits into {encoder.limit} tokens; "
+            f"{shown(source)}: none of its {len(texts.rows)} rows has text that fits into {encoder.limit} tokens; "
             "raise data.max_tokens"
         )
-    columns = rows.with_format("numpy")
+    found = rows.with_format("numpy")
     return Split(
         name=name,
-        source=source,
+        source=shown(source),
         rows=rows,
-        lengths=np.asarray(columns["length"][:], dtype=np.int32),
-        cut=int(np.sum(columns["cut"][:])),
+        lengths=np.asarray(found["length"][:], dtype=np.int32),
+        cut=int(np.sum(found["cut"][:])),
         dropped=len(texts.rows) - len(rows),
         fingerprint=texts.fingerprint,
+        notes=texts.notes,
     )
+
+
+class _WrongRow(DataError):
+    """A row that cannot be used. `row`: its number in the source, from 0."""
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 def leaked(train: Split, other: Split) -> int:
@@ -153,18 +185,17 @@ def leaked(train: Split, other: Split) -> int:
     return sum(digest in seen for digest in _input_hashes(train))
 
 
-def _encode(
-    columns: dict[str, list[Any]], indices: list[int], encoder: Encoder, source: str, drop: bool
-) -> dict[str, list[Any]]:
+def _encode(columns: dict[str, list[Any]], indices: list[int], encoder: Encoder, drop: bool) -> dict[str, list[Any]]:
     """Text rows -> the columns of `_COLUMNS`, without the dropped rows."""
-    references = columns.pop("references", [None] * len(indices))
+    references = columns.pop(REFERENCES, [None] * len(indices))
+    numbers = columns.pop(ROW, indices)
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     encoded: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     for at, found in enumerate(encoder.examples(rows)):
         if isinstance(found, DataError):
             if drop and isinstance(found, UnusableRow):
                 continue
-            raise DataError(f"{source}, row {indices[at] + 1}: {found}") from None
+            raise _WrongRow(str(found), numbers[at]) from None
         row = {
             "input_ids": found.input_ids,
             "target_ids": found.target_ids,
@@ -174,6 +205,7 @@ def _encode(
             "references": references[at] or [found.target_text.lstrip()],
             "length": len(found.input_ids) + len(found.target_ids),
             "cut": found.cut,
+            "blank": found.blank,
             "earlier": found.earlier,
         }
         for name, value in row.items():

@@ -13,12 +13,15 @@ from functools import cached_property
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from ptuning.data.sources import FORMAT, DataError, texts_of
+from ptuning.data.row import texts_of
+from ptuning.data.sources import FORMAT
 from ptuning.data.special_tokens import TextTokenizer
-from ptuning.errors import suggest
+from ptuning.errors import DataError, suggest
 from ptuning.model.fingerprint import json_hash, tokenizer_fingerprint
 from ptuning.model.label_trie import LabelTrie, nested_labels
-from ptuning.settings.data import Template, template_fields
+from ptuning.settings.data import Template
+from ptuning.settings.label_values import canonical, spellings
+from ptuning.settings.template import fill, template_fields
 
 
 class UnusableRow(DataError):
@@ -41,6 +44,8 @@ class Example:
     """The input was truncated."""
     earlier: tuple[int, ...] = ()
     """Places in `input_ids` that are predicted, too: earlier answers of a conversation."""
+    blank: bool = False
+    """All fields of the input are blank."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,15 +111,17 @@ class Encoder:
 
     def examples(self, rows: Sequence[Mapping[str, object]]) -> Iterator[Example | DataError]:
         """Every row as token ids, or the reason why it cannot be used."""
-        inputs = [self.input_text(row) for row in rows]
-        targets = [self.target_text(row) for row in rows]
+        names = template_fields(self.template.input)
         target_ids = [] if self.template.labels else self._targets(rows)
         for at, (row, whole) in enumerate(zip(rows, self._inputs(rows), strict=True)):
             try:
                 label = self.label_of(row)
                 target = target_ids[at] if label < 0 else self.label_ids[label]
                 ids = self._fit(row, whole, self.limit - len(target) if label < 0 else self.input_room)
-                yield Example(ids, target, label, inputs[at], targets[at], ids is not whole)
+                blank = not any(str(row[name]).strip() for name in names)
+                yield Example(
+                    ids, target, label, self.input_text(row), self.target_text(row), cut=ids is not whole, blank=blank
+                )
             except DataError as error:
                 yield error
 
@@ -127,10 +134,11 @@ class Encoder:
         return self._targets([fields])[0]
 
     def input_text(self, fields: Mapping[str, object]) -> str:
-        return self.template.input.format_map(texts_of(fields, template_fields(self.template.input)))
+        return fill(self.template.input, self._texts(fields, self.template.input))
 
     def target_text(self, fields: Mapping[str, object]) -> str:
-        return self.template.target.format_map(texts_of(fields, template_fields(self.template.target)))
+        """The target of a row; with labels, its label's."""
+        return fill(self.template.target, self._target_texts(fields))
 
     def fitted_ids(self, fields: Mapping[str, object], room: int | None = None) -> list[int]:
         """The input in at most `room` tokens (default: `input_room`). The longest field is truncated as the template says.
@@ -156,16 +164,37 @@ class Encoder:
         Raises:
             DataError: the value is not one of the labels.
         """
-        labels = self.template.labels or ()
-        if value not in labels:
-            listed = ", ".join(f"'{label}'" for label in labels[:20])
-            listed += f", ... ({len(labels)} in all)" if len(labels) > 20 else ""
-            fix = suggest(value, labels, "correct the row or data.labels", shown=lambda label: f"'{label}'")
+        label = self._labels_of_values.get(value) or self._spellings.get(canonical(value))
+        if label is None:
+            values = list(self._labels_of_values)
+            listed = ", ".join(f"'{each}'" for each in values[:20])
+            listed += f", ... ({len(values)} in all)" if len(values) > 20 else ""
+            place = "data.labels" if self.template.label_values is None else "the table data.labels"
+            fix = suggest(value, values, f"correct the row or {place}", shown=lambda each: f"'{each}'")
             raise DataError(f"'{value}' is not one of the labels {listed}; {fix}")
-        return labels.index(value)
+        return (self.template.labels or ()).index(label)
+
+    @cached_property
+    def _labels_of_values(self) -> dict[str, str]:
+        """Value of a row -> label."""
+        return dict(self.template.label_values or ((label, label) for label in self.template.labels or ()))
+
+    @cached_property
+    def _spellings(self) -> dict[str, str]:
+        """The same for all spellings of numbers and truth values."""
+        return spellings(self._labels_of_values)
+
+    def _texts(self, fields: Mapping[str, object], template: str) -> dict[str, str]:
+        return texts_of(fields, template_fields(template), self.template.defaults)
+
+    def _target_texts(self, fields: Mapping[str, object]) -> dict[str, str]:
+        label = self.label_of(fields)
+        if label < 0:
+            return self._texts(fields, self.template.target)
+        return dict.fromkeys(self._label_field, (self.template.labels or ())[label])
 
     def _label_target(self, label: str) -> list[int]:
-        return self.target_ids({self._label_field[0]: label})
+        return self._target_ids([dict.fromkeys(self._label_field, label)])[0]
 
     @property
     def _label_field(self) -> list[str]:
@@ -183,22 +212,25 @@ class Encoder:
     def _inputs(self, rows: Sequence[Mapping[str, object]]) -> list[list[int]]:
         front, behind = self._added
         if self.template.special_tokens == "text":
-            return [[*front, *ids] for ids in self._text_ids(self.template.input, rows)]
+            reader = TextTokenizer.of(self.tokenizer)
+            marked = reader.template(self.template.input)
+            found = reader.ids([fill(marked, self._texts(fields, self.template.input)) for fields in rows])
+            return [[*front, *ids] for ids in found]
         texts = [self.input_text(fields) for fields in rows]
         return [ids[: len(ids) - len(behind)] for ids in self._tokens(texts, special=True)]
 
     def _targets(self, rows: Sequence[Mapping[str, object]]) -> list[list[int]]:
-        if self.template.special_tokens == "text":
-            found = self._text_ids(self.template.target, rows)
-        else:
-            found = self._tokens([self.target_text(fields) for fields in rows], special=False)
-        return [[*ids, self.tokenizer.eos_token_id] for ids in found]
+        return self._target_ids([self._target_texts(fields) for fields in rows])
 
-    def _text_ids(self, template: str, rows: Sequence[Mapping[str, object]]) -> list[list[int]]:
-        """Special tokens of the template are tokens, those in fields are text."""
-        reader, names = TextTokenizer.of(self.tokenizer), template_fields(template)
-        marked = reader.template(template)
-        return reader.ids([marked.format_map(texts_of(fields, names)) for fields in rows])
+    def _target_ids(self, texts: Sequence[Mapping[str, str]]) -> list[list[int]]:
+        """The token ids of targets with these texts in their fields, end token included."""
+        if self.template.special_tokens == "text":
+            reader = TextTokenizer.of(self.tokenizer)
+            marked = reader.template(self.template.target)
+            found = reader.ids([fill(marked, each) for each in texts])
+        else:
+            found = self._tokens([fill(self.template.target, each) for each in texts], special=False)
+        return [[*ids, self.tokenizer.eos_token_id] for ids in found]
 
     def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         # verbose=False: no warning about texts longer than the base's context; they are truncated or refused later.
@@ -214,7 +246,7 @@ class Encoder:
         size = f"the input has {len(ids)} tokens, {room} fit (limit {self.limit}, {self.limit - room} for the target)"
         if self.template.truncate == "error":
             raise DataError(f'{size}; shorten the text, raise data.max_tokens or set data.truncate = "right"')
-        texts = texts_of(fields, template_fields(self.template.input))
+        texts = self._texts(fields, self.template.input)
         longest = max(texts, key=lambda field: len(texts[field]), default=None)
         best: list[int] = []
         # Binary search over the number of kept characters: fewer than low fit, more than high do not.

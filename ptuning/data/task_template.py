@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from ptuning.data.chat_encoder import chat_template_of
-from ptuning.data.conversations import ChatRows, pairs, recognise
-from ptuning.data.sources import DataError, first_row
+from ptuning.data.conversations import KNOWN, ChatRows, pairs, recognise
+from ptuning.data.sources import first_row, shown
+from ptuning.errors import DataError
 from ptuning.paths import locate
 from ptuning.settings.data import DataConfig, Template
 
@@ -36,7 +37,7 @@ def task_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase, base: 
     values = {name: getattr(config, name) for name in Template.model_fields}
     if not config.is_chat:
         return TaskTemplate(Template(**values))
-    rows = recognise(config, first_row(config.train), config.train)
+    rows = recognised(config)
     jinja = _text(config.chat_template) if config.chat_template else chat_template_of(tokenizer)
     if rows is None and jinja is None and not any((config.system, config.chat_template_kwargs, config.loss)):
         plain = {"input": "{prompt}", "target": "{completion}"}
@@ -56,6 +57,25 @@ def task_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase, base: 
     if "strftime_now" in jinja and "date_string" not in (config.chat_template_kwargs or {}):
         note += '; the template may write the date of today, fix it with data.chat_template_kwargs.date_string = "26 Jul 2024"'
     return TaskTemplate(Template(**{**values, "chat_template": jinja}), found, note)
+
+
+def conversations(config: DataConfig) -> ChatRows | None:
+    """How the rows of a task become conversations, for any base; None: they are plain fields.
+
+    Raises:
+        DataError: they are not recognised.
+    """
+    return (recognised(config) or pairs()) if config.is_chat else None
+
+
+def recognised(config: DataConfig) -> ChatRows | None:
+    """What the rows of a task are that has no `data.input`, as `recognise`.
+
+    Raises:
+        DataError: neither conversations nor pairs, or there are no rows.
+    """
+    known = (*KNOWN, config.messages.column) if config.messages else KNOWN
+    return recognise(config, first_row(config.train, known), shown(config.train))
 
 
 def _text(given: str) -> str:

@@ -15,7 +15,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ptuning.data.chat_encoder import make_encoder
 from ptuning.data.conversations import MESSAGES, Message
 from ptuning.data.encoder import Encoder
-from ptuning.settings.data import Template, template_fields
+from ptuning.settings.data import Template
+from ptuning.settings.template import fill, template_fields
 
 PROBES = ("This is a test.", "a", "Two  words, 3 numbers\nand äöü!")
 """Texts that are compared."""
@@ -87,7 +88,7 @@ def _literal(value: Any) -> str:
 
 def _message(template: Template, text: str) -> str:
     fields = template_fields(template.input)
-    return text if len(fields) == 1 else template.input.format_map(dict.fromkeys(fields, text))
+    return text if len(fields) == 1 else fill(template.input, dict.fromkeys(fields, text))
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
@@ -105,7 +106,7 @@ def _jinja(front: str, template: Template) -> str:
     fields = template_fields(template.input)
     if len(fields) == 1:
         mark = uuid.uuid4().hex
-        before, _, behind = template.input.format_map({fields[0]: mark}).partition(mark)
+        before, _, behind = fill(template.input, {fields[0]: mark}).partition(mark)
         behind = behind.replace(mark, "")
     return (
         "{%- set last = messages | selectattr('role', 'equalto', 'user') | list | last -%}"

@@ -29,6 +29,7 @@ from ptuning.model.base import Base, listed_ends
 from ptuning.model.compatibility import base_of, check_base, next_logits
 from ptuning.model.safetensors_files import STORED_DTYPES, stored_tensors
 from ptuning.model.soft_prompt import Card, SoftPrompt
+from ptuning.model.text_head import is_made_here
 from ptuning.registry import token_suppression
 from ptuning.registry.merged_chat import PROBES, set_chat_template
 from ptuning.registry.merged_check import OTHERWISE, ExportError, check_logits, check_written, last_logits, merging
@@ -97,6 +98,10 @@ def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Mer
     front = _in_front(plain)
     tokens = [f"<|{name}:{place}|>" for place in range(len(vectors))]
     model = base.load(dtype).eval()
+    if is_made_here(type(model).__name__):
+        raise ExportError(
+            f"{name}: transformers has no class for the text part of {base.name} alone, so nothing could load it; {OTHERWISE}"
+        )
     texts = [list(plain(text)["input_ids"]) for text in PROBES]
     with merging(name, type(model).__name__):
         expected = torch.stack([next_logits(model, loaded.vectors, torch.tensor([text])).float() for text in texts])

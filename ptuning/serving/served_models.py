@@ -23,8 +23,7 @@ from ptuning import storage
 from ptuning.data.chat_encoder import ChatEncoder, chat_template_of, make_encoder
 from ptuning.data.chat_text import ChatText
 from ptuning.data.encoder import Encoder
-from ptuning.data.sources import DataError
-from ptuning.errors import UserError, suggest
+from ptuning.errors import DataError, UserError, suggest
 from ptuning.inference.engine import Engine
 from ptuning.inference.inputs import RAW
 from ptuning.inference.sampling import Token

@@ -317,7 +317,7 @@ def finish(pack: Pack, slot: Slot, report: Report) -> None:
     peak_bytes = pack.workers.all_gather(_peak_memory())
     if pack.workers.is_main:  # all workers hold the same vectors
         config = pack.base.config.get_text_config()
-        result = SoftPrompt(slot.best_vectors.detach().cpu(), make_card(slot, pack.base, measured))
+        result = SoftPrompt(slot.best_vectors.detach().cpu(), make_card(slot, pack.base, pack.model, measured))
         folder = storage.join(slot.folder, "soft_prompt")
         result.save(
             folder,

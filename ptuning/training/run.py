@@ -27,6 +27,7 @@ from ptuning.cluster.connection import beside_driver, leave_ray, start_ray
 from ptuning.cluster.failures import disk_full, explain
 from ptuning.cluster.local_paths import absolute
 from ptuning.config import Experiment
+from ptuning.data.resolve import resolved
 from ptuning.data.task import describe_task, load_task
 from ptuning.errors import RunFailed, UserError
 from ptuning.model.base import Base, find_base
@@ -120,7 +121,7 @@ def _reach(
 ) -> Result:
     """The result of a run, new or finished before."""
     began = time.monotonic()
-    written = absolute(experiment)
+    written, lines = resolved(absolute(experiment))
     folder = storage.join(written.compute.storage, written.name)
     experiment = pin_parent(written, folder)
     finished = check_run_name(experiment, folder, resume, kind)
@@ -128,8 +129,8 @@ def _reach(
         return result_type.read(finished, experiment)
     lease.check(folder, say)
     base = find_base(experiment.model)
-    for note in base.notes:
-        say(f"base: {note}")
+    for note in (*(f"base: {note}" for note in base.notes), *lines):
+        say(note)
     storage.check_writable(experiment.compute.storage)
     bring_parent(written, experiment, base)
     trained = configure(experiment, base)

@@ -18,6 +18,7 @@ from ptuning.model import initializers, soft_prompt
 from ptuning.model.base import Base
 from ptuning.model.compatibility import check_base
 from ptuning.model.packing import Objective, TurnsRow
+from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.soft_prompt import Card
 from ptuning.settings.training import TrainConfig
 from ptuning.training.messages import Event, StartRun, event_fields
@@ -230,7 +231,7 @@ def initial_vectors(
     return vectors, parent
 
 
-def make_card(slot: Slot, base: Base, measured: dict[str, float]) -> Card:
+def make_card(slot: Slot, base: Base, model: PromptedModel, measured: dict[str, float]) -> Card:
     """The card of a slot's best soft prompt."""
     experiment, task = slot.experiment, slot.task
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
@@ -241,6 +242,9 @@ def make_card(slot: Slot, base: Base, measured: dict[str, float]) -> Card:
         base=base.name,
         revision=base.revision,
         base_fingerprint=base.fingerprint.model_dump(),
+        base_notes=tuple(base.notes),
+        dtype=str(model.base.dtype).removeprefix("torch."),
+        training_pass="shared-prefix" if model.shared_prefix else "concatenated",
         length=experiment.prompt.length,
         width=base.width,
         template=task.encoder.template,
