@@ -297,6 +297,12 @@ class DataConfig(Template):
         """The fraction of the training rows that is used for validation; 0: validation rows are a source of their own."""
         return self.validation if isinstance(self.validation, float) else 0.0
 
+    @property
+    def chat_template_file(self) -> str | None:
+        """The file that `chat_template` names; None: it is the template itself, or not set."""
+        given = self.chat_template
+        return None if given is None or "{" in given or "\n" in given else given
+
     def sources(self) -> Iterator[tuple[str, str | Sequence[str]]]:
         """The splits that are read from files or data sets of their own, and where from."""
         for split in SPLITS:
