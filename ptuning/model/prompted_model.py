@@ -31,7 +31,7 @@ from ptuning.model.last_layer import LastLayer
 from ptuning.model.output_head import OutputHead
 from ptuning.model.packed_layers import Layout, PackedLayers
 from ptuning.model.packing import Choices, PackedBatch
-from ptuning.model.tree_attention import ATTENTION
+from ptuning.model.tree_attention import ATTENTION, tree_mask
 
 CHUNK = 16
 """Tokens of a state space's chunk on a CPU."""
@@ -150,8 +150,7 @@ class PromptedModel(nn.Module):
         out = self.base(
             **self.inputs(packed[None], plan.ids[None]),
             position_ids=plan.segments.positions()[None].to(device),
-            # Given a 4-D mask, transformers does not build its own; the mask that is used is that of the segment tree.
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+            attention_mask=tree_mask(plan.segments, device),
             use_cache=False,
             logits_to_keep=kept.to(device),
             segments=plan.segments,
