@@ -89,6 +89,13 @@ def test_how_a_base_is_served(name, kind):
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("name", ["qwen3_next", "rwkv"])
+def test_bases_that_use_weights_of_other_modules_are_partitioned(name):
+    """Qwen 3 Next reads a convolution's weight without calling it; RWKV cannot even be built under `zero.Init`."""
+    assert results(checked(name, "zero")) == {"accepted": "ok", "zero": "ok"}
+
+
+@pytest.mark.fast
 def test_a_crash_costs_one_cell():
     line = checked("llama", "train", "long", prelude=die)
     assert results(line) == {"accepted": "ok", "train": "error"}
