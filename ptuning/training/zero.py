@@ -41,7 +41,7 @@ load_deepspeed()
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 from deepspeed.runtime.zero.linear import zero3_linear_wrap  # noqa: E402
-from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
+from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict  # noqa: E402
 from deepspeed.runtime.zero.partitioned_param_coordinator import ZeRoTraceMode  # noqa: E402
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config  # noqa: E402
 
@@ -173,8 +173,8 @@ def _unrecorded(coordinator: Any) -> Iterator[None]:
 
 @contextmanager
 def _discovered(model: PromptedModel) -> Iterator[None]:
-    """Let DeepSpeed see which modules use parameters of other modules (a convolution's weight in a state space): from then on it
-    gathers them, too. It looks only while its engine is called (`_forward_prologue`, 0.19), and here the model is."""
+    """Let DeepSpeed see which modules use parameters of other modules (a convolution's weight in a state space): from then on
+    it gathers them, too. It looks only while its engine is called (`_forward_prologue`, 0.19), and here the model is."""
     containers = [module._parameters for module in model.modules() if isinstance(module._parameters, ZeROOrderedDict)]
     for parameters in containers:
         parameters._in_forward = True
