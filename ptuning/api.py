@@ -134,13 +134,13 @@ def search(
         return run_search(experiment, resume=resume, show=display, say=display.say, register=name)
 
 
-def load(source: str, *, storage: str = "runs", tracking: str | None = None) -> SoftPrompt:
+def load(source: str, *, storage: str | None = None, tracking: str | None = None) -> SoftPrompt:
     """A soft prompt: `.vectors` [P, H] in fp32 and `.card`.
 
     Args:
         source: a folder, a registered name ("sentiment", "sentiment:2", "sentiment@champion"), or the Hugging Face id of a PEFT
             prompt-tuning adapter.
-        storage: the storage folder whose registry contains the name.
+        storage: the storage folder whose registry contains the name; default: as for `Registry`.
         tracking: MLflow server or database to use instead.
 
     Raises:
@@ -239,15 +239,17 @@ class Registry:
     of an alias.
 
     Args:
-        storage: the storage folder whose tracking store to use.
+        storage: the storage folder whose tracking store to use; default: the store that MLFLOW_TRACKING_URI names, else the
+            folder "runs".
         tracking: MLflow server or database to use instead.
     """
 
-    def __init__(self, storage: str = "runs", tracking: str | None = None) -> None:
+    def __init__(self, storage: str | None = None, tracking: str | None = None) -> None:
         from ptuning.registry import registry
-        from ptuning.tracking.client import default_uri
+        from ptuning.tracking.client import default_uri, named_uri
 
-        self._registry = registry.Registry(tracking or default_uri(storage))
+        named = named_uri(tracking, "--tracking") if tracking or storage is None else None
+        self._registry = registry.Registry(named or default_uri(storage or "runs"))
 
     def __repr__(self) -> str:
         from ptuning.redaction import redact

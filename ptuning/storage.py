@@ -58,6 +58,19 @@ def join(storage: str, *parts: str) -> str:
     return "/".join([storage.rstrip("/"), *parts])
 
 
+def relative(folder: str, place: str) -> str:
+    """A place in a folder without the folder's own path, for records that are read wherever the folder is then."""
+    return place.removeprefix(f"{folder.rstrip('/')}/")
+
+
+def inside(folder: str, place: str) -> str:
+    """The inverse of `relative`. The path in a record of an earlier version is absolute: what follows the folder's name
+    counts."""
+    if place.startswith("/") or "://" in place:
+        place = place.rpartition(f"/{folder.rstrip('/').rpartition('/')[2]}/")[2]
+    return join(folder, place)
+
+
 def check_writable(storage: str) -> None:
     """Check that folders can be written here. In an object store a small file is written and deleted; on a disk nothing is.
 

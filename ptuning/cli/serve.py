@@ -78,7 +78,7 @@ def ask(
 def compare(
     name: Annotated[str, typer.Argument(metavar="NAME", callback=non_blank, help="A registered name.")],
     text: Annotated[str, typer.Option("--text", help="The text, or a JSON object with the template's fields.")],
-    storage: Storage = "runs",
+    storage: Storage = None,
     tracking: Tracking = None,
     base: BaseOption = None,
     as_json: Json = False,

@@ -256,6 +256,8 @@ def _tracking(experiment: Experiment, shipment: JobPackage, packer: _Packer, her
     if uri is None and variable.startswith(("http://", "https://")):
         uri = variable
         packer.override("tracking.uri", uri)
+    if experiment.tracking.experiment is None and here.get("MLFLOW_EXPERIMENT_NAME", "").strip():
+        packer.override("tracking.experiment", here["MLFLOW_EXPERIMENT_NAME"].strip())
     if uri is None:
         default_uri(experiment.compute.storage)  # refuses an object store
         return

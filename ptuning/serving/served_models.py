@@ -20,7 +20,7 @@ from typing import Any
 
 from ptuning import storage
 from ptuning.data.encoder import Encoder
-from ptuning.errors import UserError, suggest
+from ptuning.errors import TrackingError, UserError, suggest
 from ptuning.inference.engine import Engine
 from ptuning.inference.inputs import RAW
 from ptuning.inference.sampling import Token
@@ -32,7 +32,7 @@ from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
 from ptuning.redaction import last_name, logger, placeless, redact
 from ptuning.registry.publish import retrieve
 from ptuning.registry.registry import CHAMPION, Registry, Version
-from ptuning.tracking.client import OFFLINE, TrackingError
+from ptuning.tracking.client import OFFLINE
 
 log = logger(__name__)
 

@@ -32,6 +32,7 @@ from ptuning.errors import UserError
 from ptuning.redaction import logger
 from ptuning.serving.auth import Scope, check_address, is_loopback, read_keys
 from ptuning.serving.deployment import DEPLOYMENT, application
+from ptuning.tracking.client import obeyed
 
 log = logger(__name__)
 
@@ -52,7 +53,7 @@ class Server:
     def __init__(
         self, experiment: Experiment, *, insecure: bool = False, say: Callable[[str], None] = lambda line: None
     ) -> None:
-        self._experiment, keys = _prepared(experiment, insecure)
+        self._experiment, keys = _prepared(experiment, insecure, say)
         environment.apply("proxy")  # for the processes of a cluster that is started here
         self._running = True
         self._started_here = start_ray(self._experiment)
@@ -116,7 +117,7 @@ def deploy(experiment: Experiment, *, insecure: bool, say: Callable[[str], None]
     Raises:
         UserError: as in `run_server`, or there is no cluster: one that is started here would end with this process.
     """
-    experiment, keys = _prepared(experiment, insecure)
+    experiment, keys = _prepared(experiment, insecure, say)
     if not (experiment.compute.address or os.environ.get("RAY_ADDRESS")):
         raise UserError("compute.address: there is no cluster that could keep serving; set it, or serve without --detach")
     start_ray(experiment)
@@ -131,7 +132,9 @@ def deploy(experiment: Experiment, *, insecure: bool, say: Callable[[str], None]
     return {"url": _url(experiment), "application": APPLICATION, "served": sorted(state["served"])}
 
 
-def _prepared(experiment: Experiment, insecure: bool) -> tuple[Experiment, dict[str, Scope]]:
+def _prepared(experiment: Experiment, insecure: bool, say: Callable[[str], None]) -> tuple[Experiment, dict[str, Scope]]:
+    if note := obeyed(experiment):
+        say(note)
     experiment = absolute(experiment)
     keys = read_keys(experiment.serve.keys)
     check_address(experiment.serve.host, keys, insecure)
