@@ -15,7 +15,6 @@ from ptuning.cli.options import BaseOption, ExperimentArgument, Json, Overrides,
 from ptuning.config import read_experiment
 from ptuning.errors import UserError
 from ptuning.redaction import redact
-from ptuning.serving.auth import check_address, check_token, read_keys
 
 KEY = "PTUNING_API_KEY"
 
@@ -33,8 +32,7 @@ def serve(
     """
     try:
         settings = read_experiment(experiment, overrides or [])
-        check_address(settings.serve.host, read_keys(settings.serve.keys), insecure)  # before seconds of imports
-        check_token(insecure)
+        api.check_serving(settings, insecure)
         with busy("starting"):
             api.prepare("serve", settings)
         if detach:
@@ -68,11 +66,14 @@ def ask(
     try:
         with busy("asking"), urllib.request.urlopen(question, timeout=600) as response:
             answer = json.load(response)
+        said: str = answer["choices"][0]["message"]["content"]
     except urllib.error.HTTPError as error:
         fail(_complaint(error), 2)
     except (OSError, ValueError) as error:
         fail(f"{url}: no server answers ({error}); start one with: ptuning serve EXPERIMENT", 1)
-    typer.echo(json.dumps(answer) if as_json else answer["choices"][0]["message"]["content"])
+    except (KeyError, IndexError, TypeError):
+        fail(f"{url}: what answers is not a server of ptuning; correct --url", 1)
+    typer.echo(json.dumps(answer) if as_json else said)
 
 
 def compare(

@@ -19,6 +19,7 @@ from ptuning.config import Experiment, read_experiment
 from ptuning.errors import UserError
 from ptuning.paths import FOLDER, SCHEME
 from ptuning.redaction import redact
+from ptuning.settings.fields import HUB_ID
 from ptuning.tracking.client import default_uri
 
 Kind = Literal["train", "search", "serve", "doctor"]
@@ -246,9 +247,12 @@ def _inputs(experiment: Experiment, kind: Kind, packer: _Packer) -> None:
         if init_from and "://" not in init_from and ("/" in init_from or Path(init_from).expanduser().is_dir()):
             packer.folder("prompt.init_from", init_from, SOFT_PROMPT)
     path = experiment.model.path
-    hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    if path != "builtin" and (not hub_id or Path(path).is_dir()):
+    if path != "builtin" and not _is_hub_id(path):
         packer.folder("model.path", path, BASE + (("*.py",) if experiment.model.trust_remote_code else ()))
+
+
+def _is_hub_id(path: str) -> bool:
+    return path != "builtin" and HUB_ID.fullmatch(path) is not None and not Path(path).is_dir()
 
 
 def _tracking(experiment: Experiment, shipment: JobPackage, packer: _Packer, here: Mapping[str, str]) -> None:
@@ -305,7 +309,7 @@ def _environment(shared: Sequence[Path], wanted: Sequence[str], here: Mapping[st
 def _secrets(experiment: Experiment, kind: Kind, here: Mapping[str, str]) -> list[str]:
     """Secrets that are set here and that this experiment probably needs."""
     data = [experiment.data.train, experiment.data.validation, experiment.data.test] if kind != "serve" else []
-    hub = any(source and source.startswith("hub:") for source in data) or "/" in experiment.model.path
+    hub = any(source and source.startswith("hub:") for source in data) or _is_hub_id(experiment.model.path)
     used = {
         ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"): hub,
         ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"): "s3:" in experiment.compute.storage,

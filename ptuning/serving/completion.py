@@ -96,9 +96,10 @@ class Generation:
         async for event in self._tokens():
             if isinstance(event, Token):
                 self.completion_tokens += 1
-                if told and event.id != tokenizer.eos_token_id:
-                    waiting.append(token_text(tokenizer, event, len(text.text)))
+                before = len(text.text)
                 new = text.push(event.id)
+                if told and event.id != tokenizer.eos_token_id:
+                    waiting.append(token_text(tokenizer, event, text.added, before))
                 if text.stopped:
                     self.close()
                     yield Piece(new, tuple(token for token in waiting if token.offset < len(text.text)), "stop")
@@ -109,6 +110,8 @@ class Generation:
             elif event.reason in ("stop", "length"):
                 self.cached_tokens = event.cached
                 rest = text.flush()
+                if waiting and text.added:  # of a character that is not complete
+                    waiting[-1] = replace(waiting[-1], text=waiting[-1].text + text.added)
                 yield Piece(rest, tuple(waiting), "stop" if text.stopped else event.reason)
             else:
                 raise AnswerFailed(event.message or "the answer was cancelled")

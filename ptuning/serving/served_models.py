@@ -260,6 +260,8 @@ class ServedModels:
         # The hashes are tags that everyone with access to MLflow can write, and they name a folder.
         if not _HASH.fullmatch(entry.content_hash) or not _HASH.fullmatch(entry.card_hash):
             raise SoftPromptError(f"{entry}: its tags contain no SHA-256 of vectors and card; publish it again")
+        if entry.name == self.base_id:  # its champion would answer in place of the base, or the base in its place
+            raise SoftPromptError(f"{entry}: has the name of the base on this server; publish it under another name")
         loaded = self._bytes(entry, version)
         base, card = self._base, loaded.card
         check_base(loaded, str(entry), base)

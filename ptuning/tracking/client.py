@@ -48,7 +48,7 @@ def tracking_uri(experiment: Experiment) -> str:
     """Where an experiment is tracked: `tracking.uri`, else MLFLOW_TRACKING_URI, else the database in its storage folder.
 
     Raises:
-        UserError: as `default_uri`, or the address is none that MLflow can write to.
+        UserError: as `default_uri`, or MLflow cannot write to that address.
     """
     return named_uri(experiment.tracking.uri) or default_uri(experiment.compute.storage)
 
@@ -92,7 +92,7 @@ def obeyed(experiment: Experiment) -> str | None:
 
 
 def check_tracking(experiment: Experiment) -> None:
-    """Check what would keep the records of a run out of MLflow for good. A server that does not respond is no reason: records
+    """Check what would keep the records of a run out of MLflow for good. A server that does not respond does not: records
     wait for it. Takes milliseconds for a local database, and imports no MLflow.
 
     Raises:

@@ -1,7 +1,8 @@
 """A local database of MLflow, before MLflow opens it: each way in which it cannot be used is one sentence.
 
-MLflow itself (3.17) takes seconds to import, prints a traceback for a file that is no database, and waits for a lock without a
-word. What is read here: the number of the schema, which MLflow compares with its own, and whether an experiment was deleted.
+MLflow itself (3.17) takes seconds to import, prints a traceback for a file that is not a database, and waits for a lock
+without a message. What is read here: the number of the schema, which MLflow compares with its own, and whether an experiment
+was deleted.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ def deleted_experiment(path: Path, name: str) -> str | None:
     """The id of an experiment of this name that was deleted in MLflow; None if it was not."""
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=PATIENCE)) as database:
-            question = "SELECT experiment_id FROM experiments WHERE name = ? AND lifecycle_stage = 'deleted'"
-            row = database.execute(question, (name,)).fetchone()
+            question = "SELECT experiment_id, lifecycle_stage FROM experiments WHERE name = ?"
+            found = database.execute(question, (name,)).fetchall()
     except sqlite3.DatabaseError:  # another schema: MLflow itself reports it
         return None
-    return str(row[0]) if row else None
+    return next((str(number) for number, stage in found if stage == "deleted"), None)
 
 
 def _versions(database: sqlite3.Connection) -> list[str]:

@@ -30,6 +30,7 @@ from ptuning.config import Experiment
 from ptuning.data.task import describe_task, load_task
 from ptuning.errors import RunFailed, UserError
 from ptuning.model.base import Base, find_base
+from ptuning.registry.publish import check_not_base
 from ptuning.tracking import client as tracking_client
 from ptuning.tracking.tracker import Status, Tracker
 from ptuning.training import lease
@@ -104,6 +105,8 @@ def execute_run(
     Raises:
         UserError, RunFailed: as `run_training`.
     """
+    if register:
+        check_not_base(register, experiment.model.path)
     result = _reach(experiment, kind, result_type, train, resume, say, configure, groups, spare)
     return _registered(result, register) if register else result
 
