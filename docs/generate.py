@@ -76,7 +76,11 @@ def _key_table(table: str, fields: dict[str, Any]) -> Iterator[str]:
     for name, field in fields.items():
         key = f"{table}.{name}" if table else name
         meaning = _cell(_one_line(field.description or ""))
-        yield f"| `{key}` | {_cell(value_kind(field.annotation, field.metadata))} | {_default(field)} | {meaning} |"
+        inner = next((each for each in (field.annotation, *typing.get_args(field.annotation)) if _is_table(each)), None)
+        kind = "table" if inner else _cell(value_kind(field.annotation, field.metadata))
+        yield f"| `{key}` | {kind} | {_default(field)} | {meaning} |"
+        if inner:
+            yield from list(_key_table(key, inner.model_fields))[2:]  # without the head
 
 
 def _default(field: Any) -> str:
@@ -88,6 +92,8 @@ def _default(field: Any) -> str:
 
 def value_kind(annotation: Any, metadata: Any = ()) -> str:
     """The values that a field accepts: the type in TOML terms, with its limits."""
+    from pydantic import JsonValue
+
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return value_kind(arguments[0], arguments[1:])
@@ -101,7 +107,7 @@ def value_kind(annotation: Any, metadata: Any = ()) -> str:
             return f"list of {value_kind(arguments[0])}"
         return "[" + ", ".join(value_kind(each) for each in arguments) + "]"
     if origin is dict:
-        return f"table of {value_kind(arguments[1])}"
+        return "table" if arguments[1] is JsonValue else f"table of {value_kind(arguments[1])}"
     kind = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}[annotation]
     limits = list(_limits(metadata))
     return f"{kind} {' and '.join(limits)}" if limits else kind

@@ -6,6 +6,7 @@ names the place and the fix.
 
 from __future__ import annotations
 
+import glob
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from pydantic import ValidationError, field_validator, model_validator
 
 from ptuning.errors import UserError, suggest
+from ptuning.paths import is_path
 from ptuning.redaction import redact
 from ptuning.settings.data import DataConfig
 from ptuning.settings.fields import CLASSIFICATION_METRICS, GENERATION_METRICS, NAME, Metric, NonBlank, Table
@@ -78,7 +80,7 @@ class Experiment(Table):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:
-        labels = self.data.labels
+        labels = self.data.labels  # or that they are to be found
         if self.prompt.init == "labels" and not labels:
             raise ValueError('prompt.init: "labels" needs data.labels; list them or choose another init')
         for key, value in (("objective", self.train.objective == "choice"), ("class_weights", self.train.class_weights)):
@@ -133,7 +135,23 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         raise ExperimentError(f"{path}: is not valid TOML ({error}); correct the file") from None
     for override in overrides:
         _apply(tables, override)
-    return parse_experiment(tables, str(path))
+    experiment = parse_experiment(tables, str(path))
+    found = {split: _beside(source, path.parent) for split, source in experiment.data.sources()}
+    return experiment.model_copy(update={"data": experiment.data.model_copy(update=found)})
+
+
+def _beside(source: str | Sequence[str], folder: Path) -> str | tuple[str, ...]:
+    """A source of rows, with paths that are not in the working folder but beside the experiment file."""
+    if not isinstance(source, str):
+        return tuple(str(_beside(each, folder)) for each in source)
+    path = Path(source)
+    if not is_path(source) or source.startswith("~") or path.is_absolute() or _exists(path) or not _exists(folder / path):
+        return source
+    return str(folder / path)
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or (glob.has_magic(str(path)) and bool(glob.glob(str(path), recursive=True)))
 
 
 def parse_experiment(tables: dict[str, Any], source: str = "experiment") -> Experiment:

@@ -23,6 +23,10 @@ class TrackingError(UserError):
         self.code = code
 
 
+class DataError(UserError):
+    """A split cannot be used. The message names the file, the row or line, and the fix."""
+
+
 class CannotRun(RuntimeError):
     """An error that occurs again at every attempt: a missing package, or an architecture that lacks an operation. Its run ends
     at once, without restarts."""

@@ -14,6 +14,11 @@ FOLDER = "shipped"
 """In a job's working directory."""
 
 
+def is_path(source: str) -> bool:
+    """True unless a source of rows is a data set, a built-in task, an address, or was uploaded with a job."""
+    return "://" not in source and not source.startswith(("hub:", "builtin:", SCHEME))
+
+
 def locate(source: str) -> Path:
     """The location of a path or `shipped:NAME` on this node. It need not exist."""
     if not source.startswith(SCHEME):

@@ -22,7 +22,18 @@ pytestmark = pytest.mark.fast
 
 PACKAGE = REPOSITORY / "ptuning"
 
-FOUNDATION = ("redaction", "errors", "sys_path", "environment", "imports", "settings", "config", "paths", "storage")
+FOUNDATION = (
+    "redaction",
+    "errors",
+    "sys_path",
+    "environment",
+    "imports",
+    "settings",
+    "paths",
+    "row_files",
+    "config",
+    "storage",
+)
 """Every package may import these; they import only those before them."""
 
 DIRECTIONS = {

@@ -67,6 +67,28 @@ def test_a_right_base_is_right_and_a_broken_one_is_found(name):
 
 
 @pytest.mark.fast
+def test_the_text_part_of_a_multimodal_base_without_a_class_of_its_own():
+    """GLM-4V's experts are stored one by one, and transformers lists how they are joined for the whole model only."""
+    line = checked("glm4v_moe", "train", "serve", "export")
+    assert results(line) == {"accepted": "ok", "train": "ok", "serve": "ok", "export": "no"}, line
+    assert line["cells"]["export"]["detail"].endswith("so nothing could load it; export the adapter instead")
+
+
+@pytest.mark.fast
+def test_logits_that_a_whole_model_changes_are_refused():
+    line = checked("granite_docling")
+    assert results(line) == {"accepted": "no"}
+    assert "changes the logits of its head (logits_scaling)" in line["cells"]["accepted"]["detail"]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("name", "kind"), [("roberta", "recomputing"), ("deepseek_v4", "plain"), ("llama", "paged")])
+def test_how_a_base_is_served(name, kind):
+    line = checked(name, "serve")
+    assert results(line) == {"accepted": "ok", "serve": "ok"} and line["facts"]["engine"] == kind, line
+
+
+@pytest.mark.fast
 def test_a_crash_costs_one_cell():
     line = checked("llama", "train", "long", prelude=die)
     assert results(line) == {"accepted": "ok", "train": "error"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
 import json
 import shutil
 import traceback
@@ -20,9 +21,8 @@ from conftest import tiny_base
 
 from ptuning.config import parse_experiment
 from ptuning.data.encoder import Encoder
-from ptuning.data.sources import DataError
 from ptuning.data.task import load_task
-from ptuning.errors import BaseError
+from ptuning.errors import BaseError, DataError
 from ptuning.model import base as base_module
 from ptuning.model import base_folder
 from ptuning.model.base import Base, find_base
@@ -504,7 +504,68 @@ def test_quantised_weights_are_dequantised_into_the_dtype_of_the_base(kind: str,
     zero.load(base, ZeroConfig(stage=0), torch.float32)  # compares what is stored unchanged
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitnet", "compressed-tensors", "new"])
+def by_bitsandbytes(folder: Path, **settings: Any) -> None:
+    quantizing = transformers.BitsAndBytesConfig(**settings)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantizing, device_map="cpu")
+    model.save_pretrained(folder)
+
+
+def by_compressed_tensors(folder: Path) -> None:
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+    )
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=8, strategy="channel"))
+    groups: Any = {"group_0": scheme}
+    config = QuantizationConfig(config_groups=groups, ignore=["lm_head"], format="pack-quantized", quantization_status="frozen")
+    apply_quantization_config(model, config)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            module.weight_scale.data.copy_(module.weight.abs().amax(1, keepdim=True) / 127)
+    compressor: Any = ModelCompressor.from_pretrained_model(model, quantization_format="pack-quantized")
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+
+
+LIBRARIES: dict[str, Callable[[Path], None]] = {
+    "bitsandbytes, 4 bits": functools.partial(by_bitsandbytes, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "bitsandbytes, 8 bits": functools.partial(by_bitsandbytes, load_in_8bit=True),
+    "compressed-tensors": by_compressed_tensors,
+}
+
+
+@pytest.mark.parametrize("kind", LIBRARIES)
+def test_weights_that_a_library_quantised_are_dequantised_by_it(kind: str, write: Write, tmp_path: Path) -> None:
+    from matrix.sharded import gradients_of_two
+
+    from ptuning.model.packing import pack_targets
+    from ptuning.training import zero
+
+    folder = write(model=tiny_base("llama", vocab_size=320))
+    before = dict(found(folder).load(torch.float32).named_parameters())
+    LIBRARIES[kind](folder)
+    base = found(folder)
+    assert base.notes == [f"dequantised from {kind.partition(',')[0]}"]
+    model = zero.load(base, ZeroConfig(stage=0), torch.float32)
+    assert {parameter.dtype for parameter in model.base.parameters()} == {torch.float32}
+    assert base.numbers == sum(parameter.numel() for parameter in model.base.parameters())
+    for name, weight in model.base.named_parameters():
+        error = float((weight - before[name]).detach().norm() / before[name].detach().norm())
+        assert 1e-4 < error < 0.15 if name.endswith("proj.weight") else error == 0, name
+    soft_prompt, rows = torch.randn(4, base.width, requires_grad=True), [([5, 6, 7], [8, 2]), ([9, 4], [3, 2])]
+    (expected,) = torch.autograd.grad(model([soft_prompt], pack_targets([4], [rows])).sum(), [soft_prompt])
+    torch.set_num_threads(1)  # the two processes are forked, and threads do not survive that
+    (found_by_two,) = gradients_of_two(folder, [soft_prompt.detach()], [rows], tmp_path)
+    torch.testing.assert_close(found_by_two, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitnet", "new"])
 def test_other_quantised_weights_are_refused_before_they_are_read(method: str, write: Write) -> None:
     folder = change(write(), quantization_config={"quant_method": method})
     assert refusal(folder) == (
@@ -513,8 +574,12 @@ def test_other_quantised_weights_are_refused_before_they_are_read(method: str, w
     )
 
 
-def test_a_checkpoint_of_bitsandbytes_is_refused(write: Write) -> None:
-    assert "is quantised with bitsandbytes, " in refusal(change(write(), quantization_config={"load_in_4bit": True}))
+@pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"quant_method": "bitsandbytes"}])
+def test_a_missing_package_is_named(settings: dict[str, Any], write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ptuning.model.quantization.find_spec", lambda name: None)
+    assert refusal(change(write(), quantization_config=settings)) == (
+        "BASE is quantised with bitsandbytes; pip install bitsandbytes, on every node"
+    )
 
 
 # Errors of the base's code.

@@ -18,6 +18,7 @@ from ptuning.model.base import find_base
 from ptuning.model.packing import pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.searching import space
+from ptuning.settings.template import fill
 
 pytestmark = pytest.mark.fast
 
@@ -135,7 +136,7 @@ def test_a_part_of_the_rows_comes_from_all_over_the_file_with_its_own_fields(exp
     assert whole is not None
     part = cut(whole, 60)
     known = fields_of(part, experiment)
-    assert [experiment.data.input.format_map(row) for row in known] == part.rows["text"][:]
+    assert [fill(experiment.data.input, row) for row in known] == part.rows["text"][:]
     places = [whole.rows["text"][:].index(text) for text in part.rows["text"][:]]
     assert len(part) == len(set(places)) == 60 and places[0] == 0 and places[-1] > 0.9 * len(whole)
     assert part.lengths.tolist() == whole.lengths[places].tolist()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any
@@ -23,11 +24,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ptuning.data import sources
+from ptuning.data import files
 from ptuning.data.dataset import Split, leaked, load_split
 from ptuning.data.encoder import Encoder
-from ptuning.data.sources import DataError
-from ptuning.errors import UserError
+from ptuning.errors import DataError, UserError
 from ptuning.model.fingerprint import tokenizer_fingerprint
 from ptuning.settings.data import Template
 
@@ -54,8 +54,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def load(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Split]:
-    def load(source: str, template: Template = KIND, name: str = "train", limit: int = 100) -> Split:
-        return load_split(name, source, Encoder(template, tiny_tokenizer, limit))
+    def load(source: Any, template: Template = KIND, name: str = "train", limit: int = 100, **options: Any) -> Split:
+        return load_split(name, source, Encoder(template, tiny_tokenizer, limit), **options)
 
     return load
 
@@ -163,6 +163,7 @@ def test_columns_that_the_template_does_not_name_do_not_matter(load: Callable[..
 
 
 def test_references_are_read_for_free_text_only(load: Callable[..., Split]) -> None:
+    load = partial(load, references="references")
     rows = [ROWS[0] | {"references": ["an apple", "fruit"]}, ROWS[1], ROWS[2] | {"references": None}]
     path = jsonl("test.jsonl", rows)
     assert load(path, FREE).rows["references"][:] == [["an apple", "fruit"], ["tool"], ["fruit"]]
@@ -380,14 +381,14 @@ def test_sentences_about_the_source(load: Callable[..., Split]) -> None:
     Path("header.csv").write_text("text,label\n")
     Path("noise.parquet").write_bytes(b"PAR1" + b"noise" * 9 + b"PAR1")
     pq.write_table(pa.Table.from_pylist([], pa.schema([("text", pa.string()), ("label", pa.string())])), "none.parquet")
-    kinds = "give a .jsonl, .csv or .parquet file, or hub:org/name:split"
+    kinds = "give a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, or hub:org/name:split"
     assert sentence(load, "no.jsonl") == f"no.jsonl: no such file in {folder}; correct the path"
     jsonl("pets-train.jsonl", ROWS)
     assert sentence(load, "pets-trian.jsonl").endswith("; did you mean pets-train.jsonl?")
     assert sentence(load, "pets-test.jsonl").endswith("; correct the path"), "another split is no good guess"
     assert sentence(load, "t.txt") == f"t.txt: unknown file type; {kinds}"
-    assert sentence(load, "t.jsonl.gz") == f"t.jsonl.gz: unknown file type; {kinds}"
-    assert sentence(load, "folder.csv") == "folder.csv: is a folder; give one file per split"
+    assert sentence(load, "t.zip") == "t.zip: unknown file type; unpack it first"
+    assert sentence(load, "folder.csv") == f"folder.csv: contains no file of rows; {kinds}"
     for name in ("empty.jsonl", "blank.jsonl", "empty.csv", "header.csv", "none.parquet"):
         assert sentence(load, name) == f"{name}: is empty; give a split with at least one row"
     for name in ("broken.parquet", "noise.parquet"):
@@ -421,7 +422,7 @@ def test_a_data_set_on_the_hub(load: Callable[..., Split], monkeypatch: pytest.M
 
 
 def test_builtin_tasks(load: Callable[..., Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "BUILTIN", tmp_path / "tasks")
+    monkeypatch.setattr(files, "BUILTIN", tmp_path / "tasks")
     for split in ("train", "test"):
         (tmp_path / "tasks" / "kind").mkdir(parents=True, exist_ok=True)
         jsonl(str(tmp_path / "tasks" / "kind" / f"{split}.jsonl"), ROWS)
@@ -442,7 +443,8 @@ LINE = b'{"text": "a pear", "label": "fruit"}\n'
         (b'{"text": "' + b"x" * 10_000_000 + b'"}\n', "line 1: is longer than 10 MB; write one row per line"),
         (LINE + b"[1]\n", "line 2: is not a JSON object; write one object per line"),
         (LINE + b'{"text": "a"\n', "line 2: is not a JSON object; write one object per line"),
-        (b"[" * 100_000 + b"\n", "line 1: is not a JSON object; write one object per line"),
+        (b"[" * 100_000 + b"\n",
+         "line 1: is not a JSON object (too deeply nested); write one object per line, or an array of objects"),
         (LINE + b'{"text": "\\ud800", "label": "fruit"}\n',
          "row 2: contains a lone surrogate (half a character); remove it"),
         (b'\n{"label": "fruit"}\n',
@@ -450,7 +452,7 @@ LINE = b'{"text": "a pear", "label": "fruit"}\n'
         (LINE + b'{"text": null, "label": "fruit"}\n', "row 2: the field 'text' is null; fill it or remove the row"),
         (LINE + b'{"text": NaN, "label": "fruit"}\n', "row 2: the field 'text' is null; fill it or remove the row"),
         (LINE + b'{"text": ["a"], "label": "fruit"}\n',
-         "row 2: the field 'text' is a list, not a text; write it as text"),
+         "row 2: the field 'text' is a list, not a text; write it as text, or name one value: {text[0]}"),
         (LINE + b'{"text": "a", "label": "friut"}\n',
          "row 2: 'friut' is not one of the labels 'fruit', 'tool'; did you mean 'fruit'?"),
         (LINE + b'{"text": "a", "label": 3}\n',
@@ -490,9 +492,10 @@ def test_sentences_about_columns(load: Callable[..., Split]) -> None:
     pq.write_table(pa.Table.from_pylist([*ROWS, {"text": None, "label": "tool"}]), "u.parquet")
     assert sentence(load, "u.parquet") == "u.parquet, row 4: the field 'text' is null; fill it or remove the row"
     jsonl("t.jsonl", [ROWS[0] | {"references": [1]}])
-    assert sentence(load, "t.jsonl", FREE) == (
+    assert sentence(load, "t.jsonl", FREE, references="references") == (
         "t.jsonl, row 1: the field 'references' is not a list of texts; write it as a list of texts"
     )
+    assert load("t.jsonl", FREE).rows["references"][:] == [["fruit"]]
 
 
 def test_sentences_about_rows_that_do_not_fit(load: Callable[..., Split], tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -514,7 +517,10 @@ def test_sentences_about_rows_that_do_not_fit(load: Callable[..., Split], tiny_t
 
     wide = jsonl("wide.jsonl", [ROWS[0], {"text": "a", "label": "\u00e9" * 60}])
     assert load(wide, FREE).dropped == 1
-    whole, reserve = len(encoder.input_ids({"text": "a"})), len(encoder.target_ids({"label": "\u00e9" * 60}))
+    whole, reserve = (
+        len(encoder.input_ids({"text": "a"})),
+        len(Encoder(FREE, tiny_tokenizer, 60).target_ids({"label": "\u00e9" * 60})),
+    )
     assert sentence(load, wide, FREE, "test") == (
         f"wide.jsonl, row 2: the input has {whole} tokens, {100 - reserve} fit (limit 100, {reserve} for the target), "
         "and truncating a field is not enough; shorten the row, the template or the soft prompt"

@@ -394,7 +394,7 @@ def test_a_refused_version_says_why_and_not_where(world: SimpleNamespace, caplog
 
 CARD = {
     *("format", "name", "base", "revision", "base_fingerprint", "length", "width", "template", "max_new_tokens", "init"),
-    *("metrics", "data", "experiment", "parent", "versions", "content_hash"),
+    *("metrics", "data", "experiment", "parent", "versions", "content_hash", "base_notes", "dtype", "training_pass"),
 }
 """The card. A field that is new is public only if it stands here, and in SECURITY.md."""
 MADE = {

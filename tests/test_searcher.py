@@ -48,7 +48,7 @@ def chooser(task: Experiment, folder: Path) -> tuple[OptunaSearcher, TrialStore,
         ),
         (
             {"space": {"train.warmpu": [0, 0.5]}},
-            "search.space: 'train.warmpu' is not a searchable number; did you mean train.warmup?",
+            "search.space: 'train.warmpu' is not a searchable setting; did you mean train.warmup?",
         ),
         (
             {"space": {"train.warmup": [0.5, 0.1]}},

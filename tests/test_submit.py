@@ -32,6 +32,7 @@ from ptuning.cluster import job_package
 from ptuning.cluster.job_package import JobPackage
 from ptuning.cluster.local_paths import absolute
 from ptuning.config import read_experiment
+from ptuning.data.readers import Columns
 from ptuning.data.sources import read_source
 from ptuning.errors import UserError
 from ptuning.model import soft_prompt
@@ -134,9 +135,9 @@ def test_what_has_travelled_is_found_from_any_folder(desk: SimpleNamespace, monk
     shipped.pack(job)
     source = dict(override.split("=", 1) for override in shipped.overrides)["data.train"]
     with pytest.raises(UserError, match=f"{source}: no such file"):
-        read_source(source, ["text"], False)
+        read_source(source, Columns.of(["text"]))
     monkeypatch.syspath_prepend(str(job))
-    assert len(read_source(source, ["text"], False).rows) == 64
+    assert len(read_source(source, Columns.of(["text"])).rows) == 64
     assert locate("plain/path") == Path("plain/path")
 
 
@@ -163,7 +164,7 @@ def test_a_soft_prompt_and_a_base_travel(desk: SimpleNamespace, monkeypatch: pyt
             "data.train=missing.jsonl",
             "data.train: missing.jsonl is not in {folder}; correct the path, or give an absolute one of",
         ),
-        ("data.train=data", "data.train: data is a folder; give one file per split"),
+        ("data.train=data", "data: contains files of several splits (test, train, validation); "),
         ("model.path=no/such/base", "model.path: no/such/base is not in {folder}; correct the path"),
         ("model.path=data", "model.path: data contains none of *.json, *.safetensors"),
         (

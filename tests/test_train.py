@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +18,10 @@ import pytest
 import torch
 from conftest import weights_hash
 from hypothesis import strategies as st
+from support.training import Killed, Run, experiment
 
 from ptuning import storage
-from ptuning.config import Experiment, parse_experiment
+from ptuning.config import parse_experiment
 from ptuning.data.task import load_task
 from ptuning.model import soft_prompt
 from ptuning.model.base import Base, find_base
@@ -33,7 +34,7 @@ from ptuning.training import loop as training
 from ptuning.training import slot as training_slot
 from ptuning.training.distributed import Workers
 from ptuning.training.evaluate import label_scores
-from ptuning.training.loop import Pack, train
+from ptuning.training.loop import train
 from ptuning.training.messages import Command, Event, StartRun, StopRun
 from ptuning.training.slot import Slot, learning_rate
 
@@ -50,59 +51,12 @@ def model(base: Base) -> PromptedModel:
     return zero.load(base, ZeroConfig(stage=0), torch.float32)
 
 
-class Run:
-    """Trains experiments side by side and keeps what was reported."""
-
-    def __init__(self, model: PromptedModel, base: Base, folder: Path, places: int = 1) -> None:
-        self.pack = Pack(model, base, Workers(), lambda experiment: load_task(experiment, base), places)
-        self.folder = folder
-        self.events: list[Event] = []
-        self.on_event: Callable[[Event], None] = lambda event: None
-
-    def __call__(self, *experiments: Experiment, stop_after: int | None = None) -> Run:
-        waiting = list(experiments)
-
-        def source(free: int) -> list[StartRun] | None:
-            taken, waiting[:] = waiting[:free], waiting[free:]
-            return [StartRun(each, str(self.folder / each.name)) for each in taken] or None
-
-        def report(event: Event) -> None:
-            self.events.append(event)
-            self.on_event(event)
-            if stop_after is not None and event.kind == "step" and event.step == stop_after:
-                raise Killed
-
-        train(self.pack, source, report)
-        return self
-
-    def of(self, kind: str, run: str | None = None) -> list[Event]:
-        return [event for event in self.events if event.kind == kind and run in (None, event.run)]
-
-    def result(self, name: str) -> soft_prompt.SoftPrompt:
-        return soft_prompt.load(str(self.folder / name / "soft_prompt"))
-
-
-class Killed(Exception):
-    """The process is gone."""
-
-
 @pytest.fixture
 def run(model: PromptedModel, base: Base, tmp_path: Path) -> Iterator[Any]:
     def make(folder: str = "runs", places: int = 1) -> Run:
         return Run(model, base, tmp_path / folder, places)
 
     yield make
-
-
-def experiment(toy_task: SimpleNamespace, **changes: Any) -> Experiment:
-    tables = {key: dict(value) if isinstance(value, dict) else value for key, value in toy_task.experiment.items()}
-    for key, value in changes.items():
-        table, _, name = key.partition("__")
-        if name:
-            tables.setdefault(table, {})[name] = value
-        else:
-            tables[key] = value
-    return parse_experiment(tables)
 
 
 def test_a_soft_prompt_learns_the_toy_task(run: Any, toy_task: SimpleNamespace) -> None:
@@ -114,6 +68,7 @@ def test_a_soft_prompt_learns_the_toy_task(run: Any, toy_task: SimpleNamespace) 
     assert len(losses) == 60 and losses[-1] < losses[0] / 2
     card = done.result("toy").card
     assert card.metrics == finished.values and card.length == 10 and card.template.labels == ("fruit", "tool")
+    assert (card.dtype, card.training_pass, card.base_notes) == ("float32", "shared-prefix", ())
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def weights(method: str, experiment: Experiment, base: Base, task: Task, seed: i
     parameters = [parameter for parameter in model.base.parameters() if parameter.requires_grad]
     if method == "full" and seed == 0:
         whole = lambda rows: model([nothing], pack_targets([0], [rows])).mean()  # noqa: E731
-        agree(base, parameters, whole, [task.train.row(row) for row in range(4)])
+        agree(base, parameters, whole, [task.train.row(row)[:2] for row in range(4)])
     return fit(Learner(parameters, loss, measure), experiment, task, seed, rate)
 
 
@@ -125,7 +125,7 @@ def fit(learner: Learner, experiment: Experiment, task: Task, seed: int, rate: f
     for step in range(1, config.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step - 1)
-        learner.loss([task.train.row(int(row)) for row in next(batches)]).backward()
+        learner.loss([task.train.row(int(row))[:2] for row in next(batches)]).backward()
         if config.clip:
             nn.utils.clip_grad_norm_(learner.parameters, config.clip)
         optimizer.step()

@@ -40,6 +40,7 @@ from benchmarks.answering import CLIENTS, LENGTH, REQUESTS, ROUNDS, Answers, Ben
 from benchmarks.curve import curve, picture
 from benchmarks.measuring import in_turns, interval, write
 from ptuning import storage
+from ptuning.data.readers import Columns
 from ptuning.data.sources import read_source
 from ptuning.inference.types import Request
 from ptuning.model.soft_prompt import Card, SoftPrompt, content_hash
@@ -230,7 +231,7 @@ def accuracy() -> dict[str, Any]:
         ]
         done = subprocess.run(train, capture_output=True, text=True, check=True)
         reported = json.loads(done.stdout.splitlines()[-1])["metrics"]
-        rows = read_source("builtin:sentiment/test", ["text", "label"], references=False).rows
+        rows = read_source("builtin:sentiment/test", Columns.of(["text", "label"])).rows
         with server(Path(folder), Path("jobs/sentiment.toml").read_text(encoding="utf-8")) as url:
             right = {"classify": 0, "chat": 0}
             texts, truth = list(rows["text"]), list(rows["label"])

@@ -20,12 +20,13 @@ import torch
 from ptuning.config import Experiment
 from ptuning.data.dataset import Split
 from ptuning.data.encoder import Encoder
+from ptuning.data.readers import Columns
 from ptuning.data.sources import read_source
 from ptuning.data.task import Task
 from ptuning.model.base import Base
 from ptuning.model.packing import pack_labels
 from ptuning.model.prompted_model import PromptedModel
-from ptuning.settings.data import template_fields
+from ptuning.settings.template import fill, template_fields
 from ptuning.training import metrics
 from ptuning.training.evaluate import greedy
 
@@ -49,7 +50,7 @@ class TextPrompt:
 
     def ids(self, encoder: Encoder, fields: dict[str, Any]) -> list[int]:
         """Token ids of the prompt with a row put in."""
-        return list(encoder.tokenizer(self.before + self.input.format_map(fields))["input_ids"])
+        return list(encoder.tokenizer(self.before + fill(self.input, fields))["input_ids"])
 
 
 def text_prompts(experiment: Experiment, base: Base, model: PromptedModel, task: Task) -> dict[str, dict[str, Any]]:
@@ -88,14 +89,14 @@ def cut(split: Split, rows: int | None) -> Split:
 
 def fields_of(split: Split, experiment: Experiment) -> list[dict[str, Any]]:
     """The fields of every row of a split, which may have been `cut` once."""
-    rows = list(read_source(split.source, template_fields(experiment.data.input), False).rows)
+    rows = list(read_source(split.source, Columns.of(template_fields(experiment.data.input))).rows)
     return [rows[row] for row in spaced(len(rows), len(split))]
 
 
 def candidates(experiment: Experiment, task: Task, written: dict[str, Any]) -> Iterator[TextPrompt]:
     """All text prompts of a task."""
     data = experiment.data
-    labels = tuple(data.target.format(label=label) for label in data.labels or ())
+    labels = tuple(fill(data.target, dict.fromkeys(template_fields(data.target), label)) for label in data.labels or ())
     yield TextPrompt("nothing", "", data.input, labels)
     for text in written["instructions"]:
         yield TextPrompt("text", text, data.input, labels)

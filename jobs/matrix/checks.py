@@ -104,6 +104,7 @@ def serve(subject: Subject) -> None:
     base = subject.base.load(torch.float32)
     prompts = {length: subject.soft_prompt(length) for length in (1, 20, 33)}
     with _errors() as errors, _engine(base, subject.base.tokenizer.eos_token_id) as engine:
+        subject.facts["engine"] = engine.kind
         handles = {length: engine.add(vectors, content_hash(vectors)) for length, vectors in prompts.items()}
         alone: list[list[int]] = []
         requests = [(length, ids(size, size)) for length, size in itertools.product(prompts, (5, 26))]

@@ -75,7 +75,9 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "dots3_note_text": _DOTS3,
     "emu3": {"vq_config": {"base_channels": 32}, "vocabulary_map": {"<image>": 316, "<|extra_200|>": 317}},
     "gemma3n_text": {**_ALTERNATING, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], "num_kv_shared_layers": 2},
+    "glm46v": {"text_config": {"rope_parameters": _mrope(2, 3, 3)}},
     "glm4v": {"text_config": {"rope_parameters": _mrope(2, 3, 3)}},
+    "glm_ocr": {"text_config": {"rope_parameters": _mrope(2, 3, 3)}},
     "glm4v_moe": {"text_config": {"rope_parameters": _mrope(1, 1, 2, partial_rotary_factor=0.5)}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -177,6 +179,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 WRAPPERS = (
     *("mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "internvl", "llava"),
     *("idefics3", "smolvlm", "paligemma", "lfm2_vl", "aria", "cohere2_vision", "minimax_m3_vl"),
+    *("glm46v", "glm_ocr", "glm5_next", "mistral_large4", "granite_docling"),
 )
 """Multimodal types outside the mapping, whose text model is a causal language model."""
 

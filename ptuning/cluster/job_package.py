@@ -7,7 +7,9 @@ nor passwords: they belong in the environment of the cluster's nodes.
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +19,9 @@ from typing import Literal
 
 from ptuning.config import Experiment, read_experiment
 from ptuning.errors import UserError
-from ptuning.paths import FOLDER, SCHEME
+from ptuning.paths import FOLDER, SCHEME, is_path
 from ptuning.redaction import redact
+from ptuning.row_files import COMPRESSIONS, local_files
 from ptuning.settings.fields import HUB_ID
 from ptuning.tracking.client import default_uri
 
@@ -136,11 +139,15 @@ def _check_passwords(experiment: Experiment) -> None:
     """Pack the unchanged experiment file."""
     for table, settings in experiment.model_dump(mode="json", exclude=_TEXTS).items():
         for key, value in settings.items() if isinstance(settings, dict) else ():
-            if isinstance(value, str) and _has_password(value):
-                raise UserError(_open(f"{table}.{key}", value))
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, str) and _has_password(each):
+                    raise UserError(_open(f"{table}.{key}", each))
 
 
-_TEXTS: dict[str, set[str]] = {"data": {"input", "target", "labels"}, "prompt": {"init_text"}}
+_TEXTS: dict[str, set[str]] = {
+    "data": {"input", "target", "labels", "label_values", "chat_template", "system"},
+    "prompt": {"init_text"},
+}
 
 
 def _open(key: str, value: str) -> str:
@@ -170,14 +177,31 @@ class _Packer:
         self._shared = shared
         self._bytes = 0
 
-    def file(self, key: str, source: str) -> None:
+    def data(self, key: str, sources: str | Sequence[str]) -> None:
+        """The files, folders and patterns of a split."""
+        found = [self._data(key, source) for source in ([sources] if isinstance(sources, str) else sources)]
+        replaced = [new or old for new, old in found]
+        if any(new for new, _ in found):
+            self.override(key, replaced[0] if isinstance(sources, str) else json.dumps(replaced, ensure_ascii=False))
+
+    def _data(self, key: str, source: str) -> tuple[str | None, str]:
+        """The source in the job, or None if it is the same there; and the source."""
         path = Path(source).expanduser()
-        if path.is_dir():
-            raise UserError(f"{key}: {source} is a folder; give one file per split")
-        if not path.is_file():
+        if not is_path(source):
+            return None, source
+        if not path.exists() and not glob.glob(str(path), recursive=True):
             self._theirs(key, source)
-        elif not self._is_shared(key, path):
-            self._ship(key, path, [("", path)], path.suffix)
+            return None, source
+        fixed = path if path.exists() else next(parent for parent in path.parents if parent.exists())
+        shared = self._shared_path(fixed)
+        if shared is not None:
+            return str(shared / path.relative_to(fixed)), source
+        if path.is_file():
+            suffix = "".join(path.suffixes[-2:]) if path.suffix in COMPRESSIONS else path.suffix
+            return self._ship(key, path, [("", path)], suffix), source
+        # The files of a folder or of a pattern become those of one folder, in the same order.
+        parts = [(f"{number:05}-{file.name}", file) for number, file in enumerate(local_files(source))]
+        return self._ship(key, fixed, parts), source
 
     def folder(self, key: str, source: str, patterns: Sequence[str]) -> None:
         path = Path(source).expanduser()
@@ -188,7 +212,7 @@ class _Packer:
             parts = [(name, path / name) for name in sorted(names) if not name.startswith(".")]
             if not parts:
                 raise UserError(f"{key}: {source} contains none of {', '.join(patterns)}; correct the path")
-            self._ship(key, path, parts)
+            self.override(key, self._ship(key, path, parts))
 
     def storage(self, storage: str) -> None:
         """Results must be in a place that every node, and every later command, can read."""
@@ -206,18 +230,24 @@ class _Packer:
         self._shipment.overrides.append(f"{key}={value}")
 
     def _is_shared(self, key: str, path: Path) -> bool:
-        whole = path.resolve()
-        if not any(whole.is_relative_to(folder) for folder in self._shared):
+        whole = self._shared_path(path)
+        if whole is None:
             return False
         self.override(key, str(whole))
         return True
+
+    def _shared_path(self, path: Path) -> Path | None:
+        """The path that this machine and the nodes see, or None."""
+        whole = path.resolve()
+        return whole if any(whole.is_relative_to(folder) for folder in self._shared) else None
 
     def _theirs(self, key: str, source: str) -> None:
         if not Path(source).is_absolute():
             raise UserError(f"{key}: {source} is not in {Path.cwd()}; correct the path, or give an absolute one of the cluster")
         self._shipment.notes.append(f"{key}: every node must have {source}")
 
-    def _ship(self, key: str, path: Path, parts: list[tuple[str, Path]], suffix: str = "") -> None:
+    def _ship(self, key: str, path: Path, parts: list[tuple[str, Path]], suffix: str = "") -> str:
+        """Add files to the upload; returns their name there."""
         size = sum(part.stat().st_size for _, part in parts)
         self._bytes += size
         if self._bytes > LIMIT:
@@ -233,16 +263,17 @@ class _Packer:
         stem = re.sub(r"[^A-Za-z0-9._-]", "-", path.absolute().name.removesuffix(suffix) if suffix else path.absolute().name)
         name = f"{stem}-{digest.hexdigest()[:12]}{suffix}"
         self._shipment.files[name] = parts
-        self.override(key, SCHEME + name)
+        return SCHEME + name
 
 
 def _inputs(experiment: Experiment, kind: Kind, packer: _Packer) -> None:
     """The inputs of a job. A serving job takes its soft prompts from the registry."""
     if kind != "serve":
-        for split in ("train", "validation", "test"):
-            source = getattr(experiment.data, split)
-            if source and ":" not in source:
-                packer.file(f"data.{split}", source)
+        for split, source in experiment.data.sources():
+            packer.data(f"data.{split}", source)
+        chat_template = experiment.data.chat_template
+        if chat_template and "{" not in chat_template and is_path(chat_template):
+            packer.data("data.chat_template", chat_template)
         init_from = experiment.prompt.init_from
         if init_from and "://" not in init_from and ("/" in init_from or Path(init_from).expanduser().is_dir()):
             packer.folder("prompt.init_from", init_from, SOFT_PROMPT)
@@ -308,11 +339,13 @@ def _environment(shared: Sequence[Path], wanted: Sequence[str], here: Mapping[st
 
 def _secrets(experiment: Experiment, kind: Kind, here: Mapping[str, str]) -> list[str]:
     """Secrets that are set here and that this experiment probably needs."""
-    data = [experiment.data.train, experiment.data.validation, experiment.data.test] if kind != "serve" else []
-    hub = any(source and source.startswith("hub:") for source in data) or _is_hub_id(experiment.model.path)
+    listed = [source for _, source in experiment.data.sources()] if kind != "serve" else []
+    data = [each for source in listed for each in ([source] if isinstance(source, str) else source)]
+    hub = any(source.startswith("hub:") for source in data) or _is_hub_id(experiment.model.path)
+    s3 = any("s3:" in place for place in (experiment.compute.storage, *data))
     used = {
         ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"): hub,
-        ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"): "s3:" in experiment.compute.storage,
+        ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"): s3,
         ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"): True,
         ("PTUNING_API_KEYS",): kind == "serve" and not experiment.serve.keys,
     }

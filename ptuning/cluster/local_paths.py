@@ -8,6 +8,7 @@ from pathlib import Path
 from ptuning import storage
 from ptuning.config import Experiment
 from ptuning.errors import UserError
+from ptuning.paths import is_path
 from ptuning.redaction import redact
 from ptuning.tracking.client import default_uri, experiment_name, named_uri
 
@@ -19,10 +20,12 @@ def absolute(experiment: Experiment) -> Experiment:
         UserError: the storage cannot contain the tracking store.
     """
     tables = experiment.model_dump()
-    for split in ("train", "validation", "test"):
-        source = tables["data"][split]
-        if source and ":" not in source:
-            tables["data"][split] = str(Path(source).expanduser().absolute())
+    for split, source in experiment.data.sources():
+        listed = [source] if isinstance(source, str) else source
+        tables["data"][split] = [str(Path(each).expanduser().absolute()) if is_path(each) else each for each in listed]
+    chat_template = tables["data"]["chat_template"]
+    if chat_template and "{" not in chat_template and is_path(chat_template):
+        tables["data"]["chat_template"] = str(Path(chat_template).expanduser().absolute())
     tables["compute"]["storage"] = _without_credentials(experiment)
     for table, key in (("compute", "storage"), ("prompt", "init_from"), ("model", "path")):
         value = tables[table][key]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,9 +19,14 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 
+from ptuning.data.cache import cache_folder, quiet
+from ptuning.data.conversations import ChatRows
 from ptuning.data.encoder import Encoder, UnusableRow
-from ptuning.data.sources import DataError, cache_folder, quiet, read_source
+from ptuning.data.readers import Columns
+from ptuning.data.sources import REFERENCES, ROW, Texts, place_of, read_source, shown
+from ptuning.errors import DataError
 from ptuning.model.fingerprint import json_hash
+from ptuning.model.packing import TurnsRow
 
 _COLUMNS = Features(
     {
@@ -33,6 +38,8 @@ _COLUMNS = Features(
         "references": List(Value("string")),
         "length": Value("int32"),
         "cut": Value("bool"),
+        "blank": Value("bool"),
+        "earlier": List(Value("int32")),
     }
 )
 
@@ -47,7 +54,8 @@ class Split:
     """As written in the experiment."""
     rows: Dataset
     """input_ids, target_ids (with end token), label (-1 without labels), text (the whole rendered input), target_text,
-    references (list of texts), length (tokens of input + target), cut."""
+    references (list of texts), length (tokens of input + target), cut, blank (all fields of the input are blank), earlier
+    (places in input_ids that are predicted)."""
     lengths: NDArray[np.int32]
     """[rows] tokens of input + target."""
     cut: int
@@ -56,19 +64,33 @@ class Split:
     """Number of training rows that were dropped: without text, or too long even after truncation."""
     fingerprint: str
     """SHA-256 of the texts of all rows in order, dropped rows included; the same for every file format."""
+    notes: tuple[str, ...] = ()
+    """What was found out about the files."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def row(self, index: int) -> tuple[list[int], list[int]]:
-        """Token ids of one example: input, target (with the end token)."""
-        source, target = self._ids
-        return source[int(index)].values.to_numpy().tolist(), target[int(index)].values.to_numpy().tolist()
+    def row(self, index: int) -> TurnsRow:
+        """Token ids of one example: input, target (with the end token) and, of a conversation whose earlier answers are
+        predicted, too, their places in the input."""
+        source, target, earlier = (column[int(index)].values.to_numpy().tolist() for column in self._ids)
+        return (source, target, earlier) if earlier else (source, target)
 
     @cached_property
     def target_lengths(self) -> NDArray[np.int32]:
-        """[rows] tokens of the target, end token included."""
-        return np.asarray(pc.list_value_length(self._ids[1]), dtype=np.int32)
+        """[rows] tokens that are predicted, end tokens included."""
+        _, target, earlier = (np.asarray(pc.list_value_length(column), dtype=np.int32) for column in self._ids)
+        return target + earlier
+
+    @cached_property
+    def longest_answer(self) -> int:
+        """Tokens of the longest target, or of the longest earlier answer that is predicted; end token included."""
+        _, target, earlier = self._ids
+        longest = int(pc.max(pc.list_value_length(target)).as_py())
+        for places in earlier.combine_chunks().to_pylist() if len(pc.list_flatten(earlier)) else ():
+            runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+            longest = max(longest, *map(len, runs))
+        return longest
 
     @cached_property
     def largest_token(self) -> tuple[str, int]:
@@ -86,49 +108,75 @@ class Split:
         return [token for token, _ in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))[:most]]
 
     @cached_property
-    def _ids(self) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-        """input_ids and target_ids, memory-mapped: a row takes a fifth of the time that it takes through `datasets`."""
+    def _ids(self) -> tuple[pa.ChunkedArray, pa.ChunkedArray, pa.ChunkedArray]:
+        """The columns of `row`, memory-mapped: a row takes a fifth of the time that it takes through `datasets`."""
         columns = self.rows.with_format("arrow")
-        return columns["input_ids"][:], columns["target_ids"][:]
+        return columns["input_ids"][:], columns["target_ids"][:], columns["earlier"][:]
 
 
-def load_split(name: str, source: str, encoder: Encoder) -> Split:
+def load_split(
+    name: str,
+    source: str | Sequence[str],
+    encoder: Encoder,
+    chat: ChatRows | None = None,
+    *,
+    references: str | None = None,
+    texts: Texts | None = None,
+) -> Split:
     """Read and tokenise the rows of `source`, or take them from the cache. In "train" unusable rows are dropped and counted.
+
+    Args:
+        chat: how its rows become the conversations of the encoder.
+        references: column with further correct answers to free text.
+        texts: the part of the source's rows that belongs to the split; default: all.
 
     Raises:
         DataError: the source or one of its rows is invalid.
     """
-    texts = read_source(source, encoder.fields, references=encoder.template.labels is None)
+    columns = Columns.of_template(encoder.template, references, chat)
+    texts = texts or read_source(source, columns)
     drop = name == "train"
-    key = json_hash([texts.fingerprint, encoder.fingerprint, drop])[:32]
-    with quiet():
-        rows = texts.rows.map(
-            _encode,
-            batched=True,
-            with_indices=True,
-            fn_kwargs={"encoder": encoder, "source": source, "drop": drop},
-            features=_COLUMNS,
-            remove_columns=texts.rows.column_names,
-            # An explicit key instead of a pickle of the function: the same in every process and for equal files.
-            new_fingerprint=key,
-            cache_file_name=str(cache_folder() / f"{key}.arrow"),
-            load_from_cache_file=True,
-        )
+    key = json_hash([texts.fingerprint, ROW in texts.rows.column_names, encoder.fingerprint, drop])[:32]
+    try:
+        with quiet():
+            rows = texts.rows.map(
+                _encode,
+                batched=True,
+                with_indices=True,
+                fn_kwargs={"encoder": encoder, "drop": drop},
+                features=_COLUMNS,
+                remove_columns=texts.rows.column_names,
+                # An explicit key instead of a pickle of the function: the same in every process and for equal files.
+                new_fingerprint=key,
+                cache_file_name=str(cache_folder() / f"{key}.arrow"),
+                load_from_cache_file=True,
+            )
+    except _WrongRow as error:
+        raise DataError(f"{place_of(source, columns, error.row)}: {error}") from None
     if not len(rows):
         raise DataError(
-            f"{source}: none of its {len(texts.rows)} rows has text that fits into {encoder.limit} tokens; "
+            f"{shown(source)}: none of its {len(texts.rows)} rows has text that fits into {encoder.limit} tokens; "
             "raise data.max_tokens"
         )
-    columns = rows.with_format("numpy")
+    found = rows.with_format("numpy")
     return Split(
         name=name,
-        source=source,
+        source=shown(source),
         rows=rows,
-        lengths=np.asarray(columns["length"][:], dtype=np.int32),
-        cut=int(np.sum(columns["cut"][:])),
+        lengths=np.asarray(found["length"][:], dtype=np.int32),
+        cut=int(np.sum(found["cut"][:])),
         dropped=len(texts.rows) - len(rows),
         fingerprint=texts.fingerprint,
+        notes=texts.notes,
     )
+
+
+class _WrongRow(DataError):
+    """A row that cannot be used. `row`: its number in the source, from 0."""
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 def leaked(train: Split, other: Split) -> int:
@@ -137,34 +185,28 @@ def leaked(train: Split, other: Split) -> int:
     return sum(digest in seen for digest in _input_hashes(train))
 
 
-def _encode(
-    columns: dict[str, list[Any]], indices: list[int], encoder: Encoder, source: str, drop: bool
-) -> dict[str, list[Any]]:
+def _encode(columns: dict[str, list[Any]], indices: list[int], encoder: Encoder, drop: bool) -> dict[str, list[Any]]:
     """Text rows -> the columns of `_COLUMNS`, without the dropped rows."""
-    references = columns.pop("references", [None] * len(indices))
+    references = columns.pop(REFERENCES, [None] * len(indices))
+    numbers = columns.pop(ROW, indices)
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    inputs = [encoder.input_text(row) for row in rows]
-    targets = [encoder.target_text(row) for row in rows]
-    target_ids = [] if encoder.template.labels else encoder._targets(rows)
     encoded: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    for at, whole in enumerate(encoder._inputs(rows)):
-        try:
-            label = encoder.label_of(rows[at])
-            target = target_ids[at] if label < 0 else encoder.label_ids[label]
-            ids = encoder._fit(rows[at], whole, encoder.limit - len(target) if label < 0 else encoder.input_room)
-        except DataError as error:
-            if drop and isinstance(error, UnusableRow):
+    for at, found in enumerate(encoder.examples(rows)):
+        if isinstance(found, DataError):
+            if drop and isinstance(found, UnusableRow):
                 continue
-            raise DataError(f"{source}, row {indices[at] + 1}: {error}") from None
+            raise _WrongRow(str(found), numbers[at]) from None
         row = {
-            "input_ids": ids,
-            "target_ids": target,
-            "label": label,
-            "text": inputs[at],
-            "target_text": targets[at],
-            "references": references[at] or [targets[at].lstrip()],
-            "length": len(ids) + len(target),
-            "cut": ids is not whole,
+            "input_ids": found.input_ids,
+            "target_ids": found.target_ids,
+            "label": found.label,
+            "text": found.text,
+            "target_text": found.target_text,
+            "references": references[at] or [found.target_text.lstrip()],
+            "length": len(found.input_ids) + len(found.target_ids),
+            "cut": found.cut,
+            "blank": found.blank,
+            "earlier": found.earlier,
         }
         for name, value in row.items():
             encoded[name].append(value)

@@ -6,23 +6,46 @@ tokens of training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from ptuning.data.sources import FORMAT, DataError, texts_of
+from ptuning.data.row import texts_of
+from ptuning.data.sources import FORMAT
 from ptuning.data.special_tokens import TextTokenizer
-from ptuning.errors import suggest
+from ptuning.errors import DataError, suggest
 from ptuning.model.fingerprint import json_hash, tokenizer_fingerprint
 from ptuning.model.label_trie import LabelTrie, nested_labels
-from ptuning.settings.data import Template, template_fields
+from ptuning.settings.data import Template
+from ptuning.settings.label_values import canonical, spellings
+from ptuning.settings.template import fill, template_fields
 
 
 class UnusableRow(DataError):
     """A row that cannot be used. In the train split it is dropped and counted, elsewhere it is an error."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as token ids."""
+
+    input_ids: list[int]
+    target_ids: list[int]
+    """With the end token."""
+    label: int
+    """-1 without labels."""
+    text: str
+    """The whole input, even if its ids were truncated."""
+    target_text: str
+    cut: bool
+    """The input was truncated."""
+    earlier: tuple[int, ...] = ()
+    """Places in `input_ids` that are predicted, too: earlier answers of a conversation."""
+    blank: bool = False
+    """All fields of the input are blank."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +74,7 @@ class Encoder:
     @cached_property
     def label_ids(self) -> list[list[int]]:
         """Token ids of every label as a target, end token included; empty without labels."""
-        ids = [self.target_ids({field: label}) for label in self.template.labels or () for field in self._label_field]
+        ids = [self._label_target(label) for label in self.template.labels or ()]
         labels = dict(zip(map(tuple, ids), self.template.labels or (), strict=True))
         for label, tokens in zip(self.template.labels or (), ids, strict=True):
             if labels[tuple(tokens)] != label:
@@ -81,6 +104,27 @@ class Encoder:
         """Maximum tokens of an input if it does not depend on the row: with labels, the longest label still fits."""
         return self.limit - max(map(len, self.label_ids), default=1)
 
+    @property
+    def end(self) -> int:
+        """The token that ends a target."""
+        return int(self.tokenizer.eos_token_id)
+
+    def examples(self, rows: Sequence[Mapping[str, object]]) -> Iterator[Example | DataError]:
+        """Every row as token ids, or the reason why it cannot be used."""
+        names = template_fields(self.template.input)
+        target_ids = [] if self.template.labels else self._targets(rows)
+        for at, (row, whole) in enumerate(zip(rows, self._inputs(rows), strict=True)):
+            try:
+                label = self.label_of(row)
+                target = target_ids[at] if label < 0 else self.label_ids[label]
+                ids = self._fit(row, whole, self.limit - len(target) if label < 0 else self.input_room)
+                blank = not any(str(row[name]).strip() for name in names)
+                yield Example(
+                    ids, target, label, self.input_text(row), self.target_text(row), cut=ids is not whole, blank=blank
+                )
+            except DataError as error:
+                yield error
+
     def input_ids(self, fields: Mapping[str, object]) -> list[int]:
         """The whole input with the special tokens that the tokenizer prepends, without those that it appends."""
         return self._inputs([fields])[0]
@@ -90,10 +134,11 @@ class Encoder:
         return self._targets([fields])[0]
 
     def input_text(self, fields: Mapping[str, object]) -> str:
-        return self.template.input.format_map(texts_of(fields, template_fields(self.template.input)))
+        return fill(self.template.input, self._texts(fields, self.template.input))
 
     def target_text(self, fields: Mapping[str, object]) -> str:
-        return self.template.target.format_map(texts_of(fields, template_fields(self.template.target)))
+        """The target of a row; with labels, its label's."""
+        return fill(self.template.target, self._target_texts(fields))
 
     def fitted_ids(self, fields: Mapping[str, object], room: int | None = None) -> list[int]:
         """The input in at most `room` tokens (default: `input_room`). The longest field is truncated as the template says.
@@ -109,16 +154,47 @@ class Encoder:
         Raises:
             DataError: the value is not one of the labels.
         """
-        labels = self.template.labels
-        if labels is None:
+        if self.template.labels is None:
             return -1
-        value = texts_of(fields, self._label_field)[self._label_field[0]]
-        if value not in labels:
-            listed = ", ".join(f"'{label}'" for label in labels[:20])
-            listed += f", ... ({len(labels)} in all)" if len(labels) > 20 else ""
-            fix = suggest(value, labels, "correct the row or data.labels", shown=lambda label: f"'{label}'")
+        return self.label_index(texts_of(fields, self._label_field)[self._label_field[0]])
+
+    def label_index(self, value: str) -> int:
+        """The index of a label.
+
+        Raises:
+            DataError: the value is not one of the labels.
+        """
+        label = self._labels_of_values.get(value) or self._spellings.get(canonical(value))
+        if label is None:
+            values = list(self._labels_of_values)
+            listed = ", ".join(f"'{each}'" for each in values[:20])
+            listed += f", ... ({len(values)} in all)" if len(values) > 20 else ""
+            place = "data.labels" if self.template.label_values is None else "the table data.labels"
+            fix = suggest(value, values, f"correct the row or {place}", shown=lambda each: f"'{each}'")
             raise DataError(f"'{value}' is not one of the labels {listed}; {fix}")
-        return labels.index(value)
+        return (self.template.labels or ()).index(label)
+
+    @cached_property
+    def _labels_of_values(self) -> dict[str, str]:
+        """Value of a row -> label."""
+        return dict(self.template.label_values or ((label, label) for label in self.template.labels or ()))
+
+    @cached_property
+    def _spellings(self) -> dict[str, str]:
+        """The same for all spellings of numbers and truth values."""
+        return spellings(self._labels_of_values)
+
+    def _texts(self, fields: Mapping[str, object], template: str) -> dict[str, str]:
+        return texts_of(fields, template_fields(template), self.template.defaults)
+
+    def _target_texts(self, fields: Mapping[str, object]) -> dict[str, str]:
+        label = self.label_of(fields)
+        if label < 0:
+            return self._texts(fields, self.template.target)
+        return dict.fromkeys(self._label_field, (self.template.labels or ())[label])
+
+    def _label_target(self, label: str) -> list[int]:
+        return self._target_ids([dict.fromkeys(self._label_field, label)])[0]
 
     @property
     def _label_field(self) -> list[str]:
@@ -136,22 +212,25 @@ class Encoder:
     def _inputs(self, rows: Sequence[Mapping[str, object]]) -> list[list[int]]:
         front, behind = self._added
         if self.template.special_tokens == "text":
-            return [[*front, *ids] for ids in self._text_ids(self.template.input, rows)]
+            reader = TextTokenizer.of(self.tokenizer)
+            marked = reader.template(self.template.input)
+            found = reader.ids([fill(marked, self._texts(fields, self.template.input)) for fields in rows])
+            return [[*front, *ids] for ids in found]
         texts = [self.input_text(fields) for fields in rows]
         return [ids[: len(ids) - len(behind)] for ids in self._tokens(texts, special=True)]
 
     def _targets(self, rows: Sequence[Mapping[str, object]]) -> list[list[int]]:
-        if self.template.special_tokens == "text":
-            found = self._text_ids(self.template.target, rows)
-        else:
-            found = self._tokens([self.target_text(fields) for fields in rows], special=False)
-        return [[*ids, self.tokenizer.eos_token_id] for ids in found]
+        return self._target_ids([self._target_texts(fields) for fields in rows])
 
-    def _text_ids(self, template: str, rows: Sequence[Mapping[str, object]]) -> list[list[int]]:
-        """Special tokens of the template are tokens, those in fields are text."""
-        reader, names = TextTokenizer.of(self.tokenizer), template_fields(template)
-        marked = reader.template(template)
-        return reader.ids([marked.format_map(texts_of(fields, names)) for fields in rows])
+    def _target_ids(self, texts: Sequence[Mapping[str, str]]) -> list[list[int]]:
+        """The token ids of targets with these texts in their fields, end token included."""
+        if self.template.special_tokens == "text":
+            reader = TextTokenizer.of(self.tokenizer)
+            marked = reader.template(self.template.target)
+            found = reader.ids([fill(marked, each) for each in texts])
+        else:
+            found = self._tokens([fill(self.template.target, each) for each in texts], special=False)
+        return [[*ids, self.tokenizer.eos_token_id] for ids in found]
 
     def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         # verbose=False: no warning about texts longer than the base's context; they are truncated or refused later.
@@ -167,7 +246,7 @@ class Encoder:
         size = f"the input has {len(ids)} tokens, {room} fit (limit {self.limit}, {self.limit - room} for the target)"
         if self.template.truncate == "error":
             raise DataError(f'{size}; shorten the text, raise data.max_tokens or set data.truncate = "right"')
-        texts = texts_of(fields, template_fields(self.template.input))
+        texts = self._texts(fields, self.template.input)
         longest = max(texts, key=lambda field: len(texts[field]), default=None)
         best: list[int] = []
         # Binary search over the number of kept characters: fewer than low fit, more than high do not.

@@ -1,54 +1,50 @@
-"""Sources of rows: a file, the Hugging Face Hub or a built-in task, each converted to a memory-mapped Arrow file of texts.
+"""Sources of rows: files, data sets of the Hub and built-in tasks, converted to a memory-mapped Arrow file of texts.
 
 Only the fields of the template are read, and all values are converted to text. So the same rows give the same fingerprint and
 the same tokens in every file format. Text files are parsed here and not by the builders of `datasets`: those guess types (5.2:
 "2020-01-01" becomes a timestamp, "NA" in a CSV null, "007" the number 7.0), and do not report the line of an invalid byte. The
 key of a converted file is the hash of its source.
 
-Files are read line by line and Arrow files are memory-mapped, so rows never have to fit into memory. That is why there is no
+Rows never have to fit into memory: files are read row by row, and Arrow files are memory-mapped. That is why there is no
 streaming mode: a stream reaches step n only through all rows before it, while a mapped file is read in any order, so a run
 resumes at any step at once.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, Features
+from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
-from ptuning.errors import UserError, suggest
+from ptuning.data.cache import cache_folder, quiet
+from ptuning.data.files import DataFile, find_files
+from ptuning.data.readers import SEPARATORS, Columns, Row, class_names, file_rows, hub_rows, separator
+from ptuning.data.row import answers, look_up, missing, root, texts_of
+from ptuning.errors import DataError
 from ptuning.model.fingerprint import json_hash
-from ptuning.paths import locate
 from ptuning.settings.fields import NAME
 
-FORMAT = 1
+FORMAT = 3
 """Incremented when the same source would be stored or tokenised differently; older cache files are then ignored."""
 
-LINE_LIMIT = 10_000_000
-"""Lines of a text file must be shorter than this, in bytes."""
-
-BUILTIN = Path(__file__).parent.parent / "builtin" / "tasks"
-
-Row = tuple[str, Mapping[str, Any]]
-"""The location of a row, for error messages, and its values."""
-
-
-class DataError(UserError):
-    """A split cannot be used. The message names the file, the row or line, and the fix."""
+REFERENCES = "\ue000references"
+"""Column of all correct answers, or null. No column of a file has this name."""
+ROW = "\ue000row"
+"""Column of the number of a row in the source, from 0, where it is not the row's place in the split."""
 
 
 @dataclass(frozen=True)
@@ -56,214 +52,93 @@ class Texts:
     """The rows of a split before they are tokenised."""
 
     rows: Dataset
-    """One text column per field and, if requested, `references` (list of texts, or null)."""
+    """One text column per field; `REFERENCES` (list of texts, or null) for free text; `ROW` in a part of a source."""
     fingerprint: str
     """SHA-256 of the texts in order. It does not depend on the file format."""
+    notes: tuple[str, ...] = ()
+    """What was found out about the files: their number, the separator."""
 
 
-def read_source(source: str, fields: Sequence[str], references: bool) -> Texts:
-    """The named fields of all rows of a source and, if requested, their `references` (null for rows without any).
+@dataclass(frozen=True)
+class _Part:
+    """One file or data set of a source."""
+
+    identity: Any
+    rows: Callable[[], Iterator[Row]]
+    note: str | None = None
+
+
+def read_source(source: str | Sequence[str], columns: Columns) -> Texts:
+    """The named fields of all rows of a source.
 
     Raises:
         DataError: the source is missing, unreadable, broken or empty, or a row lacks a field.
     """
-    columns = sorted(set(fields))
-    if source.startswith("hub:"):
-        hub = _load_from_hub(source)
-        rows, identity = _hub_rows(hub, source, columns), hub._fingerprint
-    else:
-        path = _local_path(source)
-        rows, identity = _READERS[path.suffix.lower()](path, source, columns), _file_hash(path, source)
-    stem = json_hash([FORMAT, identity, columns, references])[:32]
-    folder = cache_folder()
-    # The fingerprint of the content is part of the file name: no second file is needed that could be missing.
-    found = next(folder.glob(f"{stem}-*.arrow"), None)
-    if found is None:
-        schema = pa.schema([(column, pa.string()) for column in columns])
-        if references:
-            schema = schema.append(pa.field("references", pa.list_(pa.string())))
-        found = _write(folder, stem, source, _checked(rows, columns, references), schema)
-    return Texts(Dataset.from_file(str(found)), found.stem.rpartition("-")[2])
+    parts = _parts(source, columns)
+    answered = [columns.free, columns.references, columns.target] if columns.free else [columns.target]
+    made = columns.chat.key if columns.chat else None
+    key = [FORMAT, [part.identity for part in parts], columns.names, sorted(columns.defaults.items()), answered, made]
+    names = [*columns.names, *(["references"] if columns.free else [])]
+    schema = _schema(columns)
+    rows = chain.from_iterable(part.rows() for part in parts)
+    found = stored(json_hash(key)[:32], shown(source), names, schema, lambda: _checked(rows, columns, shown(source)))
+    notes = [part.note for part in parts if part.note]
+    if len(parts) > 1:
+        notes.insert(0, f"{len(parts)} files")
+    return Texts(Dataset.from_file(str(found)), found.stem.rpartition("-")[2], tuple(dict.fromkeys(notes)))
 
 
-def texts_of(row: Mapping[str, object], fields: Iterable[str]) -> dict[str, str]:
-    """The row's fields as texts; numbers and booleans are formatted by `str`.
+def first_row(source: str | Sequence[str], known: Sequence[str] = ()) -> Mapping[str, Any]:
+    """The first row of a source, with all its columns; empty if there is none. `known`: names of columns that it may have.
 
     Raises:
-        DataError: a field is missing, null or not a single value. The message does not name the row.
+        DataError: the source is missing, unreadable or broken.
     """
-    texts = {}
-    for field in fields:
-        if field not in row:
-            raise _missing(field, row)
-        value = row[field]
-        if value is None or value != value:  # NaN is what a missing number looks like after pandas
-            raise DataError(f"the field '{field}' is null; fill it or remove the row")
-        if isinstance(value, list | dict | bytes):
-            raise DataError(f"the field '{field}' is a {type(value).__name__}, not a text; write it as text")
-        texts[field] = str(value)
-    return texts
+    parts = _parts(source, Columns(tuple(known), whole=True))
+    return next((row for _, row in chain.from_iterable(part.rows() for part in parts)), {})
 
 
-def cache_folder() -> Path:
-    """The folder of the Arrow files: inside the cache of `datasets` (HF_DATASETS_CACHE)."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "ptuning"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be created ({error.strerror}); set HF_DATASETS_CACHE to a writable folder") from None
-    return folder
+def place_of(source: str | Sequence[str], columns: Columns, index: int) -> str:
+    """The location of a row, for an error message. The source is read again up to it."""
+    rows = chain.from_iterable(part.rows() for part in _parts(source, columns))
+    return next(islice(rows, index, None), (f"{shown(source)}, row {index + 1}", {}))[0]
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hides the progress bars of `datasets`: the command line has its own."""
-    before = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not before:
-            datasets.enable_progress_bars()
+def shown(source: str | Sequence[str]) -> str:
+    """A source as messages name it."""
+    return source if isinstance(source, str) else ", ".join(source)
 
 
-def _local_path(source: str) -> Path:
-    if source.startswith("builtin:"):
-        known = {f"builtin:{path.parent.name}/{path.stem}": path for path in sorted(BUILTIN.glob("*/*.jsonl"))}
-        if source not in known:
-            raise DataError(f"{source}: no such built-in split; use one of {', '.join(known)}")
-        return known[source]
-    path = locate(source)
-    if path.suffix.lower() not in _READERS:
-        raise DataError(f"{source}: unknown file type; give a .jsonl, .csv or .parquet file, or hub:org/name:split")
-    if path.is_dir():
-        raise DataError(f"{source}: is a folder; give one file per split")
-    if not path.exists():
-        there = {file.name: str(file) for file in sorted(path.parent.glob("*")) if file.suffix.lower() in _READERS}
-        fix = suggest(
-            path.name, there, "correct the path", alike=0.85, shown=there.__getitem__
-        )  # do not suggest x-train.csv for x-test.csv
-        raise DataError(f"{source}: no such file in {Path.cwd()}; {fix}")
-    return path
+def _parts(source: str | Sequence[str], columns: Columns) -> list[_Part]:
+    listed = [source] if isinstance(source, str) else source
+    return [part for each in listed for part in _parts_of(each, columns)]
 
 
-def _file_hash(path: Path, source: str) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read ({error.strerror}); make it readable") from None
+def _parts_of(source: str, columns: Columns) -> Iterator[_Part]:
+    if source.startswith("hub:"):
+        hub = _load_from_hub(source)
+        named = class_names(hub.features.arrow_schema, columns)
+        yield _Part([hub._fingerprint, named], lambda: hub_rows(hub, source, columns))
+        return
+    for file in find_files(source):
+        yield _file_part(file, columns)
 
 
-def _missing(field: str, known: Iterable[str]) -> DataError:
-    names = ", ".join(f"'{name}'" for name in sorted(known)) or "none"
-    return DataError(f"the field '{field}' is missing (found: {names}); correct the data or the template")
+def _file_part(file: DataFile, columns: Columns) -> _Part:
+    between = separator(file, columns)
+    note = None
+    if between not in (None, "\t" if file.kind == ".tsv" else ","):
+        note = f"{Path(file.name).name}: columns are separated by {SEPARATORS.get(between, repr(between))}"
+    named: list[str] = []
+    if file.kind == ".parquet":
+        with suppress(pa.ArrowException, OSError, ValueError):  # reading reports it
+            named = class_names(pq.read_schema(file.path), columns)
+    return _Part([file.hash(), file.kind, between, named], lambda: file_rows(file, columns), note)
 
 
-def _lines(path: Path, source: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text file with their numbers from 1. Anything but plain UTF-8 text is refused."""
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(LINE_LIMIT):
-            number += 1
-            place = f"{source}, line {number}"
-            if len(line) == LINE_LIMIT:
-                raise DataError(f"{place}: is longer than {LINE_LIMIT // 1_000_000} MB; write one row per line")
-            if b"\0" in line:
-                raise DataError(f"{place}: contains a NUL byte; save the file as UTF-8 text")
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{place}: is not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
-
-
-def _place(source: str, row: int, line: int) -> str:
-    return f"{source}, row {row}" + (f" (line {line})" if line != row else "")
-
-
-def _jsonl_rows(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
-    count = 0
-    for number, line in _lines(path, source):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise DataError(f"{source}, line {number}: is not a JSON object; write one object per line")
-        count += 1
-        yield _place(source, count, number), row
-
-
-def _csv_rows(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
-    csv.field_size_limit(max(LINE_LIMIT, csv.field_size_limit()))
-    reader = csv.reader((line for _, line in _lines(path, source)), strict=True)
-    try:
-        header = next(reader, [])
-        twins = sorted({name for name in header if header.count(name) > 1})
-        if twins:
-            raise DataError(f"{source}, line 1: the column '{twins[0]}' occurs twice; rename one")
-        count, line = 0, reader.line_num + 1
-        for record in reader:
-            if record:
-                count += 1
-                place = _place(source, count, line)
-                if len(record) != len(header):
-                    raise DataError(
-                        f"{place}: has {len(record)} values for {len(header)} columns; put texts with commas in quotes"
-                    )
-                yield place, dict(zip(header, record, strict=True))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{source}, line {reader.line_num}: is not valid CSV ({error}); check the quotes") from None
-
-
-def _parquet_rows(path: Path, source: str, columns: list[str]) -> Iterator[Row]:
-    try:
-        with pq.ParquetFile(path) as file:
-
-            def read(names: list[str]) -> Iterator[pa.Table | pa.RecordBatch]:
-                return iter(file.iter_batches(1000, columns=names))
-
-            yield from _arrow_rows(read, file.schema_arrow, source, columns)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: is not a readable Parquet file ({_first_line(error)}); write it again") from None
-
-
-def _hub_rows(rows: Dataset, source: str, columns: list[str]) -> Iterator[Row]:
-    def read(names: list[str]) -> Iterator[pa.Table | pa.RecordBatch]:
-        return iter(rows.select_columns(names).with_format("arrow").iter(1000))
-
-    return _arrow_rows(read, rows.features.arrow_schema, source, columns)
-
-
-def _arrow_rows(
-    read: Callable[[list[str]], Iterator[pa.Table | pa.RecordBatch]], schema: pa.Schema, source: str, columns: list[str]
-) -> Iterator[Row]:
-    """Rows of a columnar source. Class indices (ClassLabel) are replaced by the class names."""
-    lacking = [column for column in columns if column not in schema.names]
-    if lacking:
-        raise DataError(f"{source}: {_missing(lacking[0], schema.names)}")
-    names = [name for name in [*columns, "references"] if name in schema.names]
-    features = Features.from_arrow_schema(pa.schema([schema.field(name) for name in names], schema.metadata))
-    classes = {name: feature.names for name, feature in features.items() if isinstance(feature, ClassLabel)}
-    count = 0
-    for table in read(names):
-        for row in table.to_pylist():
-            count += 1
-            for name, texts in classes.items():
-                if row.get(name) is not None and row[name] >= 0:
-                    row[name] = texts[row[name]]
-            yield f"{source}, row {count}", row
-
-
-_READERS: dict[str, Callable[[Path, str, list[str]], Iterator[Row]]] = {
-    ".jsonl": _jsonl_rows,
-    ".json": _jsonl_rows,
-    ".csv": _csv_rows,
-    ".parquet": _parquet_rows,
-}
+def _schema(columns: Columns) -> pa.Schema:
+    schema = pa.schema([(column, pa.string()) for column in columns.names])
+    return schema.append(pa.field(REFERENCES, pa.list_(pa.string()))) if columns.free else schema
 
 
 def _load_from_hub(source: str) -> Dataset:
@@ -286,35 +161,72 @@ def _first_line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", str(error).partition("\n")[0]).strip().rstrip(".")[:200] or type(error).__name__
 
 
-def _references(row: Mapping[str, Any]) -> list[str] | None:
-    value = row.get("references")
-    if value is None or isinstance(value, str):
-        return [value] if value else None
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise DataError("the field 'references' is not a list of texts; write it as a list of texts")
-    return value or None
+Stored = tuple[dict[str, Any], bytes]
+"""The texts of a row by column, and the bytes that are hashed."""
 
 
-def _checked(rows: Iterator[Row], columns: list[str], references: bool) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """The texts of every row, and the bytes to hash. Errors name the row."""
+def _checked(rows: Iterable[Row], columns: Columns, source: str) -> Iterator[Stored]:
+    """The texts of every row. Errors name the row."""
+    found = columns.references is None
+    row: Mapping[str, Any] | None = None
     for place, row in rows:
+        found = found or root(str(columns.references), row) is not None
         try:
-            texts: dict[str, Any] = texts_of(row, columns)
-            if references:
-                texts["references"] = _references(row)
-            yield texts, json.dumps(list(texts.values()), ensure_ascii=False).encode()
+            yield _texts(row, columns)
         except UnicodeEncodeError:
             raise DataError(f"{place}: contains a lone surrogate (half a character); remove it") from None
         except DataError as error:
             raise DataError(f"{place}: {error}") from None
+    if not found and row is not None:
+        raise DataError(f"{source}: {missing(str(columns.references), row)}")
 
 
-def _write(folder: Path, stem: str, source: str, rows: Iterator[tuple[dict[str, Any], bytes]], schema: pa.Schema) -> Path:
-    """Store the texts as an Arrow file and return its path. Several processes may do this at the same time.
+def _texts(row: Any, columns: Columns) -> Stored:
+    if columns.chat:
+        found = answers(row, columns.references) if columns.references else None
+        return _with_answers(columns.chat.texts(row), found, columns)
+    listed = None
+    if columns.free and len(columns.target) == 1:
+        (name,) = columns.target
+        try:
+            value = row[name] if name in row else look_up(row, name)
+        except KeyError:
+            value = None
+        if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+            listed, row = value, {**row, name: value[0]}
+    texts: dict[str, Any] = texts_of(row, columns.names, columns.defaults)
+    if columns.target and not any(texts[name].strip() or name in columns.defaults for name in columns.target):
+        raise DataError(f"the field '{columns.target[0]}' is empty; fill it or remove the row")
+    return _with_answers(texts, answers(row, columns.references) if columns.references else listed, columns)
+
+
+def _with_answers(texts: dict[str, Any], found: list[str] | None, columns: Columns) -> Stored:
+    if not columns.free:
+        return texts, stored_bytes(list(texts.values()))
+    return {**texts, REFERENCES: found}, stored_bytes([*texts.values(), found])
+
+
+def stored_bytes(values: Sequence[Any]) -> bytes:
+    """The part of a row in the fingerprint."""
+    return json.dumps(values, ensure_ascii=False).encode()
+
+
+def stored(stem: str, source: str, names: Sequence[str], schema: pa.Schema, rows: Callable[[], Iterator[Stored]]) -> Path:
+    """The Arrow file of some rows: from the cache, or written now. Several processes may do this at the same time.
+
+    The fingerprint of the content is part of the file name: no second file is needed that could be missing.
+    """
+    folder = cache_folder()
+    found = next(folder.glob(f"{stem}-*.arrow"), None)
+    return found or _write(folder, stem, source, rows(), schema, names)
+
+
+def _write(folder: Path, stem: str, source: str, rows: Iterator[Stored], schema: pa.Schema, names: Sequence[str]) -> Path:
+    """Store the texts as an Arrow file and return its path.
 
     The file is renamed when it is complete; a later process replaces it with an identical one.
     """
-    digest = hashlib.sha256(json.dumps(schema.names).encode())
+    digest = hashlib.sha256(json.dumps(names).encode())
     batch: list[dict[str, Any]] = []
     count = held = 0
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import secrets
-import string
 import weakref
 from collections.abc import Sequence
 from functools import cached_property
@@ -18,6 +17,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
+
+from ptuning.settings.template import TemplateField, parse_template
 
 
 class TextTokenizer:
@@ -44,16 +45,13 @@ class TextTokenizer:
         self._unknown = tokenizer.unk_token if unknown not in others else None
         self.special_ids = frozenset(self._special) - ({unknown} - others)
         """Ids that only a template's own words may have."""
-        self._marked: dict[str, str] = {}
+        self._marked: dict[str, tuple[str | TemplateField, ...]] = {}
 
-    def template(self, template: str) -> str:
-        """A template with fields in braces whose own special tokens stay tokens in `ids`."""
+    def template(self, template: str) -> tuple[str | TemplateField, ...]:
+        """The parts of a template whose own special tokens stay tokens in `ids`."""
         if template not in self._marked:
-            parts = []
-            for words, field, spec, _ in string.Formatter().parse(template):
-                parts.append(self._mark(words).replace("{", "{{").replace("}", "}}"))
-                parts.append("" if field is None else f"{{{field}:{spec}}}" if spec else f"{{{field}}}")
-            self._marked[template] = "".join(parts)
+            parts = parse_template(template)
+            self._marked[template] = tuple(self._mark(part) if isinstance(part, str) else part for part in parts)
         return self._marked[template]
 
     def hide(self, text: str) -> str:

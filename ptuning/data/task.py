@@ -6,9 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ptuning.config import Experiment, ExperimentError
-from ptuning.data.dataset import Split, leaked, load_split
+from ptuning.data.chat_encoder import make_encoder
+from ptuning.data.dataset import Split, load_split
+from ptuning.data.division import training_texts
 from ptuning.data.encoder import Encoder
-from ptuning.data.sources import DataError
+from ptuning.data.findings import describe_split, warnings
+from ptuning.data.task_template import task_template
+from ptuning.errors import DataError
 from ptuning.model.base import Base
 
 
@@ -20,11 +24,13 @@ class Task:
     train: Split
     validation: Split | None
     test: Split | None
+    note: str = ""
+    """What was recognised in rows without `data.input`."""
 
     @property
     def max_new_tokens(self) -> int:
         """Tokens of the longest training target, end token included."""
-        return int(self.train.target_lengths.max())
+        return self.train.longest_answer
 
 
 def load_task(experiment: Experiment, base: Base) -> Task:
@@ -45,13 +51,19 @@ def load_task(experiment: Experiment, base: Base) -> Task:
             f"data.max_tokens: {length} virtual tokens and {config.max_tokens} of text exceed the {base.context} positions of "
             f"{base.name}; set it to at most {room}"
         )
-    encoder = Encoder(config, base.tokenizer, min(config.max_tokens or room, room))
+    found = task_template(config, base.tokenizer, base.name)
+    encoder = make_encoder(found.template, base.tokenizer, min(config.max_tokens or room, room))
+    texts = training_texts(config, found.template, found.rows)
     splits = {
-        name: load_split(name, source, encoder) for name in ("train", "validation", "test") if (source := getattr(config, name))
+        name: load_split(name, source, encoder, found.rows, references=config.references, texts=texts.get(name))
+        for name, source in config.sources()
     }
+    for name in ("validation", "test"):
+        if isinstance(getattr(config, name), float):
+            splits[name] = load_split(name, config.train, encoder, found.rows, references=config.references, texts=texts[name])
     if len(base.tokenizer) > base.vocabulary:
         _check_rows_of_tokens(experiment, base, encoder, splits.values())
-    return Task(encoder, splits["train"], splits.get("validation"), splits.get("test"))
+    return Task(encoder, splits["train"], splits.get("validation"), splits.get("test"), found.note)
 
 
 def _check_rows_of_tokens(experiment: Experiment, base: Base, encoder: Encoder, splits: Iterable[Split]) -> None:
@@ -74,15 +86,9 @@ def _check_rows_of_tokens(experiment: Experiment, base: Base, encoder: Encoder, 
 
 
 def describe_task(task: Task) -> list[str]:
-    """Lines about the splits: rows, tokens, truncated and dropped rows, and training rows that occur in other splits."""
-    lines = []
-    for split in (task.train, task.validation, task.test):
-        if split is None:
-            continue
-        notes = [f"{split.name}: {len(split.lengths)} rows, {int(split.lengths.sum())} tokens"]
-        notes += [f"{split.cut} cut to {task.encoder.limit} tokens"] if split.cut else []
-        notes += [f"{split.dropped} dropped"] if split.dropped else []
-        lines.append(", ".join(notes))
-        if split is not task.train and (many := leaked(task.train, split)):
-            lines.append(f"warning: {many} of the training rows also occur in {split.name}; its metrics are too optimistic")
-    return lines
+    """Lines about the splits: rows, tokens, truncated and dropped rows, and warnings about what is probably a mistake."""
+    others = [split for split in (task.validation, task.test) if split is not None]
+    lines = [f"rows: {task.note}"] if task.note else []
+    lines += [describe_split(split, task.encoder.limit) for split in (task.train, *others)]
+    labels = task.encoder.template.labels or ()
+    return [*lines, *(f"warning: {line}" for line in warnings(task.train, others, labels))]

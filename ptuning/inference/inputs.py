@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptuning.data.encoder import Encoder
+from ptuning.data.row import look_up, root
 from ptuning.inference.types import RequestError
-from ptuning.settings.data import Template, template_fields
+from ptuning.settings.data import Template
+from ptuning.settings.template import template_defaults, template_fields
 
 RAW = Template(input="{text}", target="{text}", truncate="error", special_tokens="tokens")
 """Text as it is: the client writes the whole input, special tokens included."""
@@ -21,6 +23,8 @@ def fields_of(encoder: Encoder, text: str | Mapping[str, str]) -> dict[str, str]
         RequestError: the fields are not those of the template.
     """
     wanted = template_fields(encoder.template.input)
+    optional = template_defaults(encoder.template.input)
+    required = [name for name in wanted if name not in optional] or wanted[:1]
     if isinstance(text, str) and len(wanted) <= 1:
         return dict.fromkeys(wanted, text)
     fields: Any = text
@@ -29,13 +33,23 @@ def fields_of(encoder: Encoder, text: str | Mapping[str, str]) -> dict[str, str]
             fields = json.loads(text)
         except (ValueError, RecursionError):
             fields = None
-    if (
-        not isinstance(fields, Mapping)
-        or set(fields) != set(wanted)
-        or not all(isinstance(value, str) for value in fields.values())
-    ):
-        raise RequestError(f"the template has the fields {', '.join(wanted)}; send a JSON object with a text for each")
-    return dict(fields)
+    if isinstance(fields, Mapping):
+        found = {name: look_up(fields, name) for name in wanted if _has(fields, name)}
+        known = {root(name, fields) for name in wanted}
+        if set(fields) <= known and set(required) <= set(found) and all(isinstance(value, str) for value in found.values()):
+            return found
+    if isinstance(text, str) and len(required) == 1:
+        return {required[0]: text}
+    listed = ", ".join(f"{name} (optional)" if name in optional else name for name in wanted)
+    raise RequestError(f"the template has the fields {listed}; send a JSON object with a text for each")
+
+
+def _has(fields: Mapping[str, Any], name: str) -> bool:
+    try:
+        look_up(fields, name)
+    except KeyError:
+        return False
+    return True
 
 
 def row_ids(encoder: Encoder, fields: Mapping[str, str], room: int, truncate: bool) -> list[int]:

@@ -19,7 +19,7 @@ from ptuning.errors import BaseError, UserError
 from ptuning.model.base_folder import check_folder, find_folder
 from ptuning.model.decoder import TEXT_PART, check_decoder, has_text_part, is_multimodal
 from ptuning.model.fingerprint import Fingerprint, config_hash, tokenizer_fingerprint, weights_hash
-from ptuning.model.quantization import complete_dtype, take_quantization
+from ptuning.model.quantization import WHOLE, dequantized, take_quantization
 from ptuning.model.safetensors_files import StoredTensor, stored_tensors, weights_name
 from ptuning.model.stored_names import check_stored
 from ptuning.settings.model import ModelConfig
@@ -56,6 +56,11 @@ class Base:
             *(["the text part of a multimodal checkpoint"] if self.multimodal else []),
             *([f"dequantised from {method}"] if method else []),
         ]
+
+    @property
+    def loaded_whole(self) -> bool:
+        """Whether every worker has to load the whole base before it can be partitioned."""
+        return self.quantization is not None and self.quantization["quant_method"] in WHOLE
 
     @property
     def width(self) -> int:
@@ -135,6 +140,7 @@ class Base:
             trust_remote_code=self.trust_remote_code,
             output_loading_info=True,
             key_mapping=self.renamed,
+            device_map={"": "cpu"} if self.loaded_whole else None,
         )
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
@@ -143,7 +149,7 @@ class Base:
             # A checkpoint that is written later would get the stored names, and quantised weights, but not their config.
             model._weight_conversions = None  # type: ignore[assignment]  # not a module
         if self.quantization:
-            complete_dtype(model, dtype)
+            model = dequantized(model, self.quantization["quant_method"], dtype)
         return model
 
     def check_tensors(self) -> None:

@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ptuning.errors import BaseError
+from ptuning.model.text_head import add_head, has_layers
 
 TEXT_PART = {r"^(?:model\.)?(?:language_model|text_model|llm)\.": ""}
 """The prefixes of the text part's tensors in a multimodal checkpoint, and what replaces them (`key_mapping`)."""
@@ -35,11 +36,14 @@ def check_decoder(path: str, config: PretrainedConfig) -> PretrainedConfig:
         raise BaseError(f"{refused} (it has an encoder); choose a causal LM")
     if names and not any(map(_is_language_model, names)):
         raise BaseError(f"{refused}; choose a causal LM")
-    if type(config) not in causal and not is_multimodal(config):
-        raise BaseError(f"{refused}; choose a causal LM")
+    if type(config) not in causal:
+        if not is_multimodal(config):
+            raise BaseError(f"{refused}; choose a causal LM")
+        if has_layers(config.get_text_config()):
+            add_head(path, config)
     text = text_part(config)
     if type(text) not in causal:
-        raise BaseError(f"{refused}, and transformers has no class for its text part alone; choose a causal LM")
+        raise BaseError(f"{refused}, and transformers has no layers for its text part alone; choose a causal LM")
     if text.model_type == "xlnet" or (text.model_type == "xlm" and not getattr(text, "causal", False)):
         raise BaseError(f"{refused} (its attention is not causal); choose a causal LM")
     if getattr(text, "is_decoder", True) is False and text.model_type not in _CAUSAL_WITHOUT_FLAG:

@@ -6,6 +6,7 @@ node's children (at most C), U tokens that occur in any comparison.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,10 @@ WORTHWHILE = 0.75
 
 Row = tuple[list[int], list[int]]
 """Token ids of one example: input, target (with the end token)."""
+
+TurnsRow = Row | tuple[list[int], list[int], list[int]]
+"""The same of a conversation: with the ascending places in its input, not the first, whose tokens are predicted, too (earlier
+answers)."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ def _ids(values: Sequence[Any]) -> Tensor:
 
 
 def pack_targets(
-    lengths: Sequence[int], batches: Sequence[Sequence[Row]], objectives: Sequence[Objective] | None = None
+    lengths: Sequence[int], batches: Sequence[Sequence[TurnsRow]], objectives: Sequence[Objective] | None = None
 ) -> PackedBatch:
     """The pass that predicts every row's target, for training and for evaluation by loss.
 
@@ -163,7 +168,7 @@ def pack_targets(
     packer = _Packer(lengths)
     for root, rows, objective in zip(packer.roots, batches, objectives or [Objective()] * len(lengths), strict=True):
         before = len(packer.at)
-        if not all(source and target for source, target in rows):
+        if not all(row[0] and row[1] for row in rows):
             raise ValueError("a row needs at least one input and one target token")
         if rows:
             _add_targets(packer, root, rows, objective)
@@ -172,18 +177,21 @@ def pack_targets(
     return packer.plan()
 
 
-def _add_targets(packer: _Packer, root: SegmentGroup | None, rows: Sequence[Row], objective: Objective) -> None:
+def _add_targets(packer: _Packer, root: SegmentGroup | None, rows: Sequence[TurnsRow], objective: Objective) -> None:
     trie = objective.trie
-    fed = [len(target) - 1 if objective.text or trie is None else trie.fed_length(tuple(target)) for _, target in rows]
-    texts = [source + target[:many] for (source, target), many in zip(rows, fed, strict=True)]
+    fed = [len(target) - 1 if objective.text or trie is None else trie.fed_length(tuple(target)) for _, target, *_ in rows]
+    texts = [source + target[:many] for (source, target, *_), many in zip(rows, fed, strict=True)]
     first = packer.choices.enter(trie) if trie else 0
     at = packer.segments.tokens
     for part in _alike([len(text) for text in texts], root.longest if root else 0):
         packer.segments.add(part, root)
-    for (source, target), text in zip(rows, texts, strict=True):
+    for (source, target, *earlier), text in zip(rows, texts, strict=True):
         packer.tokens += text
         last = at + len(source) - 1
         if objective.text:
+            for place in itertools.chain(*earlier):
+                packer.at.append(at + place - 1)
+                packer.targets.append(source[place])
             packer.at += range(last, at + len(text))
             packer.targets += target
         if trie is not None:

@@ -17,8 +17,11 @@ from ptuning.errors import BaseError
 if TYPE_CHECKING:  # importing it imports scipy, torch's compiler and more, which a driver does not need
     from transformers import PreTrainedModel
 
-DEQUANTISED = {"fp8": "", "mxfp4": ""}
-"""Methods whose weights transformers dequantises on any device -> the package that this needs."""
+DEQUANTISED = {"fp8": "", "mxfp4": "", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors"}
+"""Methods whose weights are dequantised on any device -> the package that this needs."""
+
+WHOLE = ("bitsandbytes", "compressed-tensors")
+"""Methods of which every worker dequantises the whole base before it is partitioned: their packages do not know ZeRO-3."""
 
 
 def take_quantization(path: str, config: PretrainedConfig) -> dict[str, Any] | None:
@@ -45,10 +48,18 @@ def take_quantization(path: str, config: PretrainedConfig) -> dict[str, Any] | N
     package = DEQUANTISED[method]
     if package and find_spec(package.replace("-", "_")) is None:
         raise BaseError(f"model.path: {path} is quantised with {method}; pip install {package}, on every node")
-    return settings | {"dequantize": True}
+    return settings | {"quant_method": method, **({} if method == "bitsandbytes" else {"dequantize": True})}
 
 
-def complete_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def dequantized(model: PreTrainedModel, method: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A loaded model with plain weights in one dtype."""
+    if method == "bitsandbytes":  # the others dequantise while they load
+        model = model.dequantize(dtype=dtype)
+    _complete_dtype(model, dtype)
+    return model
+
+
+def _complete_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Convert the tensors of a dequantised model that transformers left in the dtype of the file (5.23): embeddings, norms."""
     from transformers.core_model_loading import build_glob_alternation
 

@@ -61,6 +61,12 @@ class Card(Table):
     revision: str | None = None
     base_fingerprint: dict[str, str] | None = None
     """SHA-256 of the base's config, tokenizer and weights; None if unknown (made by another tool)."""
+    base_notes: tuple[str, ...] = ()
+    """How the base differs from its files: only its text part is loaded, or it is dequantised."""
+    dtype: str | None = None
+    """The dtype of the base in training."""
+    training_pass: Literal["shared-prefix", "concatenated"] | None = None
+    """shared-prefix: computed once for all rows of a step; concatenated: with every row, where the base allows nothing else."""
     length: int
     width: int
     template: Template | None = None

@@ -29,6 +29,8 @@ class Estimate:
     estimated: str | None
     """Why activations are an estimate from the shapes of the weights; None: they are those of the real pass."""
     advice: list[str]
+    rows: list[str]
+    """Lines about the rows, with warnings; empty if they were not read."""
 
     def __str__(self) -> str:
         return _describe(self)
@@ -105,6 +107,7 @@ def _describe(found: Estimate) -> str:
         lines.append(
             f"activations are estimated, as the pass of this base cannot be replayed without values ({found.estimated})"
         )
+    lines += found.rows
     for line in found.advice:
         lines.append(f"does not fit: {line}")
     return "\n".join(lines)

@@ -10,7 +10,8 @@ import torch
 from transformers import PretrainedConfig
 
 from ptuning.config import Experiment
-from ptuning.data.task import load_task
+from ptuning.data.resolve import resolved
+from ptuning.data.task import describe_task, load_task
 from ptuning.errors import BaseError, UserError
 from ptuning.model.base import computes_in_bfloat16, find_base
 from ptuning.model.limits import MOST_SLOTS
@@ -60,7 +61,7 @@ def make_plan(
         (tflops or usual["tflops"]) * 1e12,
         bool(gpus),
     )
-    described, dtype, settings = _read(experiment, config, tokens, bool(gpus))
+    described, dtype, settings, lines = _read(experiment, config, tokens, bool(gpus))
     text = described.get_text_config()
     context = getattr(text, "max_position_embeddings", None) or 2**31
     if settings.length + settings.tokens > context:
@@ -97,6 +98,7 @@ def make_plan(
         serving,
         meta_model.estimated,
         [],
+        lines,
     )
     advice = [] if found.fits else [_more_for_training(meta_model, dtype, settings, machine)]
     advice += [] if found.serves else [_more_for_serving(found)]
@@ -105,8 +107,8 @@ def make_plan(
 
 def _read(
     experiment: Experiment, config: str | None, tokens: int | None, gpus: bool
-) -> tuple[PretrainedConfig, torch.dtype, RunShape]:
-    """The base's config, its compute dtype, and the size of the rows."""
+) -> tuple[PretrainedConfig, torch.dtype, RunShape, list[str]]:
+    """The base's config, its compute dtype, the size of the rows, and lines about the rows."""
     folder = Path(experiment.model.path).expanduser()
     bare = folder.suffix == ".json" or (folder.is_dir() and not any(folder.glob("*.safetensors")))
     tokens = tokens or experiment.data.max_tokens
@@ -118,13 +120,15 @@ def _read(
         dtype = dtype if wanted == "auto" else getattr(torch, wanted)
         if tokens is None:
             raise UserError("data.max_tokens: is not set, and without a tokenizer rows cannot be counted; give --tokens")
-        return described, dtype, _settings(experiment, tokens)
+        return described, dtype, _settings(experiment, tokens), []
     base = find_base(experiment.model)
     if tokens is not None:
-        return base.config, base.dtype(experiment.model.dtype), _settings(experiment, tokens)
-    split = load_task(experiment, base).train
+        return base.config, base.dtype(experiment.model.dtype), _settings(experiment, tokens), []
+    experiment, lines = resolved(experiment)
+    task = load_task(experiment, base)
+    split = task.train
     settings = RunShape.of_rows(experiment, split.lengths.tolist(), split.target_lengths.tolist())
-    return base.config, base.dtype(experiment.model.dtype), settings
+    return base.config, base.dtype(experiment.model.dtype), settings, [*lines, *describe_task(task)]
 
 
 def _settings(experiment: Experiment, tokens: int) -> RunShape:

@@ -16,8 +16,8 @@ from ptuning.model.soft_prompt import Card, SoftPrompt
 from ptuning.registry.promotions import PromotionLog, State
 from ptuning.registry.publish import preferred_metrics, retrieve
 from ptuning.registry.registry import FORCED, STATE, Reference, Registry, Version
-from ptuning.settings.data import template_fields
 from ptuning.settings.fields import MARGIN
+from ptuning.settings.template import fill, template_fields
 
 
 class GateError(UserError):
@@ -125,7 +125,7 @@ def _worse(metric: str, value: float, best: float, name: str, margin: float) -> 
 def _probe(card: Card) -> str:
     if card.template is None:
         return "The"
-    return card.template.input.format_map(dict.fromkeys(template_fields(card.template.input), "This is a test."))
+    return fill(card.template.input, dict.fromkeys(template_fields(card.template.input), "This is a test."))
 
 
 def _previous(state: State) -> int | None:

@@ -111,6 +111,9 @@ def _card_lines(card: Card) -> list[str]:
         f"size         {card.length} virtual tokens of width {card.width}, {card.init or 'unknown'} at the start",
         f"content      {card.content_hash[:12]}",
     ]
+    how = [*card.base_notes, *filter(None, (card.dtype, card.training_pass))]
+    if how:
+        lines.insert(1, f"computed     {', '.join(how)}")
     if template:
         lines.append(f"input        {template.input!r}")
         lines.append(f"target       {template.target!r}")

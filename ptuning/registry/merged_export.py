@@ -29,12 +29,14 @@ from ptuning.model.base import Base, listed_ends
 from ptuning.model.compatibility import base_of, check_base, next_logits
 from ptuning.model.safetensors_files import STORED_DTYPES, stored_tensors
 from ptuning.model.soft_prompt import Card, SoftPrompt
+from ptuning.model.text_head import is_made_here
 from ptuning.registry import token_suppression
 from ptuning.registry.merged_check import OTHERWISE, ExportError, check_logits, check_written, last_logits, merging
 from ptuning.registry.publish import check_free, retrieve
 from ptuning.registry.registry import Registry, Version
 from ptuning.registry.token_suppression import Suppression
-from ptuning.settings.data import Template, template_fields
+from ptuning.settings.data import Template
+from ptuning.settings.template import fill, template_fields
 
 PROBES = ("This is a test.", "a", "Two  words, 3 numbers\nand äöü!")
 
@@ -98,6 +100,10 @@ def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Mer
     front = _in_front(plain)
     tokens = [f"<|{name}:{place}|>" for place in range(len(vectors))]
     model = base.load(dtype).eval()
+    if is_made_here(type(model).__name__):
+        raise ExportError(
+            f"{name}: transformers has no class for the text part of {base.name} alone, so nothing could load it; {OTHERWISE}"
+        )
     texts = [list(plain(text)["input_ids"]) for text in PROBES]
     with merging(name, type(model).__name__):
         expected = torch.stack([next_logits(model, loaded.vectors, torch.tensor([text])).float() for text in texts])
@@ -239,7 +245,7 @@ def _chat(
 
 def _message(template: Template, text: str) -> str:
     fields = template_fields(template.input)
-    return text if len(fields) == 1 else template.input.format_map(dict.fromkeys(fields, text))
+    return text if len(fields) == 1 else fill(template.input, dict.fromkeys(fields, text))
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
@@ -253,7 +259,7 @@ def _jinja(front: str, template: Template) -> str:
     fields = template_fields(template.input)
     if len(fields) == 1:
         mark = uuid.uuid4().hex
-        before, _, behind = template.input.format_map({fields[0]: mark}).partition(mark)
+        before, _, behind = fill(template.input, {fields[0]: mark}).partition(mark)
         behind = behind.replace(mark, "")
     return (
         "{%- set last = messages | selectattr('role', 'equalto', 'user') | list | last -%}"

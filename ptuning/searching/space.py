@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptuning.config import PLACES, Experiment, ExperimentError, parse_experiment
-from ptuning.settings.search import is_whole
+from ptuning.settings.search import is_whole, takes_words
 
 Values = Mapping[str, Any]
 """One configuration: dotted keys of the experiment and their values."""
@@ -21,7 +21,7 @@ LENGTH, RATE, INIT = "prompt.length", "train.learning_rate", "prompt.init"
 def choices(experiment: Experiment) -> dict[str, tuple[Any, ...]]:
     """The keys that have listed values."""
     search = experiment.search
-    listed = {key: values for key, values in search.space.items() if len(values) > 2}
+    listed = {key: values for key, values in search.space.items() if len(values) > 2 or takes_words(key)}
     whole = {key: tuple(int(value) if is_whole(key) else value for value in values) for key, values in listed.items()}
     return {LENGTH: search.length, INIT: search.init} | whole
 
@@ -29,7 +29,8 @@ def choices(experiment: Experiment) -> dict[str, tuple[Any, ...]]:
 def ranges(experiment: Experiment) -> dict[str, Range]:
     """The keys that have a range; the learning rate is drawn log-uniformly, the others uniformly."""
     search = experiment.search
-    return {RATE: search.learning_rate} | {key: (v[0], v[1]) for key, v in search.space.items() if len(v) == 2}
+    spans = {key: values for key, values in search.space.items() if len(values) == 2 and not takes_words(key)}
+    return {RATE: search.learning_rate} | {key: (float(low), float(high)) for key, (low, high) in spans.items()}
 
 
 def grid(experiment: Experiment) -> dict[str, list[Any]]:

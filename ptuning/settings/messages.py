@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from ptuning.errors import suggest
 from ptuning.settings.fields import NonBlank
+from ptuning.settings.foreign_keys import advice
 
 
 def sentence(root: type[BaseModel], error: ValidationError) -> str:
@@ -22,12 +25,15 @@ def sentence(root: type[BaseModel], error: ValidationError) -> str:
     path = ".".join(where)
     if problem["type"] == "extra_forbidden":
         key, known = str(problem["loc"][-1]), _known_keys(root, where)
-        fix = suggest(key, known, f"known here: {', '.join(sorted(known))}", shown=lambda name: ".".join([*where, name]))
+        fix = advice(key, ".".join(where), _dotted_keys(root), isinstance(problem["input"], dict))
+        fix = fix or suggest(key, known, f"known here: {', '.join(sorted(known))}", shown=lambda name: ".".join([*where, name]))
         return f"{'.'.join([*where, key])}: unknown key; {fix}"
     if problem["type"] == "missing" and isinstance(problem["loc"][-1], str):
         return f"{path}: is missing; set it"
     if problem["type"] == "model_type":
         return f"{path}: is not a table (got {problem['input']!r}); write [{path}] and its keys below it"
+    if problem["type"] in ("tuple_type", "list_type"):
+        return f"{path}: is not a list (got {problem['input']!r}); write a list: {_as_list(problem['input'])}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         # Validators of a whole table name the key themselves: "key: ...".
@@ -51,6 +57,19 @@ def _known_keys(root: type[BaseModel], tables: Sequence[str]) -> list[str]:
     return list(table.model_fields) if table else []
 
 
+def _dotted_keys(root: type[BaseModel], tables: Sequence[str] = ()) -> Iterator[str]:
+    for name in _known_keys(root, tables):
+        path = [*tables, name]
+        yield ".".join(path)
+        yield from _dotted_keys(root, path)
+
+
+def _as_list(value: Any) -> str:
+    """A value as the TOML list that was probably meant: texts are split at commas."""
+    parts = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else [value]
+    return json.dumps(parts, ensure_ascii=False, default=str)
+
+
 def takes_text(root: type[BaseModel], keys: Sequence[str]) -> bool:
     table = _table(root, keys[:-1])
     field = table.model_fields.get(keys[-1]) if table else None
@@ -62,7 +81,9 @@ def _table(root: type[BaseModel], tables: Sequence[str]) -> type[BaseModel] | No
     table = root
     for name in tables:
         field = table.model_fields.get(name)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()  # a table may be optional
+        tables_here = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not tables_here:
             return None
-        table = field.annotation
+        table = tables_here[0]
     return table

@@ -22,8 +22,9 @@ class SearchConfig(Table):
     """[low, high], sampled log-uniformly."""
     init: tuple[Init, ...] = ("random", "vocabulary")
     """Values of prompt.init to choose from."""
-    space: dict[str, tuple[float, ...]] = {}
-    """Further numeric settings of [train] to search: "train.warmup" = [low, high] is a range; three or more are choices."""
+    space: dict[str, tuple[float | str, ...]] = {}
+    """Further settings of [train] to search: "train.warmup" = [low, high] is a range; three or more numbers, and words as in
+    "train.optimizer" = ["adamw", "adafactor"], are choices."""
     slots: Positive | Literal["auto"] = "auto"
     """Soft prompts that train side by side over one base. auto: as many as fit into memory and raise the throughput."""
     groups: Positive = 1
@@ -68,24 +69,29 @@ class SearchConfig(Table):
 
     @field_validator("space")
     @classmethod
-    def _numeric_fields(cls, space: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+    def _searchable(cls, space: dict[str, tuple[float | str, ...]]) -> dict[str, tuple[float | str, ...]]:
         for key, values in space.items():
             table, _, name = key.partition(".")
             known = SEARCHABLE.get(table, {})
             if name not in known:
                 names = sorted(f"{table}.{name}" for table, fields in SEARCHABLE.items() for name in fields)
                 fix = suggest(key, names, f"use one of {', '.join(names)}")
-                raise ValueError(f"{key!r} is not a searchable number; {fix}")
-            if len(values) < 2 or (len(values) == 2 and values[0] >= values[1]):
+                raise ValueError(f"{key!r} is not a searchable setting; {fix}")
+            if takes_words(key):
+                if len(values) < 2 or len(set(values)) < len(values):
+                    raise ValueError(f'"{key}" = {list(values)} is not a choice; list two or more different words')
+            elif len(values) < 2 or (len(values) == 2 and not _rises(*values)):
                 raise ValueError(
                     f'"{key}" = {list(values)} is not a valid range; write [low, high] with low < high, or three or more values'
                 )
             for value in values:
+                whole = isinstance(value, float) and is_whole(key) and value == int(value)
                 try:
-                    known[name].model_validate({name: int(value) if is_whole(key) and value == int(value) else value})
+                    known[name].model_validate({name: int(value) if whole else value})
                 except ValidationError as error:
                     message = error.errors()[0]["msg"]
-                    raise ValueError(f'"{key}": {message[0].lower()}{message[1:]} (got {value:g}); change the range') from None
+                    got, fix = (repr(value), "change it") if isinstance(value, str) else (f"{value:g}", "change the range")
+                    raise ValueError(f'"{key}": {message[0].lower()}{message[1:]} (got {got}); {fix}') from None
         return space
 
     def __hash__(self) -> int:
@@ -93,9 +99,20 @@ class SearchConfig(Table):
 
 
 SEARCHABLE: dict[str, dict[str, type[Table]]] = {
-    "train": dict.fromkeys(("weight_decay", "warmup", "batch_size", "patience", "clip", "text_weight"), TrainConfig),
+    "train": dict.fromkeys(
+        ("weight_decay", "warmup", "batch_size", "patience", "clip", "text_weight", "optimizer", "schedule"), TrainConfig
+    ),
 }
-"""Numeric settings that `search.space` may contain. Length and learning rate have keys of their own; steps are the budget."""
+"""Settings that `search.space` may contain. Length and learning rate have keys of their own; steps are the budget."""
+
+
+def _rises(low: float | str, high: float | str) -> bool:
+    return isinstance(low, str) or isinstance(high, str) or low < high  # a word is refused as a value
+
+
+def takes_words(key: str) -> bool:
+    """True if the values of a searchable setting are words, which are choices."""
+    return key in ("train.optimizer", "train.schedule")
 
 
 def is_whole(key: str) -> bool:

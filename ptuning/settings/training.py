@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from ptuning.settings.fields import Count, Metric, Number, Positive, Share, Table
+from ptuning.settings.fields import Count, Metric, Number, Positive, PositiveNumber, Share, Table
 
 TEXT_WEIGHT = 0.3
 """Measured (BENCHMARKS.md, "Labels as a choice"): it raises the accuracy of one-token labels and makes free generation produce
@@ -43,8 +44,10 @@ class TrainConfig(Table):
     """Rows per step, summed over all workers."""
     micro_batch_size: Positive | None = None
     """Maximum rows per worker in one pass. A larger part of the batch is split into several passes. Default: one pass."""
-    steps: Positive = 300
-    """Optimizer updates. The learning-rate schedule ends at the last one."""
+    steps: Count = 300
+    """Optimizer updates. The learning-rate schedule ends at the last one. 0 if `epochs` is set, until the rows are counted."""
+    epochs: PositiveNumber | None = None
+    """Passes over the training rows, instead of steps."""
     evaluate_every: Positive = 50
     """Steps between evaluations on the validation rows."""
     patience: Positive | None = None
@@ -59,6 +62,21 @@ class TrainConfig(Table):
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     seed: Count = 0
     """Seed of the initialisation and of the order of the rows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_are_left_to_epochs(cls, tables: Any) -> Any:
+        if isinstance(tables, Mapping) and tables.get("epochs") is not None and "steps" not in tables:
+            return {**tables, "steps": 0}
+        return tables
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> TrainConfig:
+        if self.epochs is not None and self.steps:
+            raise ValueError("epochs: train.steps is set, too; set only one of them")
+        if self.epochs is None and not self.steps:
+            raise ValueError("steps: input should be greater than 0 (got 0); change the value")
+        return self
 
     def resolved_text_weight(self, target_tokens: int) -> float:
         """The weight of the text objective. `target_tokens`: tokens of the longest label, its end token included."""

@@ -183,7 +183,7 @@ def _recomputed(
     model: PromptedModel, soft_prompt: Tensor, ids: list[int], encoder: Encoder, max_new_tokens: int, together: bool
 ) -> str:
     """Greedy text without any cache. `together`: all workers make the same number of passes."""
-    ends = {encoder.tokenizer.eos_token_id, *model.ends}
+    ends = {encoder.end, encoder.tokenizer.eos_token_id, *model.ends}
     made: list[int] = []
     with model.plain() as base:
         for _ in range(max_new_tokens):
@@ -215,7 +215,7 @@ def _greedy(
     embeds = torch.stack([torch.cat([row.new_zeros(longest - len(row), row.shape[1]), row]) for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     ids_of_text = torch.tensor([[0] * (longest - len(ids)) + ids for ids in inputs], device=device)
-    end = encoder.tokenizer.eos_token_id
+    ends = {encoder.end, encoder.tokenizer.eos_token_id, *model.ends}
     with model.plain() as base:
         # Ids, because not every architecture continues embeddings (Falcon-H1, 5.23).
         model.embedding.replace(embeds)
@@ -225,8 +225,8 @@ def _greedy(
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=sorted({end, *model.ends}),
-            pad_token_id=end,
+            eos_token_id=sorted(ends),
+            pad_token_id=encoder.end,
             # transformers detects this itself only while an HfDeepSpeedConfig exists (generation/utils.py).
             synced_gpus=together,
         )

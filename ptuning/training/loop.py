@@ -24,7 +24,7 @@ from ptuning.data.batch_sampler import shard
 from ptuning.data.task import Task
 from ptuning.errors import UserError
 from ptuning.model.base import Base
-from ptuning.model.packing import Row, pack_targets
+from ptuning.model.packing import TurnsRow, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.soft_prompt import SoftPrompt
 from ptuning.training import checkpoint
@@ -206,7 +206,7 @@ def _split(values: list[Each], sizes: Sequence[int]) -> list[list[Each]]:
     return [values[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
-def _micro_batches(pack: Pack, rows: list[np.ndarray]) -> list[list[list[Row]]]:
+def _micro_batches(pack: Pack, rows: list[np.ndarray]) -> list[list[list[TurnsRow]]]:
     """This worker's rows, pass by pass and start by start: `[passes][starts of all slots]` lists of rows.
 
     Every worker makes the same number of passes, as a sharded base needs; one with fewer rows may have empty lists. Where a
@@ -315,7 +315,7 @@ def finish(pack: Pack, slot: Slot, report: Report) -> None:
     peak_bytes = pack.workers.all_gather(_peak_memory())
     if pack.workers.is_main:  # all workers hold the same vectors
         config = pack.base.config.get_text_config()
-        result = SoftPrompt(slot.best_vectors.detach().cpu(), make_card(slot, pack.base, measured))
+        result = SoftPrompt(slot.best_vectors.detach().cpu(), make_card(slot, pack.base, pack.model, measured))
         folder = storage.join(slot.folder, "soft_prompt")
         result.save(
             folder,

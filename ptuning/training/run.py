@@ -27,6 +27,7 @@ from ptuning.cluster.connection import beside_driver, leave_ray, start_ray
 from ptuning.cluster.failures import disk_full, explain
 from ptuning.cluster.local_paths import absolute
 from ptuning.config import Experiment
+from ptuning.data.resolve import resolved
 from ptuning.data.task import describe_task, load_task
 from ptuning.errors import RunFailed, UserError
 from ptuning.model.base import Base, find_base
@@ -126,7 +127,7 @@ def _reach(
     began = time.monotonic()
     if note := tracking_client.obeyed(experiment):
         say(note)
-    written = absolute(experiment)
+    written, lines = resolved(absolute(experiment))
     folder = storage.join(written.compute.storage, written.name)
     experiment = pin_parent(written, folder)
     finished = check_run_name(experiment, folder, resume, kind)
@@ -135,8 +136,8 @@ def _reach(
     tracking_client.check_tracking(experiment)
     lease.check(folder, say)
     base = find_base(experiment.model)
-    for note in base.notes:
-        say(f"base: {note}")
+    for note in (*(f"base: {note}" for note in base.notes), *lines):
+        say(note)
     storage.check_writable(experiment.compute.storage)
     bring_parent(written, experiment, base)
     trained = configure(experiment, base)

@@ -18,9 +18,9 @@ from ptuning.data.task import Task
 from ptuning.model import initializers, soft_prompt
 from ptuning.model.base import Base
 from ptuning.model.compatibility import check_base
-from ptuning.model.packing import Objective, Row
+from ptuning.model.packing import Objective, TurnsRow
+from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.soft_prompt import Card
-from ptuning.settings.data import Template
 from ptuning.settings.training import TrainConfig
 from ptuning.training.messages import Event, Finished, StartRun, event_fields, read_event
 from ptuning.training.starts import Start, rounds, survivors
@@ -80,7 +80,7 @@ class Slot:
     def checkpoint_due(self) -> bool:
         return self.step % self.config.checkpoint_every == 0
 
-    def loss(self, text: Tensor, choices: Tensor, rows: Sequence[Row], totals: tuple[int, int]) -> Tensor:
+    def loss(self, text: Tensor, choices: Tensor, rows: Sequence[TurnsRow], totals: tuple[int, int]) -> Tensor:
         """This worker's part of the loss of the global batch, from the negative log-likelihoods of text tokens and choices;
         `totals`: target tokens and rows of the whole batch.
 
@@ -94,11 +94,11 @@ class Slot:
         loss = choices.sum() / count
         return loss + self.text_weight * text.sum() / tokens if self.objective.text else loss
 
-    def _choice_weights(self, rows: Sequence[Row]) -> Tensor:
+    def _choice_weights(self, rows: Sequence[TurnsRow]) -> Tensor:
         """The class weight of each choice, which is that of its row's label."""
         assert self.objective.trie is not None and self.class_weights is not None
         paths, weights = self.objective.trie.paths, self.class_weights
-        return torch.tensor([weights[tuple(target)] for _, target in rows for _ in paths[tuple(target)]])
+        return torch.tensor([weights[tuple(target)] for _, target, *_ in rows for _ in paths[tuple(target)]])
 
     def update(self, gradients: Sequence[Tensor], losses: Sequence[float]) -> float:
         """One optimiser step per start, with the gradient of the whole global batch; returns the first start's gradient
@@ -158,7 +158,7 @@ class Slot:
             prefix = f"start{start.number}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             start.restore(own, numbers)
-        self.best_vectors = tensors["best_vectors"]
+        self.best_vectors = tensors["best_vectors"].to(self.vectors.device)
         self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
         self.since_best, self.parent = state["since_best"], state["parent"]
         again = (read_event(event) for event in state["events"])
@@ -236,11 +236,10 @@ def initial_vectors(
     return vectors, parent
 
 
-def make_card(slot: Slot, base: Base, measured: dict[str, float]) -> Card:
+def make_card(slot: Slot, base: Base, model: PromptedModel, measured: dict[str, float]) -> Card:
     """The card of a slot's best soft prompt."""
     experiment, task = slot.experiment, slot.task
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
-    template = {name: getattr(experiment.data, name) for name in Template.model_fields}
     tables = experiment.model_dump(mode="json")
     tables["train"] |= {"objective": experiment.objective, "text_weight": slot.text_weight}
     return Card(
@@ -248,9 +247,12 @@ def make_card(slot: Slot, base: Base, measured: dict[str, float]) -> Card:
         base=base.name,
         revision=base.revision,
         base_fingerprint=base.fingerprint.model_dump(),
+        base_notes=tuple(base.notes),
+        dtype=str(model.base.dtype).removeprefix("torch."),
+        training_pass="shared-prefix" if model.shared_prefix else "concatenated",
         length=experiment.prompt.length,
         width=base.width,
-        template=Template(**template),
+        template=task.encoder.template,
         max_new_tokens=task.max_new_tokens,
         init=experiment.prompt.init,
         metrics=measured,

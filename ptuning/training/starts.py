@@ -58,7 +58,9 @@ class Start:
         """The inverse of `state`."""
         self.vectors.data.copy_(tensors["vectors"])
         moments = {key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")}
-        self.optimizer.state[self.vectors] = {**state["optimizer"], **moments}
+        groups = self.optimizer.state_dict()["param_groups"]
+        # It moves the moments, which were read from a file, to the device of the vectors.
+        self.optimizer.load_state_dict({"state": {0: {**state["optimizer"], **moments}}, "param_groups": groups})
         self.loss = state["loss"]
 
 

@@ -124,7 +124,7 @@ def load(
         _skip_compiled_collectives()
         deepspeed.init_distributed(verbose=False)
         with _telling(progress, base.numbers), _freed_at_once():
-            loaded = _load_partitioned(lambda: base.load(dtype), config)
+            loaded = _load_partitioned(base, dtype, config)
         model = PromptedModel(loaded)
         _check_weights(model.base, base)
         engine = deepspeed.initialize(model=model, config=config)[0]  # installs the hooks that gather and release
@@ -136,11 +136,15 @@ def load(
     return model
 
 
-def _load_partitioned(load_base: Callable[[], PreTrainedModel], config: dict[str, Any]) -> PreTrainedModel:
+def _load_partitioned(base: Base, dtype: torch.dtype, config: dict[str, Any]) -> PreTrainedModel:
     """transformers builds the model under `zero.Init` as long as an HfDeepSpeedConfig exists."""
+    if base.loaded_whole:
+        loaded = base.load(dtype)
+        deepspeed.zero.Init(module=loaded, config_dict_or_path=config)
+        return loaded
     keep_alive = HfDeepSpeedConfig(config)
     try:
-        return load_base()
+        return base.load(dtype)
     finally:
         del keep_alive
         unset_hf_deepspeed_config()

@@ -1,0 +1,131 @@
+"""Training, validation and test rows from one source: the same on every machine, and no input is in two of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+
+from ptuning.data.conversations import MESSAGES, ChatRows, answer_of, asked, read
+from ptuning.data.readers import Columns
+from ptuning.data.sources import FORMAT, ROW, Stored, Texts, read_source, shown, stored, stored_bytes
+from ptuning.errors import DataError
+from ptuning.model.fingerprint import json_hash
+from ptuning.settings.data import DataConfig, Template
+from ptuning.settings.label_values import canonical
+from ptuning.settings.template import fill, template_fields
+
+Parts = dict[bytes, str]
+"""Digest of an input -> the split it belongs to."""
+
+
+def training_texts(config: DataConfig, template: Template, chat: ChatRows | None) -> dict[str, Texts]:
+    """The rows of `data.train` by split: "train", and those that a fraction takes from them.
+
+    Equal inputs stay together. With labels, every label has the same fraction in every split, as far as whole rows allow; at
+    least one input of every label is trained on. `template`, `chat`: how a row becomes text (`TaskTemplate`).
+
+    Raises:
+        DataError: the source is invalid, or too small for the fractions.
+    """
+    columns = Columns.of_template(template, config.references, chat)
+    texts = read_source(config.train, columns)
+    shares = {"test": config.held_out, "validation": config.validation_share}
+    if not any(shares.values()):
+        return {"train": texts}
+    reading = _Reading(template, chat, str(config.split_seed))
+
+    @cache
+    def parts() -> Parts:
+        return _parts(texts, reading, shares)
+
+    found = {}
+    for split in ("train", *(name for name, share in shares.items() if share)):
+        key = json_hash([FORMAT, texts.fingerprint, reading.key, shares, split])
+        names = [name for name in texts.rows.column_names if name in columns.names]
+        schema = texts.rows.features.arrow_schema.remove_metadata().append(pa.field(ROW, pa.int64()))
+        names += ["references"] if columns.free else []
+
+        def rows(split: str = split) -> Iterator[Stored]:
+            return _rows(texts, reading, parts(), split)
+
+        try:
+            path = stored(key[:32], shown(config.train), names, schema, rows)
+        except _Empty:
+            few, share = f"the {len(texts.rows)} rows of {shown(config.train)}", shares.get(split, 0)
+            raise DataError(
+                f"data.{split}: a fraction of {share:g} of {few} leaves it empty; raise it, or give a file"
+            ) from None
+        found[split] = Texts(Dataset.from_file(str(path)), path.stem.rpartition("-")[2], texts.notes)
+    return found
+
+
+class _Empty(Exception):
+    """No row belongs to a split."""
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What is asked in a row, and its label."""
+
+    template: Template
+    chat: ChatRows | None
+    seed: str
+
+    @property
+    def key(self) -> list[Any]:
+        template = self.template
+        return [template.input, template.target, template.defaults, bool(template.labels), bool(self.chat), self.seed]
+
+    def digest(self, row: Mapping[str, Any]) -> bytes:
+        """Of the input, which is the same for equal inputs."""
+        text = asked(read(row[MESSAGES])) if self.chat else fill(self.template.input, row)
+        return hashlib.blake2b(text.encode(), digest_size=16, key=self.seed.encode()).digest()
+
+    def label(self, row: Mapping[str, Any]) -> str:
+        """The same for all rows without labels."""
+        if not self.template.labels:
+            return ""
+        if self.chat:
+            return canonical(answer_of(read(row[MESSAGES])).strip())
+        return canonical(row[template_fields(self.template.target)[0]])
+
+
+def _parts(texts: Texts, reading: _Reading, shares: dict[str, float]) -> Parts:
+    """Which inputs belong to which split. The inputs of a label are in the order of their digests."""
+    counts: dict[bytes, int] = defaultdict(int)
+    labels: dict[bytes, str] = {}
+    for row in texts.rows:
+        digest = reading.digest(row)
+        counts[digest] += 1
+        labels.setdefault(digest, reading.label(row))
+    strata: dict[str, list[bytes]] = defaultdict(list)
+    for digest in sorted(counts, reverse=True):
+        strata[labels[digest]].append(digest)
+    sizes = {value: sum(counts[digest] for digest in digests) for value, digests in strata.items()}
+    parts = dict.fromkeys(counts, "train")
+    for split, share in shares.items():
+        owed = 0.0  # rows that rounding has left to the next label
+        for value in sorted(strata):
+            digests = strata[value]
+            wanted, taken = share * sizes[value] + owed, 0
+            while share and len(digests) > 1 and taken + counts[digests[-1]] / 2 <= wanted:
+                digest = digests.pop()
+                parts[digest] = split
+                taken += counts[digest]
+            owed = min(1.0, max(-1.0, wanted - taken))
+    return parts
+
+
+def _rows(texts: Texts, reading: _Reading, parts: Parts, split: str) -> Iterator[Stored]:
+    if split not in parts.values():
+        raise _Empty
+    for number, row in enumerate(texts.rows):
+        if parts[reading.digest(row)] == split:
+            yield {**row, ROW: number}, stored_bytes(list(row.values()))

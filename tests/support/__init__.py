@@ -1,0 +1,1 @@
+"""What several test files share, besides the fixtures of `conftest`."""
