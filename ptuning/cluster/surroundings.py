@@ -30,7 +30,7 @@ def check_cluster(address: str | None, name: str = "compute.address") -> None:
     given; an address in RAY_ADDRESS is that of `None`, too.
 
     Raises:
-        UserError: nothing answers there, it is no cluster, or the temporary folder cannot hold Ray's sockets.
+        UserError: nothing answers there, what answers is not a cluster, or the temporary folder cannot hold Ray's sockets.
     """
     if address is None and os.environ.get("RAY_ADDRESS"):
         address, name = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
