@@ -137,6 +137,8 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         _apply(tables, override)
     experiment = parse_experiment(tables, str(path))
     found = {split: _beside(source, path.parent) for split, source in experiment.data.sources()}
+    if experiment.data.chat_template_file:
+        found["chat_template"] = _beside(experiment.data.chat_template_file, path.parent)
     return experiment.model_copy(update={"data": experiment.data.model_copy(update=found)})
 
 

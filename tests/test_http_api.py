@@ -225,13 +225,8 @@ def test_chat_says_the_label_and_who_said_it(client):
     assert two.choices[0].message.content in LABELS.labels
 
 
-def test_the_last_user_message_fills_the_template(client):
-    messages = [
-        {"role": "system", "content": "x" * 50},
-        {"role": "user", "content": "the old apple"},
-        {"role": "assistant", "content": "fruit"},
-        {"role": "user", "content": [{"type": "text", "text": "the old "}, {"type": "text", "text": "hammer"}]},
-    ]
+def test_the_user_message_fills_the_template(client):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "the old "}, {"type": "text", "text": "hammer"}]}]
     answer = client.chat.completions.create(model="fruits", messages=messages)
     assert answer.usage.prompt_tokens == chat(client).usage.prompt_tokens
     assert answer.choices[0].message.content == chat(client).choices[0].message.content

@@ -19,8 +19,9 @@ from ptuning.errors import BaseError
 from ptuning.inference import paged_attention, plain_generator
 from ptuning.inference.engine import Engine
 from ptuning.inference.types import EngineConfig, Request, RequestError
-from ptuning.model import tree_attention
-from ptuning.model.packing import pack_targets
+from ptuning.model import label_cache, packed_layers, tree_attention
+from ptuning.model.label_trie import LabelTrie
+from ptuning.model.packing import Objective, pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.self_check import choose_pass
 from ptuning.settings.data import Template
@@ -41,7 +42,7 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
 KINDS: dict[str, tuple[dict[str, Any], str, str]] = {
     # transformers' config: its arguments, the pass, the generator
     "LlamaConfig": ({}, "shared", "paged"),
@@ -53,7 +54,7 @@ KINDS: dict[str, tuple[dict[str, Any], str, str]] = {
     "Gemma4TextConfig": (  # embeddings per layer, looked up by id
         {
             "head_dim": 8,
-            "global_head_dim": 8,
+            "global_head_dim": 16,
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": 160,
             "num_hidden_layers": 4,
@@ -64,10 +65,11 @@ KINDS: dict[str, tuple[dict[str, Any], str, str]] = {
         "shared ids",
         "paged",
     ),
-    "NemotronConfig": ({}, "concatenated", "plain"),  # its layers pass nothing on to their attention
+    "NemotronConfig": ({}, "shared", "paged"),  # its layers pass nothing but a mask on to their attention
     "DogeConfig": ({}, "concatenated", "plain"),  # a mask of its own
     "DiffLlamaConfig": ({}, "shared", "plain"),  # attends twice per layer
-    "MiniCPM3Config": (LATENT | {"num_key_value_heads": 4}, "shared", "plain"),  # values narrower than keys
+    "MiniCPM3Config": (LATENT | {"num_key_value_heads": 4}, "shared", "paged"),  # values narrower than keys
+    "GPTBigCodeConfig": ({"num_key_value_heads": 1}, "shared", "paged"),  # one head of keys, which the config does not count
     "MambaConfig": ({"state_size": 4}, "concatenated", "plain"),
     "FalconH1Config": (
         {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1},
@@ -114,6 +116,79 @@ def test_the_pass_is_the_base(name: str) -> None:
     torch.testing.assert_close(nll, expected, atol=2e-4, rtol=2e-4)
     for got, wanted in zip(gradients, torch.autograd.grad(expected.sum(), prompts), strict=True):
         assert (got - wanted).norm() <= 1e-3 * wanted.norm()
+
+
+CONTINUED = {"DogeConfig", "MambaConfig", "FalconH1Config"}
+"""Bases whose soft prompts are concatenated, and whose labels continue a copy of their text's states."""
+TRIE = LabelTrie(((9, 20, 30), (9, 21, 30), (11, 20, 31), (11, 20, 32), (12, 9), *((13, 40 + at, 2) for at in range(11))))
+
+
+@pytest.mark.parametrize("name", [*CASES, "FalconH1Config", "gpt_neo"])
+def test_labels_have_the_scores_of_rows_of_their_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of different lengths, and a trie whose branches are after the text, and after one and two tokens."""
+    make = (lambda: tiny(name)) if name in KINDS else (lambda: tiny_base(name))
+    model = PromptedModel(make())
+    choose_pass(model, name)
+    assert model.continues_texts == (name in CONTINUED or name == "gpt_neo")
+    if model.needs_ids:
+        pytest.skip("its ids are looked up by another test")
+    prompts = [prompt.detach() for prompt in soft_prompts([5, 3])]
+    texts = [[[5, 9, 40], [8] * 9], [[7]]]
+    calls: list[int] = []
+    monkeypatch.setattr(label_cache, "AT_ONCE", 2)
+    model.base.register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        nll = model(prompts, pack_labels([5, 3], texts, TRIE))
+    assert len(calls) == (4 if model.continues_texts else 1)  # the texts; 9 and 11, 20 after 11; 13
+    reference, expected = make(), []
+    embedding: Any = reference.get_input_embeddings()
+    for prompt, rows in zip(prompts, texts, strict=True):
+        for text in rows:
+            for at, node in enumerate(TRIE.nodes):
+                ids = torch.tensor([*text, *TRIE._beginning(at)])
+                with torch.no_grad():
+                    logits = reference(inputs_embeds=torch.cat([prompt, embedding(ids)])[None], use_cache=False).logits[0, -1]
+                expected.append(-torch.log_softmax(logits[list(node.children)], -1))
+    torch.testing.assert_close(nll, torch.cat(expected), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", ["falcon", "gpt_neo", pytest.param("FalconH1Config", marks=pytest.mark.nightly)])
+def test_a_concatenated_pass_computes_a_token_once(name: str, checkpointed: bool) -> None:
+    """What processes single tokens is given the packed tokens; a choice adds no label but the row's own to them."""
+    make = (lambda: tiny(name)) if name in KINDS else (lambda: tiny_base(name))
+    model = PromptedModel(make())
+    choose_pass(model, name)
+    rows = [([5, 9, 40], [9, 20, 30]), ([8] * 9, [13, 45, 2]), ([7, 6], [12, 9])]
+    plan = pack_targets([5], [rows], [Objective(TRIE, text=False)])
+    assert plan.positions == 5 + (3 + 1) + (9 + 1) + 2
+    prompts = soft_prompts([5])
+    model.packed_layers.active = False
+    expected = torch.autograd.grad(model(prompts, plan).sum(), prompts)[0]
+    model.packed_layers.active = True
+    if checkpointed:
+        model.checkpoint_gradients()
+    seen: set[tuple[int, ...]] = set()
+    for module in model.base.modules():
+        if "MLP" in type(module).__name__:
+            module.register_forward_pre_hook(lambda _, arguments: seen.add(tuple(arguments[0].shape[:2])))
+    (found,) = torch.autograd.grad(model(prompts, plan).sum(), prompts)
+    assert seen == {(1, plan.positions)}
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    with torch.no_grad():  # what follows is not computed by its layout
+        model.base(inputs_embeds=torch.zeros(3, plan.segments.sequences()[0].shape[1], found.shape[1]), use_cache=False)
+
+
+def test_state_spaces_scan_in_short_chunks() -> None:
+    model = PromptedModel(tiny("FalconH1Config"))
+    assert {getattr(module, "chunk_size", 16) for module in model.base.modules() if hasattr(module, "A_log")} == {16}
+
+
+def test_parts_that_mix_tokens_unexpectedly_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_layers, "TOKENWISE", ("norm", "attention"))
+    model = PromptedModel(tiny_base("gpt_neo"))
+    choose_pass(model, "it")
+    assert not model.shared_prefix and not model.packed_layers.active
 
 
 def by_ids(base: PreTrainedModel, soft_prompt: torch.Tensor, source: list[int], target: list[int]) -> torch.Tensor:

@@ -80,6 +80,8 @@ def epoch(
     def run() -> Tensor:
         soft_prompt.grad = None
         model.shared_prefix = shared_prefix
+        if not shared_prefix:
+            model.packed_layers.active = False
         try:
             for rows in batches:
                 targets = sum(len(target) for _, target in rows)

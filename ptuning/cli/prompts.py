@@ -15,7 +15,7 @@ import typer
 from ptuning import api
 from ptuning.cli.options import BaseOption, Json, Storage, Tracking, busy, fail, non_blank, table
 from ptuning.errors import UserError
-from ptuning.settings.data import Template
+from ptuning.settings.data import Template, check_input
 from ptuning.settings.fields import MARGIN
 
 if TYPE_CHECKING:
@@ -223,6 +223,7 @@ def _template(text: str | None, target: str | None, labels: str | None) -> Templ
         raise UserError("--input and --target: a template needs both; give the one that is missing")
     listed = tuple(label.strip() for label in labels.split(",")) if labels else None
     try:
+        check_input(text)
         return Template(input=text.replace("\\n", "\n"), target=target.replace("\\n", "\n"), labels=listed)
     except ValueError as error:
         reason = str(error).split("Value error, ")[-1].split(" [type=")[0]

@@ -271,8 +271,8 @@ def _inputs(experiment: Experiment, kind: Kind, packer: _Packer) -> None:
     if kind != "serve":
         for split, source in experiment.data.sources():
             packer.data(f"data.{split}", source)
-        chat_template = experiment.data.chat_template
-        if chat_template and "{" not in chat_template and is_path(chat_template):
+        chat_template = experiment.data.chat_template_file
+        if chat_template and is_path(chat_template):
             packer.data("data.chat_template", chat_template)
         init_from = experiment.prompt.init_from
         if init_from and "://" not in init_from and ("/" in init_from or Path(init_from).expanduser().is_dir()):

@@ -23,8 +23,8 @@ def absolute(experiment: Experiment) -> Experiment:
     for split, source in experiment.data.sources():
         listed = [source] if isinstance(source, str) else source
         tables["data"][split] = [str(Path(each).expanduser().absolute()) if is_path(each) else each for each in listed]
-    chat_template = tables["data"]["chat_template"]
-    if chat_template and "{" not in chat_template and is_path(chat_template):
+    chat_template = experiment.data.chat_template_file
+    if chat_template and is_path(chat_template):
         tables["data"]["chat_template"] = str(Path(chat_template).expanduser().absolute())
     tables["compute"]["storage"] = _without_credentials(experiment)
     for table, key in (("compute", "storage"), ("prompt", "init_from"), ("model", "path")):

@@ -1,7 +1,9 @@
-"""Logits of a few tokens: only the rows of the output head that are needed.
+"""Logits of a few tokens at a few positions: only what is needed of the output head.
 
 A choice among labels compares a handful of tokens, while the head has one row per token of the vocabulary. Operations after the
 head (scaling, capping) are elementwise, so they work for a subset of the logits, too.
+
+Shapes: B rows of T positions, H width, V vocabulary, U tokens, M positions that are read.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from torch import Tensor, nn
 
 
 class OutputHead:
-    """The output head of a base. `only` limits it to some rows, if it is a plain `nn.Linear`."""
+    """The output head of a base. `only` limits it to some tokens, `at` to some positions, if it is a plain `nn.Linear`."""
 
     def __init__(self, base: nn.Module) -> None:
         self._ids: Tensor | None = None
+        self._at: Tensor | None = None
         head: Any = getattr(base, "get_output_embeddings", lambda: None)()
         if type(head) is nn.Linear:
             # The module itself stays: its hooks gather the weights if they are partitioned.
@@ -32,9 +35,20 @@ class OutputHead:
         finally:
             self._ids = None
 
+    @contextmanager
+    def at(self, places: Tensor) -> Iterator[None]:
+        """Compute only the logits at these places `[M]` of the head's flattened input `[B, T, H]`: `[1, M, V]`."""
+        self._at = places
+        try:
+            yield
+        finally:
+            self._at = None
+
     def _logits(self, head: nn.Linear, hidden: Tensor) -> Tensor:
         weight: Tensor = head.weight
         bias: Tensor | None = head.bias
+        if self._at is not None and hidden.dim() == 3:
+            hidden = hidden.flatten(0, 1).index_select(0, self._at.to(hidden.device))[None]
         if self._ids is not None:
             ids = self._ids.to(hidden.device)
             weight, bias = weight.index_select(0, ids), None if bias is None else bias.index_select(0, ids)

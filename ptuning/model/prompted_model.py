@@ -15,7 +15,7 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,15 @@ from ptuning import environment
 from ptuning.model.base import listed_ends
 from ptuning.model.first_layer import FirstLayer
 from ptuning.model.input_embedding import InputEmbedding
+from ptuning.model.label_cache import has_trees, label_logits
 from ptuning.model.last_layer import LastLayer
 from ptuning.model.output_head import OutputHead
+from ptuning.model.packed_layers import Layout, PackedLayers
 from ptuning.model.packing import Choices, PackedBatch
-from ptuning.model.tree_attention import ATTENTION
+from ptuning.model.tree_attention import ATTENTION, tree_mask
+
+CHUNK = 16
+"""Tokens of a state space's chunk on a CPU."""
 
 
 class PromptedModel(nn.Module):
@@ -46,6 +51,7 @@ class PromptedModel(nn.Module):
         self.base = base.requires_grad_(False).eval()
         environment.apply("torch")
         _remove_dropout(base)
+        _shorten_chunks(base)
         self.head = OutputHead(base)
         layers = getattr(base.config.get_text_config(), "num_hidden_layers", 0)
         self.first_layer = FirstLayer(base, layers)
@@ -59,11 +65,16 @@ class PromptedModel(nn.Module):
         base.generation_config = GenerationConfig()
         kinds = set(getattr(base.config, "layer_types", None) or ["full_attention"])
         self._shared_prefix = False
+        self._packed_layers: PackedLayers | None = None
         self.needs_ids = False
         """The base looks up more than its input embedding by token id. A virtual token has id 0 there."""
         self.generates: Literal["padded", "alone", "recomputed"] | None = None
         """How transformers' `generate` is right for this base (`self_check.how_it_generates`); None: not checked yet."""
         self.shared_prefix = base._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"}
+        if not self.shared_prefix:
+            self._pack_layers()  # now, before others register hooks on the same modules
+        self.continues_texts = False
+        """Labels may continue the base's own cache of a text (`self_check`), if soft prompts are concatenated."""
 
     @property
     def shared_prefix(self) -> bool:
@@ -81,6 +92,8 @@ class PromptedModel(nn.Module):
         """The base with transformers' own attention, for passes of its own."""
         shared = self.shared_prefix
         self.shared_prefix = False
+        if self._packed_layers:
+            self._packed_layers.forget()
         try:
             yield self.base
         finally:
@@ -118,7 +131,11 @@ class PromptedModel(nn.Module):
         return torch.cat(parts)
 
     def _logits(self, packed: Tensor, plan: PackedBatch, kept: Tensor) -> Tensor:
-        return self._shared(packed, plan, kept) if self.shared_prefix else self._concatenated(packed, plan, kept)
+        if self.shared_prefix:
+            return self._shared(packed, plan, kept)
+        if self.continues_texts and has_trees(plan) and not torch.is_grad_enabled():
+            return label_logits(self, packed, plan, kept)
+        return self._concatenated(packed, plan, kept)
 
     def inputs(self, embeddings: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """What a pass of the base begins with: embeddings `[B, T, H]` of ids `[B, T]`, in which virtual tokens are 0."""
@@ -133,31 +150,41 @@ class PromptedModel(nn.Module):
         out = self.base(
             **self.inputs(packed[None], plan.ids[None]),
             position_ids=plan.segments.positions()[None].to(device),
-            # Given a 4-D mask, transformers does not build its own; the mask that is used is that of the segment tree.
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+            attention_mask=tree_mask(plan.segments, device),
             use_cache=False,
             logits_to_keep=kept.to(device),
             segments=plan.segments,
         )
         return out.logits[0]
 
+    @property
+    def packed_layers(self) -> PackedLayers:
+        """What computes a token once in a concatenated pass; its hooks are only on bases that need it."""
+        return self._packed_layers or self._pack_layers()
+
+    def _pack_layers(self) -> PackedLayers:
+        layers = getattr(self.base.config.get_text_config(), "num_hidden_layers", 0)
+        self._packed_layers = PackedLayers(self.base, layers)
+        return self._packed_layers
+
     def _concatenated(self, packed: Tensor, plan: PackedBatch, kept: Tensor) -> Tensor:
         """The same by concatenation: every sequence is written out in full and padded on the right."""
         device = packed.device
         index, lengths = plan.segments.sequences()
         valid = torch.arange(index.shape[1])[None] < lengths[:, None]
-        where = torch.full((plan.positions,), -1)
-        where[index[valid]] = valid.flatten().nonzero()[:, 0]  # any sequence that contains the token will do
-        flat = where[kept]
+        layout = Layout(index, valid, plan.positions)
+        flat = layout.first[kept]  # any sequence that contains the token will do
         rows, columns = flat // index.shape[1], flat % index.shape[1]
         wanted, column = torch.unique(columns, return_inverse=True)
-        out = self.base(
-            **self.inputs(packed[index.to(device)], plan.ids[index]),
-            attention_mask=valid.long().to(device),
-            use_cache=False,
-            logits_to_keep=wanted.to(device),
-        )
-        return out.logits[rows.to(device), column.to(device)]
+        places = rows * len(wanted) + column
+        with self.packed_layers.layout(layout, packed), self.head.at(places):
+            out = self.base(
+                **self.inputs(layout.written_out(packed[None]), plan.ids[index]),
+                attention_mask=valid.long().to(device),
+                use_cache=False,
+                logits_to_keep=wanted.to(device),
+            )
+        return out.logits[0] if len(out.logits) == 1 else out.logits.flatten(0, 1).index_select(0, places.to(device))
 
 
 def choice_nll(logits: Tensor, choices: Choices) -> Tensor:
@@ -170,6 +197,16 @@ def choice_nll(logits: Tensor, choices: Choices) -> Tensor:
     node = choices.node.to(device)
     among = logits.gather(1, children.clamp(min=0)[node]).masked_fill(hidden[node], -math.inf)  # [Q, C]
     return -torch.log_softmax(among, -1)[choices.asked.to(device), choices.child.to(device)]
+
+
+def _shorten_chunks(base: PreTrainedModel) -> None:
+    """On a CPU, let state spaces scan in short chunks. A scan gives the same for any length, but pads rows to whole chunks, and
+    computes a square of scores for each: configs have 256, which suits the kernels of GPUs."""
+    if base.device.type == "cpu":
+        for module in base.modules():
+            length: Any = getattr(module, "chunk_size", None)
+            if hasattr(module, "A_log") and isinstance(length, int):
+                setattr(module, "chunk_size", min(length, CHUNK))  # noqa: B010 (mypy: a module's attributes are modules)
 
 
 def _remove_dropout(base: PreTrainedModel) -> None:

@@ -20,7 +20,7 @@ from transformers import LogitsProcessorList
 
 from ptuning.errors import BaseError
 from ptuning.model.label_trie import LabelTrie
-from ptuning.model.packing import Objective, PackedBatch, Row, pack_targets
+from ptuning.model.packing import Objective, PackedBatch, Row, pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.redaction import logger
 
@@ -52,17 +52,46 @@ def choose_pass(model: PromptedModel, name: str, gradients: bool = True) -> None
     rows = _rows(model)
     _look_up_ids(model, rows, name)
     reference = _Reference(model, rows, gradients)
-    ways = [(True, True), (True, False), (False, False)] if model.shared_prefix else [(False, False)]
-    for shared, limited in ways:
+    # The shared prefix with and without limited gradients of the first layer; rows with and without packed layers.
+    shared_ways = [(True, True, True), (True, False, True)] if model.shared_prefix else []
+    for shared, limited, packed in [*shared_ways, (False, False, True), (False, False, False)]:
         model.shared_prefix, model.first_layer.active = shared, limited
+        if not shared:
+            model.packed_layers.active = packed
+            if packed and not model.packed_layers.found:
+                continue
         if reference.is_met():
             if not shared:
                 log.warning("%s: no shared-prefix attention, soft prompts are concatenated row by row", kind)
+                model.continues_texts = _continues_texts(model, rows)
             return
     raise BaseError(
         f"model.path: a soft prompt in front of {name} ({kind}) is not computed as its own tokens are, "
         "in this version of transformers; choose another base"
     )
+
+
+@torch.no_grad()
+def _continues_texts(model: PromptedModel, rows: Sequence[Row]) -> bool:
+    """Whether labels that continue the base's own cache of texts, which have different lengths, get the scores that they get
+    in sequences of their own."""
+    (source, _), (other, _) = rows
+    trie = LabelTrie(((1, 2, 3), (1, 3, 3), (2, 3, 1), (2, 3, 2), (3, 1)))
+    vectors = random_prompts(model, LENGTHS, torch.Generator().manual_seed(4))
+    plan = pack_labels(LENGTHS, [[source[:2], source], [other]], trie)
+    try:
+        model.continues_texts = False
+        expected = model(vectors, plan).float().cpu()
+        model.continues_texts = True
+        found = model(vectors, plan).float().cpu()
+    except FAILURES as error:
+        log.debug("labels do not continue a cache: %s", error)
+        return False
+    finally:
+        model.continues_texts = False
+    apart = (found - expected).abs().max() / max(float(expected.std()), 1.0)
+    log.debug("labels after a cache differ by %.1e", apart)
+    return bool(apart <= TOLERANCE.get(model.base.dtype, ROUGH / 2))
 
 
 @torch.no_grad()

@@ -192,16 +192,19 @@ class TokenTree:
         ]
         return torch.cat(parts)
 
-    def sequences(self) -> tuple[Tensor, Tensor]:
+    def leaves(self, trees: bool = True) -> list[SegmentGroup]:
+        """The groups that no other group continues. `trees`: rows that are trees count."""
+        groups = [group for group in self.groups if trees or group.tree is None]
+        parents = {id(group.parent) for group in groups}
+        return [group for group in groups if id(group) not in parents]
+
+    def sequences(self, trees: bool = True) -> tuple[Tensor, Tensor]:
         """The sequence of every leaf: `[L, S]` packed indices of its tokens, and `[L]` lengths.
 
         Plain concatenation computes on these: a shared prefix appears once per leaf. Short rows repeat their last token.
         """
-        parents = {id(group.parent) for group in self.groups}
         sequences = []
-        for group in self.groups:
-            if id(group) in parents:
-                continue
+        for group in self.leaves(trees):
             for row in range(len(group.lengths)):
                 parts = []
                 for ancestor, rows in group.chain:
