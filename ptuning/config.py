@@ -25,6 +25,9 @@ from ptuning.settings.running import ComputeConfig, ServeConfig, TrackingConfig
 from ptuning.settings.search import SearchConfig
 from ptuning.settings.training import TrainConfig, ZeroConfig
 
+PLACES = ("model.path", "prompt.init_from", "data.train", "data.validation", "data.test")
+"""Settings that name a place. Two runs with the same content there are the same run, wherever it is."""
+
 
 class ExperimentError(UserError):
     """The experiment file or an override is wrong."""

@@ -263,6 +263,7 @@ def test_large_files_are_refused_and_shared_ones_stay(desk: SimpleNamespace, mon
 
 @fast
 def test_an_id_of_the_hub_and_names_of_the_registry_need_nothing(desk: SimpleNamespace) -> None:
+    assert "model.path" not in " ".join(desk.collect("model.path=gpt2").overrides[1:])
     hub = desk.collect(
         "model.path=org/model", "data.train=hub:org/rows:train", "prompt.init=soft-prompt", "prompt.init_from=toy@champion"
     )

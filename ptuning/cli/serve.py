@@ -19,7 +19,6 @@ from ptuning.cli.options import BaseOption, ExperimentArgument, Json, Overrides,
 from ptuning.config import read_experiment
 from ptuning.errors import UserError
 from ptuning.redaction import redact
-from ptuning.serving.auth import check_address, check_token, read_keys
 
 KEY = "PTUNING_API_KEY"
 
@@ -37,8 +36,7 @@ def serve(
     """
     try:
         settings = read_experiment(experiment, overrides or [])
-        check_address(settings.serve.host, read_keys(settings.serve.keys), insecure)  # before seconds of imports
-        check_token(insecure)
+        api.check_serving(settings, insecure)
         with busy("starting"):
             api.prepare("serve", settings)
         if detach:
@@ -115,17 +113,19 @@ def _request(
     try:
         with busy("asking"), urllib.request.urlopen(question, timeout=600) as response:
             answer: dict[str, Any] = json.load(response)
-            return answer
     except urllib.error.HTTPError as error:
         say(_complaint(error), 2)
     except (OSError, ValueError) as error:
         say(f"{url}: no server answers ({error}); start one with: ptuning serve EXPERIMENT", 1)
+    if not isinstance(answer, dict) or "id" not in answer:
+        say(f"{url}: what answers is not a server of ptuning; correct --url", 1)
+    return answer
 
 
 def compare(
     name: Annotated[str, typer.Argument(metavar="NAME", callback=non_blank, help="A registered name.")],
     text: Annotated[str, typer.Option("--text", help="The text, or a JSON object with the template's fields.")],
-    storage: Storage = "runs",
+    storage: Storage = None,
     tracking: Tracking = None,
     base: BaseOption = None,
     as_json: Json = False,

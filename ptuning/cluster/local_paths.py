@@ -10,7 +10,7 @@ from ptuning.config import Experiment
 from ptuning.errors import UserError
 from ptuning.paths import is_path
 from ptuning.redaction import redact
-from ptuning.tracking.client import default_uri
+from ptuning.tracking.client import default_uri, experiment_name, named_uri
 
 
 def absolute(experiment: Experiment) -> Experiment:
@@ -31,6 +31,8 @@ def absolute(experiment: Experiment) -> Experiment:
         value = tables[table][key]
         if value and "://" not in value and (key == "storage" or Path(value).expanduser().is_dir()):
             tables[table][key] = str(Path(value).expanduser().absolute())
+    # Pinned, because the processes of a cluster have variables of their own.
+    tables["tracking"] = {"uri": named_uri(experiment.tracking.uri), "experiment": experiment_name(experiment)}
     if tables["tracking"]["uri"] is None and "://" not in tables["compute"]["storage"]:
         default_uri(tables["compute"]["storage"])  # refused before anything is written
     return Experiment.model_validate(tables)

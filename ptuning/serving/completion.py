@@ -101,9 +101,10 @@ class Generation:
                 self.completion_tokens += 1
                 if event.id in ends:
                     continue
-                if told:
-                    waiting.append(token_text(tokenizer, event, len(text.text)))
+                before = len(text.text)
                 new = text.push(event.id)
+                if told:
+                    waiting.append(token_text(tokenizer, event, text.added, before))
                 if text.stopped:
                     self.close()
                     yield Piece(new, tuple(token for token in waiting if token.offset < len(text.text)), "stop")
@@ -114,6 +115,8 @@ class Generation:
             elif event.reason in ("stop", "length"):
                 self.cached_tokens = event.cached
                 rest = text.flush()
+                if waiting and text.added:  # of a character that is not complete
+                    waiting[-1] = replace(waiting[-1], text=waiting[-1].text + text.added)
                 yield Piece(rest, tuple(waiting), "stop" if text.stopped else event.reason)
             else:
                 raise AnswerFailed(event.message or "the answer was cancelled")

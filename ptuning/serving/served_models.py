@@ -23,7 +23,7 @@ from ptuning import storage
 from ptuning.data.chat_encoder import ChatEncoder, chat_template_of, make_encoder
 from ptuning.data.chat_text import ChatText
 from ptuning.data.encoder import Encoder
-from ptuning.errors import DataError, UserError, suggest
+from ptuning.errors import DataError, TrackingError, UserError, suggest
 from ptuning.inference.engine import Engine
 from ptuning.inference.inputs import RAW
 from ptuning.inference.sampling import Token
@@ -36,7 +36,7 @@ from ptuning.redaction import last_name, logger, placeless, redact
 from ptuning.registry.publish import retrieve
 from ptuning.registry.registry import CHAMPION, Registry, Version
 from ptuning.settings.data import Template
-from ptuning.tracking.client import OFFLINE, TrackingError
+from ptuning.tracking.client import OFFLINE
 
 log = logger(__name__)
 
@@ -281,6 +281,8 @@ class ServedModels:
         # The hashes are tags that everyone with access to MLflow can write, and they name a folder.
         if not _HASH.fullmatch(entry.content_hash) or not _HASH.fullmatch(entry.card_hash):
             raise SoftPromptError(f"{entry}: its tags contain no SHA-256 of vectors and card; publish it again")
+        if entry.name == self.base_id:  # its champion would answer in place of the base, or the base in its place
+            raise SoftPromptError(f"{entry}: has the name of the base on this server; publish it under another name")
         loaded = self._bytes(entry, version)
         base, card = self._base, loaded.card
         check_base(loaded, str(entry), base)

@@ -60,9 +60,9 @@ class TrackingConfig(Table):
     """MLflow."""
 
     uri: NonBlank | None = None
-    """Tracking server or database. Default: SQLite in the storage folder."""
-    experiment: NonBlank = "ptuning"
-    """MLflow experiment that the runs belong to."""
+    """Tracking server or database. Default: MLFLOW_TRACKING_URI, else SQLite in the storage folder."""
+    experiment: NonBlank | None = None
+    """MLflow experiment that the runs belong to. Default: MLFLOW_EXPERIMENT_NAME, else "ptuning"."""
 
 
 class ComputeConfig(Table):
