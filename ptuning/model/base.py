@@ -22,6 +22,7 @@ from ptuning.model.fingerprint import Fingerprint, config_hash, tokenizer_finger
 from ptuning.model.quantization import WHOLE, dequantized, take_quantization
 from ptuning.model.safetensors_files import StoredTensor, stored_tensors, weights_name
 from ptuning.model.stored_names import check_stored
+from ptuning.model.text_head import is_converted
 from ptuning.settings.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class Base:
     @property
     def loaded_whole(self) -> bool:
         """Whether every worker has to load the whole base before it can be partitioned."""
-        return self.quantization is not None and self.quantization["quant_method"] in WHOLE
+        quantised = self.quantization is not None and self.quantization["quant_method"] in WHOLE
+        return quantised or is_converted(self.config)
 
     @property
     def width(self) -> int:
@@ -140,7 +142,7 @@ class Base:
             trust_remote_code=self.trust_remote_code,
             output_loading_info=True,
             key_mapping=self.renamed,
-            device_map={"": "cpu"} if self.loaded_whole else None,
+            device_map={"": "cpu"} if self.quantization and self.loaded_whole else None,
         )
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])

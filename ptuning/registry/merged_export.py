@@ -106,13 +106,16 @@ def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Mer
     with merging(name, type(model).__name__):
         expected = torch.stack([next_logits(model, loaded.vectors, torch.tensor([text])).float() for text in texts])
         first = cast(list[int], plain.convert_tokens_to_ids(front))
-        states = token_suppression.hidden_states(model, loaded.vectors, first, len(plain))
+        words = min(len(plain), base.vocabulary)
+        states = token_suppression.hidden_states(model, loaded.vectors, first, words)
         tokenizer = AutoTokenizer.from_pretrained(
             base.folder, trust_remote_code=base.trust_remote_code
         )  # a new copy, which is modified
         ids = _add_tokens(tokenizer, tokens, name)
         untied = _grow(model, ids, vectors)
-        guarded = token_suppression.suppress(model, ids, states)
+        # A tokenizer may have tokens without a row, which get one here, too: they must stay impossible.
+        never = sorted({*ids, *range(base.vocabulary, max(ids) + 1)})
+        guarded = token_suppression.suppress(model, never, states)
         rows = [[*ids, *text] for text in texts]
         found = last_logits(model, rows)
         check_logits(model, ids, found, expected, name)

@@ -153,7 +153,11 @@ def _load_partitioned(base: Base, dtype: torch.dtype, config: dict[str, Any]) ->
         except UserError:
             raise
         except (IndexError, ValueError) as error:
-            log.warning("%s cannot be partitioned while it is loaded, so every worker loads it whole (%s)", base.name, error)
+            log.warning(
+                "%s cannot be partitioned while it is loaded, so every worker loads it whole (%s)",
+                base.name,
+                str(error).splitlines()[0],
+            )
         finally:
             del keep_alive
             unset_hf_deepspeed_config()
