@@ -160,7 +160,10 @@ class PromptedModel(nn.Module):
     @property
     def packed_layers(self) -> PackedLayers:
         """What computes a token once in a concatenated pass; its hooks are only on bases that need it."""
-        return self._packed_layers or self._pack_layers()
+        found = self._packed_layers or self._pack_layers()
+        if self.needs_ids:  # layers would get packed states beside the ids of written-out rows
+            found.found = False
+        return found
 
     def _pack_layers(self) -> PackedLayers:
         layers = getattr(self.base.config.get_text_config(), "num_hidden_layers", 0)
