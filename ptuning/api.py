@@ -10,6 +10,8 @@ Importing this module imports neither torch, Ray nor MLflow: each function impor
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -70,7 +72,15 @@ def __getattr__(name: str) -> Any:
 
 
 def prepare(command: Literal["train", "search", "serve"], experiment: Experiment) -> None:
-    """Preload the modules of a command, which takes some seconds; otherwise its first call does."""
+    """Preload the modules of a command, which takes some seconds; otherwise its first call does.
+
+    Raises:
+        UserError: there is no cluster at the experiment's address, or none can start here.
+    """
+    if not ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
+        from ptuning.cluster.surroundings import check_cluster
+
+        check_cluster(experiment.compute.address)
     environment.apply_for_cluster(experiment.compute.address)
     with quick_imports():
         if command == "train":
@@ -134,13 +144,13 @@ def search(
         return run_search(experiment, resume=resume, show=display, say=display.say, register=name)
 
 
-def load(source: str, *, storage: str = "runs", tracking: str | None = None) -> SoftPrompt:
+def load(source: str, *, storage: str | None = None, tracking: str | None = None) -> SoftPrompt:
     """A soft prompt: `.vectors` [P, H] in fp32 and `.card`.
 
     Args:
         source: a folder, a registered name ("sentiment", "sentiment:2", "sentiment@champion"), or the Hugging Face id of a PEFT
             prompt-tuning adapter.
-        storage: the storage folder whose registry contains the name.
+        storage: the storage folder whose registry contains the name; default: as for `Registry`.
         tracking: MLflow server or database to use instead.
 
     Raises:
@@ -179,10 +189,7 @@ def serve(
     Raises:
         UserError: the keys or the base are wrong, the address requires keys, or the cluster lacks resources.
     """
-    from ptuning.serving.auth import check_address, check_token, read_keys
-
-    check_address(experiment.serve.host, read_keys(experiment.serve.keys), insecure)  # before seconds of imports
-    check_token(insecure)
+    check_serving(experiment, insecure)
     prepare("serve", experiment)
     from ptuning.serving.server import Server, run_server
 
@@ -190,6 +197,22 @@ def serve(
         return Server(experiment, insecure=insecure, say=say or _ignore)
     run_server(experiment, insecure=insecure, say=say or _tell)
     return None
+
+
+def check_serving(experiment: Experiment, insecure: bool) -> None:
+    """What can be checked of a server before seconds of imports.
+
+    Raises:
+        UserError: the keys are wrong, the address requires keys, or the port is taken.
+    """
+    from ptuning.cluster.surroundings import check_port
+    from ptuning.serving.auth import check_address, check_token, read_keys
+
+    check_address(experiment.serve.host, read_keys(experiment.serve.keys), insecure)
+    check_token(insecure)
+    ray = sys.modules.get("ray")
+    if not (experiment.compute.address or os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized())):
+        check_port(experiment.serve.host, experiment.serve.port)  # on another cluster, Serve may be the one that listens
 
 
 def plan(
@@ -239,15 +262,17 @@ class Registry:
     of an alias.
 
     Args:
-        storage: the storage folder whose tracking store to use.
+        storage: the storage folder whose tracking store to use; default: the store that MLFLOW_TRACKING_URI names, else the
+            folder "runs".
         tracking: MLflow server or database to use instead.
     """
 
-    def __init__(self, storage: str = "runs", tracking: str | None = None) -> None:
+    def __init__(self, storage: str | None = None, tracking: str | None = None) -> None:
         from ptuning.registry import registry
-        from ptuning.tracking.client import default_uri
+        from ptuning.tracking.client import default_uri, named_uri
 
-        self._registry = registry.Registry(tracking or default_uri(storage))
+        named = named_uri(tracking, "--tracking") if tracking or storage is None else None
+        self._registry = registry.Registry(named or default_uri(storage or "runs"))
 
     def __repr__(self) -> str:
         from ptuning.redaction import redact

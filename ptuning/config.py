@@ -25,6 +25,9 @@ from ptuning.settings.running import ComputeConfig, ServeConfig, TrackingConfig
 from ptuning.settings.search import SearchConfig
 from ptuning.settings.training import TrainConfig, ZeroConfig
 
+PLACES = ("model.path", "prompt.init_from", "data.train", "data.validation", "data.test")
+"""Settings that name a place. Two runs with the same content there are the same run, wherever it is."""
+
 
 class ExperimentError(UserError):
     """The experiment file or an override is wrong."""
@@ -134,6 +137,8 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         _apply(tables, override)
     experiment = parse_experiment(tables, str(path))
     found = {split: _beside(source, path.parent) for split, source in experiment.data.sources()}
+    if experiment.data.chat_template_file:
+        found["chat_template"] = _beside(experiment.data.chat_template_file, path.parent)
     return experiment.model_copy(update={"data": experiment.data.model_copy(update=found)})
 
 

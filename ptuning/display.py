@@ -151,6 +151,7 @@ class SearchDisplay:
 
     def _cells(self, entry: TrialRecord) -> list[str]:
         metric = self._experiment.metric
+        steps = self._experiment.train.steps  # 0: left to `train.epochs`
         best = best_result(self._experiment, entry.results, entry.values[LENGTH])
         values = entry.values
         found = f"{metric} {best['values'][metric]:.4f}" if best else "-"
@@ -158,7 +159,7 @@ class SearchDisplay:
             f"length {values[LENGTH]}",
             f"lr {values[RATE]:.3g}",
             str(values[INIT]),
-            f"step {entry.step}/{self._experiment.train.steps}",
+            f"step {entry.step}" + (f"/{steps}" if steps else ""),
             found,
             entry.status if not entry.message else f"failed: {entry.message}",
         ]

@@ -74,9 +74,24 @@ TABLE = (
 
 def apply(*parts: Part) -> None:
     """Set the variables of these parts."""
+    _spare_loopback()
     for variable in TABLE:
         if variable.part in parts and (variable.fixed or variable.name not in os.environ):
             os.environ[variable.name] = variable.value
+
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def _spare_loopback() -> None:
+    """Loopback is never asked through a proxy, by no library of this process and its children: a proxy would answer with its
+    own loopback, or with an error page."""
+    if not any(name.lower() in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy") for name in os.environ):
+        return
+    for name in ("no_proxy", "NO_PROXY"):  # some libraries read only one of them
+        given = [each for each in os.environ.get(name, "").split(",") if each.strip()]
+        if "*" not in given:
+            os.environ[name] = ",".join([*given, *(host for host in LOOPBACK if host not in given)])
 
 
 def apply_for_cluster(address: str | None) -> None:

@@ -14,6 +14,15 @@ class BaseError(UserError):
     """The base is unknown, incomplete, or not a decoder-only language model."""
 
 
+class TrackingError(UserError):
+    """MLflow did not respond (`code` is OFFLINE), returned an error (`code` is MLflow's, such as RESOURCE_DOES_NOT_EXIST), or
+    its database cannot be used (`code` is DATABASE)."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class DataError(UserError):
     """A split cannot be used. The message names the file, the row or line, and the fix."""
 

@@ -23,6 +23,9 @@ from ptuning.redaction import redact
 
 MANIFEST = "manifest.json"
 
+LEAST = 20_000_000
+"""Free bytes that a run needs at its beginning: for the tracking store, checkpoints and records."""
+
 
 class StorageError(UserError):
     """A folder is missing, incomplete, damaged, or cannot be written."""
@@ -58,8 +61,22 @@ def join(storage: str, *parts: str) -> str:
     return "/".join([storage.rstrip("/"), *parts])
 
 
+def relative(folder: str, place: str) -> str:
+    """A place in a folder without the folder's own path, for records that are read wherever the folder is then."""
+    return place.removeprefix(f"{folder.rstrip('/')}/")
+
+
+def inside(folder: str, place: str) -> str:
+    """The inverse of `relative`. The path in a record of an earlier version is absolute: what follows the folder's name
+    counts."""
+    if place.startswith("/") or "://" in place:
+        place = place.rpartition(f"/{folder.rstrip('/').rpartition('/')[2]}/")[2]
+    return join(folder, place)
+
+
 def check_writable(storage: str) -> None:
-    """Check that folders can be written here. In an object store a small file is written and deleted; on a disk nothing is.
+    """Check that folders can be written here, and that the disk is not full. In an object store a small file is written and
+    deleted; on a disk nothing is.
 
     Raises:
         StorageError: the storage cannot be written.
@@ -74,7 +91,10 @@ def _refusal(folder: Path) -> str | None:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         return f"{there} is a file"
-    return None if os.access(there, os.W_OK | os.X_OK) else f"no permission to write {there}"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"no permission to write {there}"
+    free = shutil.disk_usage(there).free
+    return f"its disk has {free / 1e6:.0f} MB free" if free < LEAST else None
 
 
 def _probe(system: fs.FileSystem, path: str) -> str | None:

@@ -48,7 +48,7 @@ DIRECTIONS = {
     "searching": {"model", "data", "tracking", "planning", "cluster", "training"},
     "serving": {"model", "data", "tracking", "registry", "inference", "cluster"},
     "display": {"training", "searching"},
-    "api": {"model", "tracking", "inference", "planning", "registry", "training", "searching", "serving", "display"},
+    "api": {"model", "tracking", "inference", "planning", "registry", "cluster", "training", "searching", "serving", "display"},
     "cli": {"model", "tracking", "planning", "registry", "cluster", "training", "searching", "serving", "api"},
 }
 """The packages that each package may import, besides the foundation and the built-in base, which is data."""
@@ -217,6 +217,7 @@ ALLOWED = {
     "is the champion; promote another version first, then delete this one": "why it was not done",
     ":N to delete version N": "how to ask for it",
     "was deleted; choose another version": "what was done",
+    "was deleted; restore it with: ": "what others have done",
     " is deleted; its run ": "what was done",
     "Delete ": "a question",
     ": deleting asks for confirmation": "a question",

@@ -89,6 +89,23 @@ def test_how_a_base_is_served(name, kind):
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("name", ["qwen3_next", "rwkv", "qwen3_vl_moe"])
+def test_bases_that_use_weights_of_other_modules_are_partitioned(name):
+    """Qwen 3 Next reads a convolution's weight without calling it; RWKV cannot be built under `zero.Init`, nor Qwen 3-VL
+    filled."""
+    assert results(checked(name, "zero")) == {"accepted": "ok", "zero": "ok"}
+
+
+@pytest.mark.fast
+def test_a_token_without_a_row_does_not_hinder_an_export():
+    """transformers adds a token to the tokenizer of every Qwen 2."""
+    from matrix.runner import check_apart
+    from matrix.variants import Case
+
+    assert results(check_apart(Case("spare", "qwen2"), ["accepted", "export"])) == {"accepted": "ok", "export": "ok"}
+
+
+@pytest.mark.fast
 def test_a_crash_costs_one_cell():
     line = checked("llama", "train", "long", prelude=die)
     assert results(line) == {"accepted": "ok", "train": "error"}

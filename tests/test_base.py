@@ -310,7 +310,7 @@ NOT_CAUSAL = {
     "clip": ("clip", {}, ELSE),
     "classifier": ("llama", {"architectures": ["LlamaForSequenceClassification"]}, ELSE),
     "headless": ("llama", {"architectures": ["LlamaModel"]}, ELSE),
-    "qwen2_5_vl": ("qwen2_5_vl", {}, f", and transformers has no class for its text part alone{ELSE}"),
+    "blip": ("blip", {}, f", and transformers has no layers for its text part alone{ELSE}"),
 }  # fmt: skip
 
 

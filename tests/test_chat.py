@@ -221,7 +221,7 @@ def test_the_last_answer_is_the_label(form: str, tokenizers: dict[str, PreTraine
     tokenizer = tokenizers[form]
     encoder = encoder_of(tokenizer, labels=("fruit", "tool"))
     rows = [{"messages": [TURNS[0], {"role": "assistant", "content": label}]} for label in ("fruit", " tool\n")]
-    split = load(encoder, rows[:1] if form == "chatml" else rows)
+    split = load(encoder, rows)
     end = tokenizer.convert_tokens_to_ids(FORMS[form].end)
     assert encoder.label_ids == [[*tokenizer(label, add_special_tokens=False).input_ids, end] for label in ("fruit", "tool")]
     for row in range(len(split)):

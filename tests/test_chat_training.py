@@ -15,7 +15,9 @@ from conftest import toy_rows
 from test_train import Run
 from torch.nn.functional import cross_entropy
 
-from ptuning.config import parse_experiment
+from ptuning.cluster.job_package import build_package
+from ptuning.cluster.local_paths import absolute
+from ptuning.config import parse_experiment, read_experiment
 from ptuning.data.task import describe_task, load_task
 from ptuning.errors import UserError
 from ptuning.model.base import Base, find_base
@@ -187,3 +189,24 @@ def test_pairs_of_texts_follow_the_base(base: Base) -> None:
     assert "as plain text, because the base has no chat template" in describe_task(plain)[0]
     given = load_task(parse_experiment(tables(None, rows, chat_template=CHATML)), builtin)
     assert given.encoder.template.is_chat
+
+
+def test_the_file_of_a_chat_template_is_found_beside_the_experiment_and_travels(
+    folder: Path, write_toml: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "chat.jinja").write_text(CHATML, encoding="utf-8")
+    plain = tables(None, conversations(4), chat_template="chat.jinja") | {"compute": {"storage": str(folder / "runs")}}
+    file = write_toml(plain)
+    here = folder / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    experiment = read_experiment(file)
+    builtin = find_base(ModelConfig(path="builtin"))
+    assert load_task(experiment, builtin).encoder.template.chat_template == CHATML
+    assert absolute(experiment).data.chat_template == str(folder / "chat.jinja")
+    job = build_package("train", str(file), [], shared=[], env=[], here={})
+    [sent] = [each.removeprefix("data.chat_template=") for each in job.overrides if "chat_template" in each]
+    assert sent.startswith("shipped:chat-") and sent.endswith(".jinja")
+    assert absolute(
+        experiment.model_copy(update={"data": experiment.data.model_copy(update={"chat_template": sent})})
+    ).data == (absolute(experiment).data.model_copy(update={"chat_template": sent}))

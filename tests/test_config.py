@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from ptuning.config import Experiment, ExperimentError, parse_experiment, read_e
 from ptuning.errors import UserError
 from ptuning.settings.data import DataConfig
 from ptuning.settings.fields import NAME
+from ptuning.settings.foreign_keys import ADVICE, RENAMED, TABLES
 from ptuning.settings.template import template_fields
 
 pytestmark = pytest.mark.fast
@@ -110,6 +112,46 @@ WRONG = [
         "foo: unknown key; known here: compute, data, model, name, prompt, search, serve, tracking, train, zero",
     ),
     ({"model__lr2": 1}, "model.lr2: unknown key; known here: dtype, path, revision, trust_remote_code"),
+    # Keys of other tools and of other tables.
+    ({"train__lr": 1}, "train.lr: unknown key; did you mean train.learning_rate?"),
+    ({"lr": 1}, "lr: unknown key; did you mean train.learning_rate?"),
+    ({"prompt__steps": 3}, "prompt.steps: unknown key; did you mean train.steps?"),
+    ({"model__learning_rate": 1}, "model.learning_rate: unknown key; did you mean train.learning_rate?"),
+    ({"seed": 1}, "seed: unknown key; did you mean train.seed?"),
+    ({"epochs": 3}, "epochs: unknown key; did you mean train.epochs?"),
+    ({"train__num_train_epochs": 3}, "train.num_train_epochs: unknown key; did you mean train.epochs?"),
+    ({"num_virtual_tokens": 8}, "num_virtual_tokens: unknown key; did you mean prompt.length?"),
+    ({"train__save_steps": 5}, "train.save_steps: unknown key; did you mean train.checkpoint_every?"),
+    ({"train__eval_steps": 5}, "train.eval_steps: unknown key; did you mean train.evaluate_every?"),
+    ({"train__warmup_steps": 5}, "train.warmup_steps: unknown key; write train.warmup, a fraction of the steps"),
+    (
+        {"train__per_device_train_batch_size": 5},
+        "train.per_device_train_batch_size: unknown key; write train.batch_size, the rows of a step summed over all workers",
+    ),
+    (
+        {"train__gradientAccumulationSteps": 5},
+        "train.gradientAccumulationSteps: unknown key; write train.micro_batch_size, the rows of one pass on a worker",
+    ),
+    ({"data__max_seq_length": 5}, "data.max_seq_length: unknown key; did you mean data.max_tokens?"),
+    (
+        {"data__text_column": "x"},
+        'data.text_column: unknown key; write the column in braces in data.input, for example "{text}"',
+    ),
+    (
+        {"data__label_column": "x"},
+        'data.label_column: unknown key; write the column in braces in data.target, for example " {label}"',
+    ),
+    ({"output_dir": "x"}, "output_dir: unknown key; did you mean compute.storage?"),
+    ({"model__model_name_or_path": "x"}, "model.model_name_or_path: unknown key; did you mean model.path?"),
+    ({"compute__num_workers": 2}, "compute.num_workers: unknown key; did you mean compute.workers?"),
+    ({"compute__gpus": 2}, "compute.gpus: unknown key; write compute.workers and compute.gpus_per_worker"),
+    ({"train__scheduler": "x"}, "train.scheduler: unknown key; did you mean train.schedule?"),
+    ({"training": {"steps": 3}}, "training: unknown key; did you mean [train]?"),
+    # Lists.
+    ({"search__length": 20}, "search.length: is not a list (got 20); write a list: [20]"),
+    ({"search__init": "random"}, "search.init: is not a list (got 'random'); write a list: [\"random\"]"),
+    ({"search__learning_rate": 0.1}, "search.learning_rate: is not a list (got 0.1); write a list: [0.1]"),
+    ({"data__labels": "ham, spam"}, 'data.labels: is not a list (got \'ham, spam\'); write a list: ["ham", "spam"]'),
     # Values.
     ({"name": "a/b"}, "name: 'a/b' is not a valid name; use at most 64 letters, digits, '-', '_' and '.', no slashes"),
     ({"name": ".."}, "name: '..' is not a valid name; use at most 64 letters, digits, '-', '_' and '.', no slashes"),
@@ -203,6 +245,18 @@ def test_a_wrong_experiment_is_one_sentence(changes, message):
 )
 def test_a_missing_key_is_named(plain, message):
     assert sentence(lambda: parse_experiment(plain, "e.toml")) == message
+
+
+def test_every_answer_names_a_key_that_exists():
+    known = {f"{table}.{key}" for table in Experiment.model_fields for key in _keys(Experiment, [table])} | {"name"}
+    assert set(RENAMED.values()) <= known
+    written = {key for fix in ADVICE.values() for key in re.findall(r"[a-z]+\.[a-z_]+", fix)}
+    assert written <= known and set(TABLES.values()) <= set(Experiment.model_fields)
+
+
+def _keys(root: type[BaseModel], path: list[str]) -> list[str]:
+    kind = root.model_fields[path[0]].annotation
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 
 keys = st.text(st.characters(exclude_characters="."), min_size=1, max_size=12)

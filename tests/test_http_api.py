@@ -39,6 +39,7 @@ from ptuning.cli.app import app
 from ptuning.config import parse_experiment
 from ptuning.data.dataset import load_split
 from ptuning.data.encoder import Encoder
+from ptuning.errors import UserError
 from ptuning.inference.engine import Engine
 from ptuning.inference.types import EngineConfig
 from ptuning.model.base import Base, find_base
@@ -224,13 +225,8 @@ def test_chat_says_the_label_and_who_said_it(client):
     assert two.choices[0].message.content in LABELS.labels
 
 
-def test_the_last_user_message_fills_the_template(client):
-    messages = [
-        {"role": "system", "content": "x" * 50},
-        {"role": "user", "content": "the old apple"},
-        {"role": "assistant", "content": "fruit"},
-        {"role": "user", "content": [{"type": "text", "text": "the old "}, {"type": "text", "text": "hammer"}]},
-    ]
+def test_the_user_message_fills_the_template(client):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "the old "}, {"type": "text", "text": "hammer"}]}]
     answer = client.chat.completions.create(model="fruits", messages=messages)
     assert answer.usage.prompt_tokens == chat(client).usage.prompt_tokens
     assert answer.choices[0].message.content == chat(client).choices[0].message.content
@@ -663,6 +659,11 @@ def test_what_diverges_or_is_damaged_is_refused(tmp_path, tiny_tokenizer):
         publish_soft_prompt(registry, folder, tmp_path / "scratch", "task", 1)
         ledger = PromotionLog(registry, "task")
         assert catalogue.sync() and catalogue.find("task").id == "task:1"
+        with pytest.raises(UserError, match="gpt2: is the name of the base on a server; choose another name"):
+            publish_soft_prompt(registry, folder, tmp_path / "scratch", "gpt2", 2)
+        alike = publish_soft_prompt(registry, folder, tmp_path / "scratch", "gpt2", 2, base="elsewhere")  # of another machine
+        assert catalogue.sync() and catalogue.find("gpt2").handle is None and alike not in catalogue.names
+        assert catalogue.refused[alike].endswith("has the name of the base on this server; publish it under another name")
         enormous = torch.full((4, 32), 3e38) * torch.tensor([1.0, -1.0]).repeat(16)
         about = {"base": str(folder), "base_fingerprint": base.fingerprint.model_dump(), "template": LABELS}
         make(enormous, **about).save(str(tmp_path / "enormous"), layers=2, heads=4)

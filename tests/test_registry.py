@@ -19,7 +19,7 @@ from test_tracking import free_port, migrated, new_database, server
 
 from ptuning import storage
 from ptuning.config import parse_experiment
-from ptuning.errors import UserError
+from ptuning.errors import TrackingError, UserError
 from ptuning.model import soft_prompt
 from ptuning.model.base import find_base
 from ptuning.registry.gate import GateError, promote
@@ -463,8 +463,6 @@ def test_everything_over_http(http: str, tmp_path: Path) -> None:
 
 @pytest.mark.fast
 def test_a_server_that_does_not_answer_is_a_sentence() -> None:
-    with pytest.raises(
-        tracking_client.TrackingError, match="MLflow .http://127.0.0.1:9. does not respond; is it running"
-    ) as refusal:
+    with pytest.raises(TrackingError, match="MLflow .http://127.0.0.1:9. does not respond; is it running") as refusal:
         Registry("http://127.0.0.1:9").versions()
     assert "\n" not in str(refusal.value)

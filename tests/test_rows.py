@@ -261,6 +261,28 @@ def test_a_file_at_an_address_is_fetched_once(load: Callable[..., Split], url: s
         load("http://me:hunter2@127.0.0.1:9/t.csv")
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    """The address of a folder as a file system of Arrow, which S3 is, too (test_storage_s3)."""
+    (tmp_path / "store" / "deep").mkdir(parents=True)
+    (tmp_path / "store" / "a.csv").write_bytes(as_csv(ROWS[:1]))
+    (tmp_path / "store" / "b.jsonl.gz").write_bytes(gzip.compress(as_jsonl(ROWS[1:])))
+    (tmp_path / "store" / "_SUCCESS").touch()
+    return f"file://{tmp_path}/store"
+
+
+def test_files_of_an_object_store(load: Callable[..., Split], store: str, cache: Path) -> None:
+    whole = load(jsonl("whole.jsonl", ROWS)).fingerprint
+    assert load(store).fingerprint == load(f"{store}/*.*").fingerprint == whole
+    assert load([f"{store}/a.csv", f"{store}/b.jsonl.gz"]).fingerprint == whole
+    copies = [path for path in (cache / "downloads").rglob("content")]
+    assert len(copies) == 2, "a file is copied once"
+    with pytest.raises(DataError, match=r"no.csv: no such file; correct the address"):
+        load(f"{store}/no.csv")
+    with pytest.raises(UserError, match=r"broken://x/t.csv: cannot be opened"):
+        load("broken://x/t.csv")
+
+
 # Columns
 
 NAMES = ["Tweet text", "review-text", "review.text", "0", "a[0]", "größe", " padded", "a|b", "{x}", "references", "a\\b", "'q'"]
@@ -649,6 +671,17 @@ def test_an_empty_target_is_refused_in_every_format(load: Callable[..., Split], 
         with pytest.raises(DataError, match=r"row 2.*: the field 'label' is (empty|null); fill it or remove the row"):
             load(source, labels=None)
     assert load("t.jsonl", labels=None, target="{label|nothing}").rows["target_text"][:][0] == "x"
+
+
+def test_a_plan_reports_the_rows(tmp_path: Path) -> None:
+    from ptuning.planning.planner import make_plan
+
+    jsonl("t.jsonl", [{"text": f"text {n % 30}", "label": n % 2} for n in range(40)])
+    plan = make_plan(experiment(labels="auto", validation=0.25), gpus=0)
+    assert plan.rows[0] == "data.labels: 2 found: 0, 1"
+    assert plan.rows[1].startswith("train: ") and plan.rows[2].startswith("validation: ")
+    assert any(line.startswith("warning: ") and "repetitions of another row" in line for line in plan.rows)
+    assert all(line in str(plan) for line in plan.rows)
 
 
 # Where files are

@@ -168,9 +168,12 @@ def test_a_search_with_killed_drivers_gives_every_trial_once(
         driver.wait()
         for entry in _entries(ledger):
             if entry["status"] == "finished" and entry["soft_prompt"]:
-                manifest = Path(entry["soft_prompt"]) / "manifest.json"
+                manifest = ledger.parent / entry["soft_prompt"] / "manifest.json"
                 done.setdefault(entry["run"], manifest.stat().st_mtime)
         command = [*command[:-1], "--resume", "--json"] if life == 0 else command
+    moved = Path(tables["compute"]["storage"]).rename(file.parent / "moved runs")
+    tables["compute"]["storage"], ledger = str(moved), moved / "toy" / "ledger.json"
+    write_toml(tables)
     last = CliRunner().invoke(app, ["search", str(file), "--resume", "--json"])
     assert last.exit_code == 0, (last.stderr, last.exception)
     summary = json.loads(last.stdout.splitlines()[-1])
@@ -179,7 +182,7 @@ def test_a_search_with_killed_drivers_gives_every_trial_once(
     for run, written in done.items():
         found = next(entry for entry in entries if entry["run"] == run)
         if run != summary["winner"]["trial"]:  # the winner is saved again, with its test result
-            assert (Path(found["soft_prompt"]) / "manifest.json").stat().st_mtime == written
+            assert (ledger.parent / found["soft_prompt"] / "manifest.json").stat().st_mtime == written
 
 
 def _entries(ledger: Path) -> list[dict[str, Any]]:

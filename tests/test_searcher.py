@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,3 +184,31 @@ def test_trials_never_see_torch(module: str) -> None:
     code = f"import sys, ptuning.{module}; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.split() == []
+
+
+def test_words_are_choices(toy_task: SimpleNamespace, tmp_path: Path) -> None:
+    words = {"train.optimizer": ["adamw", "adafactor"], "train": {"schedule": ["linear", "cosine"]}}
+    task = experiment(toy_task, space=words, trials=8, algorithm="grid", length=[2], init=["random"])
+    assert space.choices(task)["train.optimizer"] == ("adamw", "adafactor") and space.ranges(task) == {
+        "train.learning_rate": (0.01, 1.0)
+    }
+    searcher, ledger, _ = chooser(task, tmp_path)
+    for number in range(8):
+        searcher.suggest(str(number))
+    drawn = {(entry.values["train.optimizer"], entry.values["train.schedule"]) for entry in ledger.trials()}
+    assert len(drawn) == 4
+    plain = task.model_dump(mode="json")
+    assert parse_experiment(space.trial_tables(plain, "t", ledger.trials()[0].values)).train.optimizer in ("adamw", "adafactor")
+    space.check(task)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["adamw"], "\"train.optimizer\" = ['adamw'] is not a choice; list two or more different words"),
+        (["adamw", "sgd"], "\"train.optimizer\": input should be 'adamw' or 'adafactor' (got 'sgd'); change it"),
+    ],
+)
+def test_sentences_about_words(toy_task: SimpleNamespace, words: list[str], message: str) -> None:
+    with pytest.raises(ExperimentError, match=re.escape(f"search.space: {message}")):
+        experiment(toy_task, space={"train.optimizer": words})

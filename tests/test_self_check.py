@@ -42,7 +42,7 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
 KINDS: dict[str, tuple[dict[str, Any], str, str]] = {
     # transformers' config: its arguments, the pass, the generator
     "LlamaConfig": ({}, "shared", "paged"),
@@ -54,7 +54,7 @@ KINDS: dict[str, tuple[dict[str, Any], str, str]] = {
     "Gemma4TextConfig": (  # embeddings per layer, looked up by id
         {
             "head_dim": 8,
-            "global_head_dim": 8,
+            "global_head_dim": 16,
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": 160,
             "num_hidden_layers": 4,
@@ -65,10 +65,11 @@ KINDS: dict[str, tuple[dict[str, Any], str, str]] = {
         "shared ids",
         "paged",
     ),
-    "NemotronConfig": ({}, "concatenated", "plain"),  # its layers pass nothing on to their attention
+    "NemotronConfig": ({}, "shared", "paged"),  # its layers pass nothing but a mask on to their attention
     "DogeConfig": ({}, "concatenated", "plain"),  # a mask of its own
     "DiffLlamaConfig": ({}, "shared", "plain"),  # attends twice per layer
-    "MiniCPM3Config": (LATENT | {"num_key_value_heads": 4}, "shared", "plain"),  # values narrower than keys
+    "MiniCPM3Config": (LATENT | {"num_key_value_heads": 4}, "shared", "paged"),  # values narrower than keys
+    "GPTBigCodeConfig": ({"num_key_value_heads": 1}, "shared", "paged"),  # one head of keys, which the config does not count
     "MambaConfig": ({"state_size": 4}, "concatenated", "plain"),
     "FalconH1Config": (
         {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1},
@@ -117,7 +118,7 @@ def test_the_pass_is_the_base(name: str) -> None:
         assert (got - wanted).norm() <= 1e-3 * wanted.norm()
 
 
-CONTINUED = {"NemotronConfig", "DogeConfig", "MambaConfig", "FalconH1Config"}
+CONTINUED = {"DogeConfig", "MambaConfig", "FalconH1Config"}
 """Bases whose soft prompts are concatenated, and whose labels continue a copy of their text's states."""
 TRIE = LabelTrie(((9, 20, 30), (9, 21, 30), (11, 20, 31), (11, 20, 32), (12, 9), *((13, 40 + at, 2) for at in range(11))))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -14,12 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from pyarrow import fs
 
 from ptuning import storage
-from ptuning.errors import UserError
+from ptuning.data.readers import Columns
+from ptuning.data.sources import read_source
+from ptuning.errors import DataError, UserError
 from ptuning.model import soft_prompt
 from ptuning.storage import StorageError
 from ptuning.training import checkpoint, lease
@@ -103,6 +107,19 @@ def test_of_two_drivers_at_once_one_wins(bucket: str) -> None:
         thread.join(30)
     assert sorted(result[:4] for result in results) == ["held", "s3:/"]
     assert not storage.exists(f"{bucket}/leased", lease.FILE)
+
+
+def test_rows_in_a_bucket(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    storage.write_file(f"{bucket}/rows", "a.csv", b"text,label\nx,1\n")
+    system, path = storage.resolve(f"{bucket}/rows")
+    with system.open_output_stream(f"{path}/b.jsonl.gz", compression=None) as out:
+        out.write(gzip.compress(b'{"text": "y", "label": 2}\n'))
+    columns = Columns.of(["text", "label"])
+    for source in (f"{bucket}/rows", f"{bucket}/rows/*", [f"{bucket}/rows/a.csv", f"{bucket}/rows/b.jsonl.gz"]):
+        assert read_source(source, columns).rows[:] == {"label": ["1", "2"], "text": ["x", "y"]}
+    with pytest.raises(DataError, match="s3://tests/rows/no.csv: no such file; correct the address"):
+        read_source(f"{bucket}/rows/no.csv", columns)
 
 
 def test_a_bucket_that_is_not_there_is_a_sentence(bucket: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import secrets
@@ -142,6 +143,57 @@ def test_what_has_travelled_is_found_from_any_folder(desk: SimpleNamespace, monk
 
 
 @fast
+@pytest.mark.parametrize(
+    ("written", "overrides"),
+    [
+        ("parts", 1),
+        ("parts/*.jsonl", 1),
+        (["parts/a.jsonl", "parts/b.jsonl.gz", "hub:org/name:train"], 2),
+        (["parts/*.gz", "parts/a.jsonl"], 2),
+    ],
+)
+def test_folders_patterns_and_lists_travel(
+    desk: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, written: Any, overrides: int
+) -> None:
+    parts = desk.folder / "parts"
+    parts.mkdir()
+    (parts / "a.jsonl").write_text((desk.folder / "data" / "train.jsonl").read_text())
+    (parts / "b.jsonl.gz").write_bytes(gzip.compress((desk.folder / "data" / "test.jsonl").read_bytes()))
+    (parts / ".env").write_text("PASSWORD=hunter2")
+    desk.experiment["data"]["train"] = written
+    shipped = desk.collect()
+    job = desk.folder / "job"
+    job.mkdir()
+    shipped.pack(job)
+    assert not any(".env" in name for name in shipped.contents)
+    read = read_experiment(next(job.glob("*.toml")), shipped.overrides).data.train
+    sources = [read] if isinstance(read, str) else [each for each in read if not each.startswith("hub:")]
+    assert len(sources) == overrides and all(each.startswith("shipped:") for each in sources)
+    columns = Columns.of(["text", "label"])
+    before = written if isinstance(written, str) else [each for each in written if not each.startswith("hub:")]
+    expected = read_source(before, columns).fingerprint
+    parts.rename(desk.folder / "elsewhere")
+    monkeypatch.syspath_prepend(str(job))
+    assert read_source(sources, columns).fingerprint == expected
+
+
+@fast
+def test_data_beside_the_experiment_travels(desk: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = desk.collect("train.steps=7").overrides
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    desk.experiment["model"]["path"] = str(desk.base)
+    assert desk.collect("train.steps=7").overrides == before
+
+
+@fast
+def test_shared_patterns_stay_where_they_are(desk: SimpleNamespace) -> None:
+    shipped = desk.collect("data.train=data/tr*.jsonl", shared=[str(desk.folder)])
+    assert f"data.train={desk.folder}/data/tr*.jsonl" in shipped.overrides and not shipped.files
+
+
+@fast
 def test_a_soft_prompt_and_a_base_travel(desk: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     make(torch.randn(4, 32)).save(str(desk.folder / "parent"), layers=2, heads=4)
     shipped = desk.collect("prompt.init=soft-prompt", "prompt.init_from=parent")
@@ -211,6 +263,7 @@ def test_large_files_are_refused_and_shared_ones_stay(desk: SimpleNamespace, mon
 
 @fast
 def test_an_id_of_the_hub_and_names_of_the_registry_need_nothing(desk: SimpleNamespace) -> None:
+    assert "model.path" not in " ".join(desk.collect("model.path=gpt2").overrides[1:])
     hub = desk.collect(
         "model.path=org/model", "data.train=hub:org/rows:train", "prompt.init=soft-prompt", "prompt.init_from=toy@champion"
     )

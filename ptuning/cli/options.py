@@ -34,7 +34,13 @@ ExperimentArgument = Annotated[str, typer.Argument(metavar="EXPERIMENT", callbac
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.learning_rate=0.1")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Storage = Annotated[
-    str, typer.Option("--storage", metavar="FOLDER", callback=non_blank, help="Storage folder whose tracking store to use.")
+    str | None,
+    typer.Option(
+        "--storage",
+        metavar="FOLDER",
+        callback=non_blank,
+        help="Storage folder whose tracking store to use. Default: MLFLOW_TRACKING_URI, else runs.",
+    ),
 ]
 Tracking = Annotated[
     str | None,

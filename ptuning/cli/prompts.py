@@ -15,7 +15,7 @@ import typer
 from ptuning import api
 from ptuning.cli.options import BaseOption, Json, Storage, Tracking, busy, fail, non_blank, table
 from ptuning.errors import UserError
-from ptuning.settings.data import Template
+from ptuning.settings.data import Template, check_input
 from ptuning.settings.fields import MARGIN
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", callback=non_blank, help="A
 
 
 @prompts.command("list")
-def list_(storage: Storage = "runs", tracking: Tracking = None, as_json: Json = False) -> None:
+def list_(storage: Storage = None, tracking: Tracking = None, as_json: Json = False) -> None:
     """List every version of every soft prompt.
 
     Example: ptuning prompts list --storage runs
@@ -48,7 +48,7 @@ def list_(storage: Storage = "runs", tracking: Tracking = None, as_json: Json = 
 
 @prompts.command()
 def show(
-    name: Name, storage: Storage = "runs", tracking: Tracking = None, base: BaseOption = None, as_json: Json = False
+    name: Name, storage: Storage = None, tracking: Tracking = None, base: BaseOption = None, as_json: Json = False
 ) -> None:
     """Show a soft prompt: card, lineage, nearest words.
 
@@ -72,7 +72,7 @@ def import_(
     input_: Annotated[str | None, typer.Option("--input", help='Template of the input, as "Message: {text}\\nLabel:".')] = None,
     target: Annotated[str | None, typer.Option("--target", help='Template of the target, as " {label}".')] = None,
     labels: Annotated[str | None, typer.Option("--labels", metavar="A,B", help="Labels of a classification task.")] = None,
-    storage: Storage = "runs",
+    storage: Storage = None,
     tracking: Tracking = None,
     as_json: Json = False,
 ) -> None:
@@ -100,7 +100,7 @@ def export(
         typer.Option("--format", help="peft: the artefact; merged: base and soft prompt as one plain checkpoint."),
     ] = "peft",
     base: BaseOption = None,
-    storage: Storage = "runs",
+    storage: Storage = None,
     tracking: Tracking = None,
     as_json: Json = False,
 ) -> None:
@@ -128,7 +128,7 @@ def promote(
     margin: Annotated[float, typer.Option("--margin", min=0, help="How much worse than the champion it may be.")] = MARGIN,
     force: Annotated[bool, typer.Option("--force", help="Promote it even if it does not pass; a tag records this.")] = False,
     base: BaseOption = None,
-    storage: Storage = "runs",
+    storage: Storage = None,
     tracking: Tracking = None,
     as_json: Json = False,
 ) -> None:
@@ -152,7 +152,7 @@ def promote(
 @prompts.command()
 def rollback(
     name: Annotated[str, typer.Argument(metavar="NAME", callback=non_blank)],
-    storage: Storage = "runs",
+    storage: Storage = None,
     tracking: Tracking = None,
     as_json: Json = False,
 ) -> None:
@@ -170,7 +170,7 @@ def rollback(
 def delete(
     name: Annotated[str, typer.Argument(metavar="NAME:VERSION", callback=non_blank)],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    storage: Storage = "runs",
+    storage: Storage = None,
     tracking: Tracking = None,
     as_json: Json = False,
 ) -> None:
@@ -191,7 +191,7 @@ def delete(
 
 
 @prompts.command()
-def similar(name: Name, storage: Storage = "runs", tracking: Tracking = None, as_json: Json = False) -> None:
+def similar(name: Name, storage: Storage = None, tracking: Tracking = None, as_json: Json = False) -> None:
     """Rank the other soft prompts of the same base by similarity.
 
     They are candidates for prompt.init_from.
@@ -223,6 +223,7 @@ def _template(text: str | None, target: str | None, labels: str | None) -> Templ
         raise UserError("--input and --target: a template needs both; give the one that is missing")
     listed = tuple(label.strip() for label in labels.split(",")) if labels else None
     try:
+        check_input(text)
         return Template(input=text.replace("\\n", "\n"), target=target.replace("\\n", "\n"), labels=listed)
     except ValueError as error:
         reason = str(error).split("Value error, ")[-1].split(" [type=")[0]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import urllib.error
 import urllib.request
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
+from urllib.parse import quote
 
 import typer
 
 from ptuning import api
+from ptuning.cli.conversation import converse
 from ptuning.cli.options import BaseOption, ExperimentArgument, Json, Overrides, Storage, Tracking, busy, fail, non_blank, table
 from ptuning.config import read_experiment
 from ptuning.errors import UserError
 from ptuning.redaction import redact
-from ptuning.serving.auth import check_address, check_token, read_keys
 
 KEY = "PTUNING_API_KEY"
 
@@ -33,8 +36,7 @@ def serve(
     """
     try:
         settings = read_experiment(experiment, overrides or [])
-        check_address(settings.serve.host, read_keys(settings.serve.keys), insecure)  # before seconds of imports
-        check_token(insecure)
+        api.check_serving(settings, insecure)
         with busy("starting"):
             api.prepare("serve", settings)
         if detach:
@@ -52,33 +54,78 @@ def ask(
     name: Annotated[
         str, typer.Argument(metavar="NAME", callback=non_blank, help="Who is asked: a soft prompt, name:3, or the base.")
     ],
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="The text, or a JSON object with the template's fields.")],
+    text: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[TEXT]",
+            help="The text, or a JSON object with the template's fields. Without it: what is typed, as a conversation.",
+        ),
+    ] = None,
     url: Annotated[str, typer.Option("--url", callback=non_blank, help="The server.")] = "http://127.0.0.1:8000/v1",
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as one JSON object.")] = False,
 ) -> None:
-    """Ask the running server one question. An API key comes from PTUNING_API_KEY.
+    """Ask the running server one question, or hold a conversation. An API key comes from PTUNING_API_KEY.
 
     Example: ptuning ask sentiment "This movie was terrible."
     """
-    body = {"model": name, "messages": [{"role": "user", "content": text}]}
+
+    def show(answer: dict[str, Any]) -> str:
+        return json.dumps(answer) if as_json else str(answer["choices"][0]["message"]["content"])
+
+    if text is None and not _is_typed():
+        text = sys.stdin.read()
+    if text is not None:
+        typer.echo(show(_request(url, "chat/completions", _body(name, [{"role": "user", "content": text}]))))
+        return
+    known = _request(url, f"models/{quote(name, safe=':')}")
+
+    def again(messages: list[dict[str, str]]) -> tuple[dict[str, Any] | None, str]:
+        try:
+            return _request(url, "chat/completions", _body(name, messages), say=_raise), ""
+        except UserError as error:
+            return None, str(error)
+
+    # Of a soft prompt with a plain template, a question is all that it takes.
+    converse(name, again, known.get("template") in (None, "chat"), show)
+
+
+def _is_typed() -> bool:
+    return sys.stdin.isatty()
+
+
+def _body(name: str, messages: list[dict[str, str]]) -> dict[str, Any]:
+    return {"model": name, "messages": messages}
+
+
+def _raise(message: str, code: int) -> NoReturn:
+    raise UserError(message)
+
+
+def _request(
+    url: str, route: str, body: dict[str, Any] | None = None, say: Callable[[str, int], NoReturn] = fail
+) -> dict[str, Any]:
+    """What the server responds; `say` reports why it does not."""
     headers = {"content-type": "application/json"}
     if os.environ.get(KEY):
         headers["authorization"] = f"Bearer {os.environ[KEY]}"
-    question = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    data = json.dumps(body).encode() if body is not None else None
+    question = urllib.request.Request(f"{url.rstrip('/')}/{route}", data, headers)
     try:
         with busy("asking"), urllib.request.urlopen(question, timeout=600) as response:
-            answer = json.load(response)
+            answer: dict[str, Any] = json.load(response)
     except urllib.error.HTTPError as error:
-        fail(_complaint(error), 2)
+        say(_complaint(error), 2)
     except (OSError, ValueError) as error:
-        fail(f"{url}: no server answers ({error}); start one with: ptuning serve EXPERIMENT", 1)
-    typer.echo(json.dumps(answer) if as_json else answer["choices"][0]["message"]["content"])
+        say(f"{url}: no server answers ({error}); start one with: ptuning serve EXPERIMENT", 1)
+    if not isinstance(answer, dict) or "id" not in answer:
+        say(f"{url}: what answers is not a server of ptuning; correct --url", 1)
+    return answer
 
 
 def compare(
     name: Annotated[str, typer.Argument(metavar="NAME", callback=non_blank, help="A registered name.")],
     text: Annotated[str, typer.Option("--text", help="The text, or a JSON object with the template's fields.")],
-    storage: Storage = "runs",
+    storage: Storage = None,
     tracking: Tracking = None,
     base: BaseOption = None,
     as_json: Json = False,

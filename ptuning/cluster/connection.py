@@ -18,8 +18,10 @@ from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ptuning import environment, sys_path
+from ptuning.cluster.surroundings import check_cluster, temporary_folder
 from ptuning.config import Experiment
 from ptuning.errors import UserError
+from ptuning.redaction import redact
 
 _own = False
 
@@ -36,18 +38,26 @@ class _Job(JobConfig):
 
 
 def start_ray(experiment: Experiment) -> bool:
-    """Connect to the experiment's cluster, or start one on this machine; True if it was started."""
-    return join_ray(experiment.compute.address or os.environ.get("RAY_ADDRESS"))
-
-
-def join_ray(address: str | None) -> bool:
-    """Connect to a cluster, or without an address start one on this machine. True if this process was not connected before.
+    """Connect to the experiment's cluster, or start one on this machine; True if it was started.
 
     Raises:
-        UserError: Ray cannot store its token.
+        UserError: as `join_ray`.
+    """
+    return join_ray(experiment.compute.address)
+
+
+def join_ray(address: str | None, name: str = "compute.address") -> bool:
+    """Connect to a cluster (default: RAY_ADDRESS), or without an address start one on this machine. True if this process was
+    not connected before. `name`: where the address was given.
+
+    Raises:
+        UserError: there is no cluster, it refuses the connection, or none can start here.
     """
     if ray.is_initialized():
         return False
+    check_cluster(address, name)
+    address = address or os.environ.get("RAY_ADDRESS")
+    address = None if address == "local" else address
     environment.apply("ray")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not (address or "").startswith("ray://"):  # Ray's client sends no folders to its workers
@@ -57,7 +67,15 @@ def join_ray(address: str | None) -> bool:
     global _own
     _own = not address
     if address:
-        ray.init(address=address, **options)
+        try:
+            ray.init(address=address, **options)
+        except Exception as error:  # Ray raises many types: another version, a wrong token, no node of the cluster here
+            with suppress(Exception):
+                ray.shutdown()
+            raise UserError(
+                f"{name}: {address} refuses the connection ({_first_line(error)}); check the address, the token "
+                "(RAY_AUTH_TOKEN), and the versions of Ray and Python"
+            ) from None
     else:
         environment.apply("own cluster")
         # Not the address that the last `ray start` recorded here: that cluster may have ended, and Ray would wait for it.
@@ -67,14 +85,24 @@ def join_ray(address: str | None) -> bool:
         except KeyboardInterrupt:
             ray.shutdown()
             raise
-        except OSError as error:
-            if not error.filename:
-                raise
+        except Exception as error:  # as above
+            with suppress(Exception):
+                ray.shutdown()
+            if isinstance(error, OSError) and error.filename:
+                raise UserError(
+                    f"{error.filename}: cannot be created ({error.strerror}), and Ray keeps its token there; set HOME to a "
+                    "folder that can be written, or RAY_AUTH_TOKEN to a secret"
+                ) from None
             raise UserError(
-                f"{error.filename}: cannot be created ({error.strerror}), and Ray keeps its token there; set HOME to a folder "
-                "that can be written, or RAY_AUTH_TOKEN to a secret"
+                f"Ray cannot start on this machine ({_first_line(error)}); see its logs in "
+                f"{temporary_folder()[0]}/ray/session_latest/logs, and ptuning doctor"
             ) from None
     return True
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return redact(lines[0])[:300].rstrip(".;") if lines else type(error).__name__
 
 
 def own_cluster() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -38,31 +37,12 @@ def examine(experiment: Experiment | None, address: str | None) -> list[Finding]
     if address is None:
         findings = [Finding(**fields) for fields in node_checks.check_node(tables)["findings"]]
         return [replace(finding, where="here") for finding in [*findings, _auth(1)]]
-    connected_here = _connect(address)
+    connected_here = join_ray(address, "--address")
     try:
         return list(_cluster(written, tables))
     finally:
         if connected_here:
             ray.shutdown()
-
-
-def _connect(address: str) -> bool:
-    """Connect to a cluster; True if this process was not connected before.
-
-    Raises:
-        UserError: there is no response, or the connection is refused.
-    """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():  # ray.init would retry for minutes
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            raise UserError(f"--address: no response from {address} ({error}); start the cluster, or correct it") from None
-    try:
-        return join_ray(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--address: {address} refuses the connection ({reason}); check the address and the token") from None
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -22,6 +22,7 @@ from ptuning.errors import UserError
 from ptuning.paths import FOLDER, SCHEME, is_path
 from ptuning.redaction import redact
 from ptuning.row_files import COMPRESSIONS, local_files
+from ptuning.settings.fields import HUB_ID
 from ptuning.tracking.client import default_uri
 
 Kind = Literal["train", "search", "serve", "doctor"]
@@ -270,16 +271,19 @@ def _inputs(experiment: Experiment, kind: Kind, packer: _Packer) -> None:
     if kind != "serve":
         for split, source in experiment.data.sources():
             packer.data(f"data.{split}", source)
-        chat_template = experiment.data.chat_template
-        if chat_template and "{" not in chat_template and is_path(chat_template):
+        chat_template = experiment.data.chat_template_file
+        if chat_template and is_path(chat_template):
             packer.data("data.chat_template", chat_template)
         init_from = experiment.prompt.init_from
         if init_from and "://" not in init_from and ("/" in init_from or Path(init_from).expanduser().is_dir()):
             packer.folder("prompt.init_from", init_from, SOFT_PROMPT)
     path = experiment.model.path
-    hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    if path != "builtin" and (not hub_id or Path(path).is_dir()):
+    if path != "builtin" and not _is_hub_id(path):
         packer.folder("model.path", path, BASE + (("*.py",) if experiment.model.trust_remote_code else ()))
+
+
+def _is_hub_id(path: str) -> bool:
+    return path != "builtin" and HUB_ID.fullmatch(path) is not None and not Path(path).is_dir()
 
 
 def _tracking(experiment: Experiment, shipment: JobPackage, packer: _Packer, here: Mapping[str, str]) -> None:
@@ -287,6 +291,8 @@ def _tracking(experiment: Experiment, shipment: JobPackage, packer: _Packer, her
     if uri is None and variable.startswith(("http://", "https://")):
         uri = variable
         packer.override("tracking.uri", uri)
+    if experiment.tracking.experiment is None and here.get("MLFLOW_EXPERIMENT_NAME", "").strip():
+        packer.override("tracking.experiment", here["MLFLOW_EXPERIMENT_NAME"].strip())
     if uri is None:
         default_uri(experiment.compute.storage)  # refuses an object store
         return
@@ -335,7 +341,7 @@ def _secrets(experiment: Experiment, kind: Kind, here: Mapping[str, str]) -> lis
     """Secrets that are set here and that this experiment probably needs."""
     listed = [source for _, source in experiment.data.sources()] if kind != "serve" else []
     data = [each for source in listed for each in ([source] if isinstance(source, str) else source)]
-    hub = any(source.startswith("hub:") for source in data) or "/" in experiment.model.path
+    hub = any(source.startswith("hub:") for source in data) or _is_hub_id(experiment.model.path)
     s3 = any("s3:" in place for place in (experiment.compute.storage, *data))
     used = {
         ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"): hub,

@@ -10,7 +10,7 @@ from ptuning.config import Experiment
 from ptuning.errors import UserError
 from ptuning.paths import is_path
 from ptuning.redaction import redact
-from ptuning.tracking.client import default_uri
+from ptuning.tracking.client import default_uri, experiment_name, named_uri
 
 
 def absolute(experiment: Experiment) -> Experiment:
@@ -23,14 +23,16 @@ def absolute(experiment: Experiment) -> Experiment:
     for split, source in experiment.data.sources():
         listed = [source] if isinstance(source, str) else source
         tables["data"][split] = [str(Path(each).expanduser().absolute()) if is_path(each) else each for each in listed]
-    chat_template = tables["data"]["chat_template"]
-    if chat_template and "{" not in chat_template and is_path(chat_template):
+    chat_template = experiment.data.chat_template_file
+    if chat_template and is_path(chat_template):
         tables["data"]["chat_template"] = str(Path(chat_template).expanduser().absolute())
     tables["compute"]["storage"] = _without_credentials(experiment)
     for table, key in (("compute", "storage"), ("prompt", "init_from"), ("model", "path")):
         value = tables[table][key]
         if value and "://" not in value and (key == "storage" or Path(value).expanduser().is_dir()):
             tables[table][key] = str(Path(value).expanduser().absolute())
+    # Pinned, because the processes of a cluster have variables of their own.
+    tables["tracking"] = {"uri": named_uri(experiment.tracking.uri), "experiment": experiment_name(experiment)}
     if tables["tracking"]["uri"] is None and "://" not in tables["compute"]["storage"]:
         default_uri(tables["compute"]["storage"])  # refused before anything is written
     return Experiment.model_validate(tables)

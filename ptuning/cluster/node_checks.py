@@ -19,10 +19,10 @@ from packaging.requirements import Requirement
 
 from ptuning import storage
 from ptuning.config import Experiment
-from ptuning.errors import UserError
+from ptuning.errors import TrackingError, UserError
 from ptuning.model.base import computes_in_bfloat16, find_base
 from ptuning.redaction import redact
-from ptuning.tracking.client import asking, connect, database, tracking_uri
+from ptuning.tracking.client import OFFLINE, asking, check_tracking, connect, database, tracking_uri
 
 GB = 1_000_000_000
 CONSTRAINTS = "constraints.txt"
@@ -173,11 +173,14 @@ def _tracker(experiment: Experiment) -> Finding:
         uri = tracking_uri(experiment)
         file = database(uri)
         if file is not None:
+            check_tracking(experiment)
             return Finding("ok", "mlflow", f"{redact(uri)}, a file on one machine")
         with asking(uri):
             connect(uri).search_experiments(max_results=1)
     except UserError as error:
-        return Finding("wrong", "mlflow", str(error), "start the server, or correct tracking.uri")
+        fix = "start the server, or correct tracking.uri"
+        offline = isinstance(error, TrackingError) and error.code == OFFLINE
+        return Finding("wrong", "mlflow", *((str(error), fix) if offline else _split(str(error), fix)))
     return Finding("ok", "mlflow", f"{redact(uri)} answers")
 
 

@@ -85,8 +85,8 @@ class ChatEncoder(Encoder):
         if not answer["content"].strip():
             raise UnusableRow("its answer is empty; fill it or remove the row")
         label = self.label_index(answer["content"].strip()) if self.template.labels else -1
-        if label >= 0 and self.template.labels and answer["content"].strip() != self.template.labels[label]:
-            answer = {**answer, "content": self.template.labels[label]}  # another value of the row for this label
+        if label >= 0 and self.template.labels:
+            answer = {**answer, "content": self.template.labels[label]}  # a row may have other values for it, or white space
         found = self.chat.answer(before, answer)
         target = found.target_ids
         if label >= 0 and target != self.label_ids[label]:

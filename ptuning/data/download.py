@@ -84,7 +84,7 @@ def fetch_object(system: fs.FileSystem, info: fs.FileInfo, scheme: str) -> Path:
     copy = _folder(json_hash([shown, info.size, info.mtime_ns])) / "content"
     if not copy.exists():
         try:
-            with system.open_input_stream(info.path) as stream:
+            with system.open_input_stream(info.path, compression=None) as stream:
                 _copy(lambda: bytes(stream.read(1 << 20)), copy, shown)
         except OSError as error:
             raise DataError(f"{shown}: cannot be read ({error}); check the address and the credentials") from None

@@ -38,7 +38,8 @@ def task_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase, base: 
     if not config.is_chat:
         return TaskTemplate(Template(**values))
     rows = recognised(config)
-    jinja = _text(config.chat_template) if config.chat_template else chat_template_of(tokenizer)
+    file = config.chat_template_file
+    jinja = _text(file) if file else config.chat_template or chat_template_of(tokenizer)
     if rows is None and jinja is None and not any((config.system, config.chat_template_kwargs, config.loss)):
         plain = {"input": "{prompt}", "target": "{completion}"}
         note = "prompt and completion as plain text, because the base has no chat template"
@@ -79,13 +80,11 @@ def recognised(config: DataConfig) -> ChatRows | None:
 
 
 def _text(given: str) -> str:
-    """A chat template that is given as text or as a file.
+    """The chat template in a file.
 
     Raises:
         DataError: there is no such file, or it is not a text.
     """
-    if "{" in given or "\n" in given:
-        return given
     path = locate(given)
     try:
         if path.stat().st_size > LARGEST:

@@ -198,7 +198,7 @@ class Engine:
                 raise EngineBusy(f"{len(self._running)} requests are running or waiting; ask again later")
             self._hold(request.handle)
             self._running[request_id] = running
-        ends = () if request.ignore_end else self.ends
+        ends = () if request.ignore_end else (*self.ends, *request.ends)
         self._generator.start(request_id, [*prefix, *request.ids], request.max_new_tokens, ends)
         return request_id
 

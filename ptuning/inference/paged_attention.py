@@ -10,18 +10,131 @@ Shapes: N packed query tokens and S packed keys of all requests, h heads, d head
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.generation.continuous_batching import cache as paged_cache
+from transformers.generation.continuous_batching.cache_allocators import full_attention
+from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
-from ptuning.model.tree_attention import explicit_attention, segment_attention
+from ptuning.model.packing import pack_targets
+from ptuning.model.prompted_model import PromptedModel
+from ptuning.model.tree_attention import explicit_attention, segment_attention, tree_of
 
+_RECORDED = "ptuning_recorded"
 ATTENTION = "ptuning_serving"
 """Name of the attention below. Only for `segments` and paged caches, neither of which needs a mask from transformers."""
+
+
+_STEP = threading.local()
+"""The arguments of the step that this thread computes: some layers do not pass them on to their attention."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Keys and values of a token in one layer, as the paged cache stores them."""
+
+    heads: int
+    width: int
+
+    @property
+    def numbers(self) -> int:
+        return 2 * self.heads * self.width
+
+
+@torch.no_grad()
+def stored_sizes(model: PromptedModel) -> Stored | None:
+    """How the paged cache must store keys and values: transformers allocates the same heads and widths for the keys and the
+    values of all layers, from the config. None if that is right; otherwise one head, as wide as all heads of the largest layer
+    together (latent attention: values are narrower than keys; other heads in some layers; one head for all queries)."""
+    found: set[tuple[int, int, int]] = set()
+
+    def recorded(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found.add((key.shape[1], key.shape[3], value.shape[3]))
+        return segment_attention(module, query, key, value, *args, **kwargs)
+
+    base = model.base
+    AttentionInterface.register(_RECORDED, recorded)
+    AttentionMaskInterface.register(_RECORDED, _no_mask)
+    before = base.config._attn_implementation
+    base.set_attn_implementation(_RECORDED)
+    try:
+        width = base.get_input_embeddings().weight.shape[1]
+        model([torch.empty(0, int(width))], pack_targets([0], [[([1], [1])]]))
+    finally:
+        base.set_attn_implementation(before)
+    config = base.config.get_text_config()
+    try:
+        usual = find_num_key_value_heads(config), find_head_dim(config)
+    except Exception:  # the config gives none, or another for each layer (an error of its own)
+        usual = None
+    if found == {(*usual, usual[1])} if usual else False:
+        return None
+    return Stored(1, max(heads * max(keys, values) for heads, keys, values in found))
+
+
+@contextmanager
+def storing(sizes: Stored | None) -> Iterator[None]:
+    """transformers allocates a paged cache of these sizes."""
+    if sizes is None:
+        yield
+        return
+    places: Any = [(paged_cache, "find_num_key_value_heads", sizes.heads)]
+    places += [(module, "find_head_dim", sizes.width) for module in (paged_cache, full_attention)]
+    originals = [getattr(module, name) for module, name, _ in places]
+    for module, name, number in places:
+        setattr(module, name, lambda config, number=number: number)
+    try:
+        yield
+    finally:
+        for (module, name, _), original in zip(places, originals, strict=True):
+            setattr(module, name, original)
+
+
+def remember_steps(base: nn.Module) -> Any:
+    """Keep the arguments of each step for attention that is not given them; returns what removes the hooks."""
+
+    def begin(module: nn.Module, arguments: Any, options: dict[str, Any]) -> None:
+        _STEP.options = options if options.get("cache") is not None else None
+
+    def end(*_: Any) -> None:
+        _STEP.options = None
+
+    handles = [
+        base.register_forward_pre_hook(begin, with_kwargs=True),
+        base.register_forward_hook(end, always_call=True),
+    ]
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
+
+
+def _updated(cache: Any, key: Tensor, value: Tensor, layer: Any, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Store keys and values, and read those of all tokens of the requests."""
+    allocated = cache.layer_to_allocator[layer]
+    shape = (allocated.num_key_value_heads, allocated.head_dim)
+    if key.shape[1:4:2] == shape and value.shape == key.shape:
+        updated: tuple[Tensor, Tensor] = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=options)
+        return updated
+    flat = [each.transpose(1, 2).flatten(2)[:, None] for each in (key, value)]  # [1, 1, N, h * d]
+    flat = [pad(each, (0, allocated.head_dim - each.shape[3])) for each in flat]
+    found = cache.update(key_states=flat[0], value_states=flat[1], layer_idx=layer, kwargs=options)
+    keys, values = (
+        whole[:, 0, :, : each.shape[1] * each.shape[3]].unflatten(2, (each.shape[1], each.shape[3])).transpose(1, 2)
+        for whole, each in zip(found, (key, value), strict=True)
+    )
+    return keys, values
 
 
 def serving_attention(
@@ -43,16 +156,18 @@ def serving_attention(
     Raises:
         NotImplementedError: the architecture's attention has a feature that is not implemented here.
     """
+    if cache is None and tree_of(attention_mask) is None and (step := getattr(_STEP, "options", None)):
+        cache, kwargs = step["cache"], kwargs | step
     if cache is None:
         return segment_attention(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window, softcap, s_aux, **kwargs
         )
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError("attention with position_bias")
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    key, value = _updated(cache, key, value, module.layer_idx, kwargs)
     queries, keys = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
     groups = query.shape[1] // key.shape[1]
-    out = torch.empty_like(query)
+    out = query.new_empty(*query.shape[:3], value.shape[3])
     for at in range(len(queries) - 1):
         mine, seen = slice(queries[at], queries[at + 1]), slice(keys[at], keys[at + 1])
         out[:, :, mine] = _attend(

@@ -13,7 +13,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from ptuning.inference.generator import Events
-from ptuning.inference.paged_attention import ATTENTION
+from ptuning.inference.paged_attention import ATTENTION, remember_steps, stored_sizes, storing
 from ptuning.inference.sampling import Sampler
 from ptuning.inference.types import EngineConfig, RequestError
 from ptuning.model.attention_sizes import token_numbers
@@ -57,7 +57,10 @@ class PagedGenerator:
         self._events = events
         self._ends: dict[str, frozenset[int]] = {}
         _check_room(base, config.cache_bytes)
-        pages = max(8, config.cache_bytes // (PAGE * max(1, token_numbers(base) * base.dtype.itemsize)))
+        sizes = stored_sizes(model)
+        layers = int(base.config.get_text_config().num_hidden_layers)
+        numbers = token_numbers(base) if sizes is None else layers * sizes.numbers
+        pages = max(8, config.cache_bytes // (PAGE * max(1, numbers * base.dtype.itemsize)))
         self.longest = min(config.context, PAGE * pages * 3 // 4)
         # transformers allows two names here; ours is not one of them and is set afterwards.
         base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
@@ -81,8 +84,13 @@ class PagedGenerator:
         base.set_attn_implementation(ATTENTION)
         self._manager.output_router = _Router(self._ended)
         self._manager.logit_processor = Sampler(events.find, events.stepped)
-        with torch.random.fork_rng():  # transformers seeds the whole process here
-            self._manager.warmup()  # allocates the cache now, so that errors are raised here
+        self._forget_steps = remember_steps(base)
+        with torch.random.fork_rng(), storing(sizes):  # transformers seeds the whole process here
+            try:
+                self._manager.warmup()  # allocates the cache now, so that errors are raised here
+            except BaseException:
+                self._forget_steps()
+                raise
         self._manager.start()
 
     def start(self, request_id: str, ids: Sequence[int], new: int, ends: Sequence[int]) -> None:
@@ -103,6 +111,7 @@ class PagedGenerator:
 
     def close(self) -> None:
         self._manager.stop(block=True, hard_stop=True)
+        self._forget_steps()
 
     def _ended(self, output: GenerationOutput) -> None:
         ends = self._ends.pop(output.request_id, frozenset())

@@ -1,6 +1,6 @@
 """Generation by transformers' `generate` with the model's own cache, for bases that a paged cache cannot hold.
 
-State spaces, hybrids and latent attention keep other states than keys and values of pages. Requests of equal length run as one
+State spaces and hybrids keep other states than keys and values of pages. Requests of equal length run as one
 batch without padding, which some of these architectures cannot mask. Batches take turns step by step, so a new request does not
 wait for the end of the others; a batch's rows stay together until the last of them has ended.
 

@@ -8,18 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
+from ptuning.data.chat_encoder import make_encoder
 from ptuning.data.encoder import Encoder
 from ptuning.errors import UserError, suggest
 from ptuning.inference.engine import Engine
-from ptuning.inference.inputs import RAW, fields_of, row_ids
+from ptuning.inference.inputs import RAW, Text, fields_of, row_ids
 from ptuning.inference.label_scorer import probabilities
 from ptuning.inference.sampling import Sampling, Token
 from ptuning.inference.types import AnswerFailed, End, EngineConfig, Request, RequestError, ResidentPrompt
 from ptuning.model.compatibility import base_of, check_base
 from ptuning.model.soft_prompt import SoftPrompt
-
-Text = str | Mapping[str, str]
-"""A text, or the fields of a template with several."""
 
 NEW_TOKENS = 64
 """Most new tokens where the card does not say."""
@@ -75,7 +73,7 @@ class Predictor:
             self._residents = {
                 name: _Resident(
                     self._engine.add(each.vectors, each.card.content_hash),
-                    Encoder(each.card.template or RAW, found.tokenizer, self._engine.longest - each.card.length),
+                    make_encoder(each.card.template or RAW, found.tokenizer, self._engine.longest - each.card.length),
                     each.card.max_new_tokens or NEW_TOKENS,
                 )
                 for name, each in given.items()
@@ -156,13 +154,14 @@ class Predictor:
         resident = self._find(name)
         new = resident.new_tokens if max_new_tokens is None else max_new_tokens
         rows = self._rows(resident, texts, resident.encoder.limit - new, truncate)
-        requests = [Request(ids, resident.handle, new, Sampling(temperature, top_p, seed)) for ids in rows]
+        how = Sampling(temperature, top_p, seed)
+        requests = [Request(ids, resident.handle, new, how, ends=(resident.encoder.end,)) for ids in rows]
         for request in requests:
             self._engine.check(request)
         answers: list[queue.SimpleQueue[Token | End]] = [queue.SimpleQueue() for _ in requests]
         for request, answer in zip(requests, answers, strict=True):
             self._engine.submit(request, answer.put)
-        return [self._collect(answer) for answer in answers]
+        return [self._collect(answer, resident.encoder.end) for answer in answers]
 
     def _find(self, name: str | None) -> _Resident:
         if name is None:
@@ -175,15 +174,20 @@ class Predictor:
         return self._residents[name]
 
     def _rows(self, resident: _Resident, texts: Sequence[Text], room: int, truncate: bool) -> list[list[int]]:
-        if isinstance(texts, (str, Mapping)):
-            raise RequestError("texts: is a single text; pass a list of texts")
         encoder = resident.encoder
+        if isinstance(texts, (str, Mapping)) or (encoder.template.is_chat and _is_conversation(texts)):
+            raise RequestError("texts: is a single text; pass a list of texts")
         return [row_ids(encoder, fields_of(encoder, text), room, truncate) for text in texts]
 
-    def _collect(self, answer: queue.SimpleQueue[Token | End]) -> str:
+    def _collect(self, answer: queue.SimpleQueue[Token | End], end: int) -> str:
         tokens: list[int] = []
         while isinstance(event := answer.get(), Token):
             tokens.append(event.id)
         if event.reason == "failed":
             raise AnswerFailed(event.message)
+        tokens = tokens[:-1] if tokens[-1:] == [end] else tokens
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def _is_conversation(texts: Sequence[Text]) -> bool:
+    return any(isinstance(each, Mapping) and "role" in each for each in texts)

@@ -52,6 +52,8 @@ class Request:
     sampling: Sampling = Sampling()
     ignore_end: bool = False
     """Do not stop at the end token."""
+    ends: tuple[int, ...] = ()
+    """Further end tokens, such as the end of a turn."""
 
 
 Deliver = Callable[[Token | End], None]

@@ -23,6 +23,7 @@ from ptuning.model.fingerprint import Fingerprint, config_hash, tokenizer_finger
 from ptuning.model.quantization import WHOLE, dequantized, take_quantization
 from ptuning.model.safetensors_files import StoredTensor, stored_tensors, weights_name
 from ptuning.model.stored_names import check_stored
+from ptuning.model.text_head import is_converted
 from ptuning.settings.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ class Base:
     @property
     def loaded_whole(self) -> bool:
         """Whether every worker has to load the whole base before it can be partitioned."""
-        return self.quantization is not None and self.quantization["quant_method"] in WHOLE
+        quantised = self.quantization is not None and self.quantization["quant_method"] in WHOLE
+        return quantised or is_converted(self.config)
 
     @property
     def width(self) -> int:
@@ -124,7 +126,8 @@ class Base:
     def load(self, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
         """The model with its weights (partitioned inside `zero.partitioned`).
 
-        `device`: where to; the CPU by default. A GPU gets each tensor as it is read, so the host never holds the whole model.
+        `device`: where to; the CPU by default. A GPU gets each tensor as it is read, so the host never holds the whole
+        model, unless it is dequantised.
 
         Raises:
             BaseError: the files do not contain all weights, or in other shapes than the config describes.
@@ -132,7 +135,8 @@ class Base:
         model: PreTrainedModel
         report: dict[str, Any]
         environment.apply("torch")  # torch reads a part of it before its first allocation on a GPU
-        where = device if device is not None and device.type != "cpu" else None
+        direct = device if device is not None and device.type != "cpu" and not self.quantization else None
+        where = torch.device("cpu") if self.quantization and self.loaded_whole else direct
         disable_progress_bar()  # transformers shows one per process, even if stderr is not a terminal
         self.check_tensors()
         loading: Any = AutoModelForCausalLM.from_pretrained  # its type allows only a model as result
@@ -145,7 +149,7 @@ class Base:
             trust_remote_code=self.trust_remote_code,
             output_loading_info=True,
             key_mapping=self.renamed,
-            device_map={"": where or torch.device("cpu")} if where or self.loaded_whole else None,
+            device_map={"": where} if where else None,
         )
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
@@ -155,7 +159,8 @@ class Base:
             model._weight_conversions = None  # type: ignore[assignment]  # not a module
         if self.quantization:
             model = dequantized(model, self.quantization["quant_method"], dtype)
-        return model
+        moving: Any = model
+        return moving.to(device) if device is not None and not direct else model
 
     def check_tensors(self) -> None:
         """Compare the names and shapes of the stored tensors with the model. No weights are read.

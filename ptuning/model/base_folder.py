@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from huggingface_hub import snapshot_download
 from ptuning.errors import BaseError, suggest
 from ptuning.model.safetensors_files import INDEX, WHOLE, index_files, stored_tensors
 from ptuning.paths import locate
+from ptuning.settings.fields import HUB_ID
 from ptuning.settings.messages import quoted
 from ptuning.settings.model import ModelConfig
 
@@ -20,7 +20,6 @@ BUILTIN = Path(__file__).parent.parent / "builtin" / "base"
 
 DESCRIPTION = ["*.json", "*.model", "*.txt", "*.jinja"]
 """Files of a base that are not weights."""
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def find_folder(config: ModelConfig) -> Path:
@@ -35,7 +34,7 @@ def find_folder(config: ModelConfig) -> Path:
     if folder.is_dir():
         return folder.absolute()
     fix = suggest(config.path, ["builtin"], "correct the path", shown=quoted)
-    if not _HUB_ID.fullmatch(config.path) or fix != "correct the path":
+    if not HUB_ID.fullmatch(config.path) or fix != "correct the path":
         raise BaseError(f"model.path: {config.path} is neither an existing folder nor a Hugging Face id; {fix}")
     try:
         return _fetch(config)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptuning.model.tree_attention import tree_of
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 
 
@@ -43,7 +45,7 @@ class FirstLayer:
         module.forward = lambda hidden: self._project(module, hidden)
 
     def _enter(self, attention: nn.Module, arguments: Any, options: dict[str, Any]) -> None:
-        segments: Any = options.get("segments")
+        segments: Any = options.get("segments") or tree_of(options.get("attention_mask"))
         self._trained = segments.trained if segments and self.active else None
 
     def _project(self, module: nn.Linear, hidden: Tensor) -> Tensor:

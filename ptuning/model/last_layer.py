@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ptuning.model.tree_attention import tree_of
+
 QUERIES = ("q_proj", "o_proj")
 """Linear layers of an attention that process each token separately and are not needed for keys and values."""
 
@@ -40,7 +42,7 @@ class LastLayer:
             module.register_forward_hook(self._spread)
 
     def _enter(self, attention: nn.Module, arguments: Any, options: dict[str, Any]) -> None:
-        segments: Any = options.get("segments")
+        segments: Any = options.get("segments") or tree_of(options.get("attention_mask"))
         self._read = None
         if segments and segments.read is not None:
             hidden = arguments[0] if arguments else options["hidden_states"]

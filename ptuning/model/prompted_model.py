@@ -31,7 +31,7 @@ from ptuning.model.last_layer import LastLayer
 from ptuning.model.output_head import OutputHead
 from ptuning.model.packed_layers import Layout, PackedLayers
 from ptuning.model.packing import Choices, PackedBatch
-from ptuning.model.tree_attention import ATTENTION
+from ptuning.model.tree_attention import ATTENTION, tree_mask
 
 CHUNK = 16
 """Tokens of a state space's chunk on a CPU."""
@@ -153,8 +153,7 @@ class PromptedModel(nn.Module):
         out = self.base(
             **self.inputs(packed[None], plan.ids[None]),
             position_ids=plan.segments.positions()[None].to(device),
-            # Given a 4-D mask, transformers does not build its own; the mask that is used is that of the segment tree.
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+            attention_mask=tree_mask(plan.segments, device),
             use_cache=False,
             logits_to_keep=kept.to(device),
             segments=plan.segments,
@@ -164,7 +163,10 @@ class PromptedModel(nn.Module):
     @property
     def packed_layers(self) -> PackedLayers:
         """What computes a token once in a concatenated pass; its hooks are only on bases that need it."""
-        return self._packed_layers or self._pack_layers()
+        found = self._packed_layers or self._pack_layers()
+        if self.needs_ids:  # layers would get packed states beside the ids of written-out rows
+            found.found = False
+        return found
 
     def _pack_layers(self) -> PackedLayers:
         layers = getattr(self.base.config.get_text_config(), "num_hidden_layers", 0)

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ptuning.errors import BaseError
 
 SUFFIX = "WithHead"
+CONVERTED = "_ptuning_converted"
 CHANGING_LOGITS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "logits_soft_cap": None}
 """Settings by which some architectures change the logits of their head -> the values that change nothing."""
 
@@ -28,6 +29,13 @@ def has_layers(config: PretrainedConfig) -> bool:
 def is_made_here(name: str) -> bool:
     """Whether a class is one of this module, which plain transformers does not know."""
     return name.endswith(SUFFIX)
+
+
+def is_converted(config: PretrainedConfig) -> bool:
+    """Whether stored tensors of a class of this module are joined or transposed. Under ZeRO-3, transformers (5.23) does not do
+    that for every one of them (Qwen 3-VL's experts)."""
+    known = AutoModelForCausalLM._model_mapping
+    return type(config) in known and getattr(known[type(config)], CONVERTED, False)
 
 
 def add_head(path: str, whole: PretrainedConfig) -> None:
@@ -58,6 +66,7 @@ def add_head(path: str, whole: PretrainedConfig) -> None:
     converters = [each for each in conversions if not isinstance(each, WeightRenaming)]
     if converters and not get_checkpoint_conversion_mapping(config.model_type):
         register_checkpoint_conversion_mapping(made.__name__, converters, overwrite=True)
+        setattr(made, CONVERTED, True)
 
 
 def _with_head(layers: Any, kind: type[PretrainedConfig]) -> type:

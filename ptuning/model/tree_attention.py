@@ -121,6 +121,21 @@ def explicit_attention(
     return shares[..., : k.shape[2]] @ v
 
 
+def tree_mask(segments: TokenTree, device: torch.device) -> Tensor:
+    """A mask that carries the tree: some layers pass on nothing else to their attention (Nemotron 4, transformers 5.23). Given
+    a 4-D mask, transformers does not build its own."""
+    mask: Any = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    mask.segments = segments
+    carrying: Tensor = mask
+    return carrying
+
+
+def tree_of(mask: Any) -> TokenTree | None:
+    """The tree that a mask carries."""
+    segments: TokenTree | None = getattr(mask, "segments", None)
+    return segments
+
+
 def segment_attention(
     module: nn.Module,
     query: Tensor,
@@ -141,6 +156,7 @@ def segment_attention(
         NotImplementedError: the architecture's attention has a feature that is not implemented here, or does not pass on the
             segment tree.
     """
+    segments = segments or tree_of(attention_mask)
     if segments is None:
         raise NotImplementedError("attention without a segment tree")
     extras = sorted(name for name in ("position_bias", "cache") if kwargs.get(name) is not None)

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
+from ptuning.data.chat_encoder import make_encoder
+from ptuning.data.conversations import MESSAGES
 from ptuning.errors import UserError
+from ptuning.model.base import Base
 from ptuning.model.compatibility import base_of, check_base, next_logits
 from ptuning.model.soft_prompt import Card, SoftPrompt
 from ptuning.registry.promotions import PromotionLog, State
 from ptuning.registry.publish import preferred_metrics, retrieve
 from ptuning.registry.registry import FORCED, STATE, Reference, Registry, Version
+from ptuning.settings.data import Template
 from ptuning.settings.fields import MARGIN
-from ptuning.settings.template import fill, template_fields
 
 
 class GateError(UserError):
@@ -94,7 +97,7 @@ def on_its_base(candidate: SoftPrompt, name: str, path: str | None) -> list[str]
     if not bool(torch.isfinite(candidate.vectors.to(dtype).square().sum(-1)).all()):
         return [f"its vectors are too large for {str(dtype).removeprefix('torch.')}, in which its base computes"]
     model = base.load(dtype).eval()
-    ids = torch.tensor([base.tokenizer(_probe(candidate.card))["input_ids"]])
+    ids = torch.tensor([_probe(candidate.card, base)])
     tuned, untuned = next_logits(model, candidate.vectors, ids), next_logits(model, None, ids)
     if not bool(torch.isfinite(tuned).all()):
         return ["its logits are not finite"]
@@ -122,10 +125,14 @@ def _worse(metric: str, value: float, best: float, name: str, margin: float) -> 
     return [] if good else [f"its {words} {value:.4f} is worse than the champion's {best:.4f} ({name}) by more than {allowed}"]
 
 
-def _probe(card: Card) -> str:
-    if card.template is None:
-        return "The"
-    return fill(card.template.input, dict.fromkeys(template_fields(card.template.input), "This is a test."))
+def _probe(card: Card, base: Base) -> list[int]:
+    """The ids of a short input."""
+    template = card.template or Template(input="{text}", target="{text}")
+    text = "This is a test." if card.template else "The"
+    encoder = make_encoder(template, base.tokenizer, 2**31)
+    if template.is_chat:
+        return encoder.input_ids({MESSAGES: [{"role": "user", "content": text}]})
+    return encoder.input_ids(dict.fromkeys(encoder.fields, text))
 
 
 def _previous(state: State) -> int | None:

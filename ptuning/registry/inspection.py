@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from ptuning.model.soft_prompt import Card
 from ptuning.registry.promotions import Move, PromotionLog
 from ptuning.registry.publish import retrieve
 from ptuning.registry.registry import CHAMPION, Reference, Registry, RegistryError, Version
+from ptuning.settings.data import Template
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,23 @@ def _card_lines(card: Card) -> list[str]:
     if how:
         lines.insert(1, f"computed     {', '.join(how)}")
     if template:
-        lines.append(f"input        {template.input!r}")
-        lines.append(f"target       {template.target!r}")
+        lines += _template_lines(template)
         lines += [f"labels       {', '.join(template.labels)}", *_objective(card)] if template.labels else []
     else:
         lines.append("template     unknown")
     return lines + [f"metric       {name.replace('_', ' ')} {value:.4f}" for name, value in card.metrics.items()]
+
+
+def _template_lines(template: Template) -> list[str]:
+    if not template.is_chat:
+        return [f"input        {template.input!r}", f"target       {template.target!r}"]
+    jinja = str(template.chat_template)
+    lines = [f"chat         template of {len(jinja)} characters, SHA-256 {hashlib.sha256(jinja.encode()).hexdigest()[:12]}"]
+    if template.chat_template_kwargs:
+        lines.append(f"arguments    {json.dumps(template.chat_template_kwargs, ensure_ascii=False)}")
+    if template.system:
+        lines.append(f"system       {template.system!r}")
+    return [*lines, f"trained      {'all answers' if template.loss == 'all' else 'the last answer'}"]
 
 
 def _objective(card: Card) -> list[str]:

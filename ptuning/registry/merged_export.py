@@ -1,17 +1,16 @@
 """Exports a base with one soft prompt as a plain Hugging Face checkpoint, for servers without support for soft prompts.
 
 The vocabulary is extended by the virtual tokens `<|NAME:0|>` ..., whose embeddings are the soft prompt's vectors. The tokenizer
-prepends them to every text, before its own special tokens, as in ptuning's own pass. The chat template does the same, and puts
-the last user message into the field of the card's template. `token_suppression` prevents the generation of virtual tokens. The
-export is loaded again and compared before it gets its name (`merged_check`).
+prepends them to every text, before its own special tokens, as in ptuning's own pass. So does the chat template
+(`merged_chat`). `token_suppression` prevents the generation of virtual tokens. The export is loaded again and compared before
+it gets its name (`merged_check`).
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ptuning.data.chat_encoder import make_encoder
 from ptuning.data.encoder import Encoder
 from ptuning.imports import load_deepspeed
 from ptuning.model.base import Base, listed_ends
@@ -31,14 +31,12 @@ from ptuning.model.safetensors_files import STORED_DTYPES, stored_tensors
 from ptuning.model.soft_prompt import Card, SoftPrompt
 from ptuning.model.text_head import is_made_here
 from ptuning.registry import token_suppression
+from ptuning.registry.merged_chat import PROBES, set_chat_template
 from ptuning.registry.merged_check import OTHERWISE, ExportError, check_logits, check_written, last_logits, merging
 from ptuning.registry.publish import check_free, retrieve
 from ptuning.registry.registry import Registry, Version
 from ptuning.registry.token_suppression import Suppression
 from ptuning.settings.data import Template
-from ptuning.settings.template import fill, template_fields
-
-PROBES = ("This is a test.", "a", "Two  words, 3 numbers\nand äöü!")
 
 
 @dataclass(frozen=True)
@@ -108,19 +106,22 @@ def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Mer
     with merging(name, type(model).__name__):
         expected = torch.stack([next_logits(model, loaded.vectors, torch.tensor([text])).float() for text in texts])
         first = cast(list[int], plain.convert_tokens_to_ids(front))
-        states = token_suppression.hidden_states(model, loaded.vectors, first, len(plain))
+        words = min(len(plain), base.vocabulary)
+        states = token_suppression.hidden_states(model, loaded.vectors, first, words)
         tokenizer = AutoTokenizer.from_pretrained(
             base.folder, trust_remote_code=base.trust_remote_code
         )  # a new copy, which is modified
         ids = _add_tokens(tokenizer, tokens, name)
         untied = _grow(model, ids, vectors)
-        guarded = token_suppression.suppress(model, ids, states)
+        # A tokenizer may have tokens without a row, which get one here, too: they must stay impossible.
+        never = sorted({*ids, *range(base.vocabulary, max(ids) + 1)})
+        guarded = token_suppression.suppress(model, never, states)
         rows = [[*ids, *text] for text in texts]
         found = last_logits(model, rows)
         check_logits(model, ids, found, expected, name)
     tokenizer.padding_side = "left"  # generation continues at the right end
     prepends = _prepend(tokenizer, tokens, ids)
-    chat = _chat(tokenizer, plain, loaded.card.template, [*tokens, *front], ids)
+    chat = set_chat_template(tokenizer, plain, loaded.card.template, [*tokens, *front], ids)
     model.generation_config = _generation(model, base, ids, loaded.card)
     with _new_folder(folder) as temporary, merging(name, type(model).__name__):
         _save(model, temporary, untied)
@@ -222,56 +223,11 @@ def _prepends(tokenizer: PreTrainedTokenizerBase, plain: PreTrainedTokenizerBase
     return all(tokenizer(text)["input_ids"] == [*ids, *plain(text)["input_ids"]] for text in PROBES)
 
 
-def _chat(
-    tokenizer: PreTrainedTokenizerBase, plain: PreTrainedTokenizerBase, template: Template | None, front: Sequence[str],
-    ids: list[int],
-) -> bool:  # fmt: skip
-    """Set a chat template that renders to the ids of ptuning's own pass; False if that is impossible."""
-    tokenizer.chat_template = None
-    if template is None:
-        return False
-    encoder = Encoder(template, plain, 2**31)
-    fields = template_fields(template.input)
-    for space in ("", " "):  # some tokenizers prepend a space to a text, but not after a special token
-        tokenizer.chat_template = _jinja("".join(front) + space, template)
-        if all(
-            _rendered(tokenizer, _message(template, text)) == [*ids, *encoder.input_ids(dict.fromkeys(fields, text))]
-            for text in PROBES
-        ):
-            return True
-    tokenizer.chat_template = None
-    return False
-
-
-def _message(template: Template, text: str) -> str:
-    fields = template_fields(template.input)
-    return text if len(fields) == 1 else fill(template.input, dict.fromkeys(fields, text))
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
-    text = tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _jinja(front: str, template: Template) -> str:
-    """The chat template: the last user message replaces the field; with several fields it is the whole input."""
-    before, behind = "", ""
-    fields = template_fields(template.input)
-    if len(fields) == 1:
-        mark = uuid.uuid4().hex
-        before, _, behind = fill(template.input, {fields[0]: mark}).partition(mark)
-        behind = behind.replace(mark, "")
-    return (
-        "{%- set last = messages | selectattr('role', 'equalto', 'user') | list | last -%}"
-        f"{{{{- {json.dumps(front + before, ensure_ascii=False)} + last['content']"
-        f" + {json.dumps(behind, ensure_ascii=False)} -}}}}"
-    )
-
-
 def _generation(model: PreTrainedModel, base: Base, ids: list[int], card: Card) -> GenerationConfig:
     """The generation config: the base's settings, all its end tokens, and `suppress_tokens` with the virtual tokens."""
     settings = model.generation_config or GenerationConfig()
-    ends = listed_ends(base.tokenizer.eos_token_id, settings.eos_token_id, getattr(model.config, "eos_token_id", None))
+    own = make_encoder(card.template, base.tokenizer, 2**31).end if card.template else None  # a conversation's end of turn
+    ends = listed_ends(base.tokenizer.eos_token_id, settings.eos_token_id, getattr(model.config, "eos_token_id", None), own)
     settings.eos_token_id = ends if len(ends) > 1 else ends[0]
     settings.pad_token_id = base.tokenizer.eos_token_id if settings.pad_token_id is None else settings.pad_token_id
     settings.suppress_tokens = [*(settings.suppress_tokens or []), *ids]

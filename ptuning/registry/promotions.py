@@ -27,8 +27,9 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ptuning.errors import TrackingError
 from ptuning.registry.registry import CHAMPION, Reference, Registry, RegistryError, Version, check_name
-from ptuning.tracking.client import TrackingError, asking
+from ptuning.tracking.client import asking
 
 Kind = Literal["promote", "rollback", "delete"]
 PATIENCE = 30.0

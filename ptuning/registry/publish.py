@@ -29,6 +29,7 @@ def publish(registry: Registry, name: str, folder: str, run_id: str | None, arti
     """
     check_name(name)
     loaded = soft_prompt.load(folder)
+    check_not_base(name, loaded.card.base)
     files = {file: content for file, content in storage.read_folder(folder).items() if file in FILES}
     files = soft_prompt.without_passwords(files)
     tags = describe(loaded.card, files)
@@ -42,6 +43,16 @@ def publish(registry: Registry, name: str, folder: str, run_id: str | None, arti
         storage.write_folder(str(whole), files)  # including the manifest
         registry.upload(run_id, whole)
     return registry.create(name, run_id, tags)
+
+
+def check_not_base(name: str, base: str) -> None:
+    """Refuse a name by which a server calls the base: a request could not tell them apart.
+
+    Raises:
+        RegistryError: it is such a name.
+    """
+    if name in (base, soft_prompt.public_base(base)):
+        raise RegistryError(f"{name}: is the name of the base on a server; choose another name for the soft prompt")
 
 
 def describe(card: Card, files: dict[str, bytes]) -> dict[str, str]:

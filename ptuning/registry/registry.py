@@ -18,11 +18,11 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ptuning.errors import UserError, suggest
+from ptuning.errors import TrackingError, UserError, suggest
 from ptuning.redaction import redact
 from ptuning.settings.fields import NAME
 from ptuning.tracking import client as tracking_client
-from ptuning.tracking.client import TrackingError, asking
+from ptuning.tracking.client import asking
 
 CHAMPION = "champion"
 """The alias of the served version. Only `promotions.PromotionLog` moves it."""

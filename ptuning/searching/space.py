@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ptuning.config import Experiment, ExperimentError, parse_experiment
+from ptuning.config import PLACES, Experiment, ExperimentError, parse_experiment
 from ptuning.settings.search import is_whole, takes_words
 
 Values = Mapping[str, Any]
@@ -63,8 +63,12 @@ def trial_tables(tables: Mapping[str, Any], name: str, values: Values) -> dict[s
 
 
 def key_of(tables: Mapping[str, Any]) -> str:
-    """Hash of everything that determines a trial's result, its seed and budget included."""
-    decisive = {table: tables[table] for table in ("model", "prompt", "data", "train")}
+    """Hash of everything that determines a trial's result within its search, its seed and budget included. Paths do not: what
+    is there is the same for all trials (`run_setup.check_contents`)."""
+    decisive = {
+        table: {key: value for key, value in tables[table].items() if f"{table}.{key}" not in PLACES}
+        for table in ("model", "prompt", "data", "train")
+    }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from ptuning import storage
 
 FILE = "ledger.json"
+PLACES = ("folder", "soft_prompt")
+"""Fields with a path, written relative to the search's folder, which may be moved."""
 Status = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -49,7 +51,8 @@ class TrialStore:
         self.entries: dict[str, TrialRecord] = {}
         if storage.exists(folder, FILE):
             for record in json.loads(storage.read_file(folder, FILE))["trials"]:
-                self.entries[record["run"]] = TrialRecord(**record)
+                places = {key: storage.inside(folder, record[key]) for key in PLACES if record[key]}
+                self.entries[record["run"]] = TrialRecord(**(record | places))
 
     def add(self, entry: TrialRecord) -> None:
         """Write a record down; when this returns it is on disk."""
@@ -79,7 +82,11 @@ class TrialStore:
         with self._lock:
             return [entry for entry in self.entries.values() if not entry.finalist]
 
+    def _record(self, entry: TrialRecord) -> dict[str, Any]:
+        record = asdict(entry)
+        return record | {key: storage.relative(self._folder, record[key]) for key in PLACES if record[key]}
+
     def _write(self) -> None:
-        content = json.dumps({"trials": [asdict(entry) for entry in self.entries.values()]})
+        content = json.dumps({"trials": [self._record(entry) for entry in self.entries.values()]})
         storage.write_file(self._folder, FILE, content.encode())
         self._changed, self._saved_at = False, time.monotonic()

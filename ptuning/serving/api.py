@@ -22,13 +22,14 @@ from ptuning.model.label_trie import LabelTrie
 from ptuning.redaction import logger
 from ptuning.serving.completion import Generation, GenerationRequest, Piece
 from ptuning.serving.http_request import BUSY, REFUSED, ApiError, Asked, as_api_error, authorize, drain, read_body
-from ptuning.serving.input_processor import chat_ids, raw_ids
+from ptuning.serving.input_processor import chat_ids, text_ids
 from ptuning.serving.protocol import (
     Body,
     ChatRequest,
     Classification,
     ClassifyRequest,
     CompletionRequest,
+    Conversation,
     Label,
     Model,
     Models,
@@ -75,7 +76,7 @@ class Api:
     async def _complete(self, body: CompletionRequest, served: Served, began: float) -> Response:
         constrain, new = self._constrain(body, served), self._new_tokens(body, served, body.max_tokens, COMPLETION_TOKENS)
         prompts: list[Any] = [body.prompt] if _is_one(body.prompt) else list(body.prompt)
-        room = self._room(served, served.raw, body.max_tokens, constrain)
+        room = self._room(served, (served.conversation and served.encoder) or served.raw, body.max_tokens, constrain)
         ids = [await self._ids(served, prompt, room) for prompt in prompts]
         questions = [self._question(body, served, each, new, constrain, body.logprobs, strip=False) for each in ids]
         return await self._reply(body, served, questions, CompletionReply, began)
@@ -83,9 +84,12 @@ class Api:
     async def _chat(self, body: ChatRequest, served: Served, began: float) -> Response:
         asked = body.max_completion_tokens or body.max_tokens
         constrain, new = self._constrain(body, served), self._new_tokens(body, served, asked, CHAT_TOKENS)
+        if body.continue_final_message and constrain:
+            message = "continue_final_message: an answer that is a label has no begin; send constrain = false, or leave it out"
+            raise ApiError(400, message, "invalid_request_error", "continue_final_message")
         # In a thread, because tokenising a megabyte of text takes a while.
         room = self._room(served, served.encoder or served.raw, asked, constrain)
-        ids = await asyncio.to_thread(chat_ids, served, body, room)
+        ids = await asyncio.to_thread(chat_ids, served, body, room, self._limits.chat)
         told = (body.top_logprobs or 0) if body.logprobs else None
         question = self._question(body, served, ids, new, constrain, told, strip=True)
         return await self._reply(body, served, [question], ChatReply, began)
@@ -94,7 +98,8 @@ class Api:
         encoder = served.encoder
         if encoder is None or not served.labels:
             raise ApiError(400, f"{served.id} has no labels; use /v1/chat/completions", "invalid_request_error", "model")
-        texts: list[str | dict[str, str]] = [body.input] if isinstance(body.input, str | dict) else list(body.input)
+        given = body.input if isinstance(body.input, list) else [body.input]
+        texts = [each.fields() if isinstance(each, Conversation) else each for each in given]
         if len(texts) > self._limits.waiting:
             raise ApiError(
                 400,
@@ -141,7 +146,7 @@ class Api:
 
     async def _ids(self, served: Served, prompt: str | list[int], room: int) -> list[int]:
         if isinstance(prompt, str):
-            return await asyncio.to_thread(raw_ids, served, prompt, room)
+            return await asyncio.to_thread(text_ids, served, prompt, room)
         if len(prompt) > room:
             raise too_long(len(prompt), room)
         return prompt
@@ -171,7 +176,8 @@ class Api:
         temperature = body.temperature if body.temperature is not None else (0.0 if served.labels else 1.0)
         sampling = Sampling(temperature, body.top_p or 1.0, body.seed, told)
         new = min(new, self._engine.longest - served.length - len(ids))
-        return GenerationRequest(served, ids, new, sampling, tuple(body.stop or ()), constrain, strip)
+        ends = served.ends if strip or served.encoder else ()
+        return GenerationRequest(served, ids, new, sampling, tuple(body.stop or ()), constrain, strip, ends)
 
     async def _reply(
         self, body: Body, served: Served, questions: list[GenerationRequest], kind: type[Reply], began: float
@@ -251,7 +257,7 @@ class Api:
             content_hash=served.content_hash,
             length=served.length or None,
             labels=list(served.labels) or None,
-            template=card.template.input if card and card.template else None,
+            template=("chat" if card.template.is_chat else card.template.input) if card and card.template else None,
             metrics=card.metrics if card else None,
         )
 

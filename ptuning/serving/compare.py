@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ptuning.data.chat_encoder import make_encoder
 from ptuning.data.encoder import Encoder
 from ptuning.errors import UserError
 from ptuning.inference.engine import Engine
@@ -54,7 +55,7 @@ def compare(registry: Registry, name: str, text: str, base_path: str | None = No
     engine = Engine(base.load(torch.float32), base.ends, EngineConfig(context=base.context, name=base.name))
     try:
         longest = max(soft_prompt.card.length for soft_prompt in loaded.values())
-        encoder = Encoder(card.template, base.tokenizer, engine.longest - longest)
+        encoder = make_encoder(card.template, base.tokenizer, engine.longest - longest)
         new = card.max_new_tokens or NEW_TOKENS
         room = encoder.input_room if encoder.label_ids else encoder.limit - new
         ids = row_ids(encoder, fields_of(encoder, text), room, truncate=False)
@@ -89,9 +90,9 @@ def _ask(engine: Engine, encoder: Encoder, who: str, ids: list[int], handle: Res
         shares = probabilities(scores, labels)
         label = max(shares, key=lambda each: shares[each])
         return Opinion(who, label, shares[label])
-    events = list(engine.generate(Request(ids, handle, new)))
+    events = list(engine.generate(Request(ids, handle, new, ends=(encoder.end,))))
     end = events[-1]
     if isinstance(end, End) and end.reason == "failed":
         return Opinion(who, f"({end.message})")
-    tokens = [event.id for event in events if isinstance(event, Token)]
+    tokens = [event.id for event in events if isinstance(event, Token) and event.id != encoder.end]
     return Opinion(who, str(encoder.tokenizer.decode(tokens, skip_special_tokens=True)).strip())

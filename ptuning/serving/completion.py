@@ -46,6 +46,8 @@ class GenerationRequest:
     constrain: bool = False
     strip: bool = False
     """Strip leading white space, as in chat messages."""
+    ends: tuple[int, ...] = ()
+    """Tokens that end the answer, besides those of the base."""
 
 
 class Generation:
@@ -69,7 +71,7 @@ class Generation:
             self._scores = engine.choose(handle, [question.ids], _trie(question.served))
         else:
             loop = asyncio.get_running_loop()
-            request = Request(question.ids, handle, question.max_tokens, sampling)
+            request = Request(question.ids, handle, question.max_tokens, sampling, ends=question.ends)
 
             def deliver(event: Token | End) -> None:
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
@@ -90,15 +92,19 @@ class Generation:
             AnswerFailed: the engine failed.
         """
         tokenizer = self._question.served.raw.tokenizer
+        ends = {tokenizer.eos_token_id, *self._engine.ends, *self._question.ends}
         told = self._sampling.top is not None
         text = TextStream(tokenizer, self._question.stops, self._question.strip)
         waiting: list[TokenText] = []
         async for event in self._tokens():
             if isinstance(event, Token):
                 self.completion_tokens += 1
-                if told and event.id != tokenizer.eos_token_id:
-                    waiting.append(token_text(tokenizer, event, len(text.text)))
+                if event.id in ends:
+                    continue
+                before = len(text.text)
                 new = text.push(event.id)
+                if told:
+                    waiting.append(token_text(tokenizer, event, text.added, before))
                 if text.stopped:
                     self.close()
                     yield Piece(new, tuple(token for token in waiting if token.offset < len(text.text)), "stop")
@@ -109,6 +115,8 @@ class Generation:
             elif event.reason in ("stop", "length"):
                 self.cached_tokens = event.cached
                 rest = text.flush()
+                if waiting and text.added:  # of a character that is not complete
+                    waiting[-1] = replace(waiting[-1], text=waiting[-1].text + text.added)
                 yield Piece(rest, tuple(waiting), "stop" if text.stopped else event.reason)
             else:
                 raise AnswerFailed(event.message or "the answer was cancelled")

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ptuning.inference.sampling import Token
 
 
 @dataclass(frozen=True)
 class TokenText:
-    """A token as text, with its offset in the answer."""
+    """A token as text, with its offset in the answer. The texts of all tokens are the text of the answer: of a character that
+    has several tokens, the last one has it."""
 
     text: str
+    content: bytes
+    """The bytes of the text; of a token that is a part of a character, its own."""
     offset: int
     logprob: float
-    top: tuple[tuple[str, float], ...]
+    top: tuple[tuple[str, bytes, float], ...]
+    """Text, bytes and log-probability of the likeliest tokens; no text occurs twice."""
 
 
 class TextStream:
@@ -30,10 +37,13 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stops = stops
         self._strip = strip
-        self._ids: list[int] = []
+        # Behind a known token: decoders strip the space of the first one, as SentencePiece's do.
+        self._ids = list(_known_token(tokenizer))
         self._context = 0  # tokens before this one no longer affect how the next ones are decoded
-        self._read = 0  # number of tokens in the text
+        self._read = len(self._ids)  # number of tokens in the text
         self._sent = 0
+        self.added = ""
+        """What the last token has added, white space included."""
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that can be sent now."""
@@ -41,14 +51,17 @@ class TextStream:
         known = self._decode(self._ids[self._context : self._read])
         whole = self._decode(self._ids[self._context :])
         if whole.endswith("\ufffd"):  # a character of several tokens, not yet complete
+            self.added = ""
             return ""
         self._context, self._read = self._read, len(self._ids)
-        return self._take(whole[len(known) :])
+        self.added = whole[len(known) :]
+        return self._take(self.added)
 
     def flush(self) -> str:
         """The remaining text at the end."""
         known = self._decode(self._ids[self._context : self._read])
-        new = self._take(self._decode(self._ids[self._context :])[len(known) :])
+        self.added = self._decode(self._ids[self._context :])[len(known) :]
+        new = self._take(self.added)
         if not self.stopped:
             new += self.text[self._sent :]
             self._sent = len(self.text)
@@ -77,7 +90,48 @@ class TextStream:
         return self.text[start : self._sent]
 
 
-def token_text(tokenizer: PreTrainedTokenizerBase, token: Token, offset: int) -> TokenText:
-    read: Callable[[int], str] = lambda id: str(tokenizer.decode([id], clean_up_tokenization_spaces=False))  # noqa: E731
-    top = tuple((read(id), logprob) for id, logprob in token.top)
-    return TokenText(read(token.id), offset, token.logprob or 0.0, top)
+def token_text(tokenizer: PreTrainedTokenizerBase, token: Token, text: str, offset: int) -> TokenText:
+    """A token with its log-probabilities; `text`: what it has added to the answer."""
+    _, part, is_part = _own(tokenizer, token.id)
+    content = part if is_part else text.encode()
+    shown: dict[str, tuple[bytes, float]] = {}
+    for id, logprob in token.top:
+        other, its = (text, content) if id == token.id else _own(tokenizer, id)[:2]
+        shown[other if other not in shown else f"token_id:{id}"] = its, logprob
+    top = tuple((each, its, logprob) for each, (its, logprob) in shown.items())
+    return TokenText(text, content, offset, token.logprob or 0.0, top)
+
+
+def _own(tokenizer: PreTrainedTokenizerBase, id: int) -> tuple[str, bytes, bool]:
+    """A token alone as text and bytes, and whether it is a part of a character. Such a part is written as in OpenAI's API:
+    "bytes:\\xf0\\x9f"."""
+    front = list(_known_token(tokenizer))
+    decode = tokenizer.decode
+    whole = str(decode([*front, id], clean_up_tokenization_spaces=False))
+    text = whole[len(str(decode(front, clean_up_tokenization_spaces=False))) :] if front else whole
+    if "\ufffd" not in text:
+        return text, text.encode(), False
+    content = _bytes(str(tokenizer.convert_ids_to_tokens(id)))
+    if content is None or content == text.encode():
+        return text, text.encode(), False
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content), content, True
+
+
+def _bytes(piece: str) -> bytes | None:
+    """The bytes of an entry of a vocabulary that is a part of a character: of SentencePiece, or of GPT-2's kind."""
+    if found := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
+        return bytes.fromhex(found[1])
+    letters = _letters()
+    return bytes(letters[letter] for letter in piece) if all(letter in letters for letter in piece) else None
+
+
+@lru_cache(maxsize=1)
+def _letters() -> dict[str, int]:
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
+
+
+@lru_cache(maxsize=8)
+def _known_token(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """A token whose text is known; none if the tokenizer has no such token."""
+    ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return tuple(ids) if str(tokenizer.decode(ids, skip_special_tokens=True)).endswith("a") else ()

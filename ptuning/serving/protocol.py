@@ -93,8 +93,12 @@ class Message(Shape):
 
 class ChatRequest(Body):
     messages: Annotated[list[Message], Field(min_length=1)]
-    """A soft prompt with a template uses only the last user message: its text, or a JSON object if the template has several
-    fields. Without a template, the tokenizer's chat template is applied to all messages."""
+    """A soft prompt that was trained on conversations, and the bare base, take all messages by their chat template. One with a
+    plain template takes one user message: its text, or a JSON object if the template has several fields."""
+    add_generation_prompt: bool | None = None
+    """False only with `continue_final_message`."""
+    continue_final_message: bool | None = None
+    """Continue the last message, which is the begin of an answer. The response contains the rest."""
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -102,6 +106,8 @@ class ChatRequest(Body):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatRequest:
+        if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
+            raise ValueError("add_generation_prompt: is the opposite of continue_final_message; leave it out")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: is only used with logprobs = true")
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
@@ -112,10 +118,18 @@ class ChatRequest(Body):
 Fields = Annotated[dict[Annotated[str, Field(max_length=200)], str], Field(min_length=1, max_length=100)]
 
 
+class Conversation(Shape):
+    messages: Annotated[list[Message], Field(min_length=1)]
+
+    def fields(self) -> dict[str, Any]:
+        """As an encoder takes it."""
+        return {"messages": [{"role": message.role, "content": message.text} for message in self.messages]}
+
+
 class ClassifyRequest(Shape):
     model: Name
-    input: str | Fields | Annotated[list[str | Fields], Field(min_length=1)]
-    """A text, or an object with the template's fields; or a list of either."""
+    input: str | Conversation | Fields | Annotated[list[str | Conversation | Fields], Field(min_length=1)]
+    """A text, an object with the template's fields, or a conversation (an object with `messages`); or a list of them."""
     truncate: bool = False
 
 
@@ -244,6 +258,7 @@ class Model(Shape):
     """Virtual tokens."""
     labels: list[str] | None = None
     template: str | None = None
+    """Its input with fields in braces; `chat`: it takes conversations."""
     metrics: dict[str, float] | None = None
 
 

@@ -85,7 +85,7 @@ class CompletionReply:
         logprobs = CompletionLogprobs(
             tokens=[token.text for token in tokens],
             token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=[dict(token.top) for token in tokens],
+            top_logprobs=[{text: logprob for text, _, logprob in token.top} for token in tokens],
             text_offset=[token.offset for token in tokens],
         )
         return CompletionChoice(
@@ -138,12 +138,8 @@ Reply = ChatReply | CompletionReply
 
 
 def _chat_logprob(token: TokenText) -> TokenLogprob:
-    top = [TopLogprob(token=text, logprob=logprob, bytes=_bytes(text)) for text, logprob in token.top]
-    return TokenLogprob(token=token.text, logprob=token.logprob, bytes=_bytes(token.text), top_logprobs=top)
-
-
-def _bytes(text: str) -> list[int]:
-    return list(text.encode())
+    top = [TopLogprob(token=text, logprob=logprob, bytes=list(content)) for text, content, logprob in token.top]
+    return TokenLogprob(token=token.text, logprob=token.logprob, bytes=list(token.content), top_logprobs=top)
 
 
 async def merged(answers: list[Generation]) -> AsyncIterator[tuple[int, Piece]]:

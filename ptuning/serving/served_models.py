@@ -16,11 +16,14 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ptuning import storage
+from ptuning.data.chat_encoder import ChatEncoder, chat_template_of, make_encoder
+from ptuning.data.chat_text import ChatText
 from ptuning.data.encoder import Encoder
-from ptuning.errors import UserError, suggest
+from ptuning.errors import DataError, TrackingError, UserError, suggest
 from ptuning.inference.engine import Engine
 from ptuning.inference.inputs import RAW
 from ptuning.inference.sampling import Token
@@ -32,7 +35,8 @@ from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
 from ptuning.redaction import last_name, logger, placeless, redact
 from ptuning.registry.publish import retrieve
 from ptuning.registry.registry import CHAMPION, Registry, Version
-from ptuning.tracking.client import OFFLINE, TrackingError
+from ptuning.settings.data import Template
+from ptuning.tracking.client import OFFLINE
 
 log = logger(__name__)
 
@@ -61,6 +65,23 @@ class Served:
     card: Card | None = None
     encoder: Encoder | None = None
     """For rows of the template; None without one."""
+
+    @cached_property
+    def conversation(self) -> ChatText | None:
+        """How a conversation becomes text: by the card's chat template or, without any template, by that of the base; None: by
+        neither."""
+        if self.encoder is not None:
+            return self.encoder.chat if isinstance(self.encoder, ChatEncoder) else None
+        jinja = chat_template_of(self.raw.tokenizer)
+        return ChatText(self.raw.tokenizer, Template(chat_template=jinja)) if jinja else None
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer, besides those of the base: the end of a turn."""
+        try:
+            return (self.conversation.end,) if self.conversation else ()
+        except DataError:  # no soft prompt can be trained with this template, but a base answers with it
+            return ()
 
     @property
     def length(self) -> int:
@@ -260,6 +281,8 @@ class ServedModels:
         # The hashes are tags that everyone with access to MLflow can write, and they name a folder.
         if not _HASH.fullmatch(entry.content_hash) or not _HASH.fullmatch(entry.card_hash):
             raise SoftPromptError(f"{entry}: its tags contain no SHA-256 of vectors and card; publish it again")
+        if entry.name == self.base_id:  # its champion would answer in place of the base, or the base in its place
+            raise SoftPromptError(f"{entry}: has the name of the base on this server; publish it under another name")
         loaded = self._bytes(entry, version)
         base, card = self._base, loaded.card
         check_base(loaded, str(entry), base)
@@ -268,7 +291,7 @@ class ServedModels:
             raise SoftPromptError(
                 f"{entry}: {card.length} virtual tokens leave no space in {self._engine.longest} positions; shorten it"
             )
-        encoder = Encoder(card.template, base.tokenizer, room) if card.template else None
+        encoder = make_encoder(card.template, base.tokenizer, room) if card.template else None
         if encoder is not None and card.template is not None and card.template.labels:
             self._engine.check_room(card.length, 1, max(map(len, encoder.label_ids)))
         handle = self._engine.add(loaded.vectors, card.content_hash)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -28,15 +29,19 @@ from ptuning.cluster.failures import memory, ray_logs
 from ptuning.cluster.jobs import APPLICATION, PACKAGES
 from ptuning.cluster.local_paths import absolute
 from ptuning.config import Experiment
-from ptuning.errors import UserError
+from ptuning.errors import TrackingError, UserError
 from ptuning.redaction import logger
 from ptuning.serving.auth import Scope, check_address, is_loopback, read_keys
 from ptuning.serving.deployment import DEPLOYMENT, application
+from ptuning.tracking.client import database, obeyed, tracking_uri
+from ptuning.tracking.database import check_database
 
 log = logger(__name__)
 
 FLUSH = 0.3
 """Seconds for the proxies to pass on the last bytes."""
+
+_TAKEN = re.compile(r"Failed to bind to address '([^']+)'")
 
 LOOK = 2.0
 """Seconds between looks at a replica's state, for the people who watch the command."""
@@ -52,7 +57,7 @@ class Server:
     def __init__(
         self, experiment: Experiment, *, insecure: bool = False, say: Callable[[str], None] = lambda line: None
     ) -> None:
-        self._experiment, keys = _prepared(experiment, insecure)
+        self._experiment, keys = _prepared(experiment, insecure, say)
         environment.apply("proxy")  # for the processes of a cluster that is started here
         self._running = True
         self._started_here = start_ray(self._experiment)
@@ -116,7 +121,7 @@ def deploy(experiment: Experiment, *, insecure: bool, say: Callable[[str], None]
     Raises:
         UserError: as in `run_server`, or there is no cluster: one that is started here would end with this process.
     """
-    experiment, keys = _prepared(experiment, insecure)
+    experiment, keys = _prepared(experiment, insecure, say)
     if not (experiment.compute.address or os.environ.get("RAY_ADDRESS")):
         raise UserError("compute.address: there is no cluster that could keep serving; set it, or serve without --detach")
     start_ray(experiment)
@@ -131,8 +136,16 @@ def deploy(experiment: Experiment, *, insecure: bool, say: Callable[[str], None]
     return {"url": _url(experiment), "application": APPLICATION, "served": sorted(state["served"])}
 
 
-def _prepared(experiment: Experiment, insecure: bool) -> tuple[Experiment, dict[str, Scope]]:
+def _prepared(experiment: Experiment, insecure: bool, say: Callable[[str], None]) -> tuple[Experiment, dict[str, Scope]]:
+    if note := obeyed(experiment):
+        say(note)
     experiment = absolute(experiment)
+    try:  # a server can start without its registry: with the set that it served last
+        path = database(tracking_uri(experiment))
+        if path and path.exists():
+            check_database(path)
+    except TrackingError as error:
+        say(f"warning: {error}")
     keys = read_keys(experiment.serve.keys)
     check_address(experiment.serve.host, keys, insecure)
     return experiment, keys
@@ -146,13 +159,13 @@ def _run(experiment: Experiment, keys: Mapping[str, Scope]) -> Any:
     _check_resources(experiment)
     logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)  # its level is set anew
     limits = experiment.serve
-    serve.start(
-        proxy_location=ProxyLocation.HeadOnly if is_loopback(limits.host) else ProxyLocation.EveryNode,
-        http_options=HTTPOptions(host=limits.host, port=limits.port, request_timeout_s=limits.deadline_s + 30),
-    )
     try:
+        serve.start(
+            proxy_location=ProxyLocation.HeadOnly if is_loopback(limits.host) else ProxyLocation.EveryNode,
+            http_options=HTTPOptions(host=limits.host, port=limits.port, request_timeout_s=limits.deadline_s + 30),
+        )
         return serve.run(application(experiment, keys, _surge(experiment)), name=APPLICATION, route_prefix="/")
-    except RuntimeError as error:
+    except Exception as error:  # Serve raises many types: of the replica, of a proxy, of its controller, of a timeout
         raise UserError(f"the server did not start: {_reason(error)}; Ray's own logs are in {ray_logs()}") from None
 
 
@@ -256,10 +269,14 @@ def _surge(experiment: Experiment) -> int:
     return 100 if fits else 0
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """The last line that a person wrote: by a replica, which Serve (2.60) keeps beside its error, or by Serve."""
-    application = serve.status().applications.get(APPLICATION)
-    told = [deployment.message for deployment in application.deployments.values()] if application else []
-    text = "\n".join([str(error), *told])
+    told: list[str] = []
+    with suppress(Exception):  # the controller may be what failed
+        application = serve.status().applications.get(APPLICATION)
+        told = [deployment.message for deployment in application.deployments.values()] if application else []
+    text = "\n".join([str(error) or type(error).__name__, *told])
+    if found := _TAKEN.search(text):
+        return f"serve.port: {found[1]} is taken by another program; end it, or choose another port"
     lines = [line.strip() for line in text.splitlines() if "Error: " in line]
-    return memory(text) or (lines[-1].partition("Error: ")[2] if lines else text.splitlines()[0])
+    return memory(text) or (lines[-1].partition("Error: ")[2] if lines else text.strip().splitlines()[0])

@@ -10,7 +10,7 @@ import torch
 
 from ptuning import storage
 from ptuning.config import Experiment
-from ptuning.errors import UserError
+from ptuning.errors import TrackingError, UserError
 from ptuning.inference.engine import Engine
 from ptuning.inference.types import End, EngineConfig, Request
 from ptuning.model.base import find_base
@@ -19,7 +19,7 @@ from ptuning.registry.registry import Registry
 from ptuning.serving.auth import Scope
 from ptuning.serving.metrics import Metrics
 from ptuning.serving.served_models import ServedModels
-from ptuning.tracking.client import TrackingError, tracking_uri
+from ptuning.tracking.client import tracking_uri
 
 log = logger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, WithJsonSchema, field_validator, model_validator
 
 from ptuning.settings.fields import EMPTY, Count, NonBlank, Positive, Table
 from ptuning.settings.label_values import canonical, label_text
@@ -27,6 +27,17 @@ RESERVED = frozenset(
 """Names that transformers' `apply_chat_template` (5.23) does not pass on to a template."""
 
 
+_LABEL = {"type": ["string", "number", "boolean"]}
+_LABELS = {
+    "anyOf": [
+        {"type": "array", "items": _LABEL},
+        {"type": "object", "additionalProperties": _LABEL},
+        {"enum": ["auto", None]},
+    ]
+}
+"""JSON schema of `data.labels`, for editors."""
+
+
 class Template(Table):
     """How a row becomes text: by plain templates (`input`, `target`) or, if both are empty, by a chat template. Stored in the
     card: training, evaluation and serving see the same tokens."""
@@ -45,7 +56,7 @@ class Template(Table):
     """System message of conversations that begin without one."""
     loss: Literal["last", "all"] | None = None
     """What is trained of a conversation: its last answer (the default) or all its answers. Answers with `weight` 0 are not."""
-    labels: tuple[str, ...] | None = None
+    labels: Annotated[tuple[str, ...] | None, WithJsonSchema(_LABELS)] = None
     """All labels of a classification task: a list; a table {"0" = "negative", "1" = "positive"} from values of the rows to
     labels; or "auto", the values of the training rows. Without labels the target is free text."""
     label_values: tuple[tuple[str, str], ...] | None = None
@@ -285,6 +296,12 @@ class DataConfig(Template):
     def validation_share(self) -> float:
         """The fraction of the training rows that is used for validation; 0: validation rows are a source of their own."""
         return self.validation if isinstance(self.validation, float) else 0.0
+
+    @property
+    def chat_template_file(self) -> str | None:
+        """The file that `chat_template` names; None: it is the template itself, or not set."""
+        given = self.chat_template
+        return None if given is None or "{" in given or "\n" in given else given
 
     def sources(self) -> Iterator[tuple[str, str | Sequence[str]]]:
         """The splits that are read from files or data sets of their own, and where from."""

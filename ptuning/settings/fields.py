@@ -10,6 +10,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 """Names of experiments, runs and soft prompts: safe as a folder name, a registry entry and a model id."""
 
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+"""Ids of bases on the Hugging Face Hub: the oldest have no organisation, as gpt2."""
+
 EMPTY = "is empty (an unset shell variable?); give it a value, or leave it out"
 """The message for a blank setting or command-line option that needs a value."""
 

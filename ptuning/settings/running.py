@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -28,6 +28,9 @@ class ServeConfig(Table):
     """CPU cores per replica."""
     gpus_per_replica: Number = 0.0
     """With a fraction several replicas share a GPU."""
+    chat: Literal["whole", "last"] = "whole"
+    """What a soft prompt with a plain template takes of a conversation. whole: one user message, anything more is answered with
+    400; last: only the last user message, the rest is ignored. Soft prompts trained on conversations always take the whole."""
     running: Positive = 32
     """Maximum requests in one batch of a replica."""
     waiting: Positive = 256
@@ -57,9 +60,9 @@ class TrackingConfig(Table):
     """MLflow."""
 
     uri: NonBlank | None = None
-    """Tracking server or database. Default: SQLite in the storage folder."""
-    experiment: NonBlank = "ptuning"
-    """MLflow experiment that the runs belong to."""
+    """Tracking server or database. Default: MLFLOW_TRACKING_URI, else SQLite in the storage folder."""
+    experiment: NonBlank | None = None
+    """MLflow experiment that the runs belong to. Default: MLFLOW_EXPERIMENT_NAME, else "ptuning"."""
 
 
 class ComputeConfig(Table):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +11,16 @@ from typing import Any
 
 from ptuning import environment
 from ptuning.config import Experiment
-from ptuning.errors import UserError
+from ptuning.errors import TrackingError, UserError
 from ptuning.redaction import redact
+from ptuning.tracking.database import check_database, deleted_experiment
 from ptuning.tracking.outbox import locked
 
 ARTIFACTS = "mlartifacts"
 """Folder of all artifacts inside the storage folder."""
+
+URI, NAME = "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"
+"""MLflow's variables. Its user name and password (MLFLOW_TRACKING_USERNAME, ...) are read by MLflow itself."""
 
 environment.apply("mlflow")
 
@@ -40,12 +45,102 @@ def default_uri(storage: str | Path) -> str:
 
 
 def tracking_uri(experiment: Experiment) -> str:
-    """Where an experiment is tracked.
+    """Where an experiment is tracked: `tracking.uri`, else MLFLOW_TRACKING_URI, else the database in its storage folder.
 
     Raises:
-        UserError: as `default_uri`.
+        UserError: as `default_uri`, or MLflow cannot write to that address.
     """
-    return experiment.tracking.uri or default_uri(experiment.compute.storage)
+    return named_uri(experiment.tracking.uri) or default_uri(experiment.compute.storage)
+
+
+def named_uri(written: str | None, name: str = "tracking.uri") -> str | None:
+    """The address that was given, with an absolute path: by `written` (the setting or option `name`), else by
+    MLFLOW_TRACKING_URI; None if there is none.
+
+    Raises:
+        UserError: it is a folder of files, which MLflow no longer writes.
+    """
+    if not written:
+        written, name = os.environ.get(URI, "").strip() or None, URI
+    if written is None:
+        return None
+    if written.startswith("sqlite:"):
+        path = written.removeprefix("sqlite:").removeprefix("//").removeprefix("/")
+        return f"sqlite:///{Path(path).expanduser().absolute()}" if path and path != ":memory:" else written
+    if written.startswith("file:") or ("://" not in written and not written.startswith(("databricks", "uc:"))):
+        raise UserError(
+            f"{name}: {redact(written)} is a folder of files, to which MLflow no longer writes (3.13); give a database, "
+            "sqlite:////folder/mlflow.db, or a server, http://host:port"
+        )
+    return written
+
+
+def experiment_name(experiment: Experiment) -> str:
+    """The MLflow experiment of the runs: `tracking.experiment`, else MLFLOW_EXPERIMENT_NAME, else "ptuning"."""
+    return experiment.tracking.experiment or os.environ.get(NAME, "").strip() or "ptuning"
+
+
+def obeyed(experiment: Experiment) -> str | None:
+    """A line about the variables of MLflow that decide where this experiment is tracked; None if none does."""
+    given = {
+        name: os.environ.get(name, "").strip()
+        for name, setting in ((URI, experiment.tracking.uri), (NAME, experiment.tracking.experiment))
+        if setting is None
+    }
+    said = [f"{name}={redact(value)}" for name, value in given.items() if value]
+    return f"tracking: as {' and '.join(said)} says" if said else None
+
+
+def check_tracking(experiment: Experiment) -> None:
+    """Check what would keep the records of a run out of MLflow for good. A server that does not respond does not: records
+    wait for it. Takes milliseconds for a local database, and imports no MLflow.
+
+    Raises:
+        UserError: the database cannot be used, or the experiment was deleted.
+    """
+    uri, name = tracking_uri(experiment), experiment_name(experiment)
+    path = database(uri)
+    if path is not None and path.exists():
+        check_database(path, write=True)
+    deleted = deleted_experiment(path, name) if path is not None else _deleted_there(uri, name)
+    if deleted:
+        raise was_deleted(uri, name, deleted)
+
+
+def was_deleted(uri: str, name: str, number: str) -> UserError:
+    """The error for an experiment that was deleted in MLflow, which accepts no run of it."""
+    return UserError(
+        f"tracking.experiment: the MLflow experiment {name!r} was deleted; restore it with: MLFLOW_TRACKING_URI={redact(uri)} "
+        f"mlflow experiments restore --experiment-id {number}, or choose another name"
+    )
+
+
+def _deleted_there(uri: str, name: str) -> str | None:
+    """The id of a deleted experiment on a server; None if there is none, or if the server does not respond."""
+    if not uri.startswith(("http://", "https://")):
+        return None
+    import requests
+
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{part}") for part in ("USERNAME", "PASSWORD"))
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    try:
+        answer = requests.get(
+            f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/get-by-name",
+            {"experiment_name": name},
+            auth=(user, password or "") if user else None,
+            headers={"authorization": f"Bearer {token}"} if token else None,
+            timeout=3,
+        )
+        found = answer.json().get("experiment", {})
+    except (OSError, ValueError, AttributeError):  # requests' errors are OSErrors
+        return None
+    return str(found["experiment_id"]) if found.get("lifecycle_stage") == "deleted" else None
+
+
+def artifact_root(uri: str, storage: str | Path) -> str:
+    """Where new MLflow experiments keep files: beside a local database, so that both move together; else in the storage."""
+    path = database(uri)
+    return default_artifact_root(path.parent if path else storage)
 
 
 def default_artifact_root(storage: str | Path) -> str:
@@ -58,19 +153,13 @@ def default_artifact_root(storage: str | Path) -> str:
 OFFLINE = "OFFLINE"
 
 
-class TrackingError(UserError):
-    """MLflow did not respond (`code` is OFFLINE) or returned an error (`code` is MLflow's, such as RESOURCE_DOES_NOT_EXIST)."""
-
-    def __init__(self, message: str, code: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 def connect(uri: str) -> Any:
     """An `MlflowClient` for runs and registry; a missing local database is created."""
-    mlflow = load_mlflow()
     if path := database(uri):
+        if path.exists():
+            check_database(path)
         _create_database(path)
+    mlflow = load_mlflow()
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -115,7 +204,10 @@ def _artifact_roots(client: Any) -> tuple[str, str]:
     """The artifact folder that the database in a storage folder recorded at its creation, and the current one; empty for all
     other stores."""
     path = database(client.tracking_uri)
-    first = client.get_experiment_by_name("Default") if path else None  # created with the database
+    try:
+        first = client.get_experiment("0") if path else None  # created with the database, perhaps renamed or deleted since
+    except load_mlflow().MlflowException:
+        first = None
     root, _, number = first.artifact_location.rpartition("/") if first else ("", "", "")
     if path is None or number != "0" or not root.endswith(f"/{ARTIFACTS}"):
         return "", ""
@@ -136,6 +228,8 @@ def experiment_id(client: Any, name: str, artifact_root: str | None) -> str:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         experiment = client.get_experiment_by_name(name)  # another process was faster
+    if experiment.lifecycle_stage == "deleted":
+        raise was_deleted(client.tracking_uri, name, experiment.experiment_id)
     return str(experiment.experiment_id)
 
 

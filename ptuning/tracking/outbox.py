@@ -52,7 +52,7 @@ class Outbox:
         about |= {"run_name": run_name, "parent": parent, "time": time.time_ns() // 1_000_000}
         if path.exists():
             about = json.loads(path.read_text())
-        about["uri"] = redact(uri)
+        about |= {"uri": address(folder, uri), "artifact_root": artifact_root}
         write_file(path, json.dumps(about).encode())
         (folder / "events.jsonl").touch()
         return cls(folder)
@@ -108,16 +108,30 @@ class Outbox:
             file.seek(max(0, self.size() - 200))
             return b'{"kind": "finish"' in file.read().rstrip(b"\n").rpartition(b"\n")[2]
 
+    def belongs_to(self, uri: str) -> bool:
+        """True if the run is tracked in this MLflow."""
+        return self.about["uri"] in (address(self.folder, uri), redact(uri))
+
     def sent(self, uri: str) -> Sent:
         """The upload progress to this MLflow. If unknown, 0: uploading again is harmless."""
+        here = address(self.folder, uri)
         try:
             sent = Sent(**json.loads((self.folder / "sent.json").read_text()))
         except (OSError, ValueError, TypeError):
-            return Sent(redact(uri))
-        return sent if sent.uri == redact(uri) and sent.offset <= self.size() else Sent(redact(uri))
+            return Sent(here)
+        return sent._replace(uri=here) if sent.uri in (here, redact(uri)) and sent.offset <= self.size() else Sent(here)
 
     def save_sent(self, sent: Sent) -> None:
         write_file(self.folder / "sent.json", json.dumps(sent._asdict()).encode(), sync=False)
+
+
+def address(folder: Path, uri: str) -> str:
+    """The address of an MLflow in the records of an outbox: a database in a folder above it is named by the way to it, so both
+    may be moved together."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:////") and folder.absolute().is_relative_to(path.parent):
+        return f"sqlite:{os.path.relpath(path, folder.absolute())}"
+    return redact(uri)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ptuning.redaction import logger, redact
-from ptuning.tracking.client import artifacts, connect, experiment_id, load_mlflow, reason_of
+from ptuning.tracking.client import artifacts, connect, database, default_artifact_root, experiment_id, load_mlflow, reason_of
 from ptuning.tracking.outbox import Outbox, Record, Sent, locked
 
 log = logger(__name__)
@@ -33,7 +33,7 @@ def ship_leftovers(folder: Path, uri: str) -> int:
     outboxes = sorted(found, key=lambda outbox: int(outbox.about["time"]))  # parents before their children
     waiting, down = 0, False
     for outbox in outboxes:
-        if outbox.about["uri"] != redact(uri):
+        if not outbox.belongs_to(uri):
             continue
         with locked(outbox.folder / "writer.lock") as abandoned:
             if not abandoned:
@@ -251,7 +251,9 @@ class Uploader:
 
     @cached_property
     def _experiment_id(self) -> str:
-        return experiment_id(self._client, self.outbox.about["experiment"], self.outbox.about["artifact_root"])
+        path = database(self.uri)  # its folder may have been moved since the outbox was written
+        root = default_artifact_root(path.parent) if path else self.outbox.about["artifact_root"]
+        return experiment_id(self._client, self.outbox.about["experiment"], root)
 
 
 def _is_final(error: Exception) -> bool:

@@ -41,7 +41,6 @@ from ptuning.training.messages import (
     Started,
     StartRun,
     Stepped,
-    read_event,
 )
 from ptuning.training.slot import Slot, checkpoints, initial_starts, learning_rate, make_card
 from ptuning.training.starts import SCALE, Start, lower_scales
@@ -98,7 +97,6 @@ class Pack:
                     "under another name"
                 )
             slot.restore(*saved)
-            slot.unrecorded_events = [(math.inf, read_event(event)) for event in saved[1]["events"]]
         self.slots.append(slot)
         return slot
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ptuning import storage
 from ptuning.config import Experiment
+from ptuning.errors import TrackingError
 from ptuning.redaction import redact
 from ptuning.tracking import client as tracking_client
 
@@ -83,7 +84,7 @@ class TrainResult:
         """PNG files of the run in MLflow by name, such as "loss.png"; none if MLflow does not answer."""
         if self.run_id is None:
             return {}
-        with suppress(tracking_client.TrackingError), tempfile.TemporaryDirectory(prefix="ptuning-") as folder:
+        with suppress(TrackingError), tempfile.TemporaryDirectory(prefix="ptuning-") as folder:
             uri = tracking_client.tracking_uri(self.experiment)
             with tracking_client.asking(uri):
                 store = tracking_client.artifacts(tracking_client.connect(uri), self.run_id)
@@ -109,10 +110,11 @@ class TrainResult:
 
     @classmethod
     def read(cls, plain: dict[str, Any], experiment: Experiment) -> Self:
-        """The inverse of `as_json`."""
+        """The inverse of `as_json`, and of what a run's record made of it: its folder may have been moved."""
         known = {each.name for each in fields(cls)}
         given = {key: value for key, value in plain.items() if key in known}
-        return cls(experiment=experiment, folder=plain["soft_prompt"], **given)
+        run = storage.join(experiment.compute.storage, experiment.name)
+        return cls(experiment=experiment, folder=storage.inside(run, plain["soft_prompt"]), **given)
 
 
 def describe(plain: Mapping[str, Any]) -> str:

@@ -31,13 +31,15 @@ from ptuning.data.resolve import resolved
 from ptuning.data.task import describe_task, load_task
 from ptuning.errors import RunFailed, UserError
 from ptuning.model.base import Base, find_base
+from ptuning.registry.publish import check_not_base
+from ptuning.tracking import client as tracking_client
 from ptuning.tracking.tracker import Status, Tracker
 from ptuning.training import lease
 from ptuning.training.event_queue import EventQueue
 from ptuning.training.messages import Event, read_event
 from ptuning.training.ray_trainer import make_trainer, scale
 from ptuning.training.result import TrainResult
-from ptuning.training.run_setup import bring_parent, check_run_name, pin_parent, publish_run, write_run
+from ptuning.training.run_setup import bring_parent, check_run_name, pin_parent, publish_run, run_contents, write_run
 from ptuning.training.run_tracking import Recorder, start_tracker
 
 Show = Callable[[Event], None]
@@ -104,6 +106,8 @@ def execute_run(
     Raises:
         UserError, RunFailed: as `run_training`.
     """
+    if register:
+        check_not_base(register, experiment.model.path)
     result = _reach(experiment, kind, result_type, train, resume, say, configure, groups, spare)
     return _registered(result, register) if register else result
 
@@ -121,12 +125,15 @@ def _reach(
 ) -> Result:
     """The result of a run, new or finished before."""
     began = time.monotonic()
+    if note := tracking_client.obeyed(experiment):
+        say(note)
     written, lines = resolved(absolute(experiment))
     folder = storage.join(written.compute.storage, written.name)
     experiment = pin_parent(written, folder)
     finished = check_run_name(experiment, folder, resume, kind)
     if finished:
         return result_type.read(finished, experiment)
+    tracking_client.check_tracking(experiment)
     lease.check(folder, say)
     base = find_base(experiment.model)
     for note in (*(f"base: {note}" for note in base.notes), *lines):
@@ -137,23 +144,27 @@ def _reach(
     task = load_task(trained, base)
     for line in describe_task(task):
         say(line)
+    contents = run_contents(experiment, base, task)
+    finished = check_run_name(experiment, folder, resume, kind, contents)
+    if finished:
+        return result_type.read(finished, experiment)
     started_here = start_ray(experiment)
     try:
         scaling = scale(experiment, groups, spare)
         with hold_lease(folder, say):
-            finished = check_run_name(experiment, folder, resume, kind)  # another driver may have ended it just now
+            finished = check_run_name(experiment, folder, resume, kind, contents)  # another driver may have ended it just now
             if finished:
                 return result_type.read(finished, experiment)
-            write_run(folder, experiment, "running", kind=kind)
+            write_run(folder, experiment, "running", kind=kind, contents=contents)
             say(starting(experiment))
             tracker = start_tracker(experiment, folder, task, base)
             try:
                 result = train(Run(experiment, trained, folder, base, scaling, tracker))
             except RunFailed:
-                write_run(folder, experiment, "failed", kind=kind)
+                write_run(folder, experiment, "failed", kind=kind, contents=contents)
                 raise
             result = replace(result, seconds=round(time.monotonic() - began, 1))
-            write_run(folder, experiment, "finished", result.as_json(), kind)
+            write_run(folder, experiment, "finished", result.as_json(), kind, contents)
             return result
     finally:
         if started_here:

@@ -185,8 +185,8 @@ def open_tracker(experiment: Experiment, name: str, folder: str, parent: str | N
     store = experiment.compute.storage
     uri = tracking_client.tracking_uri(experiment)
     outbox = outbox_folder(store) / folder / "tracking"
-    root = tracking_client.default_artifact_root(store)
-    return Tracker(uri, experiment.tracking.experiment, root, outbox, name, parent)
+    root = tracking_client.artifact_root(uri, store)
+    return Tracker(uri, tracking_client.experiment_name(experiment), root, outbox, name, parent)
 
 
 def outbox_folder(store: str) -> Path:

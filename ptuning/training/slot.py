@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from ptuning.model.packing import Objective, TurnsRow
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.soft_prompt import Card
 from ptuning.settings.training import TrainConfig
-from ptuning.training.messages import Event, StartRun, event_fields
+from ptuning.training.messages import Event, Finished, StartRun, event_fields, read_event
 from ptuning.training.starts import Start, rounds, survivors
 
 
@@ -161,6 +162,10 @@ class Slot:
         self.best_vectors = tensors["best_vectors"].to(self.vectors.device)
         self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
         self.since_best, self.parent = state["since_best"], state["parent"]
+        again = (read_event(event) for event in state["events"])
+        place = storage.join(self.folder, "soft_prompt")  # the run's folder may have been moved
+        found = (replace(event, soft_prompt=place) if isinstance(event, Finished) else event for event in again)
+        self.unrecorded_events = [(math.inf, event) for event in found]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

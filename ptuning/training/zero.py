@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptuning.errors import BaseError
+from ptuning.errors import BaseError, UserError
 from ptuning.imports import load_deepspeed
 from ptuning.model.base import Base
 from ptuning.model.prompted_model import PromptedModel
@@ -30,6 +30,7 @@ from ptuning.model.safetensors_files import STORED_DTYPES, stored_values
 from ptuning.model.self_check import choose_pass
 from ptuning.model.stored_names import stored_names
 from ptuning.planning.zero3_simulator import live_numbers, node_copies_fit, prefetch_numbers, share_bytes
+from ptuning.redaction import logger
 from ptuning.settings.training import ZeroConfig
 from ptuning.training.distributed import Workers
 from ptuning.training.messages import BaseShare
@@ -39,11 +40,14 @@ load_deepspeed()
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 from deepspeed.runtime.zero.linear import zero3_linear_wrap  # noqa: E402
+from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict  # noqa: E402
 from deepspeed.runtime.zero.partitioned_param_coordinator import ZeRoTraceMode  # noqa: E402
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config  # noqa: E402
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's settings (malloc.h)."""
+log = logger(__name__)
+
 PLAIN = ("builtins", "collections", type(ZeRoTraceMode.RECORD).__module__)
 """Where the types come from that hold what DeepSpeed has recorded; the others are streams and what it shares."""
 SAMPLES = 8
@@ -130,7 +134,7 @@ def load(
         _check_weights(model.base, base)
         engine = deepspeed.initialize(model=model, config=config)[0]  # installs the hooks that gather and release
         torch.nn.functional.linear = _linear  # type: ignore[assignment]  # in the place of DeepSpeed's
-        with _unrecorded(engine.optimizer.param_coordinator):
+        with _unrecorded(engine.optimizer.param_coordinator), _discovered(model):
             choose_pass(model, base.name)
     if checkpoint_gradients:
         model.checkpoint_gradients()
@@ -138,17 +142,29 @@ def load(
 
 
 def _load_partitioned(base: Base, dtype: torch.dtype, config: dict[str, Any]) -> PreTrainedModel:
-    """transformers builds the model under `zero.Init` as long as an HfDeepSpeedConfig exists."""
-    if base.loaded_whole:
-        loaded = base.load(dtype)
-        deepspeed.zero.Init(module=loaded, config_dict_or_path=config)
-        return loaded
-    keep_alive = HfDeepSpeedConfig(config)
-    try:
-        return base.load(dtype)
-    finally:
-        del keep_alive
-        unset_hf_deepspeed_config()
+    """transformers builds the model under `zero.Init` as long as an HfDeepSpeedConfig exists.
+
+    Some architectures cannot be built that way, because they initialise tensors by their shapes (RWKV, RoFormer; 5.23). Then
+    every rank loads the whole base, and it is partitioned afterwards.
+    """
+    if not base.loaded_whole:
+        keep_alive = HfDeepSpeedConfig(config)
+        try:
+            return base.load(dtype)
+        except UserError:
+            raise
+        except (IndexError, ValueError) as error:
+            log.warning(
+                "%s cannot be partitioned while it is loaded, so every worker loads it whole (%s)",
+                base.name,
+                str(error).splitlines()[0],
+            )
+        finally:
+            del keep_alive
+            unset_hf_deepspeed_config()
+    loaded = base.load(dtype)
+    deepspeed.zero.Init(module=loaded, config_dict_or_path=config)
+    return loaded
 
 
 @contextmanager
@@ -158,6 +174,20 @@ def _unrecorded(coordinator: Any) -> Iterator[None]:
     before = {name: copy.copy(value) for name, value in vars(coordinator).items() if type(value).__module__ in PLAIN}
     yield
     vars(coordinator).update(before)
+
+
+@contextmanager
+def _discovered(model: PromptedModel) -> Iterator[None]:
+    """Let DeepSpeed see which modules use parameters of other modules (a convolution's weight in a state space): from then on
+    it gathers them, too. It looks only while its engine is called (`_forward_prologue`, 0.19), and here the model is."""
+    containers = [module._parameters for module in model.modules() if isinstance(module._parameters, ZeROOrderedDict)]
+    for parameters in containers:
+        parameters._in_forward = True
+    try:
+        yield
+    finally:
+        for parameters in containers:
+            parameters._in_forward = False
 
 
 @contextmanager
