@@ -32,6 +32,8 @@ TABLE = (
     # saves. The layers of a step still share products.
     Variable("torch", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64", "oneDNN multiplies in bf16 on CPUs; read at the first product"),
     Variable("torch", "LRU_CACHE_CAPACITY", "16", "torch's own cache of the same"),
+    # Every step has other shapes. Without it, blocks that the allocator keeps for one shape are too small for the next.
+    Variable("torch", "PYTORCH_ALLOC_CONF", "expandable_segments:True", "less fragmented GPU memory; read at the first use"),
     Variable("deepspeed", "DS_ACCELERATOR", "cpu", "without a GPU; detection may find mps on a Mac, which ZeRO cannot use"),
     # Set before threads exist, not in the thread that imports MLflow: setenv beside the threads of Ray's C++ core is not safe.
     Variable("mlflow", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0",

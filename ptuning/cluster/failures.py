@@ -31,8 +31,19 @@ _GONE = re.compile(r"worker process has died|died unexpectedly|Worker unexpected
 
 _PERMANENT = re.compile(r"ptuning\.errors\.CannotRun: (.*)")
 
-# Errors of the other workers after one has died: gloo and NCCL.
-_ECHOES = re.compile(r"gloo/transport|ncclRemoteError|NCCL communicator was aborted|Connection (?:reset|closed) by peer")
+# Errors of the other workers after one has died: gloo and NCCL (torch's ProcessGroupNCCL.cpp).
+_ECHOES = re.compile(
+    r"gloo/transport|ncclRemoteError|NCCL communicator was aborted|Connection (?:reset|closed) by peer|"
+    r"Watchdog caught collective operation timeout|Process group watchdog thread terminated|ncclInProgress|"
+    r"NCCL remote error|Socket Timeout|NCCL timeout"
+)
+
+# The driver's and torch's words for a broken GPU or its links.
+_HARDWARE = re.compile(
+    r"(?:uncorrectable (?:ECC|NVLink) error|CUDA error: (?:hardware|unspecified launch failure)|"
+    r"GPU has fallen off the bus)[^\n]*",
+    re.IGNORECASE,
+)
 
 LESS = (
     "free memory and continue with --resume, or use less under another name: a smaller train.batch_size, model.dtype=bfloat16, "
@@ -72,6 +83,10 @@ def cause(workers: list[str]) -> str:
     failure = min(workers, key=lambda each: bool(_ECHOES.search(each)))
     who = _WHO.search(failure)
     worker = "worker {2} (pid {1} on {0})".format(*who.groups()) if who else "its process"
+    if broken := next((found for each in workers if (found := _HARDWARE.search(each))), None):
+        owner = next((found for each in workers if broken[0] in each and (found := _WHO.search(each))), None)
+        place = "worker {2} (pid {1} on {0})".format(*owner.groups()) if owner else "a worker"
+        return f"the GPU of {place} failed ({broken[0].strip()}); if it happens again on this node, take the node out"
     if "node has died" in failure:
         return f"the node of {worker} was lost"
     if _GONE.search(failure):

@@ -124,7 +124,7 @@ def _hardware() -> Iterator[Finding]:
         names = ", ".join(sorted({name for name, _ in gpus}))
         yield Finding("ok", "gpus", f"{len(gpus)} x {names}" if gpus else "none; workers compute on the CPU")
     if gpus:
-        half, fix = all(capability >= 8 for _, capability in gpus), "set model.dtype=float32, or use newer GPUs"
+        half, fix = all(capability >= 8 for _, capability in gpus), "set model.dtype=float16 or float32, or use newer GPUs"
     else:
         half, fix = computes_in_bfloat16(), "set model.dtype=float32; bfloat16 works but is emulated"
     yield Finding("ok", "bf16", "computed in hardware") if half else Finding("warn", "bf16", "not computed in hardware", fix)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import queue
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from transformers import PreTrainedModel
 
 from ptuning.data.chat_encoder import make_encoder
 from ptuning.data.encoder import Encoder
@@ -42,7 +40,7 @@ class Predictor:
     Args:
         soft_prompts: one soft prompt, or several by name.
         base: the location of their base, if it differs from the card: a folder or a Hugging Face id.
-        dtype: "auto" is the dtype that training used on this kind of device; "float32" or "bfloat16".
+        dtype: "auto" is the dtype that training used on this kind of device; "float32", "bfloat16" or "float16".
         cache_mb: memory for keys and values, in MiB.
 
     Raises:
@@ -64,9 +62,9 @@ class Predictor:
         found = base_of(first.card, name, base)
         for name, each in given.items():
             check_base(each, name, found)
-        model: torch.nn.Module = found.load(found.dtype(dtype))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._engine = Engine(
-            cast(PreTrainedModel, model.to("cuda" if torch.cuda.is_available() else "cpu")),
+            found.load(found.dtype(dtype), device),
             found.ends,
             EngineConfig(waiting=MANY, cache_bytes=cache_mb << 20, context=found.context, name=found.name),
         )

@@ -139,6 +139,9 @@ class VirtualTokens(nn.Module):
         text = self.embedding(torch.where(virtual, 0, ids))
         if not len(bank.firsts):
             return text
+        if bank.vectors.is_cuda:
+            # The bank may be replaced while this step still runs on the stream of the engine: its memory must wait for it.
+            bank.vectors.record_stream(torch.cuda.current_stream(bank.vectors.device))
         slots = (torch.searchsorted(bank.firsts, ids.long(), right=True) - 1).clamp_(min=0)
         # A cancelled request may run for one more step after its soft prompt was removed: any row will do.
         rows = (ids + bank.shifts[slots]).clamp_(0, bank.used - 1)
@@ -154,4 +157,7 @@ class VirtualTokens(nn.Module):
     def _publish(self, vectors: Tensor, used: int) -> None:
         firsts = torch.tensor(list(self._places), dtype=torch.long)
         rows = torch.tensor([row for row, _ in self._places.values()], dtype=torch.long)
+        if vectors.device.type != "cpu":
+            # Rows are written on the stream of this thread, and steps run on another one.
+            torch.get_device_module(vectors.device).synchronize()
         self._bank = _Bank(vectors, used, firsts.to(vectors.device), (rows - firsts).to(vectors.device))

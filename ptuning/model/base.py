@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from ptuning import environment
 from ptuning.errors import BaseError, UserError
 from ptuning.model.base_folder import check_folder, find_folder
 from ptuning.model.decoder import TEXT_PART, check_decoder, has_text_part, is_multimodal
@@ -122,14 +123,17 @@ class Base:
         small = sizes[False] >= sizes[True] or self.quantization is not None
         return torch.bfloat16 if small and computes_in_bfloat16() else torch.float32
 
-    def load(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The model with its weights, on the CPU (partitioned inside `zero.partitioned`).
+    def load(self, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
+        """The model with its weights (partitioned inside `zero.partitioned`).
+
+        `device`: where to; the CPU by default. A GPU gets each tensor as it is read, so the host never holds the whole model.
 
         Raises:
             BaseError: the files do not contain all weights, or in other shapes than the config describes.
         """
         model: PreTrainedModel
         report: dict[str, Any]
+        environment.apply("torch")  # torch reads a part of it before its first allocation on a GPU
         disable_progress_bar()  # transformers shows one per process, even if stderr is not a terminal
         self.check_tensors()
         loading: Any = AutoModelForCausalLM.from_pretrained  # its type allows only a model as result
@@ -142,7 +146,7 @@ class Base:
             trust_remote_code=self.trust_remote_code,
             output_loading_info=True,
             key_mapping=self.renamed,
-            device_map={"": "cpu"} if self.quantization and self.loaded_whole else None,
+            device_map=self._device_map(device),
         )
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
@@ -153,6 +157,12 @@ class Base:
         if self.quantization:
             model = dequantized(model, self.quantization["quant_method"], dtype)
         return model
+
+    def _device_map(self, device: torch.device | None) -> dict[str, Any] | None:
+        """Where transformers puts the weights while it loads; None: on the CPU."""
+        if self.quantization and self.loaded_whole:
+            return {"": "cpu"}
+        return {"": device} if device is not None and device.type != "cpu" else None
 
     def check_tensors(self) -> None:
         """Compare the names and shapes of the stored tensors with the model. No weights are read.
@@ -263,6 +273,7 @@ def end_tokens(path: str, folder: Path, config: PretrainedConfig, tokenizer: Pre
 
 
 def computes_in_bfloat16() -> bool:
+    """Whether this machine has instructions for bfloat16. GPUs before Ampere emulate it, tens of times slower."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

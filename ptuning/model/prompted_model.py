@@ -50,6 +50,9 @@ class PromptedModel(nn.Module):
             raise ValueError(f"{type(base).__name__} cannot compute logits at selected positions (no logits_to_keep)")
         self.base = base.requires_grad_(False).eval()
         environment.apply("torch")
+        # On Hopper and newer, torch prefers cuDNN's attention (2.9, sdp_utils.cpp: check_prefer_cudnn_attention). It builds a
+        # plan for every new shape (0.4 s and more), and rows are packed without padding: nearly every step has new shapes.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         _remove_dropout(base)
         _shorten_chunks(base)
         self.head = OutputHead(base)

@@ -149,6 +149,11 @@ class SegmentGroup:
         allowed = (distance >= 0) & torch.cat(valid, 1)[:, None, :]
         if window is not None:
             allowed &= distance < window
+            # The padding of a short row may be too far from all tokens. A query without any key is NaN on some devices, and 0 *
+            # NaN in the backward pass would reach the keys of others: it sees its row's last token.
+            last = keys.shape[1] - self.longest + valid[-1].sum(1) - 1
+            lost = ~allowed.any(2, keepdim=True)
+            allowed |= lost & (torch.arange(keys.shape[1]) == last[:, None])[:, None]
         if self.tree is not None:
             allowed[:, :, -self.longest :] &= self._follows()
         if len(self.chain) == 1 and self.dense and (window is None or window >= self.longest):

@@ -116,7 +116,7 @@ def _read(
         described = read_config(config or folder, experiment.model.trust_remote_code)
         wanted = experiment.model.dtype
         half = str(getattr(described, "dtype", None)) in ("torch.bfloat16", "torch.float16")
-        dtype = torch.bfloat16 if half and (gpus or computes_in_bfloat16()) else torch.float32
+        dtype = torch.bfloat16 if half and (gpus or computes_in_bfloat16()) else torch.float32  # of the GPUs that are planned
         dtype = dtype if wanted == "auto" else getattr(torch, wanted)
         if tokens is None:
             raise UserError("data.max_tokens: is not set, and without a tokenizer rows cannot be counted; give --tokens")

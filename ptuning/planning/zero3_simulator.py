@@ -96,7 +96,7 @@ def node_copies_fit(whole: int, workers: int, per_node: int, free: int) -> bool:
     With it all later gathers stay inside the node; but for a base with 405 B parameters in bf16 each of a node's eight GPUs
     would need 101 GB more.
     """
-    return workers > per_node > 1 and whole / workers + whole / per_node <= free / 2
+    return workers > per_node > 1 and workers % per_node == 0 and whole / workers + whole / per_node <= free / 2
 
 
 def share_numbers(sizes: Iterable[int], sharing: Sharing) -> int:

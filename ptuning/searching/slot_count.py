@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import replace
@@ -42,7 +43,7 @@ def count_slots(pack: Pack, experiment: Experiment) -> int:
         return most
     best, rate, size = 1, 0.0, 1
     while size <= max(1, fitting):
-        seconds = _seconds(pack, experiment, size)
+        seconds = _measured(pack, experiment, size)
         if size / seconds < GAIN * rate:
             break
         best, rate, size = size, size / seconds, 2 * size
@@ -92,8 +93,25 @@ def _seconds(pack: Pack, experiment: Experiment, size: int) -> float:
     return float(pack.workers.broadcast(min(seconds)))
 
 
+def _measured(pack: Pack, experiment: Experiment, size: int) -> float:
+    """`_seconds`; infinite if the GPU has too little memory, so that the last size is taken that fitted.
+
+    Several workers wait for each other inside a step: there, an error of one ends the attempt of all.
+    """
+    try:
+        return _seconds(pack, experiment, size)
+    except torch.OutOfMemoryError:
+        if size == 1 or pack.workers.size > 1:
+            raise
+    pack.slots.clear()
+    pack.news_pending = True
+    log.warning("search.slots: %d do not fit into the GPU's memory", size)
+    return math.inf
+
+
 def _room(workers: int) -> int:
     """Bytes that this worker may still take; those of one machine share its memory."""
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the allocator keeps from loading the base is not in use
         return int(torch.cuda.mem_get_info()[0])
     return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", workers))

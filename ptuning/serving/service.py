@@ -5,10 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
-from transformers import PreTrainedModel
 
 from ptuning import storage
 from ptuning.config import Experiment
@@ -37,9 +35,9 @@ class Service:
         self.limits = experiment.serve
         self.keys = dict(keys)
         self.base = find_base(experiment.model)
-        model: torch.nn.Module = self.base.load(self.base.dtype(experiment.model.dtype))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.engine = Engine(
-            cast(PreTrainedModel, model.to("cuda" if torch.cuda.is_available() else "cpu")),
+            self.base.load(self.base.dtype(experiment.model.dtype), device),
             self.base.ends,
             EngineConfig(
                 running=self.limits.running,

@@ -16,8 +16,10 @@ class ModelConfig(Table):
     """"builtin", a Hugging Face id, or a folder."""
     revision: NonBlank | None = None
     """Commit, tag or branch of a Hugging Face id."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 for a base mostly stored in 16 bits or fewer if the hardware supports bfloat16, else float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 for a base mostly stored in 16 bits or fewer if the hardware computes in bfloat16, else float32. float16:
+    for GPUs without bfloat16 (V100, T4, RTX 20). Its range is small: a base whose activations exceed it is refused, and losses
+    are scaled in training. Soft prompts and optimizers are float32 in any case."""
     trust_remote_code: bool = False
     """Run Python code that ships with the base. Only for bases whose authors you trust with this machine."""
 

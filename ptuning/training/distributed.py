@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ class Workers:
             device = tensor.device
             moved = tensor.to(self._device())
             dist.all_reduce(moved)
+            if moved.is_cuda:  # here, where the watchdog knows that this worker waits for others
+                torch.cuda.synchronize()
             tensor.copy_(moved.to(device))
         return tensor
 
@@ -40,7 +43,7 @@ class Workers:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=_for_objects())
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -48,8 +51,15 @@ class Workers:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=_for_objects())
         return box[0]
 
     def _device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+@cache
+def _for_objects() -> dist.ProcessGroup | None:
+    """The group for objects: gloo's, on the CPU. NCCL would copy each to the GPU, and a worker that waits for another would
+    seem to wait for its own GPU. All workers make it at the same moment, in their first exchange."""
+    return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None

@@ -43,6 +43,7 @@ from ptuning.training.messages import (
     Stepped,
 )
 from ptuning.training.slot import Slot, checkpoints, initial_starts, learning_rate, make_card
+from ptuning.training.starts import SCALE, Start, lower_scales
 
 Each = TypeVar("Each")
 
@@ -84,7 +85,8 @@ class Pack:
         experiment = assignment.experiment
         task = self.load_task(experiment)
         starts, parent = initial_starts(experiment, task, self.base, self.embed)
-        slot = Slot(assignment, task, [vectors.to(self.model.base.device) for vectors in starts])
+        scale = SCALE if self.model.base.dtype == torch.float16 else 1.0
+        slot = Slot(assignment, task, [vectors.to(self.model.base.device) for vectors in starts], scale)
         slot.parent = parent
         # The first worker's view decides: two workers may see a store at different moments.
         saved = self.workers.broadcast(checkpoint.newest(checkpoints(assignment.folder)) if self.workers.is_main else None)
@@ -163,23 +165,37 @@ def step(pack: Pack, report: Report) -> None:
     rows = [slot.order.batch(slot.step) for slot in slots]
     totals = [(int(slot.task.train.target_lengths[batch].sum()), len(batch)) for slot, batch in zip(slots, rows, strict=True)]
     starts = [(slot, start, total) for slot, total in zip(slots, totals, strict=True) for start in slot.starts]
+    passes = _micro_batches(pack, rows)
+    losses, tokens = _backward(pack, starts, passes)
+    gradients = _reduce(pack, losses)
+    while lower_scales([start for _, start, _ in starts], losses, gradients):  # in float16; the same on all workers
+        losses, tokens = _backward(pack, starts, passes)
+        gradients = _reduce(pack, losses)
+    seconds = time.perf_counter() - began
+    sizes = [len(slot.starts) for slot in slots]
+    for slot, own in zip(list(slots), zip(losses.split(sizes), _split(gradients, sizes), strict=True), strict=True):
+        _update(pack, slot, *own, tokens * pack.workers.size / seconds, report)
+
+
+def _backward(
+    pack: Pack, starts: list[tuple[Slot, Start, tuple[int, int]]], passes: list[list[list[TurnsRow]]]
+) -> tuple[Tensor, int]:
+    """Leave the gradients of this worker's rows in the vectors, times the starts' scales. `starts`: with the totals of their
+    batches. Returns their losses `[starts]` and the number of tokens."""
     losses = torch.zeros(len(starts))
     tokens = 0
-    for batches in _micro_batches(pack, rows):
+    for batches in passes:
         plan = pack_targets([len(start.vectors) for _, start, _ in starts], batches, [slot.objective for slot, _, _ in starts])
         nll = pack.model([start.vectors for _, start, _ in starts], plan)
         parts = [
             slot.loss(*predictions, targets, total)
             for (slot, _, total), predictions, targets in zip(starts, plan.split(nll), batches, strict=True)
         ]
-        torch.stack(parts).sum().backward()  # the starts' losses share no term: each keeps its own gradient
+        scaled = [part * start.scale if start.scale != 1 else part for (_, start, _), part in zip(starts, parts, strict=True)]
+        torch.stack(scaled).sum().backward()  # the starts' losses share no term: each keeps its own gradient
         losses += torch.stack([part.detach().float().cpu() for part in parts])
         tokens += plan.positions
-    gradients = _reduce(pack, losses)
-    seconds = time.perf_counter() - began
-    sizes = [len(slot.starts) for slot in slots]
-    for slot, own in zip(list(slots), zip(losses.split(sizes), _split(gradients, sizes), strict=True), strict=True):
-        _update(pack, slot, *own, tokens * pack.workers.size / seconds, report)
+    return losses, tokens
 
 
 def _update(pack: Pack, slot: Slot, losses: Tensor, gradients: list[Tensor], speed: float, report: Report) -> None:
@@ -231,14 +247,16 @@ def _reduce(pack: Pack, losses: Tensor) -> list[Tensor]:
 
     With them travels whether the first worker has news.
     """
-    vectors = [start.vectors for slot in pack.slots for start in slot.starts]
+    starts = [start for slot in pack.slots for start in slot.starts]
+    vectors = [start.vectors for start in starts]
     pieces = [each.grad if each.grad is not None else torch.zeros_like(each) for each in vectors]
     news = losses.new_tensor([float(pack.workers.is_main and pack.has_news())])
     flat = pack.workers.all_reduce(torch.cat([*(piece.flatten() for piece in pieces), torch.cat([losses, news]).to(pieces[0])]))
     *parts, summed, news = flat.split([*(piece.numel() for piece in pieces), len(losses), 1])
     losses.copy_(summed)
     pack.news_pending = bool(news)
-    return [part.view_as(piece).clone() for part, piece in zip(parts, pieces, strict=True)]
+    whole = [part.view_as(piece).clone() for part, piece in zip(parts, pieces, strict=True)]
+    return [each if start.scale == 1 else each / start.scale for each, start in zip(whole, starts, strict=True)]
 
 
 def evaluate_slots(pack: Pack, slots: list[Slot], split: Literal["validation", "test"]) -> list[list[Evaluation]]:

@@ -30,12 +30,13 @@ class Slot:
     """One soft prompt in training: its starts (only one is left after the first part of the steps), its data position and its
     best evaluation so far."""
 
-    def __init__(self, assignment: StartRun, task: Task, starts: Sequence[Tensor]) -> None:
+    def __init__(self, assignment: StartRun, task: Task, starts: Sequence[Tensor], scale: float = 1.0) -> None:
+        """`scale`: factor of the loss in the backward pass, for a base in float16."""
         self.experiment = assignment.experiment
         self.config: TrainConfig = self.experiment.train
         self.folder = assignment.folder
         self.task = task
-        self.starts = [Start(number, each, self.config) for number, each in enumerate(starts)]
+        self.starts = [Start(number, each, self.config, scale) for number, each in enumerate(starts)]
         self.order = BatchSampler(task.train.lengths, self.config.batch_size, self.config.seed)
         choice = self.experiment.objective == "choice"
         self.text_weight = self.config.resolved_text_weight(max(map(len, task.encoder.label_ids))) if choice else 0.0

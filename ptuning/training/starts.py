@@ -10,6 +10,7 @@ Shapes: P soft-prompt tokens, H width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from transformers import Adafactor
 
 from ptuning.settings.training import TrainConfig
 
+SCALE = 2.0**16
+"""Factor of the loss in float16, whose smallest number is 6e-8: without it, gradients of activations would vanish."""
+LOWER = 4.0
+"""Divides the scale where a gradient exceeds float16's largest number, 65,504."""
 SHARE = 0.2
 """Fraction of a run's steps after which one start is left."""
 
@@ -25,12 +30,21 @@ SHARE = 0.2
 class Start:
     """One start in training: its vectors `[P, H]` and their optimiser."""
 
-    def __init__(self, number: int, vectors: Tensor, config: TrainConfig) -> None:
+    def __init__(self, number: int, vectors: Tensor, config: TrainConfig, scale: float = 1.0) -> None:
         self.number = number
+        self.scale = scale
+        """Factor of its loss in the backward pass. It only falls (`lower_scale`), so a run gives the same numbers again."""
         self.vectors = nn.Parameter(vectors.clone())  # fp32, on the base's device
         self.optimizer = _optimizer(config, self.vectors)
         self.loss = 0.0
         """Sum of its training losses since the last round: the criterion if there are no validation rows."""
+
+    def lower_scale(self) -> bool:
+        """Lower the factor of the loss after a gradient that was not finite; False if that would not help."""
+        if self.scale <= 1.0:
+            return False
+        self.scale = max(1.0, self.scale / LOWER)
+        return True
 
     def update(self, gradient: Tensor, clip: float, rate: float) -> float:
         """One optimiser step with the gradient of the whole global batch; returns its norm before clipping."""
@@ -52,7 +66,12 @@ class Start:
                 tensors[f"optimizer.{key}"] = value
             else:
                 numbers[key] = value
-        return tensors, {"number": self.number, "optimizer": numbers, "loss": self.loss}
+        return tensors, {
+            "number": self.number,
+            "optimizer": numbers,
+            "loss": self.loss,
+            "scale": self.scale,
+        }
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """The inverse of `state`."""
@@ -62,6 +81,20 @@ class Start:
         # It moves the moments, which were read from a file, to the device of the vectors.
         self.optimizer.load_state_dict({"state": {0: {**state["optimizer"], **moments}}, "param_groups": groups})
         self.loss = state["loss"]
+        self.scale = state.get("scale", self.scale)  # none in checkpoints of earlier versions
+
+
+def lower_scales(starts: Sequence[Start], losses: Tensor, gradients: Sequence[Tensor]) -> bool:
+    """Lower the scales of the starts whose scaled gradient has exceeded the numbers of float16. True if there are any: the step
+    is then computed again, for all starts; the gradients of the others are the same again."""
+    lowered = False
+    for start, loss, gradient in zip(starts, losses.tolist(), gradients, strict=True):
+        if start.scale != 1 and math.isfinite(loss) and not bool(torch.isfinite(gradient).all()):
+            lowered |= start.lower_scale()
+    if lowered:
+        for start in starts:
+            start.vectors.grad = None
+    return lowered
 
 
 def rounds(config: TrainConfig) -> dict[int, int]:

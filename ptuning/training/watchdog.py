@@ -36,7 +36,7 @@ GRACE = 2.0
 """Seconds in which the last report reaches the driver."""
 HUNG = 75
 """Exit code of a worker that its watchdog has ended."""
-WAITING = ("/torch/distributed/", "/deepspeed/comm/")
+WAITING = ("/torch/distributed/", "/deepspeed/comm/", "/ptuning/training/distributed.py")
 """Stack positions of a thread that waits for other workers."""
 
 

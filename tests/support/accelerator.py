@@ -48,6 +48,7 @@ class Device:
 
     def __init__(self) -> None:
         self.available = False
+        self.synchronised = 0
         self.counts: Counter[str] | None = None
         self.places: Counter[tuple[str, str]] = Counter()
 
@@ -246,7 +247,7 @@ class Module:
         pass
 
     def synchronize(self, device: Any = None) -> None:
-        pass
+        DEVICE.synchronised += 1
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]

@@ -24,7 +24,7 @@ from ptuning.data.task import load_task
 from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import Sampling, Token
 from ptuning.inference.types import End, EngineConfig, Request
-from ptuning.inference.virtual_tokens import ROWS
+from ptuning.inference.virtual_tokens import ROWS, VirtualTokens
 from ptuning.model.base import Base, find_base
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packing import Objective, pack_labels, pack_targets
@@ -32,7 +32,7 @@ from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.self_check import choose_pass
 from ptuning.settings.model import ModelConfig
 from ptuning.training import evaluate
-from support.accelerator import counting, pretended
+from support.accelerator import DEVICE, counting, pretended
 from support.training import Killed, Run, experiment
 
 TRIE = LabelTrie(((5, 6, 2), (5, 7, 2), (8, 2)))
@@ -61,7 +61,21 @@ def base(tiny_base_folder: Path) -> Base:
 @pytest.fixture(scope="module")
 def models(base: Base, device: torch.device) -> dict[str, PromptedModel]:
     """The toy base on the CPU and on the accelerator."""
-    return {kind: PromptedModel(base.load(torch.float32)).to(where) for kind, where in (("cpu", "cpu"), ("there", device))}
+    return {"cpu": PromptedModel(base.load(torch.float32)), "there": PromptedModel(base.load(torch.float32, device))}
+
+
+def test_a_base_is_loaded_to_the_device(models: dict[str, PromptedModel], device: torch.device) -> None:
+    parameters = dict(models["there"].named_parameters())
+    assert {each.device for each in parameters.values()} == {device}
+    assert all(torch.equal(each, parameters[name].cpu()) for name, each in models["cpu"].named_parameters())
+
+
+def test_new_rows_are_written_before_a_step_can_read_them(device: torch.device) -> None:
+    """Steps run on another stream than that of the thread that adds."""
+    bank = VirtualTokens(torch.nn.Embedding(10, 4, device=device), 10)
+    before = DEVICE.synchronised
+    bank.add(torch.ones(2, 4))
+    assert DEVICE.synchronised > before
 
 
 def test_tensors_of_two_devices_are_refused(device: torch.device) -> None:

@@ -1,0 +1,157 @@
+"""What GPUs need, seen without one: settings, limits and messages. What they compute: `test_accelerator`."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_base
+from support.training import Killed, Run, experiment
+
+from ptuning.cluster.failures import cause
+from ptuning.model.base import Base, computes_in_bfloat16, find_base
+from ptuning.model.prompted_model import PromptedModel
+from ptuning.model.token_tree import TokenTree
+from ptuning.planning.zero3_simulator import node_copies_fit
+from ptuning.searching import slot_count
+from ptuning.settings.model import ModelConfig
+from ptuning.settings.training import ZeroConfig
+from ptuning.training import loop, zero
+from ptuning.training.distributed import Workers
+from ptuning.training.starts import LOWER
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base_folder: Path) -> Base:
+    return find_base(ModelConfig(path=str(tiny_base_folder)))
+
+
+def test_no_attention_builds_a_plan_for_every_shape() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    PromptedModel(tiny_base("llama"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_gpus_that_emulate_bfloat16_do_not_compute_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not computes_in_bfloat16()
+
+
+def test_memory_of_gpus_is_allocated_in_segments_that_grow(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    base.load(torch.float32)
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+@pytest.mark.parametrize(("nodes", "copies"), [([2, 2, 2, 2], True), ([2, 2, 1], False), ([3, 3, 3], False)])
+def test_nodes_keep_copies_only_if_they_have_equally_many_workers(
+    base: Base, nodes: list[int], copies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`nodes`: of each worker, the number of workers of its node; 8 + 4 fails in DeepSpeed, 6 + 4 + 2 waits forever."""
+    monkeypatch.setattr(Workers, "current", lambda: Workers(0, max(4, len(nodes))))
+    monkeypatch.setattr(Workers, "all_gather", lambda self, value: nodes if value == nodes[0] else [value])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(nodes[0]))
+    found = zero.derive_config(ZeroConfig(), base, torch.float32)["zero_optimization"]
+    assert ("zero_hpz_partition_size" in found) == copies
+    assert not node_copies_fit(16, 12, 8, 80_000)
+
+
+def test_a_size_that_does_not_fit_into_a_gpu_ends_the_measurement(toy_task: SimpleNamespace, monkeypatch: Any) -> None:
+    def seconds(pack: Any, experiment: Any, size: int) -> float:
+        if size > 4:
+            raise torch.OutOfMemoryError
+        return 1.0
+
+    monkeypatch.setattr(slot_count, "_seconds", seconds)
+    monkeypatch.setattr(slot_count, "_fitting", lambda pack, experiment, most: most)
+    task = experiment(toy_task, search={"trials": 16})
+    alone: Any = SimpleNamespace(workers=Workers(), slots=[1, 2], news_pending=False)
+    assert slot_count.count_slots(alone, task) == 4 and not alone.slots and alone.news_pending
+    with pytest.raises(torch.OutOfMemoryError):  # the other worker waits inside the step
+        slot_count.count_slots(SimpleNamespace(workers=Workers(0, 2)), task)  # type: ignore[arg-type]
+
+
+ECHO = "RuntimeError: [Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=_ALLGATHER_BASE)"
+
+
+def test_messages_of_nccl_and_of_broken_gpus() -> None:
+    assert cause([ECHO, "Traceback ...\nValueError: boom"]) == "ValueError: boom"
+    assert cause([ECHO, ECHO]).startswith("a worker has lost its connection to another one")
+    broken = (
+        "Worker(hostname='a', pid=7, world_rank=1)\nRuntimeError: CUDA error: uncorrectable ECC error encountered\nCUDA ..."
+    )
+    said = cause([ECHO, broken])
+    assert said.startswith("the GPU of worker 1 (pid 7 on a) failed (uncorrectable ECC error encountered)")
+
+
+@pytest.mark.parametrize("window", [3, 4, 20, None])
+def test_every_query_of_padding_has_a_key(window: int | None) -> None:
+    """A query without any is not a number on some devices, and 0 * NaN would reach the keys of others."""
+    tree = TokenTree()
+    texts = tree.add([12, 2, 1], tree.add([3]))
+    more = tree.add([8, 1, 2], texts, [0, 1, 2])
+    for group in (texts, more):
+        allowed = group.mask(window, 1, torch.device("cpu")).allowed
+        assert allowed is not None and bool(allowed.any(-1).all())
+    if window == 3:
+        assert allowed is not None
+        assert allowed[1, 0, 7].nonzero().flatten().tolist() == [15]  # the only token of its row
+        assert allowed[1, 0, 0].nonzero().flatten().tolist() == [3, 4, 15]  # a token: as without padding
+
+
+@pytest.fixture(scope="module")
+def half(base: Base) -> PromptedModel:
+    return zero.load(base, ZeroConfig(stage=0), torch.float16)
+
+
+def test_gradients_in_float16_are_those_in_float32(base: Base, half: PromptedModel, toy_task: Any, tmp_path: Path) -> None:
+    """Of a loss so small that its gradients would vanish: it is scaled, and the scale is lowered until nothing overflows."""
+    whole = zero.load(base, ZeroConfig(stage=0), torch.float32)
+    found = []
+    for model in (whole, half):
+        run = Run(model, base, tmp_path / str(model.base.dtype))
+        slot = run.pack.attach(loop.StartRun(experiment(toy_task), str(tmp_path / "unused")))
+        [start] = slot.starts
+        assert (start.scale > 1) == (model is half)
+        rows = [slot.task.train.row(row) for row in range(4)]
+        totals = (10**7, 10**7)  # a mean over this many rows
+        losses, _ = loop._backward(run.pack, [(slot, start, totals)], [[rows]])
+        [gradient] = loop._reduce(run.pack, losses)
+        found.append(gradient)
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 0.02
+
+
+def test_training_in_float16(base: Base, half: PromptedModel, toy_task: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """From a scale that is too large; soft prompt and optimiser are in float32; killed and resumed (law 5)."""
+    monkeypatch.setattr(loop, "SCALE", 2.0**60)
+    task = experiment(toy_task, prompt__length=8, train__steps=30, train__learning_rate=0.3, train__checkpoint_every=5)
+    done = Run(half, base, tmp_path / "whole")(task)
+    [finished] = done.of("finished")
+    assert finished.values["test_accuracy"] > 0.9
+    with pytest.raises(Killed):
+        Run(half, base, tmp_path / "killed")(task, stop_after=12)
+    again = Run(half, base, tmp_path / "killed")
+    scales: list[float] = []
+    again.on_event = lambda event: scales.extend(start.scale for slot in again.pack.slots for start in slot.starts)
+    again(task)
+    assert scales and set(scales) == {scales[0]} and 1 < scales[0] < 2.0**60 / LOWER
+    assert torch.equal(done.result("toy").vectors, again.result("toy").vectors)
+    assert done.result("toy").vectors.dtype == torch.float32
+
+
+def test_a_loss_that_is_not_finite_still_ends_a_run_in_float16(
+    base: Base, half: PromptedModel, toy_task: Any, tmp_path: Path
+) -> None:
+    run = Run(half, base, tmp_path)
+    slot = run.pack.attach(loop.StartRun(experiment(toy_task), str(tmp_path / "toy")))
+    slot.vectors.data[0, 0] = math.inf
+    loop.step(run.pack, run.events.append)
+    assert [event.kind for event in run.events] == ["failed"]
