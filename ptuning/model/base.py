@@ -126,8 +126,7 @@ class Base:
     def load(self, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
         """The model with its weights (partitioned inside `zero.partitioned`).
 
-        `device`: where to; the CPU by default. A GPU gets each tensor as it is read, so the host never holds the whole
-        model, unless it is dequantised.
+        `device`: where to; the CPU by default. A GPU gets each tensor as it is read, so the host never holds the whole model.
 
         Raises:
             BaseError: the files do not contain all weights, or in other shapes than the config describes.
@@ -135,8 +134,6 @@ class Base:
         model: PreTrainedModel
         report: dict[str, Any]
         environment.apply("torch")  # torch reads a part of it before its first allocation on a GPU
-        direct = device if device is not None and device.type != "cpu" and not self.quantization else None
-        where = torch.device("cpu") if self.quantization and self.loaded_whole else direct
         disable_progress_bar()  # transformers shows one per process, even if stderr is not a terminal
         self.check_tensors()
         loading: Any = AutoModelForCausalLM.from_pretrained  # its type allows only a model as result
@@ -149,7 +146,7 @@ class Base:
             trust_remote_code=self.trust_remote_code,
             output_loading_info=True,
             key_mapping=self.renamed,
-            device_map={"": where} if where else None,
+            device_map=self._device_map(device),
         )
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
@@ -159,8 +156,15 @@ class Base:
             model._weight_conversions = None  # type: ignore[assignment]  # not a module
         if self.quantization:
             model = dequantized(model, self.quantization["quant_method"], dtype)
-        moving: Any = model
-        return moving.to(device) if device is not None and not direct else model
+            moving: Any = model  # some were dequantised on the CPU
+            model = moving if device is None else moving.to(device)
+        return model
+
+    def _device_map(self, device: torch.device | None) -> dict[str, Any] | None:
+        """Where transformers puts the weights while it loads; None: on the CPU."""
+        if self.quantization and self.loaded_whole:
+            return {"": "cpu"}
+        return {"": device} if device is not None and device.type != "cpu" else None
 
     def check_tensors(self) -> None:
         """Compare the names and shapes of the stored tensors with the model. No weights are read.
