@@ -12,11 +12,22 @@ import pytest
 import torch
 from conftest import tiny_base
 from support.training import Killed, Run, experiment
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ptuning.cluster.failures import cause
+from ptuning.inference import label_scorer
+from ptuning.inference.engine import Engine
+from ptuning.inference.types import EngineConfig
+from ptuning.model import token_loss
 from ptuning.model.base import Base, computes_in_bfloat16, find_base
+from ptuning.model.label_trie import LabelTrie
+from ptuning.model.packing import pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.token_tree import TokenTree
+from ptuning.planning.capacity import step_flops
+from ptuning.planning.meta_model import MetaModel
+from ptuning.planning.workload import Workload
 from ptuning.planning.zero3_simulator import node_copies_fit
 from ptuning.searching import slot_count
 from ptuning.settings.model import ModelConfig
@@ -155,3 +166,72 @@ def test_a_loss_that_is_not_finite_still_ends_a_run_in_float16(
     slot.vectors.data[0, 0] = math.inf
     loop.step(run.pack, run.events.append)
     assert [event.kind for event in run.events] == ["failed"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_loss_of_many_predictions_is_computed_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = (torch.randn(13, 50, generator=draw) * 9).to(dtype)
+    targets, weights = torch.randint(50, (13,), generator=draw), torch.rand(13, generator=draw)
+    found = []
+    for most in (13 * 50, 3 * 50, 1):
+        monkeypatch.setattr(token_loss, "LOGITS", most)
+        leaf = logits.clone().requires_grad_()
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda each, kept=kept: (kept.append(each.nbytes), each)[1], lambda each: each
+        ):
+            nll = token_loss.token_nll(leaf, targets)
+        (nll * weights).sum().backward()
+        assert nll.dtype == torch.float32 and (most == 13 * 50 or sum(kept) <= leaf.nbytes + 13 * 12)
+        found.append((nll.detach(), leaf.grad))
+    for nll, gradient in found[1:]:
+        assert torch.allclose(nll, found[0][0], rtol=1e-6, atol=1e-5)
+        assert gradient is not None and torch.allclose(gradient, found[0][1], atol=1e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_a_request_for_many_labels_is_computed_in_passes_of_a_limited_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_base("llama", attention=None), 2, EngineConfig(cache_bytes=1 << 20, context=128))
+    try:
+        handles = [engine.add(torch.full((3, 32), 0.1 * many), str(many)) for many in (1, 2)]
+        trie, rows = LabelTrie(((5, 6, 2), (5, 7, 2), (8, 2))), [[5 + row] * (1 + row % 7) for row in range(40)]
+        whole = engine.choose(handles[0], rows, trie).result(60)
+        sizes: list[int] = []
+        forward = PromptedModel.forward
+
+        def counting(model: PromptedModel, soft_prompts: Any, plan: Any) -> Any:
+            sizes.append(plan.positions)
+            return forward(model, soft_prompts, plan)
+
+        monkeypatch.setattr(PromptedModel, "forward", counting)
+        monkeypatch.setattr(label_scorer, "LABEL_TOKENS", 64)
+        parts = engine.choose(handles[0], rows, trie).result(60)
+        assert len(sizes) > 3 and max(sizes) <= 64 + 3
+        assert torch.allclose(torch.tensor(parts), torch.tensor(whole), atol=1e-5)
+        monkeypatch.setattr(label_scorer, "LABEL_TOKENS", 4096)
+        monkeypatch.setattr(label_scorer, "LOGITS", 8 * len(trie.nodes) * len(trie.ids))
+        del sizes[:]
+        assert torch.allclose(torch.tensor(engine.choose(handles[0], rows, trie).result(60)), torch.tensor(whole), atol=1e-5)
+        assert len(sizes) == 5
+        for handle in handles:
+            engine.remove(handle)
+    finally:
+        engine.close()
+
+
+def test_recomputing_activations_costs_another_forward_pass() -> None:
+    counted, planned = [], []
+    work = Workload(slots=1, length=6, rows=4, tokens=12, targets=3)
+    rows = [([5] * 9, [8, 9, 2])] * 4
+    for recompute in (False, True):
+        base = tiny_base("llama", num_hidden_layers=6)
+        model = PromptedModel(base)
+        if recompute:
+            model.checkpoint_gradients()
+        vectors = torch.randn(6, 32).requires_grad_()
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model([vectors], pack_targets([6], [rows])).sum().backward()
+        counted.append(counter.get_total_flops())
+        planned.append(step_flops(MetaModel(base.config, torch.float32).shape, work, recompute))
+    assert 1.35 < counted[1] / counted[0] < 1.5
+    assert planned[1] / planned[0] == pytest.approx(counted[1] / counted[0], rel=0.04)

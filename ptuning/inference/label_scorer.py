@@ -17,6 +17,7 @@ from ptuning.inference.sampling import Sampling, draw
 from ptuning.inference.types import AnswerFailed, ResidentPrompt
 from ptuning.inference.virtual_tokens import VirtualTokens
 from ptuning.model.label_trie import LabelTrie
+from ptuning.model.limits import LOGITS
 from ptuning.model.packing import pack_labels
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.redaction import logger
@@ -25,6 +26,10 @@ log = logger(__name__)
 
 LABEL_TOKENS = 4096
 """Approximate number of tokens in one pass over labels; it limits how long generation waits."""
+
+
+_Row = tuple[ResidentPrompt | None, Sequence[int]]
+"""A soft prompt, and the tokens after it."""
 
 
 @dataclass
@@ -54,6 +59,7 @@ class LabelScorer:
     ) -> None:
         """`pause` blocks generation steps; `scored` is called with finished jobs before their futures complete."""
         self._model = model
+        self._vocabulary = int(model.base.config.get_text_config().vocab_size)
         self._bank = bank
         self._pause = pause
         self._scored = scored
@@ -106,26 +112,43 @@ class LabelScorer:
             tokens += job.positions
             yield job
 
-    @torch.no_grad()
     def _score_together(self, jobs: list[LabelJob]) -> list[list[list[float]]]:
-        """One pass for jobs with the same labels, with one slot per soft prompt."""
+        """Jobs with the same labels, in passes of a limited size: a request may have hundreds of rows."""
         trie = jobs[0].trie
-        handles = list(dict.fromkeys(job.handle for job in jobs))
+        rows = [(job.handle, row) for job in jobs for row in job.rows]
+        scores = iter([each for part in self._parts(rows, trie) for each in self._pass(part, trie)])
+        return [[next(scores) for _ in job.rows] for job in jobs]
+
+    def _parts(self, rows: Sequence[_Row], trie: LabelTrie) -> Iterator[list[_Row]]:
+        """The rows of each pass: at most `LABEL_TOKENS` tokens, and `LOGITS` logits."""
+        columns = len(trie.ids) if self._model.head.limited else self._vocabulary
+        most = max(1, LOGITS // (len(trie.nodes) * columns))
+        part: list[_Row] = []
+        tokens = 0
+        for row in rows:
+            many = len(row[1]) + len(trie.tokens)
+            if part and (tokens + many > LABEL_TOKENS or len(part) == most):
+                yield part
+                part, tokens = [], 0
+            part.append(row)
+            tokens += many
+        yield part
+
+    @torch.no_grad()
+    def _pass(self, part: Sequence[_Row], trie: LabelTrie) -> list[list[float]]:
+        """One pass, with one slot per soft prompt: the scores of each row."""
+        handles = list(dict.fromkeys(handle for handle, _ in part))
         empty = torch.empty(0, self._bank.weight.shape[1])
         vectors = [self._bank.vectors(handle.ids) if handle else empty for handle in handles]
-        rows: list[list[list[int]]] = [
-            [list(row) for job in jobs if job.handle == handle for row in job.rows] for handle in handles
-        ]
-        with (
-            self._pause()
-        ):  # a step and a pass must not run at the same time: both may modify state of the base (rotary tables)
-            nll = self._model(vectors, pack_labels([len(rows) for rows in vectors], rows, trie)).double().cpu()
+        rows: list[list[list[int]]] = [[list(row) for owner, row in part if owner == handle] for handle in handles]
+        # A step and a pass must not run at the same time: both may modify state of the base (rotary tables).
+        with self._pause():
+            nll = self._model(vectors, pack_labels([len(each) for each in vectors], rows, trie)).double().cpu()
         scores = trie.label_logprobs(-nll.view(-1, len(trie.edges)))
         answers = {
-            handle: iter(part.tolist())
-            for handle, part in zip(handles, scores.split([len(part) for part in rows]), strict=True)
+            handle: iter(own.tolist()) for handle, own in zip(handles, scores.split([len(each) for each in rows]), strict=True)
         }
-        return [[next(answers[job.handle]) for _ in job.rows] for job in jobs]
+        return [next(answers[handle]) for handle, _ in part]
 
 
 def draw_label(scores: Sequence[float], sampling: Sampling) -> int:

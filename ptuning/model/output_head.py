@@ -22,7 +22,9 @@ class OutputHead:
         self._ids: Tensor | None = None
         self._at: Tensor | None = None
         head: Any = getattr(base, "get_output_embeddings", lambda: None)()
-        if type(head) is nn.Linear:
+        self.limited = type(head) is nn.Linear
+        """Whether `only` and `at` have an effect."""
+        if self.limited:
             # The module itself stays: its hooks gather the weights if they are partitioned.
             setattr(head, "forward", lambda hidden: self._logits(head, hidden))  # noqa: B010 (mypy: a method)
 

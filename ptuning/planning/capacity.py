@@ -73,13 +73,14 @@ STATES = 8
 of the tensor with the gradients of all slots, a copy of that part, and a clipped copy."""
 
 
-def step_flops(shape: BaseShape, work: Workload) -> int:
+def step_flops(shape: BaseShape, work: Workload, recompute: bool = False) -> int:
     """FLOPs of a step on frozen weights: 2 forward and 2 backward per weight and token. Attention computes the scores again
-    in its backward pass: 7 products instead of the forward's 2."""
+    in its backward pass: 7 products instead of the forward's 2. `recompute`: the layers run forward once more."""
     looked = work.slots * (work.length**2 + work.rows * work.fed_per_row * (work.length + work.fed_per_row))
-    attention = 7 * 2 * shape.layers * shape.attention_width * looked
-    read = 4 * (shape.last + (work.compared or shape.vocabulary) * shape.width) * work.predictions
-    return 4 * shape.inner * work.positions + attention + read
+    layers = 6 if recompute else 4
+    attention = (9 if recompute else 7) * 2 * shape.layers * shape.attention_width * looked
+    read = (layers * shape.last + 4 * (work.compared or shape.vocabulary) * shape.width) * work.predictions
+    return layers * shape.inner * work.positions + attention + read
 
 
 def sharing(shape: BaseShape, settings: RunShape, machine: Machine) -> Sharing:
@@ -124,7 +125,7 @@ class Training:
         found = gather(timeline, spread, shape.itemsize)
         passes = settings.passes(machine.ranks)
         share = 0 if settings.offload else share_numbers(self._sizes, spread) * shape.itemsize
-        flops = passes * step_flops(shape, self.work(slots))
+        flops = passes * step_flops(shape, self.work(slots), settings.recompute)
         received = passes * found.received
         group = spread.per_node or machine.ranks
         times = {"arithmetic": flops / machine.flops, "gathering": received * (group - 1) / group / machine.bandwidth}

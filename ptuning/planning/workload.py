@@ -120,6 +120,8 @@ class RunShape:
     persistent: int = 10_000
     stage: int = 3
     offload: bool = False
+    recompute: bool = False
+    """Activations are computed again in the backward pass."""
 
     @staticmethod
     def read(experiment: Experiment, tokens: int, targets: int) -> RunShape:
@@ -137,6 +139,7 @@ class RunShape:
             zero.persistent_below,
             zero.stage,
             zero.offload,
+            train.gradient_checkpointing,
         )
 
     @staticmethod

@@ -59,7 +59,7 @@ class TrainConfig(Table):
     checkpoint_every: Positive = 20
     """Steps between checkpoints. A crash loses at most this many steps."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    """Recompute activations in the backward pass: less memory, about half more compute."""
     seed: Count = 0
     """Seed of the initialisation and of the order of the rows."""
 
