@@ -160,6 +160,8 @@ class Base:
             model._weight_conversions = None  # type: ignore[assignment]  # not a module
         if self.quantization:
             model = dequantized(model, self.quantization["quant_method"], dtype)
+            moving: Any = model  # some were dequantised on the CPU
+            model = moving if device is None else moving.to(device)
         return model
 
     def _device_map(self, device: torch.device | None) -> dict[str, Any] | None:
