@@ -17,6 +17,8 @@ from typing import Any
 RUNS = Path("runs", "demo")
 EXPERIMENT = "jobs/sentiment.toml"
 PLACE = f"compute.storage={RUNS}"
+WORKERS = [] if shutil.which("nvidia-smi") else ["compute.workers=2"]
+"""Without GPUs, two workers that share a base; with GPUs the default: one for each."""
 SENTENCES = ("I love this product!", "This movie was terrible.")
 
 
@@ -74,9 +76,9 @@ def ask() -> None:
 def main() -> None:
     began = time.monotonic()
     shutil.rmtree(RUNS, ignore_errors=True)
-    run("train", EXPERIMENT, PLACE, "train.steps=100", "--register", "sentiment")
+    run("train", EXPERIMENT, PLACE, *WORKERS, "train.steps=100", "--register", "sentiment")
     budget = ("search.trials=8", "search.slots=8", "train.steps=60", "search.finalists=1", "search.seeds=1")
-    run("search", EXPERIMENT, PLACE, "name=search", *budget, "--register", "sentiment")
+    run("search", EXPERIMENT, PLACE, *WORKERS, "name=search", *budget, "--register", "sentiment")
     show_leaderboard()
     run("prompts", "list", "--storage", str(RUNS))
     ask()

@@ -86,7 +86,7 @@ export PYTHONPATH=$PWD
 places=(compute.storage=s3://ptuning/runs "tracking.uri=http://127.0.0.1:$tracking_port")
 
 say "train"
-ptuning submit train jobs/sentiment.toml "${places[@]}" train.steps=100 --register sentiment --json >"$work/summary.json"
+ptuning submit train jobs/sentiment.toml "${places[@]}" compute.workers=2 train.steps=100 --register sentiment --json >"$work/summary.json"
 "$python" - "$work/summary.json" <<'PYTHON'
 import json, sys
 summary = json.load(open(sys.argv[1]))

@@ -67,7 +67,7 @@ def test_the_smallest_experiment_has_every_default():
     assert experiment.model.path == "builtin"
     assert experiment.prompt.length == 20
     assert experiment.zero.stage == 3
-    assert experiment.compute.workers == experiment.compute.most_workers == 1
+    assert experiment.compute.workers is None and experiment.compute.most_workers == 1
     assert experiment.metric == "loss"
     assert parse_experiment(tables(data__labels=["a", "b"])).metric == "accuracy"
     assert parse_experiment(tables(data__labels=["a", "b"], train__metric="macro_f1")).metric == "macro_f1"
@@ -179,6 +179,11 @@ WRONG = [
     ({"zero__stage": 2}, "zero.stage: input should be 0 or 3 (got 2); change the value"),
     ({"serve__port": 99999}, "serve.port: input should be less than or equal to 65535 (got 99999); change the value"),
     ({"compute__workers": 0}, "compute.workers: input should be greater than 0 (got 0); change the value"),
+    (
+        {"compute__gpus_per_worker": 2},
+        "compute.gpus_per_worker: input should be less than or equal to 1 (got 2); change the value",
+    ),
+    ({"compute__gpus_per_worker": 0.5}, "compute.gpus_per_worker: input should be a valid integer (got 0.5); change the value"),
     ({"compute__workers": "a"}, "compute.workers: input should be a valid integer (got 'a'); change the value"),
     ({"compute__workers": [3, 1]}, "compute.workers: [3, 1] is not a valid range; write [min, max] with min <= max"),
     ({"search__length": []}, "search.length: is empty; list at least one value"),

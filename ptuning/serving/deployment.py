@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import BackpressureConfig
@@ -52,6 +53,21 @@ class Replica:
             service.close()
 
 
+def gpus_per_replica(wanted: float | None) -> float:
+    """`serve.gpus_per_replica`: by default one if the cluster has any."""
+    if wanted is not None:
+        return wanted
+    return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+
+def gpu_options(wanted: float | None) -> dict[str, Any]:
+    """The options of an actor with this many GPUs. One without GPUs on a node with some would use them uncounted: Ray (2.60) no
+    longer hides them."""
+    many = gpus_per_replica(wanted)
+    hidden = not many and ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+    return {"num_gpus": many} | ({"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}} if hidden else {})
+
+
 def application(experiment: Experiment, keys: Mapping[str, Scope], surge: int = 0) -> serve.Application:
     """The application of an experiment with absolute paths. `surge`: additional replicas during a rollout, in percent."""
     limits = experiment.serve
@@ -68,7 +84,7 @@ def application(experiment: Experiment, keys: Mapping[str, Scope], surge: int = 
         }
     deployment: Any = serve.deployment(  # its type allows only a class
         name=DEPLOYMENT,
-        ray_actor_options={"num_cpus": limits.cpus_per_replica, "num_gpus": limits.gpus_per_replica},
+        ray_actor_options={"num_cpus": limits.cpus_per_replica} | gpu_options(limits.gpus_per_replica),
         # A full replica answers 429 itself; this limit is for requests that do not reach it.
         max_ongoing_requests=2 * places,
         max_queued_requests=2 * places,

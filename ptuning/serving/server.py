@@ -32,7 +32,7 @@ from ptuning.config import Experiment
 from ptuning.errors import TrackingError, UserError
 from ptuning.redaction import logger
 from ptuning.serving.auth import Scope, check_address, is_loopback, read_keys
-from ptuning.serving.deployment import DEPLOYMENT, application
+from ptuning.serving.deployment import DEPLOYMENT, application, gpus_per_replica
 from ptuning.tracking.client import database, obeyed, tracking_uri
 from ptuning.tracking.database import check_database
 
@@ -254,7 +254,7 @@ def _check_resources(experiment: Experiment) -> None:
     """Serve would wait for them for ever."""
     limits, have = experiment.serve, ray.cluster_resources()
     least = limits.replicas if isinstance(limits.replicas, int) else limits.replicas[0]
-    for kind, each in (("CPU", limits.cpus_per_replica), ("GPU", limits.gpus_per_replica)):
+    for kind, each in (("CPU", limits.cpus_per_replica), ("GPU", gpus_per_replica(limits.gpus_per_replica))):
         if least * each > have.get(kind, 0):
             raise UserError(
                 f"serve.replicas: {least} replicas with {each:g} {kind} each need {least * each:g}, the cluster has "
@@ -265,7 +265,8 @@ def _check_resources(experiment: Experiment) -> None:
 def _surge(experiment: Experiment) -> int:
     """New replicas begin before old ones end if there is room for one more; without room, Serve (2.60) would wait for ever."""
     limits, free = experiment.serve, ray.available_resources()
-    fits = limits.cpus_per_replica <= free.get("CPU", 0) and limits.gpus_per_replica <= free.get("GPU", 0)
+    gpus = gpus_per_replica(limits.gpus_per_replica)
+    fits = limits.cpus_per_replica <= free.get("CPU", 0) and gpus <= free.get("GPU", 0)
     return 100 if fits else 0
 
 

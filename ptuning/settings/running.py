@@ -26,8 +26,8 @@ class ServeConfig(Table):
     """Number of replicas, each with its own copy of the base; [min, max] scales with the number of requests."""
     cpus_per_replica: PositiveNumber = 1.0
     """CPU cores per replica."""
-    gpus_per_replica: Number = 0.0
-    """With a fraction several replicas share a GPU."""
+    gpus_per_replica: Number | None = None
+    """Default: 1 if the cluster has GPUs, else 0. With a fraction several replicas share a GPU; 0 hides the GPUs of a node."""
     chat: Literal["whole", "last"] = "whole"
     """What a soft prompt with a plain template takes of a conversation. whole: one user message, anything more is answered with
     400; last: only the last user message, the rest is ignored. Soft prompts trained on conversations always take the whole."""
@@ -68,12 +68,13 @@ class TrackingConfig(Table):
 class ComputeConfig(Table):
     """Workers and storage."""
 
-    workers: Positive | tuple[Positive, Positive] = 1
-    """Data-parallel workers; [min, max]: as many as the cluster has resources for."""
+    workers: Positive | tuple[Positive, Positive] | None = None
+    """Data-parallel workers; [min, max]: as many as the cluster has resources for. Default: one for each GPU of the cluster, at
+    most `train.batch_size`; without GPUs 1."""
     cpus_per_worker: PositiveNumber | None = None
     """Default: the machine's cores divided by the number of workers, at least 1 (on a cluster: 1)."""
-    gpus_per_worker: Number | None = None
-    """Default: 1 if the cluster has GPUs, else 0."""
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1, strict=True)] | None = None
+    """1 or 0. Default: 1 if the cluster has GPUs, else 0. 0 hides the GPUs of a node."""
     storage: NonBlank = "runs"
     """Folder or s3://bucket/folder for checkpoints, soft prompts and, by default, the tracking store."""
     address: NonBlank | None = None
@@ -85,11 +86,12 @@ class ComputeConfig(Table):
 
     @field_validator("workers")
     @classmethod
-    def _min_to_max(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+    def _min_to_max(cls, workers: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
         if isinstance(workers, tuple) and workers[0] > workers[1]:
             raise ValueError(f"[{workers[0]}, {workers[1]}] is not a valid range; write [min, max] with min <= max")
         return workers
 
     @property
     def most_workers(self) -> int:
-        return self.workers if isinstance(self.workers, int) else self.workers[1]
+        """As far as the file says; the default is 1 until the cluster is known."""
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers or 1

@@ -21,6 +21,12 @@ from ptuning.config import Experiment
 from ptuning.errors import CannotRun, UserError
 from ptuning.redaction import redacted
 
+FEWER = "lower compute.workers, or leave it out: the default is one worker for each GPU"
+
+WITHOUT_GPUS = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+"""The runtime environment of workers without GPUs on a node with some. Ray (2.60) no longer hides them from such workers, which
+would all use the first one."""
+
 
 class _Trainer(TorchTrainer):
     """Ray Train without unneeded helper processes, each of which takes 2 s to start and 200 MB."""
@@ -98,25 +104,28 @@ def scale(experiment: Experiment, groups: int = 1, spare: float = 0.0) -> ray.tr
     """
     compute = experiment.compute
     have = ray.cluster_resources()
-    least = compute.workers if isinstance(compute.workers, int) else compute.workers[0]
     gpus = compute.gpus_per_worker
     if gpus is None:
-        gpus = 1.0 if have.get("GPU", 0) >= 1 else 0.0
+        gpus = 1 if have.get("GPU", 0) >= 1 else 0
+    workers = compute.workers
+    if workers is None:
+        workers = max(1, min(int(have.get("GPU", 0)) // groups, experiment.train.batch_size)) if gpus else 1
+    least, most = workers if isinstance(workers, tuple) else (workers, workers)
     local = len(ray.nodes()) == 1
-    cpus = compute.cpus_per_worker or (max(1, int(have.get("CPU", 1) // (compute.most_workers * groups))) if local else 1)
-    for kind, each, fix in (("CPU", cpus, "compute.cpus_per_worker"), ("GPU", gpus, "compute.gpus_per_worker")):
+    cpus = compute.cpus_per_worker or (max(1, int(have.get("CPU", 1) // (most * groups))) if local else 1)
+    for kind, each, fix in (("CPU", cpus, "lower compute.workers or compute.cpus_per_worker"), ("GPU", gpus, FEWER)):
         if groups * least * each > have.get(kind, 0):
             many = f"{least} workers" if groups == 1 else f"{groups} groups of {least} workers"
             raise UserError(
                 f"compute.workers: {many} with {each:g} {kind} each need {groups * least * each:g}, the cluster has "
-                f"{have.get(kind, 0):g}; lower compute.workers or {fix}"
+                f"{have.get(kind, 0):g}; {fix}"
             )
     if experiment.zero.offload and not gpus:
         raise UserError("zero.offload: has no effect on workers without GPUs; remove it")
     resources = {"CPU": cpus * (1 - spare)} | ({"GPU": gpus} if gpus else {})
     # ray's types describe Train V1; V2, the default since 2.51, takes (min, max) and more limits on failures.
     scaling: Any = ray.train.ScalingConfig
-    return scaling(num_workers=compute.workers, use_gpu=bool(gpus), resources_per_worker=resources)
+    return scaling(num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources)
 
 
 def for_workers(experiment: Experiment) -> dict[str, Any]:
@@ -137,14 +146,15 @@ def make_trainer(
     `work` is a local function, which is pickled by value and imports on the worker, so each side loads only what it needs.
     """
     failures: Any = ray.train.FailureConfig
-
+    run: Any = ray.train.RunConfig
     return _Trainer(
         work,
         train_loop_config={"experiment": for_workers(experiment), "threads": None} | config,
         scaling_config=scaling,
-        run_config=ray.train.RunConfig(
+        run_config=run(
             name=uuid.uuid4().hex,
             storage_path=attempt,
+            worker_runtime_env=WITHOUT_GPUS if not scaling.use_gpu and ray.cluster_resources().get("GPU") else None,
             callbacks=[_report_failures(experiment.name, config["events"])],
             failure_config=failures(max_failures=experiment.compute.max_failures, controller_failure_limit=3),
         ),

@@ -156,7 +156,7 @@ def _reach(
             if finished:
                 return result_type.read(finished, experiment)
             write_run(folder, experiment, "running", kind=kind, contents=contents)
-            say(starting(experiment))
+            say(starting(scaling))
             tracker = start_tracker(experiment, folder, task, base)
             try:
                 result = train(Run(experiment, trained, folder, base, scaling, tracker))
@@ -190,9 +190,10 @@ def hold_lease(folder: str, say: Callable[[str], None]) -> Iterator[None]:
         raise RunFailed(disk_full(folder)) from None
 
 
-def starting(experiment: Experiment) -> str:
+def starting(scaling: ray.train.ScalingConfig) -> str:
     """What is said before some seconds of silence."""
-    many = experiment.compute.most_workers
+    workers: Any = scaling.num_workers  # its type is that of Train V1
+    many = workers[1] if isinstance(workers, tuple) else workers
     return f"starting {many} worker{'s' if many > 1 else ''}"
 
 
