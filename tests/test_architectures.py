@@ -89,10 +89,10 @@ def test_how_a_base_is_served(name, kind):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", ["qwen3_next", "rwkv", "qwen3_vl_moe"])
-def test_bases_that_use_weights_of_other_modules_are_partitioned(name):
-    """Qwen 3 Next reads a convolution's weight without calling it; RWKV cannot be built under `zero.Init`, nor Qwen 3-VL
-    filled."""
+@pytest.mark.parametrize("name", ["qwen3_next", "rwkv", "qwen3_vl_moe", "deepseek_v4", "phi4_multimodal"])
+def test_bases_are_partitioned_that_transformers_does_not_load_partitioned(name):
+    """Qwen 3 Next reads a convolution's weight without calling it. RWKV cannot be built under `zero.Init`, Qwen 3-VL and
+    DeepSeek V4 cannot be filled, and Phi 4 enters it while it is only described."""
     assert results(checked(name, "zero")) == {"accepted": "ok", "zero": "ok"}
 
 

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class NotFilled(BaseError):
+    """transformers has left weights of the model empty."""
+
+
 @dataclass(frozen=True)
 class Base:
     """A base on disk."""
@@ -150,7 +154,7 @@ class Base:
         )
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
-            raise BaseError(f"model.path: {self.name} has no weights for {missing}; use a complete checkpoint")
+            raise NotFilled(f"model.path: {self.name} has no weights for {missing}; use a complete checkpoint")
         if self.renamed or self.quantization:
             # A checkpoint that is written later would get the stored names, and quantised weights, but not their config.
             model._weight_conversions = None  # type: ignore[assignment]  # not a module
@@ -172,9 +176,15 @@ class Base:
         Raises:
             BaseError: tensors are missing, or have another shape.
         """
+        _ = self._checked
+
+    @cached_property
+    def _checked(self) -> bool:
+        """Checked once: inside `zero.Init`, a model without memory would have no shapes."""
         model = None if self.quantization else self._meta_model()
         if model is not None:
             check_stored(self.name, model, self.tensors, self.renamed)
+        return model is not None
 
     def _meta_model(self) -> PreTrainedModel | None:
         """The model without memory; None if it is the base's own code."""

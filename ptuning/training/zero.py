@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from ptuning.errors import BaseError, UserError
 from ptuning.imports import load_deepspeed
-from ptuning.model.base import Base
+from ptuning.model.base import Base, NotFilled
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.safetensors_files import STORED_DTYPES, stored_values
 from ptuning.model.self_check import choose_pass
@@ -144,16 +144,17 @@ def load(
 def _load_partitioned(base: Base, dtype: torch.dtype, config: dict[str, Any]) -> PreTrainedModel:
     """transformers builds the model under `zero.Init` as long as an HfDeepSpeedConfig exists.
 
-    Some architectures cannot be built that way, because they initialise tensors by their shapes (RWKV, RoFormer; 5.23). Then
-    every rank loads the whole base, and it is partitioned afterwards.
+    Some architectures cannot be built that way, because they initialise tensors by their shapes (RWKV, RoFormer; 5.23), or are
+    not filled (DeepSeek V4). Then every rank loads the whole base, and it is partitioned afterwards.
     """
+    base.check_tensors()
     if not base.loaded_whole:
         keep_alive = HfDeepSpeedConfig(config)
         try:
             return base.load(dtype)
-        except UserError:
-            raise
         except (IndexError, ValueError) as error:
+            if isinstance(error, UserError) and not isinstance(error, NotFilled):
+                raise
             log.warning(
                 "%s cannot be partitioned while it is loaded, so every worker loads it whole (%s)",
                 base.name,
