@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -88,6 +87,8 @@ def our_step(model: PromptedModel, vectors: Tensor, rows: list[Row], slots: int 
 
 def peft_model(base: PreTrainedModel, vectors: Tensor) -> tuple[Any, Tensor]:
     """PEFT's prompt tuning around a base, and its weight `[P, H]`."""
+    from peft import PromptTuningConfig, get_peft_model  # not on a bare machine
+
     model: Any = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(vectors)))
     weight: Tensor = model.prompt_encoder["default"].embedding.weight
     weight.data.copy_(vectors)

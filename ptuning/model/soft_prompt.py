@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,8 +146,12 @@ def content_hash(vectors: Tensor) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that a soft prompt is made with."""
-    return {name: version(name) for name in VERSIONS}
+    """Versions of the libraries that a soft prompt is made with, as far as they are installed."""
+    found = {}
+    for name in VERSIONS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def load(folder: str) -> SoftPrompt:
