@@ -44,6 +44,13 @@ def redacted(value: Any) -> Any:
     return value
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """The first line of an error's message, redacted and at most `most` characters long, to be part of a sentence; the error's
+    type if it has no message."""
+    lines = [" ".join(line.split()) for line in redact(str(error)).splitlines() if line.strip()]
+    return (lines[0].rstrip(".;") if lines else "")[:most] or type(error).__name__
+
+
 def placeless(text: str) -> str:
     """The text for readers who must not learn about this machine: redacted, without addresses, paths cut to their last name."""
     text = _ADDRESS.sub(HIDDEN, redact(text))

@@ -265,6 +265,22 @@ def _teach_toy(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps:
 
 
 @pytest.fixture
+def row_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of rows."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "ptuning"
+
+
+@pytest.fixture
+def data_folder(row_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for rows, as the current one, and an empty cache of rows."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
 def toy_task(tmp_path: Path, tiny_base_folder: Path) -> SimpleNamespace:
     """A task that a soft prompt can learn: `train`, `validation` and `test` files (64, 32 and 32 rows) in `folder`, and
     `experiment`, the plain tables of an experiment on them that a test may change before it parses or writes them."""

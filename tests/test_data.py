@@ -31,7 +31,7 @@ from ptuning.errors import DataError, UserError
 from ptuning.model.fingerprint import tokenizer_fingerprint
 from ptuning.settings.data import Template
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("data_folder")]
 
 ROWS = [
     {"text": "the old man has an apple", "label": "fruit"},
@@ -40,16 +40,6 @@ ROWS = [
 ]
 KIND = Template(input="Text: {text}\nKind:", target=" {label}", labels=("fruit", "tool"))
 FREE = Template(input="Text: {text}\nKind:", target=" {label}")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and the data's folder as the current one."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "data"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return tmp_path / "cache" / "ptuning"
 
 
 @pytest.fixture
@@ -108,9 +98,9 @@ def test_a_split_is_what_the_template_says(load: Callable[..., Split], tiny_toke
         assert split.lengths[index] == len(source) + len(target)
 
 
-def test_rows_are_mapped_and_not_in_memory(load: Callable[..., Split], cache: Path) -> None:
+def test_rows_are_mapped_and_not_in_memory(load: Callable[..., Split], row_cache: Path) -> None:
     split = load(jsonl("train.jsonl", ROWS))
-    assert [Path(file["filename"]).parent for file in split.rows.cache_files] == [cache]
+    assert [Path(file["filename"]).parent for file in split.rows.cache_files] == [row_cache]
 
 
 def test_the_encoder_of_a_row_is_the_encoder_of_the_split(
@@ -228,20 +218,20 @@ def test_fingerprints_do_not_depend_on_the_file_format(load: Callable[..., Split
     assert load(jsonl("u.jsonl", ROWS[::-1])).fingerprint != splits[0].fingerprint
 
 
-def test_a_split_is_tokenised_once(cache: Path) -> None:
+def test_a_split_is_tokenised_once(row_cache: Path) -> None:
     rows = [{"x": "a b", "y": "c"}, {"x": "c", "y": "a"}]
     path, template = jsonl("t.jsonl", rows), Template(input="{x}", target="{y}")
     first, second = words(), words()
     once = load_split("train", path, Encoder(template, first, 10))
-    files = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
+    files = {file: file.stat().st_mtime_ns for file in row_cache.iterdir()}
     again = load_split("train", path, Encoder(template, second, 10))
     assert (first.texts, second.texts) == (4 + 2, 0)  # 2 texts to see which special tokens are added
-    assert {file: file.stat().st_mtime_ns for file in cache.iterdir()} == files
+    assert {file: file.stat().st_mtime_ns for file in row_cache.iterdir()} == files
     assert again.rows[:] == once.rows[:]
     assert (again.cut, again.dropped, again.fingerprint) == (once.cut, once.dropped, once.fingerprint)
 
 
-def test_whatever_decides_the_tokens_is_tokenised_again(cache: Path) -> None:
+def test_whatever_decides_the_tokens_is_tokenised_again(row_cache: Path) -> None:
     path = jsonl("t.jsonl", [{"x": "a b", "y": "c"}])
     template = Template(input="{x}", target="{y}")
     encoders = [
@@ -254,7 +244,7 @@ def test_whatever_decides_the_tokens_is_tokenised_again(cache: Path) -> None:
     ]
     for encoder in encoders:
         load_split("train", path, encoder)
-    assert len(list(cache.iterdir())) == 1 + len(encoders)
+    assert len(list(row_cache.iterdir())) == 1 + len(encoders)
     jsonl("t.jsonl", [{"x": "a c", "y": "c"}])
     assert load_split("train", path, encoders[0]).rows["text"][:] == ["a c"]
 
@@ -459,10 +449,10 @@ LINE = b'{"text": "a pear", "label": "fruit"}\n'
          "row 2: '3' is not one of the labels 'fruit', 'tool'; correct the row or data.labels"),
     ],
 )  # fmt: skip
-def test_sentences_about_jsonl(load: Callable[..., Split], cache: Path, content: bytes, what: str) -> None:
+def test_sentences_about_jsonl(load: Callable[..., Split], row_cache: Path, content: bytes, what: str) -> None:
     Path("t.jsonl").write_bytes(content)
     assert sentence(load, "t.jsonl") == sentence(load, "t.jsonl") == f"t.jsonl, {what}"
-    assert not [file for file in cache.iterdir() if "-" not in file.name], "something half-finished stays in the cache"
+    assert not [file for file in row_cache.iterdir() if "-" not in file.name], "something half-finished stays in the cache"
 
 
 @pytest.mark.parametrize(

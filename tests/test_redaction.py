@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
-from ptuning.redaction import logger, placeless, redact, redacted
+from ptuning.redaction import first_line, logger, placeless, redact, redacted
 
 pytestmark = pytest.mark.fast
 
@@ -72,3 +72,17 @@ def test_every_module_logs_through_it(path: Any) -> None:
     """A logger of its own would write tracebacks and addresses as they are."""
     calls = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)}
     assert "logging.getLogger(__name__)" not in calls
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n  not   here;\nmore"), "not here"),
+        (OSError("http://me:secret@host is gone."), "http://***@host is gone"),
+        (ValueError("x" * 300), "x" * 200),
+        (KeyError(), "KeyError"),
+    ],
+    ids=["one line", "redacted", "short", "without words"],
+)
+def test_the_first_line_of_an_error(error: Exception, line: str) -> None:
+    assert first_line(error) == line

@@ -37,7 +37,7 @@ from ptuning.inference.types import RequestError
 from ptuning.settings.data import DataConfig, Template
 from ptuning.settings.template import fill, foreign_spelling, in_braces, template_defaults, template_fields
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("data_folder")]
 
 ROWS = [
     {"text": "the old man; has an apple", "label": "fruit"},
@@ -45,16 +45,6 @@ ROWS = [
     {"text": "one more pear, today", "label": "fruit"},
 ]
 KIND: dict[str, Any] = {"input": "Text: {text}\nKind:", "target": " {label}", "labels": ["fruit", "tool"]}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and the data's folder as the current one."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "data"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return tmp_path / "cache" / "ptuning"
 
 
 @pytest.fixture
@@ -271,11 +261,11 @@ def store(tmp_path: Path) -> str:
     return f"file://{tmp_path}/store"
 
 
-def test_files_of_an_object_store(load: Callable[..., Split], store: str, cache: Path) -> None:
+def test_files_of_an_object_store(load: Callable[..., Split], store: str, row_cache: Path) -> None:
     whole = load(jsonl("whole.jsonl", ROWS)).fingerprint
     assert load(store).fingerprint == load(f"{store}/*.*").fingerprint == whole
     assert load([f"{store}/a.csv", f"{store}/b.jsonl.gz"]).fingerprint == whole
-    copies = [path for path in (cache / "downloads").rglob("content")]
+    copies = [path for path in (row_cache / "downloads").rglob("content")]
     assert len(copies) == 2, "a file is copied once"
     with pytest.raises(DataError, match=r"no.csv: no such file; correct the address"):
         load(f"{store}/no.csv")

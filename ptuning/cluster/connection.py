@@ -21,7 +21,7 @@ from ptuning import environment, sys_path
 from ptuning.cluster.surroundings import check_cluster, temporary_folder
 from ptuning.config import Experiment
 from ptuning.errors import UserError
-from ptuning.redaction import redact
+from ptuning.redaction import first_line
 
 _own = False
 
@@ -73,7 +73,7 @@ def join_ray(address: str | None, name: str = "compute.address") -> bool:
             with suppress(Exception):
                 ray.shutdown()
             raise UserError(
-                f"{name}: {address} refuses the connection ({_first_line(error)}); check the address, the token "
+                f"{name}: {address} refuses the connection ({first_line(error, 300)}); check the address, the token "
                 "(RAY_AUTH_TOKEN), and the versions of Ray and Python"
             ) from None
     else:
@@ -94,15 +94,10 @@ def join_ray(address: str | None, name: str = "compute.address") -> bool:
                     "folder that can be written, or RAY_AUTH_TOKEN to a secret"
                 ) from None
             raise UserError(
-                f"Ray cannot start on this machine ({_first_line(error)}); see its logs in "
+                f"Ray cannot start on this machine ({first_line(error, 300)}); see its logs in "
                 f"{temporary_folder()[0]}/ray/session_latest/logs, and ptuning doctor"
             ) from None
     return True
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return redact(lines[0])[:300].rstrip(".;") if lines else type(error).__name__
 
 
 def own_cluster() -> bool:

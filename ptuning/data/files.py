@@ -21,7 +21,7 @@ from ptuning import storage
 from ptuning.data.download import fetch_object, fetch_url
 from ptuning.errors import DataError, suggest
 from ptuning.paths import locate
-from ptuning.redaction import redact
+from ptuning.redaction import first_line, redact
 from ptuning.row_files import KNOWN, chosen, kind_of, local_files
 
 BUILTIN = Path(__file__).parent.parent / "builtin" / "tasks"
@@ -116,13 +116,9 @@ def _stored_files(source: str) -> list[DataFile]:
                 rows = chosen(shown, sorted(each.base_name for each in listed))
                 found = [each for each in listed if each.base_name in rows]
     except OSError as error:
-        raise DataError(f"{shown}: cannot be read ({_first_line(error)}); check the address and the credentials") from None
+        raise DataError(f"{shown}: cannot be read ({first_line(error)}); check the address and the credentials") from None
     files = sorted((info for info in found if info.type == fs.FileType.File), key=lambda info: str(info.path))
     if not files:
         raise DataError(f"{shown}: no such file; correct the address")
     scheme = source.partition("://")[0]
     return [_file(f"{scheme}://{info.path}", fetch_object(system, info, scheme), info.base_name) for info in files]
-
-
-def _first_line(error: BaseException) -> str:
-    return re.sub(r"\s+", " ", redact(str(error)).partition("\n")[0]).strip().rstrip(".")[:200] or type(error).__name__

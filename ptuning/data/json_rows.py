@@ -17,6 +17,7 @@ from ptuning.data.text_lines import LINE_LIMIT, decoded, place, too_long
 from ptuning.errors import DataError
 
 Row = tuple[str, Mapping[str, Any]]
+"""The location of a row, for error messages, and its values."""
 
 
 def json_rows(stream: IO[bytes], source: str, names: Collection[str]) -> Iterator[Row]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from ptuning.data.text_lines import LINE_LIMIT, too_long
+from ptuning.data.text_lines import LINE_LIMIT, not_utf8, nul_byte, too_long
 from ptuning.errors import DataError
 
 _BLOCK = 1 << 16
@@ -117,10 +117,8 @@ class JsonText:
         return True
 
     def _append(self, block: bytes) -> None:
-        where = f"{self._source}, line "
         if b"\0" in block:
-            line = self._read_line + block.count(b"\n", 0, block.index(b"\0"))
-            raise DataError(f"{where}{line}: contains a NUL byte; save the file as UTF-8 text")
+            raise nul_byte(self._source, self._read_line + block.count(b"\n", 0, block.index(b"\0")))
         try:
             text = self._decode(block, not block)
         except UnicodeDecodeError as error:
@@ -130,7 +128,7 @@ class JsonText:
             line = self._read_line + before.count(b"\n")
             column = len(before) - before.rfind(b"\n") - 1
             column += self._read_column - kept if b"\n" not in before else 0
-            raise DataError(f"{where}{line}: is not UTF-8 at byte {column + 1}; save the file as UTF-8") from None
+            raise not_utf8(self._source, line, column + 1) from None
         self._ended = not block
         self._read_line += block.count(b"\n")
         self._read_column = len(block) - block.rfind(b"\n") - 1 + (0 if b"\n" in block else self._read_column)

@@ -13,16 +13,14 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, List
 
 from ptuning.data.files import DataFile
-from ptuning.data.json_rows import json_rows
+from ptuning.data.json_rows import Row, json_rows
 from ptuning.data.row import missing, root
 from ptuning.data.text_lines import LINE_LIMIT, place, text_lines
 from ptuning.errors import DataError
+from ptuning.redaction import first_line
 from ptuning.settings.data import AUTO, Template
 from ptuning.settings.label_values import canonical
 from ptuning.settings.template import template_fields
-
-Row = tuple[str, Mapping[str, Any]]
-"""The location of a row, for error messages, and its values."""
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
@@ -125,8 +123,8 @@ class Columns:
         return list(found)
 
 
-def file_rows(file: DataFile, columns: Columns) -> Iterator[Row]:
-    """The rows of a file.
+def file_rows(file: DataFile, columns: Columns, between: str | None) -> Iterator[Row]:
+    """The rows of a file. `between`: its `separator`.
 
     Raises:
         DataError: it is broken.
@@ -139,7 +137,7 @@ def file_rows(file: DataFile, columns: Columns) -> Iterator[Row]:
         else:
             with file.open() as stream:
                 if file.kind in (".csv", ".tsv"):
-                    yield from _csv_rows(stream, file, columns)
+                    yield from _csv_rows(stream, file.name, between or ",")
                 else:
                     yield from json_rows(stream, file.name, columns.every)
     except OSError as error:
@@ -183,10 +181,8 @@ def _header(line: str, separator: str) -> list[str]:
         return []
 
 
-def _csv_rows(stream: IO[bytes], file: DataFile, columns: Columns) -> Iterator[Row]:
+def _csv_rows(stream: IO[bytes], source: str, between: str) -> Iterator[Row]:
     csv.field_size_limit(max(LINE_LIMIT, csv.field_size_limit()))
-    between = separator(file, columns) or ","
-    source = file.name
     lines = text_lines(stream, source)
     reader = csv.reader((line for _, line in lines), strict=True, delimiter=between)
     try:
@@ -221,7 +217,7 @@ def _parquet_rows(file: DataFile, columns: Columns) -> Iterator[Row]:
 
             yield from _arrow_rows(read, opened.schema_arrow, file.name, columns)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file.name}: is not a readable Parquet file ({_first_line(error)}); write it again") from None
+        raise DataError(f"{file.name}: is not a readable Parquet file ({first_line(error)}); write it again") from None
 
 
 def _ipc_rows(file: DataFile, columns: Columns) -> Iterator[Row]:
@@ -237,7 +233,7 @@ def _ipc_rows(file: DataFile, columns: Columns) -> Iterator[Row]:
                 batches = iter(opened)
             yield from _arrow_rows(lambda names: (batch.select(names) for batch in batches), opened.schema, file.name, columns)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file.name}: is not a readable Arrow file ({_first_line(error)}); write it again") from None
+        raise DataError(f"{file.name}: is not a readable Arrow file ({first_line(error)}); write it again") from None
 
 
 def hub_rows(rows: Dataset, source: str, columns: Columns) -> Iterator[Row]:
@@ -290,7 +286,3 @@ def _with_names(value: Any, feature: Any) -> Any:
     if isinstance(feature, dict) and isinstance(value, dict):
         return {key: _with_names(each, feature[key]) for key, each in value.items()}
     return value
-
-
-def _first_line(error: BaseException) -> str:
-    return re.sub(r"\s+", " ", str(error).partition("\n")[0]).strip().rstrip(".")[:200] or type(error).__name__

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -32,10 +31,12 @@ from datasets.exceptions import DatasetsError
 
 from ptuning.data.cache import cache_folder, quiet
 from ptuning.data.files import DataFile, find_files
-from ptuning.data.readers import SEPARATORS, Columns, Row, class_names, file_rows, hub_rows, separator
+from ptuning.data.json_rows import Row
+from ptuning.data.readers import SEPARATORS, Columns, class_names, file_rows, hub_rows, separator
 from ptuning.data.row import answers, look_up, missing, root, texts_of
 from ptuning.errors import DataError
 from ptuning.model.fingerprint import json_hash
+from ptuning.redaction import first_line
 from ptuning.settings.fields import NAME
 
 FORMAT = 3
@@ -133,7 +134,7 @@ def _file_part(file: DataFile, columns: Columns) -> _Part:
     if file.kind == ".parquet":
         with suppress(pa.ArrowException, OSError, ValueError):  # reading reports it
             named = class_names(pq.read_schema(file.path), columns)
-    return _Part([file.hash(), file.kind, between, named], lambda: file_rows(file, columns), note)
+    return _Part([file.hash(), file.kind, between, named], lambda: file_rows(file, columns, between), note)
 
 
 def _schema(columns: Columns) -> pa.Schema:
@@ -153,12 +154,8 @@ def _load_from_hub(source: str) -> Dataset:
             return datasets.load_dataset("/".join(parts[:2]), config, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(
-            f"{source}: cannot be loaded ({_first_line(error)}); check name, split and network, or give a file"
+            f"{source}: cannot be loaded ({first_line(error)}); check name, split and network, or give a file"
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return re.sub(r"\s+", " ", str(error).partition("\n")[0]).strip().rstrip(".")[:200] or type(error).__name__
 
 
 Stored = tuple[dict[str, Any], bytes]
@@ -247,5 +244,5 @@ def _write(folder: Path, stem: str, source: str, rows: Iterator[Stored], schema:
             os.fsync(file.fileno())
             return Path(file.name).rename(folder / f"{stem}-{digest.hexdigest()}.arrow")
     except OSError as error:
-        reason = error.strerror or _first_line(error)
+        reason = error.strerror or first_line(error)
         raise DataError(f"{folder}: cannot be written ({reason}); set HF_DATASETS_CACHE to a folder with space") from None

@@ -54,13 +54,11 @@ def load_task(experiment: Experiment, base: Base) -> Task:
     found = task_template(config, base.tokenizer, base.name)
     encoder = make_encoder(found.template, base.tokenizer, min(config.max_tokens or room, room))
     texts = training_texts(config, found.template, found.rows)
+    sources = {**dict.fromkeys(texts, config.train), **dict(config.sources())}
     splits = {
         name: load_split(name, source, encoder, found.rows, references=config.references, texts=texts.get(name))
-        for name, source in config.sources()
+        for name, source in sources.items()
     }
-    for name in ("validation", "test"):
-        if isinstance(getattr(config, name), float):
-            splits[name] = load_split(name, config.train, encoder, found.rows, references=config.references, texts=texts[name])
     if len(base.tokenizer) > base.vocabulary:
         _check_rows_of_tokens(experiment, base, encoder, splits.values())
     return Task(encoder, splits["train"], splits.get("validation"), splits.get("test"), found.note)

@@ -28,11 +28,20 @@ def decoded(line: bytes, source: str, number: int) -> str:
         DataError: it is not plain UTF-8 text.
     """
     if b"\0" in line:
-        raise DataError(f"{source}, line {number}: contains a NUL byte; save the file as UTF-8 text")
+        raise nul_byte(source, number)
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{source}, line {number}: is not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
+        raise not_utf8(source, number, error.start + 1) from None
+
+
+def nul_byte(source: str, number: int) -> DataError:
+    return DataError(f"{source}, line {number}: contains a NUL byte; save the file as UTF-8 text")
+
+
+def not_utf8(source: str, number: int, byte: int) -> DataError:
+    """`byte`: the number of the first wrong one in its line, from 1."""
+    return DataError(f"{source}, line {number}: is not UTF-8 at byte {byte}; save the file as UTF-8")
 
 
 def too_long(source: str, number: int) -> DataError:

@@ -163,10 +163,7 @@ class PromptedModel(nn.Module):
     @property
     def packed_layers(self) -> PackedLayers:
         """What computes a token once in a concatenated pass; its hooks are only on bases that need it."""
-        found = self._packed_layers or self._pack_layers()
-        if self.needs_ids:  # layers would get packed states beside the ids of written-out rows
-            found.found = False
-        return found
+        return self._packed_layers or self._pack_layers()
 
     def _pack_layers(self) -> PackedLayers:
         layers = getattr(self.base.config.get_text_config(), "num_hidden_layers", 0)

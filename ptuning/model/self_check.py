@@ -58,7 +58,8 @@ def choose_pass(model: PromptedModel, name: str, gradients: bool = True) -> None
         model.shared_prefix, model.first_layer.active = shared, limited
         if not shared:
             model.packed_layers.active = packed
-            if packed and not model.packed_layers.found:
+            # Layers that look up ids would get packed states beside the ids of written-out rows.
+            if packed and (model.needs_ids or not model.packed_layers.found):
                 continue
         if reference.is_met():
             if not shared:
