@@ -26,6 +26,8 @@ def look_up(row: Mapping[str, Any], name: str) -> Any:
     Raises:
         KeyError: there is none.
     """
+    if name in row:  # almost always, and this is asked for every field of every row
+        return row[name]
     try:
         return _inside(row, name)
     except _Missing:
@@ -85,7 +87,7 @@ def texts_of(row: Mapping[str, object], fields: Iterable[str], defaults: Mapping
     texts = {}
     for field in fields:
         try:
-            value = row[field] if field in row else look_up(row, field)
+            value = look_up(row, field)
         except KeyError:
             if field not in defaults:
                 raise missing(field, row) from None

@@ -186,7 +186,7 @@ def _texts(row: Any, columns: Columns) -> Stored:
     if columns.free and len(columns.target) == 1:
         (name,) = columns.target
         try:
-            value = row[name] if name in row else look_up(row, name)
+            value = look_up(row, name)
         except KeyError:
             value = None
         if isinstance(value, list) and value and all(isinstance(each, str) for each in value):

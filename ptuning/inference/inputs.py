@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ptuning.data.conversations import MESSAGES
@@ -40,7 +41,10 @@ def fields_of(encoder: Encoder, text: Text) -> dict[str, Any]:
         except (ValueError, RecursionError):
             fields = None
     if isinstance(fields, Mapping):
-        found = {name: look_up(fields, name) for name in wanted if _has(fields, name)}
+        found = {}
+        for name in wanted:
+            with suppress(KeyError):
+                found[name] = look_up(fields, name)
         known = {root(name, fields) for name in wanted}
         if set(fields) <= known and set(required) <= set(found) and all(isinstance(value, str) for value in found.values()):
             return found
@@ -48,14 +52,6 @@ def fields_of(encoder: Encoder, text: Text) -> dict[str, Any]:
         return {required[0]: text}
     listed = ", ".join(f"{name} (optional)" if name in optional else name for name in wanted)
     raise RequestError(f"the template has the fields {listed}; send a JSON object with a text for each")
-
-
-def _has(fields: Mapping[str, Any], name: str) -> bool:
-    try:
-        look_up(fields, name)
-    except KeyError:
-        return False
-    return True
 
 
 def _messages(text: Text) -> list[dict[str, str]]:

@@ -1,6 +1,6 @@
 """A causal language model for text configs of which transformers has the layers but no class of their own with a head.
 
-The text parts of Qwen2-VL to Qwen3-VL, GLM-4V, Mistral 4 and others exist in transformers (5.23) only inside a class that also
+The text parts of Qwen2-VL to Qwen3-VL, GLM-4V and others exist in transformers (5.23) only inside a class that also
 reads images. Their layers are registered (`AutoModel`); here they get the head of that class: one linear layer.
 """
 

@@ -64,7 +64,7 @@ def trial_tables(tables: Mapping[str, Any], name: str, values: Values) -> dict[s
 
 def key_of(tables: Mapping[str, Any]) -> str:
     """Hash of everything that determines a trial's result within its search, its seed and budget included. Paths do not: what
-    is there is the same for all trials (`run_setup.check_contents`)."""
+    is there is the same for all trials (`run_setup.run_contents`)."""
     decisive = {
         table: {key: value for key, value in tables[table].items() if f"{table}.{key}" not in PLACES}
         for table in ("model", "prompt", "data", "train")
