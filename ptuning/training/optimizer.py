@@ -12,17 +12,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ptuning.training.starts import Start
-
 Moments = dict[str, Tensor]
 LARGEST = 3e38
 """A norm that nothing exceeds."""
+
+
+class Trained(Protocol):
+    """A soft prompt in training (`starts.Start`)."""
+
+    vectors: Tensor
+    """`[P, H]` fp32."""
+    optimizer: str
+    weight_decay: float
+    moments: Moments
+    updates: int
 
 
 class Rule(Protocol):
@@ -122,7 +130,7 @@ RULES: Mapping[str, type[Rule]] = {"adamw": AdamW, "adafactor": Adafactor}
 class _Group:
     """The soft prompts of one rule."""
 
-    def __init__(self, name: str, starts: Sequence[Start], device: torch.device) -> None:
+    def __init__(self, name: str, starts: Sequence[Trained], device: torch.device) -> None:
         self.rule = RULES[name]
         self.members = [number for number, start in enumerate(starts) if start.optimizer == name]
         mine = [starts[number] for number in self.members]
@@ -146,7 +154,7 @@ class Together:
     `vectors` [N, H] fp32 is what the pass takes, and what has the gradient.
     """
 
-    def __init__(self, starts: Sequence[Start]) -> None:
+    def __init__(self, starts: Sequence[Trained]) -> None:
         self.starts = list(starts)
         sizes = [len(start.vectors) for start in starts]
         self.vectors = torch.cat([start.vectors for start in starts]).requires_grad_()

@@ -34,7 +34,7 @@ class Start:
         self.number = number
         self.scale = scale
         """Factor of its loss in the backward pass. It only falls (`lower_scale`), so a run gives the same numbers again."""
-        self.optimizer = config.optimizer
+        self.optimizer: str = config.optimizer
         self.weight_decay = config.weight_decay
         self.vectors = vectors.clone()
         self.moments = RULES[self.optimizer].empty(self.vectors)

@@ -125,3 +125,18 @@ def test_a_step_of_training_costs_the_same_for_any_slots_and_rows(
         assert counts["kernels"] <= 130 * layers + 150, DEVICE.places
         assert waits(counts) == 1 and counts["sent"] == 1, DEVICE.places
     assert found[2, 1] == found[2, 3]
+
+
+SAMPLINGS = {"greedy": Sampling(), "top_p with log-probabilities": Sampling(1.0, 0.9, seed=0, top=2)}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
+def test_a_step_of_generation_costs_the_same_for_any_requests(sampling: Sampling, base: Base, device: torch.device) -> None:
+    """Three waits: for transformers' mask of packed rows, for the tokens with their log-probabilities, and for the tokens that
+    transformers reads again. With calls per request there were 3.5 L R more kernels, and 2 L + 4 waits, or 3 R more with
+    log-probabilities."""
+    few, many = (decoding_step(base, device, layers=2, requests=requests, sampling=sampling) for requests in (2, 6))
+    ours = [key for key in DEVICE.places if key[0] in WAITING and "/" in key[1]]
+    assert few["kernels"] == many["kernels"] <= 40 * 2 + 90
+    assert few["waits"] + few["to host"] == many["waits"] + many["to host"] == 3, DEVICE.places
+    assert len(ours) == 1 and many["sent"] == 1  # transformers itself sends its inputs in 7 copies that wait
