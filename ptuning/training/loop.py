@@ -74,6 +74,7 @@ class Pack:
         than a small step."""
         self.slots: list[Slot] = []
         self.stepper = Stepper(model, workers)
+        self.writer = checkpoint.Writer()
 
     @property
     def free(self) -> int:
@@ -108,6 +109,15 @@ class Pack:
 
 def train(pack: Pack, source: Source, report: Report) -> None:
     """Train until the source has no more orders and every slot is done."""
+    try:
+        _train(pack, source, report)
+    except BaseException:
+        pack.writer.settle()
+        raise
+    pack.writer.end()
+
+
+def _train(pack: Pack, source: Source, report: Report) -> None:
     more = True
     while more or pack.slots:
         if more and (pack.news_pending or not pack.slots):
@@ -137,6 +147,7 @@ def apply(pack: Pack, order: Command, report: Report) -> None:
         if order.keep:
             finish(pack, slot, report)
         else:
+            pack.writer.wait(checkpoints(slot.folder))  # nothing is written any more once it has left
             pack.slots.remove(slot)
 
 
@@ -246,11 +257,12 @@ def save_checkpoint(pack: Pack, slot: Slot) -> None:
     recorded_until = pack.recorded_until()
     slot.unrecorded_events = [(at, event) for at, event in slot.unrecorded_events if at >= recorded_until]
     if pack.workers.is_main:
-        checkpoint.save(checkpoints(slot.folder), slot.step, *slot.state())
+        pack.writer.save(checkpoints(slot.folder), slot.step, *slot.state())
 
 
 def finish(pack: Pack, slot: Slot, report: Report) -> None:
     """Read the test split once, with the best soft prompt; save the soft prompt; free the place."""
+    pack.writer.wait(checkpoints(slot.folder))
     if not slot.best:
         slot.best_vectors, slot.best_step = slot.vectors.clone(), slot.step
     measured = {f"validation_{name}": value for name, value in slot.best.items()}
