@@ -306,6 +306,7 @@ NOT_CAUSAL = {
     "roberta": ("roberta", {"architectures": ["RobertaForCausalLM"]}, " (is_decoder is not set, so its attention is"),
     "xlnet": ("xlnet", {"architectures": ["XLNetLMHeadModel"]}, f" (its attention is not causal){ELSE}"),
     "xlm": ("xlm", {"architectures": ["XLMWithLMHeadModel"]}, f" (its attention is not causal){ELSE}"),
+    "reformer": ("reformer", {"is_decoder": True}, " (its attention hashes tokens at random, so no number is repeatable)"),
     "t5": ("t5", {"architectures": ["T5ForConditionalGeneration"]}, f" (it has an encoder){ELSE}"),
     "clip": ("clip", {}, ELSE),
     "classifier": ("llama", {"architectures": ["LlamaForSequenceClassification"]}, ELSE),
