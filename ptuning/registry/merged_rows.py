@@ -1,4 +1,4 @@
-"""Adds rows for virtual tokens to a base: to its input embedding, its output head, and whatever else it looks up by id."""
+"""Adds rows for virtual tokens to a base: to its input embedding, its output head, and other tables that it looks up by id."""
 
 from __future__ import annotations
 
