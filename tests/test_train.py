@@ -29,7 +29,7 @@ from ptuning.model.packing import Objective, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.settings.model import ModelConfig
 from ptuning.settings.training import TrainConfig, ZeroConfig
-from ptuning.training import checkpoint, zero
+from ptuning.training import base_loader, checkpoint
 from ptuning.training import loop as training
 from ptuning.training import slot as training_slot
 from ptuning.training.distributed import Workers
@@ -48,7 +48,7 @@ def base(tiny_base_folder: Path) -> Base:
 
 @pytest.fixture(scope="module")
 def model(base: Base) -> PromptedModel:
-    return zero.load(base, ZeroConfig(stage=0), torch.float32)
+    return base_loader.load(base, ZeroConfig(stage=0), torch.float32)
 
 
 @pytest.fixture
