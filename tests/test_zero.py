@@ -31,7 +31,7 @@ from ptuning.planning.zero3_simulator import Sharing, gather, prefetch_numbers
 from ptuning.settings.model import ModelConfig
 from ptuning.settings.training import ZeroConfig
 from ptuning.training.distributed import Workers
-from ptuning.training.evaluate import evaluate, greedy
+from ptuning.training.evaluate import evaluate, generate_rows, greedy
 from ptuning.training.loop import Pack, train
 from ptuning.training.messages import Event, StartRun, event_fields
 
@@ -150,6 +150,7 @@ def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:
     found["greedy"] = [text for vector in vectors for text in greedy(model, vector, inputs, task.encoder, 8)]
     # The first rank's texts end sooner: it must not leave the other alone in the middle of a layer.
     found["together"] = greedy(model, vectors[0], inputs[rank:], task.encoder, (1, 8)[rank], together=True)
+    found["texts"] = generate_rows(model, vectors, task.test, task.encoder, workers, 4)
     tensors["gradients_after_generation"] = gradients(model, base.width, workers)
     found["hash_after"] = weights_hash(model.base)
     checkpointed = base_loader.load(base, ZeroConfig(stage=3), torch.float32, checkpoint_gradients=True)
@@ -333,6 +334,7 @@ def test_evaluation_and_generation_do_not_depend_on_sharding(pair: Any, alone: A
         for found, each in zip(rank["evaluations"], expected, strict=True):
             assert found == pytest.approx(each.metrics, rel=1e-5)
         assert rank["greedy"] == texts
+        assert rank["texts"] == generate_rows(model, vectors, task.test, task.encoder, Workers(), 4)
 
 
 def test_workers_whose_texts_end_at_different_tokens_wait_for_each_other(pair: Any, alone: Any) -> None:
