@@ -32,6 +32,7 @@ from ptuning.data.task import describe_task, load_task
 from ptuning.errors import RunFailed, UserError
 from ptuning.model.base import Base, find_base
 from ptuning.registry.publish import check_not_base
+from ptuning.settings.training import ZeroConfig
 from ptuning.tracking import client as tracking_client
 from ptuning.tracking.tracker import Status, Tracker
 from ptuning.training import lease
@@ -173,9 +174,9 @@ def _reach(
             write_run(folder, experiment, "running", kind=kind, contents=contents, placement=placed)
             say(starting(scaling))
             tracker = start_tracker(experiment, folder, task, base)
-            ways = [each.model_copy(update={"zero": zero}) for each in (experiment, trained)]
+            run = Run(_placed(experiment, zero), _placed(trained, zero), folder, base, scaling, tracker)
             try:
-                result = train(Run(*ways, folder, base, scaling, tracker))
+                result = train(run)
             except RunFailed:
                 write_run(folder, experiment, "failed", kind=kind, contents=contents, placement=placed)
                 raise
@@ -185,6 +186,10 @@ def _reach(
     finally:
         if started_here:
             leave_ray()
+
+
+def _placed(experiment: Experiment, zero: ZeroConfig) -> Experiment:
+    return experiment.model_copy(update={"zero": zero})
 
 
 @contextmanager
