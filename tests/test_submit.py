@@ -627,6 +627,11 @@ def test_what_is_served_lives_on_until_it_is_stopped(cluster: SimpleNamespace, w
     said = "ptuning: the server did not start: serve.cache_mb: 1000000000 MB for keys and values exceed the "
     assert wrong.returncode == 2 and said in wrong.stderr and "Traceback" not in wrong.stderr
     assert not asking.failed and asking.answered > 20, asking.failed
+    elsewhere = run(cluster, "submit", "serve", experiment, f"serve.port={free_port()}")
+    assert (
+        elsewhere.returncode == 2
+        and f"Ray Serve already runs on this cluster and listens at 127.0.0.1:{port};" in elsewhere.stderr
+    )
 
     job = json.loads(run(cluster, "jobs", "list", "--json").stdout)["jobs"][1]
     assert job["what"] == "serve" and job["status"] == "succeeded"
