@@ -615,8 +615,8 @@ def test_what_is_served_lives_on_until_it_is_stopped(cluster: SimpleNamespace, w
     port, experiment = free_port(), write(cluster, write_toml)
     served = run(cluster, "submit", "serve", experiment, f"serve.port={port}", "--json")
     assert served.returncode == 0, served.stderr
-    base, *names = json.loads(served.stdout)["served"]
-    assert base.startswith(cluster.base.name) and names == ["toy"]
+    names = json.loads(served.stdout)["served"]
+    assert "toy" in names and any(name.startswith(cluster.base.name) for name in names)
     answer = run(cluster, "ask", "toy", "the old hammer", "--url", f"http://127.0.0.1:{port}/v1")
     assert answer.stdout.strip() in ("fruit", "tool"), answer.stderr
 
