@@ -35,6 +35,7 @@ KILLS = int(os.environ.get("PTUNING_KILLS", "1"))
 @pytest.fixture
 def tables(toy_task: SimpleNamespace) -> dict[str, Any]:
     toy_task.experiment["compute"]["workers"] = 2
+    toy_task.experiment["zero"] = {"stage": 3}
     toy_task.experiment["train"] |= {"steps": 40, "evaluate_every": 10, "checkpoint_every": 10}
     toy_task.experiment["search"] = {
         "trials": 6,

@@ -18,7 +18,7 @@ from ptuning.model.base import find_base
 from ptuning.model.packing import Row, pack_targets
 from ptuning.settings.model import ModelConfig
 from ptuning.settings.training import ZeroConfig
-from ptuning.training import zero
+from ptuning.training import base_loader
 from ptuning.training.distributed import Workers
 
 SECONDS = 100
@@ -66,7 +66,7 @@ def _work(rank: int, port: int, folder: Path, vectors: Sequence[Tensor], rows: S
         dist.init_process_group("gloo", rank=rank, world_size=2)
         workers = Workers.current()
         base = find_base(ModelConfig(path=str(folder)))
-        model = zero.load(base, ZeroConfig(persistent_below=50), torch.float32)
+        model = base_loader.load(base, ZeroConfig(stage=3, persistent_below=50), torch.float32)
         prompts = [each.clone().requires_grad_() for each in vectors]
         plan = pack_targets([len(each) for each in prompts], [batch[rank::2] for batch in rows])
         model(prompts, plan).sum().backward()

@@ -121,11 +121,15 @@ class Base:
         it, else float32."""
         if wanted != "auto":
             return cast(torch.dtype, getattr(torch, wanted))
+        return torch.bfloat16 if self.stored_small and computes_in_bfloat16() else torch.float32
+
+    @property
+    def stored_small(self) -> bool:
+        """True if the base is mostly stored in 16 bits or fewer."""
         sizes = {True: 0, False: 0}
         for tensor in self.tensors:
             sizes[tensor.dtype in ("F32", "F64")] += tensor.size
-        small = sizes[False] >= sizes[True] or self.quantization is not None
-        return torch.bfloat16 if small and computes_in_bfloat16() else torch.float32
+        return sizes[False] >= sizes[True] or self.quantization is not None
 
     def load(self, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
         """The model with its weights (partitioned inside `zero.partitioned`).
