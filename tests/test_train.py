@@ -27,6 +27,7 @@ from ptuning.model import soft_prompt
 from ptuning.model.base import Base, find_base
 from ptuning.model.packing import Objective, pack_targets
 from ptuning.model.prompted_model import PromptedModel
+from ptuning.searching.space import best_result
 from ptuning.settings.model import ModelConfig
 from ptuning.settings.training import TrainConfig, ZeroConfig
 from ptuning.training import base_loader, checkpoint
@@ -541,14 +542,30 @@ def test_class_weights_weigh_each_rows_choice(run: Any, toy_task: SimpleNamespac
     assert events[0].values["loss"] != pytest.approx(events[1].values["loss"], rel=1e-6)
 
 
-def test_observe_breaks_ties_by_loss(run: Any, toy_task: SimpleNamespace) -> None:
+def test_accuracies_within_a_standard_error_are_compared_by_loss(run: Any, toy_task: SimpleNamespace) -> None:
     pack = run().pack
     slot: Slot = pack.attach(StartRun(experiment(toy_task), "unused"))
-    assert slot.observe({"accuracy": 0.5, "loss": 1.0})
-    assert not slot.observe({"accuracy": 0.5, "loss": 1.0})
-    assert slot.observe({"accuracy": 0.5, "loss": 0.9})
-    assert not slot.observe({"accuracy": 0.4, "loss": 0.1})
+    error = math.sqrt(0.8 * 0.2 / len(slot.task.validation))
+    assert slot.observe({"accuracy": 0.5, "loss": 0.5})
+    assert slot.observe({"accuracy": 0.8, "loss": 1.0}), "much more accurate"
+    assert not slot.observe({"accuracy": 0.8, "loss": 1.0})
+    assert not slot.observe({"accuracy": 0.8 + error / 10, "loss": 1.1}), "hardly more accurate"
+    assert slot.observe({"accuracy": 0.8 - error / 2, "loss": 0.9}), "hardly less accurate"
+    slot.restore(*slot.state())
+    assert not slot.observe({"accuracy": 0.8 - error * 1.2, "loss": 0.1}), "compared with the highest, not with the last best"
+    assert slot.observe({"accuracy": 0.8 + error, "loss": 2.0}), "what was the best is now too far below"
     pack.slots.clear()
+
+
+def test_a_search_keeps_the_evaluation_that_the_slot_kept(toy_task: SimpleNamespace) -> None:
+    results = [
+        {"step": step, "values": {"accuracy": accuracy, "loss": loss}, "best": best}
+        for step, accuracy, loss, best in ((10, 0.8, 1.0, True), (20, 0.79, 0.5, True), (30, 0.81, 2.0, False))
+    ]
+    assert best_result(experiment(toy_task), results, 4)["step"] == 20
+    assert best_result(experiment(toy_task), results[:1], 4)["step"] == 10
+    unmarked = [{key: each[key] for key in ("step", "values")} for each in results]  # as older stores have them
+    assert best_result(experiment(toy_task), unmarked, 4)["step"] == 30
 
 
 def test_law_6_evaluation_scores_the_tokens_that_training_saw(

@@ -53,7 +53,8 @@ class TrainConfig(Table):
     patience: Positive | None = None
     """Stop after this many evaluations in a row without improvement."""
     metric: Metric | None = None
-    """Validation metric that selects the best step. Default: accuracy if there are labels, else loss."""
+    """Validation metric that selects the best step. Default: accuracy if there are labels, else loss. Between accuracies that
+    differ by less than a standard error from the highest, the loss decides."""
     clip: Number = 1.0
     """Maximum gradient norm of a soft prompt; 0 disables clipping."""
     checkpoint_every: Positive = 20
