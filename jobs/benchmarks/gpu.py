@@ -15,13 +15,14 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.measuring import gemm_rate, machine, settle
@@ -32,10 +33,12 @@ from ptuning.inference.types import End, EngineConfig, Request
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packing import Objective, pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
+from ptuning.model.transfer import moved
 from ptuning.planning.meta_model import MetaModel
 from ptuning.planning.workload import Workload
 from ptuning.settings.training import TrainConfig
 from ptuning.training import checkpoint
+from ptuning.training.optimizer import Together
 from ptuning.training.starts import Start
 
 TINY = Size(2, 64, 128, 4, 2, 1_000)
@@ -158,18 +161,22 @@ def resumed(optimizer: Any, device: str) -> bool:
     config = TrainConfig(optimizer=optimizer)
     gradients = [torch.randn(4, 32, generator=torch.Generator().manual_seed(step)).to(device) for step in range(4)]
     whole, part, again = (Start(0, torch.ones(4, 32, device=device), config) for _ in range(3))
-    for gradient in gradients:
-        whole.update(gradient.clone(), 1.0, 0.1)
-    for gradient in gradients[:2]:
-        part.update(gradient.clone(), 1.0, 0.1)
+    _updated(whole, gradients)
+    _updated(part, gradients[:2])
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(folder, 2, *part.state())
         saved = checkpoint.newest(folder)
         assert saved is not None
         again.restore(*saved)
-    for gradient in gradients[2:]:
-        again.update(gradient.clone(), 1.0, 0.1)
+    _updated(again, gradients[2:])
     return torch.equal(whole.vectors, again.vectors)
+
+
+def _updated(start: Start, gradients: Sequence[Tensor]) -> None:
+    together = Together([start])
+    for gradient in gradients:
+        numbers = moved(together.numbers([start.updates + 1], [0.1]), gradient.device)
+        together.update(gradient, numbers)
 
 
 def waits_part(arguments: argparse.Namespace) -> dict[str, Any]:

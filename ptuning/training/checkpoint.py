@@ -23,7 +23,8 @@ KEEP = 2
 
 def save(folder: str, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Write the checkpoint of `step` below `folder` and delete those that are no longer needed."""
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies, because tensors that share memory cannot be written (safetensors), and those of all slots do.
+    whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     storage.write_folder(
         storage.join(folder, f"step-{step:09d}"),
         {"state.safetensors": safetensors.torch.save(whole), "state.json": json.dumps(state).encode()},
