@@ -191,7 +191,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def balanced_weights(task: Task) -> dict[tuple[int, ...], float]:
     """Label -> n / (L * rows with this label), as scikit-learn's "balanced": the mean over the n training rows is 1."""
     labels = [tuple(label) for label in task.encoder.label_ids]
-    counts = np.bincount(np.asarray(task.train.rows["label"]), minlength=len(labels))
+    counts = np.bincount(np.asarray(task.train.rows["label"][:]), minlength=len(labels))
     return {label: float(counts.sum() / (len(labels) * max(1, many))) for label, many in zip(labels, counts, strict=True)}
 
 
