@@ -12,8 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,12 +23,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ptuning.data.batch_sampler import shard
-from ptuning.model.packing import PackedBatch, PlacedBatch, TurnsRow, pack_targets
+from ptuning.model.packing import PackedBatch, PlacedBatch, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.transfer import Parcel, moved
 from ptuning.training.distributed import Workers
 from ptuning.training.optimizer import LARGEST, Together
+from ptuning.training.passes import Part, divide
 from ptuning.training.slot import Slot, learning_rate
 from ptuning.training.starts import Start, lower_scales
 
@@ -60,6 +59,8 @@ class Outcome:
 @dataclass(frozen=True)
 class _Pass:
     plan: PackedBatch
+    spans: list[slice]
+    """Rows of the vectors that it reads."""
     placed: PlacedBatch
     weights: Tensor
     """`[M + M']` factors of the losses of all predictions."""
@@ -74,21 +75,26 @@ class _Plan:
         self.members = members
         self._cascades = stepper.model.cascades
         self.packed: list[PackedBatch] = []
+        self.spans: list[list[slice]] = []
+        """Rows of the vectors that each pass reads."""
         tensors: list[Tensor] = []
         rows = {id(each.slot): each.slot.order.batch(each.step) for each in members}
         totals = [
             (int(each.slot.task.train.target_lengths[rows[id(each.slot)]].sum()), len(rows[id(each.slot)])) for each in members
         ]
         lengths, objectives = [len(each.start.vectors) for each in members], [each.slot.objective for each in members]
-        for batches in _micro_batches(stepper.workers, members, rows):
-            plan = pack_targets(lengths, batches, objectives)
+        for own in _divided(stepper.workers, members, rows):
+            starts = [start for start, _ in own]
+            batches = [[members[start].slot.task.train.row(int(row)) for row in part] for start, part in own]
+            plan = pack_targets([lengths[start] for start in starts], batches, [objectives[start] for start in starts])
             parts = [
-                each.slot.weights(many, own, total)
-                for each, many, own, total in zip(members, plan.per_slot, batches, totals, strict=True)
+                members[start].slot.weights(many, batch, totals[start])
+                for start, many, batch in zip(starts, plan.per_slot, batches, strict=True)
             ]
             kinds = [[text for text, _ in parts], [choices for _, choices in parts]]
-            owners = [np.repeat(np.arange(len(members)), [len(part) for part in kind]) for kind in kinds]
+            owners = [np.repeat(starts, [len(part) for part in kind]) for kind in kinds]
             self.packed.append(plan)
+            self.spans.append(_spans(lengths, starts))
             tensors += plan.parts(self._cascades)
             tensors += [torch.from_numpy(np.concatenate([*kinds[0], *kinds[1]])), torch.from_numpy(np.concatenate(owners))]
         limits = [each.slot.config.clip or LARGEST for each in members]
@@ -104,7 +110,10 @@ class _Plan:
     def send(self) -> tuple[list[_Pass], Tensor, Tensor, list[Tensor]]:
         """On the device: the passes, limits and scales of the starts, and what their optimisers need."""
         tensors = iter(self._parcel.send())
-        passes = [_Pass(plan, plan.read_from(tensors, self._cascades), next(tensors), next(tensors)) for plan in self.packed]
+        passes = [
+            _Pass(plan, spans, plan.read_from(tensors, self._cascades), next(tensors), next(tensors))
+            for plan, spans in zip(self.packed, self.spans, strict=True)
+        ]
         return passes, next(tensors), next(tensors), list(tensors)
 
 
@@ -178,7 +187,7 @@ class Stepper:
         vectors.grad = None
         losses = torch.zeros(len(scales), device=vectors.device)
         for each in passes:
-            nll = self.model(vectors, each.plan, each.placed)
+            nll = self.model([vectors[span] for span in each.spans], each.plan, each.placed)
             # The starts' losses share no term: each keeps its own gradient.
             own = torch.zeros_like(losses).index_add(0, each.owners, nll * each.weights)
             own.backward(scales)
@@ -199,25 +208,28 @@ class Stepper:
         return whole.view_as(gradient), losses, news
 
 
+def _spans(lengths: Sequence[int], starts: Sequence[int]) -> list[slice]:
+    """The rows of some starts, ascending, as few slices."""
+    ends = [0, *itertools.accumulate(lengths)]
+    spans: list[slice] = []
+    for start in starts:
+        if spans and spans[-1].stop == ends[start]:
+            spans[-1] = slice(spans[-1].start, ends[start + 1])
+        else:
+            spans.append(slice(ends[start], ends[start + 1]))
+    return spans
+
+
 def _split(values: list[float], sizes: Sequence[int]) -> list[list[float]]:
     ends = list(itertools.accumulate(sizes))
     return [values[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
-def _micro_batches(
-    workers: Workers, members: Sequence[Member], rows: dict[int, NDArray[np.int64]]
-) -> Iterator[list[list[TurnsRow]]]:
-    """This worker's rows, pass by pass: lists of rows of every start. `rows`: the global batch by the id of the slot.
+def _divided(workers: Workers, members: Sequence[Member], rows: dict[int, NDArray[np.int64]]) -> list[list[Part]]:
+    """This worker's passes. `rows`: the global batch by the id of the slot.
 
-    Every worker makes the same number of passes, as a sharded base needs; one with fewer rows may have empty lists. Where a
-    slot has several starts, each gets so few rows at a time that together they take the memory of one.
+    Where a slot has several starts, a pass takes so few rows that together they take the memory of one.
     """
-    starts = Counter(id(each.slot) for each in members)
-    most = max(math.ceil(len(batch) / workers.size) for batch in rows.values())
-    limit = min(each.slot.config.micro_batch_size or most for each in members)
-    passes = math.ceil(most / max(1, limit // max(starts.values())))
-    mine = {slot: np.array_split(shard(batch, workers.rank, workers.size), passes) for slot, batch in rows.items()}
-    splits = {id(each.slot): each.slot.task.train for each in members}
-    for index in range(passes):
-        parts = {slot: [splits[slot].row(int(row)) for row in own[index]] for slot, own in mine.items()}
-        yield [parts[id(each.slot)] for each in members]
+    largest = max(math.ceil(len(batch) / workers.size) for batch in rows.values())
+    limit = min(each.slot.config.micro_batch_size or largest for each in members)
+    return divide([rows[id(each.slot)] for each in members], limit * len(rows), workers.rank, workers.size)
