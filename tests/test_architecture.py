@@ -77,7 +77,15 @@ OWNERS = {
         "training.ray_trainer",
         "training.run",
     },
-    "fastapi": {"serving.api", "serving.app", "serving.deployment", "serving.http_request", "serving.responses"},
+    "fastapi": {
+        "serving.api",
+        "serving.app",
+        "serving.deployment",
+        "serving.http_request",
+        "serving.replies",
+        "serving.status",
+    },
+    "llguidance": {"inference.grammar"},
     "prometheus_client": {"serving.metrics"},
     "optuna": {"searching.searcher"},
 }

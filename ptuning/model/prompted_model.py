@@ -114,10 +114,7 @@ class PromptedModel(nn.Module):
         """Negative log-likelihood of every prediction, `[M + M']` fp32: tokens of the text over the whole vocabulary, then
         choices over the children of their nodes. `soft_prompts[k]` is `[P_k, H]` (P_k may be 0)."""
         device = self.base.device
-        text = self.base.get_input_embeddings()(plan.tokens.to(device))
-        pieces = [soft_prompt.to(text) for soft_prompt in soft_prompts if len(soft_prompt)]
-        packed = torch.cat([*pieces, text])  # [N, H]
-        plan.segments.trained = None if text.requires_grad else len(packed) - len(text)
+        packed = self._packed(soft_prompts, plan)
         choices = plan.choices
         kept = plan.kept
         with self.head.only(choices.ids if choices and not len(plan.at) else None):
@@ -132,6 +129,22 @@ class PromptedModel(nn.Module):
             rows = logits.index_select(0, place[choices.at].to(device)).float()
             parts.append(choice_nll(rows, choices))
         return torch.cat(parts)
+
+    def text_logits(self, soft_prompts: Sequence[Tensor], plan: PackedBatch) -> Tensor:
+        """Logits `[M, V]` of every prediction of a token of the text."""
+        packed, kept = self._packed(soft_prompts, plan), plan.kept
+        logits = self._logits(packed, plan, kept)
+        place = torch.empty(plan.positions, dtype=torch.long)
+        place[kept] = torch.arange(len(kept))
+        return logits.index_select(0, place[plan.at].to(logits.device))
+
+    def _packed(self, soft_prompts: Sequence[Tensor], plan: PackedBatch) -> Tensor:
+        """`[N, H]`"""
+        text = self.base.get_input_embeddings()(plan.tokens.to(self.base.device))
+        pieces = [soft_prompt.to(text) for soft_prompt in soft_prompts if len(soft_prompt)]
+        packed = torch.cat([*pieces, text])
+        plan.segments.trained = None if text.requires_grad else len(packed) - len(text)
+        return packed
 
     def _logits(self, packed: Tensor, plan: PackedBatch, kept: Tensor) -> Tensor:
         if self.shared_prefix:

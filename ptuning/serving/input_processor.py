@@ -15,13 +15,12 @@ ChatUse = Literal["whole", "last"]
 """`serve.chat`."""
 
 
-def chat_ids(served: Served, request: ChatRequest, room: int, use: ChatUse) -> list[int]:
-    """The token ids of a conversation. `use`: what a soft prompt with a plain template takes of it.
+def chat_ids(served: Served, request: ChatRequest, messages: list[Message], room: int, use: ChatUse) -> list[int]:
+    """The token ids of a request's conversation. `use`: what a soft prompt with a plain template takes of it.
 
     Raises:
         RequestError, DataError: the conversation does not fit, or does not match the template.
     """
-    messages: list[Message] = [{"role": message.role, "content": message.text} for message in request.messages]
     if served.encoder is not None and served.conversation is None:
         text = _last(messages) if use == "last" else _only(served.id, messages)
         return row_ids(served.encoder, fields_of(served.encoder, text), room, request.truncate)
