@@ -5,7 +5,7 @@
 #
 # BASE is any image of Debian's family with Python 3.11 or newer; from it come Python, the C library and the user's tools,
 # and every Python package comes from constraints.txt. No compiler is needed, neither here nor at run time.
-# TORCH_INDEX is a pip index to take torch from: without one it is PyPI's, a CUDA build of some GB on x86-64;
+# EFA_INSTALLER adds AWS's network (see below). TORCH_INDEX is a pip index to take torch from: without one it is PyPI's, a CUDA build of some GB on x86-64;
 # pytorch.org names the index of its CPU builds.
 ARG BASE=rayproject/ray:2.60.0-py311-cpu
 FROM ${BASE}
@@ -21,6 +21,18 @@ RUN missing=""; for tool in wget rsync; do command -v $tool >/dev/null || missin
     fi; \
     id ray >/dev/null 2>&1 || useradd --create-home --non-unique --uid 1000 --gid users --shell /bin/bash ray; \
     if [ -e /etc/sudoers ]; then sed -i '/^ray /d' /etc/sudoers; fi
+
+# RDMA between nodes (InfiniBand, RoCE): without these libraries NCCL silently uses TCP. For EFA, EFA_INSTALLER is the URL of AWS's
+# installer (a tar.gz), which brings libfabric and NCCL's plugin for it.
+ARG EFA_INSTALLER=
+RUN apt-get update; apt-get install -y --no-install-recommends libibverbs1 ibverbs-providers librdmacm1; \
+    if [ -n "$EFA_INSTALLER" ]; then \
+        mkdir /tmp/efa; wget -qO- "$EFA_INSTALLER" | tar -xz -C /tmp/efa --strip-components=1; cd /tmp/efa; \
+        ./efa_installer.sh -y --skip-kmod --skip-limit-conf --no-verify; \
+        find /opt/amazon -name 'libnccl-net*.so' -printf '%h\n' | sort -u > /etc/ld.so.conf.d/nccl-net.conf; \
+        [ -s /etc/ld.so.conf.d/nccl-net.conf ]; ldconfig; rm -rf /tmp/efa; \
+    fi; \
+    rm -rf /var/lib/apt/lists/*
 
 # An environment of its own: what the base image brings in Python packages cannot mix with the pinned ones.
 ENV VIRTUAL_ENV=/opt/ptuning PATH=/opt/ptuning/bin:$PATH

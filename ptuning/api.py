@@ -223,6 +223,7 @@ def plan(
     gpus: int = 0,
     memory_gb: float | None = None,
     per_node: int = 8,
+    network_gb: float | None = None,
     bandwidth_gb: float | None = None,
     tflops: float | None = None,
     config: str | None = None,
@@ -235,7 +236,8 @@ def plan(
         gpus: one per worker; 0: `compute.workers` CPU workers of this machine.
         memory_gb: GB per GPU (80), or per CPU worker (its part of this machine).
         per_node: GPUs per node.
-        bandwidth_gb: GB/s that a worker receives (300 within a node, 50 between nodes, 1 on CPU).
+        network_gb: GB/s of a node's whole network (50 per GPU).
+        bandwidth_gb: GB/s that a worker receives (with GPUs 300, or `network_gb` if that is less; 1 on CPU).
         tflops: tera-operations/s of a worker (400 with GPUs, else 0.1).
         config: config.json of the base, instead of model.path.
         tokens: tokens per row; default: data.max_tokens, else counted.
@@ -250,6 +252,7 @@ def plan(
         gpus=gpus,
         memory_gb=memory_gb,
         per_node=per_node,
+        network_gb=network_gb,
         bandwidth_gb=bandwidth_gb,
         tflops=tflops,
         config=config,

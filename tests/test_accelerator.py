@@ -1,4 +1,5 @@
-"""Runs the cases of `support/accelerator_cases.py` in a process of their own: a pretended device stays for good."""
+"""Runs the cases of `support/accelerator_cases.py` and the budgets of `support/accelerator_budgets.py` in a process of their
+own: a pretended device stays for good."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ pytestmark = pytest.mark.fast
 
 
 def test_what_an_accelerator_computes_is_what_a_cpu_computes() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/support/accelerator_cases.py"]
+    files = [f"tests/support/accelerator_{name}.py" for name in ("cases", "budgets")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout

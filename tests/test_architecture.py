@@ -41,7 +41,7 @@ DIRECTIONS = {
     "data": {"model"},
     "tracking": set(),
     "inference": {"model", "data"},
-    "cluster": {"model", "tracking"},
+    "cluster": {"model", "tracking", "planning"},
     "planning": {"model", "data"},
     "registry": {"model", "data", "tracking"},
     "training": {"model", "data", "tracking", "planning", "registry", "cluster"},

@@ -354,6 +354,25 @@ def test_kubernetes_lets_nobody_in_from_outside():
         assert "limits" in container.get("resources", {}) or container["name"] == "bucket"
 
 
+@pytest.mark.parametrize(("name", "resource"), [("rdma", "rdma~1rdma_shared_device_a"), ("efa", "vpc.amazonaws.com~1efa")])
+def test_several_gpu_nodes_may_use_rdma(name, resource):
+    """Without any of this, NCCL uses TCP without a word."""
+    folder = KUBERAY / "overlays" / f"multi-gpu-{name}"
+    assert _kustomization(folder)["resources"] == ["../multi-gpu"]
+    changes = {
+        change["path"].rpartition("/spec/containers/0/")[2]: change["value"] for change in documents(folder / "network.yaml")[0]
+    }
+    assert changes["securityContext"] == {
+        "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+    }  # fmt: skip
+    assert changes[f"resources/requests/{resource}"] == changes[f"resources/limits/{resource}"]
+    installed = re.search(r"apt-get install -y --no-install-recommends (.*libibverbs1.*); ", DOCKERFILE)
+    assert installed is not None and {"libibverbs1", "ibverbs-providers", "librdmacm1"} <= set(installed[1].split())
+    assert "efa_installer.sh" in DOCKERFILE and "\nulimit -l unlimited" in SLURM
+    for launcher in LAUNCHERS.values():
+        assert {"--ulimit memlock=-1:-1", "--cap-drop ALL", "--cap-add IPC_LOCK"} <= set(launcher["docker"]["run_options"])
+
+
 def test_a_stopped_job_has_the_time_to_save():
     from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 
@@ -452,7 +471,7 @@ def test_every_manifest_is_used():
     named |= {name for folder in KUSTOMIZATIONS for name in _kustomization(folder).get("resources", [])}
     alone = {path.name for path in KUBERAY.rglob("*.yaml")} - named - {"kustomization.yaml"}
     assert alone == {"rayjob-train.yaml", "rayjob-search.yaml"}  # applied by hand
-    assert {folder.name for folder in OVERLAYS} == {
+    assert {folder.name for folder in OVERLAYS} - {"multi-gpu-rdma", "multi-gpu-efa"} == {
         f"{size}{what}" for size in ("cpu", "gpu", "multi-gpu") for what in ("", "-serve")
     }
     assert {cluster["metadata"]["name"] for cluster in of_kind("RayCluster")} == {
@@ -488,7 +507,7 @@ def test_overlays_build(folder):
     resources = workers["template"]["spec"]["containers"][0]["resources"]
     assert resources["limits"] == resources["requests"]
     gpus = int(resources["limits"].get("nvidia.com/gpu", 0))
-    assert (gpus > 0) == (size != "cpu") and (workers["replicas"] * gpus > 8) == (size == "multi-gpu")
+    assert (gpus > 0) == (size != "cpu") and (workers["replicas"] * gpus > 8) == size.startswith("multi-gpu")
     if serving:
         config = yaml.safe_load(found[kind, name]["spec"]["serveConfigV2"])
         overrides = config["applications"][0]["args"]["overrides"]

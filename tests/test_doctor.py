@@ -141,6 +141,8 @@ def test_every_node_of_a_cluster_is_looked_at(
         assert sum(finding["what"] == what and finding["where"] in nodes for finding in findings) == 2
     [ray_line] = [finding for finding in findings if finding["what"] == "ray"]
     assert "2 nodes, 2 CPU" in ray_line["text"]
+    [network] = [finding for finding in findings if finding["what"] == "network"]
+    assert "GB/s per worker in an all-gather of 2 processes on 2 nodes" in network["text"]
     [shared] = [finding for finding in findings if finding["what"] == "shared storage"]
     assert shared["state"] == "ok" and list((tmp_path / "runs").iterdir()) == []
     # The same with a storage that nobody can write, and a base that nobody has.

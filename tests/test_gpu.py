@@ -15,7 +15,9 @@ from support.training import Killed, Run, experiment
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ptuning.cluster import network_check
 from ptuning.cluster.failures import cause
+from ptuning.errors import UserError
 from ptuning.inference import label_scorer
 from ptuning.inference.engine import Engine
 from ptuning.inference.types import EngineConfig
@@ -27,6 +29,7 @@ from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.token_tree import TokenTree
 from ptuning.planning.capacity import step_flops
 from ptuning.planning.meta_model import MetaModel
+from ptuning.planning.rates import gpu_rate
 from ptuning.planning.workload import Workload
 from ptuning.planning.zero3_simulator import node_copies_fit
 from ptuning.searching import slot_count
@@ -88,6 +91,36 @@ def test_a_size_that_does_not_fit_into_a_gpu_ends_the_measurement(toy_task: Simp
     assert slot_count.count_slots(alone, task) == 4 and not alone.slots and alone.news_pending
     with pytest.raises(torch.OutOfMemoryError):  # the other worker waits inside the step
         slot_count.count_slots(SimpleNamespace(workers=Workers(0, 2)), task)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "network", "rate"), [(False, None, 300.0), (True, None, 300.0), (True, 12.5, 12.5), (False, 12.5, 300.0)]
+)
+def test_a_node_receives_by_all_its_links_together(nodes: bool, network: float | None, rate: float) -> None:
+    assert gpu_rate(8, nodes, network) == rate
+    assert gpu_rate(1, True) == 50.0
+
+
+@pytest.mark.parametrize(
+    ("rates", "nodes", "gpus", "state", "said"),
+    [
+        ([250e9, 200e9], 2, True, "ok", "200 GB/s per worker in an all-gather of 2 GPUs on 2 nodes; plans assume 300"),
+        ([9e9] * 16, 2, True, "warn", "9 GB/s per worker in an all-gather of 16 GPUs on 2 nodes; plans assume 300"),
+        ([0.7e9] * 3, 3, False, "ok", "0.7 GB/s per worker in an all-gather of 3 processes on 3 nodes; plans assume 1"),
+    ],
+)
+def test_the_doctor_compares_the_network_with_the_plan(rates: Any, nodes: int, gpus: bool, state: str, said: str) -> None:
+    found = network_check.judge(rates, 8, nodes, gpus)
+    assert (found.state, found.text) == (state, said)
+    if state == "warn":
+        assert found.fix == "give the containers InfiniBand or EFA (cluster/README.md), or plan with --bandwidth 9"
+
+
+def test_a_part_of_a_gpu_for_a_worker_is_refused(toy_task: SimpleNamespace) -> None:
+    """Two workers on one GPU: NCCL refuses them. Two GPUs for a worker: it would compute on one."""
+    for gpus in (0.5, 2):
+        with pytest.raises(UserError, match="compute.gpus_per_worker"):
+            experiment(toy_task, compute__gpus_per_worker=gpus)
 
 
 ECHO = "RuntimeError: [Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=_ALLGATHER_BASE)"

@@ -93,7 +93,7 @@ def every_logit(model: PromptedModel, soft_prompt: Tensor, texts: list[list[int]
     plan = PackedBatch(segments, tokens, at, tokens, [len(tokens)])
     packed = torch.cat([soft_prompt, model.base.get_input_embeddings()(tokens)])
     with torch.no_grad():
-        return model._logits(packed, plan, at)
+        return model._logits(packed, plan, plan.placed(model.base.device))
 
 
 # Law 1 ---------------------------------------------------------------------------------------------------------------

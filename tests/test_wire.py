@@ -660,7 +660,7 @@ def test_a_response_has_the_form_that_is_asked_for(client):
         ({"store": True}, "store: is not supported at true; send false"),
         ({"previous_response_id": "resp_1"}, 'previous_response_id: is not supported at "resp_1"; leave it out'),
         ({"background": True}, "background: is not supported at true"),
-        ({"input": []}, "input: must be a list with at least 1 item"),
+        ({"input": []}, "input: must be a string or a list with at least 1 item"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.0.type: must be 'message', 'function_call'"),
         ({"input": [{"role": "user"}]}, "input.0.content: is missing"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type: must be 'function'"),

@@ -57,14 +57,14 @@ def all_logits(vectors: Tensor, rows: list[Row]) -> tuple[list[Tensor], PackedBa
     prompts, plan = shared(vectors, rows)
     targets = torch.full((plan.positions,), -100)
     targets[plan.at] = plan.targets
-    return prompts, dataclasses.replace(plan, at=torch.arange(plan.positions), targets=targets, per_slot=[plan.positions])
+    every = torch.arange(plan.positions)
+    return prompts, dataclasses.replace(plan, at=every, targets=targets, per_slot=[plan.positions], read=plan.kept)
 
 
 def whole_last_layer(vectors: Tensor, rows: list[Row]) -> tuple[list[Tensor], PackedBatch]:
     """The last layer computed at every place."""
     prompts, plan = shared(vectors, rows)
-    plan.segments.read = None
-    return prompts, plan
+    return prompts, dataclasses.replace(plan, read=torch.arange(plan.positions))
 
 
 def epoch(

@@ -24,11 +24,12 @@ def plan(
         typer.Option("--gpu-memory", min=0.01, help="GB per GPU (80), or per CPU worker (its part of this machine)."),
     ] = None,
     per_node: Annotated[int, typer.Option("--per-node", min=1, help="GPUs per node.")] = 8,
+    network: Annotated[
+        float | None, typer.Option("--network", min=0.001, help="GB/s of a node's whole network; default: 50 per GPU.")
+    ] = None,
     bandwidth: Annotated[
         float | None,
-        typer.Option(
-            "--bandwidth", min=0.001, help="GB/s that a worker receives: 300 within a node, 50 between nodes, 1 on CPU."
-        ),
+        typer.Option("--bandwidth", min=0.001, help="GB/s that a worker receives: with GPUs at most 300, on CPU 1."),
     ] = None,
     tflops: Annotated[
         float | None,
@@ -53,8 +54,8 @@ def plan(
         settings = read_experiment(experiment, overrides or [])
         with busy("planning"):
             found = api.plan(
-                settings, gpus=gpus, memory_gb=gpu_memory, per_node=per_node, bandwidth_gb=bandwidth, tflops=tflops,
-                config=config, tokens=tokens,
+                settings, gpus=gpus, memory_gb=gpu_memory, per_node=per_node, network_gb=network,
+                bandwidth_gb=bandwidth, tflops=tflops, config=config, tokens=tokens,
             )  # fmt: skip
     except UserError as error:
         fail(str(error), 2)

@@ -13,7 +13,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ptuning import storage
-from ptuning.cluster import node_checks
+from ptuning.cluster import network_check, node_checks
 from ptuning.cluster.connection import join_ray
 from ptuning.cluster.local_paths import absolute
 from ptuning.cluster.node_checks import Finding
@@ -76,12 +76,54 @@ def _cluster(experiment: Experiment | None, tables: dict[str, Any] | None) -> It
         yield from (replace(Finding(**fields), where=names[node]) for fields in found["findings"])
         yield replace(_skew(node, nodes), where=names[node])
     yield from _differences(facts, names)
+    if len(facts) == len(nodes):
+        yield from _network(nodes)
     if experiment:
         yield from _sharing(experiment, folder, facts, names)
 
 
-def _on(node: dict[str, Any], function: Any) -> Any:
-    return function.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+@ray.remote(num_cpus=0, max_restarts=0)
+class _Member:
+    """One process of the all-gather that is measured."""
+
+    def place(self) -> str:
+        return f"{ray.util.get_node_ip_address()}:{network_check.free_port()}"
+
+    def rate(self, rank: int, size: int, address: str, gpu: bool) -> float:
+        network_check.join(rank, size, address, gpu)
+        return network_check.all_gather_rate()
+
+
+def _network(nodes: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Measures an all-gather between all GPUs of a cluster or, without GPUs, between its nodes."""
+    gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in nodes}
+    with_gpus = any(gpus.values())
+    busy = ray.available_resources().get("GPU", 0) < sum(gpus.values())
+    if with_gpus and busy:
+        yield Finding("warn", "network", "not measured, GPUs are in use", "run it again when they are free", "cluster")
+        return
+    many = {node: number for node, number in gpus.items() if number} if with_gpus else dict.fromkeys(gpus, 1)
+    size = sum(many.values())
+    if size < 2:
+        return
+    members = [
+        _on({"NodeID": node}, _Member, num_gpus=int(with_gpus)).remote() for node, number in many.items() for _ in range(number)
+    ]
+    try:
+        address = ray.get(members[0].place.remote(), timeout=ANSWER_S)
+        answers = [member.rate.remote(rank, size, address, with_gpus) for rank, member in enumerate(members)]
+        yield network_check.judge(ray.get(answers, timeout=ANSWER_S), max(many.values()), len(many), with_gpus)
+    except Exception as error:  # any error is a finding
+        reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
+        fix = "open all ports between the nodes, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to their network interface"
+        yield Finding("wrong", "network", f"workers cannot exchange data ({reason})", fix, "cluster")
+    finally:
+        for member in members:
+            ray.kill(member)
+
+
+def _on(node: dict[str, Any], what: Any, **options: Any) -> Any:
+    return what.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False), **options)
 
 
 def _names(nodes: list[dict[str, Any]]) -> dict[str, str]:

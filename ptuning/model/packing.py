@@ -7,7 +7,7 @@ node's children (at most C), U tokens that occur in any comparison.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptuning.model.cascade_attention import Level, levels
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.token_tree import SegmentGroup, TokenTree
+from ptuning.model.transfer import moved
 
 WORTHWHILE = 0.75
 """Rows are split into two groups only if the attention scores shrink to this fraction: two groups need two attention calls."""
@@ -47,6 +49,43 @@ class Choices:
     """`[M']` the predicted child."""
     per_slot: list[int]
 
+    @cached_property
+    def columns(self) -> Tensor:
+        """`[Q, C]` columns of `ids`, 0 for what is not there."""
+        return self.children.clamp(min=0)[self.node]
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """`[Q, C]`, True where a node has fewer children."""
+        return (self.children < 0)[self.node]
+
+    @cached_property
+    def chosen(self) -> Tensor:
+        """`[M']` place of each predicted child in the flattened `[Q, C]`."""
+        return self.asked * self.children.shape[1] + self.child
+
+
+@dataclass(frozen=True)
+class PlacedBatch:
+    """What a pass reads of a `PackedBatch`, on the device that computes it."""
+
+    tokens: Tensor
+    positions: Tensor
+    """`[N]` position of every token in its own sequence."""
+    kept: Tensor
+    read: Tensor
+    targets: Tensor
+    rows: Tensor | None
+    """`[M]` row of the logits of `kept` for each prediction over the vocabulary; None: they are in this order."""
+    choice_rows: Tensor
+    """`[Q]` the same for each comparison; the next four are those of `Choices`, empty without any."""
+    ids: Tensor
+    columns: Tensor
+    hidden: Tensor
+    chosen: Tensor
+    levels: list[Level] | None
+    """The calls of `cascade_attention`."""
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -59,6 +98,8 @@ class PackedBatch:
     targets: Tensor
     per_slot: list[int]
     choices: Choices | None = None
+    read: Tensor | None = None
+    """`[U]` packed positions at which the last layer is computed; None: at `kept`."""
 
     @property
     def positions(self) -> int:
@@ -74,6 +115,32 @@ class PackedBatch:
     def kept(self) -> Tensor:
         """Packed positions at which anything is predicted, ascending, without duplicates."""
         return (torch.cat([self.at, self.choices.at]) if self.choices else self.at).unique()
+
+    @cached_property
+    def levels(self) -> list[Level]:
+        return levels(self.segments)
+
+    def placed(self, device: torch.device, cascade: bool = False) -> PlacedBatch:
+        """What a pass reads, on a device, by one copy. `cascade`: with the levels of the tree."""
+        return self.read_from(iter(moved(self.parts(cascade), device)), cascade)
+
+    def parts(self, cascade: bool) -> list[Tensor]:
+        """The tensors that a pass reads, on the CPU."""
+        choices, kept = self.choices, self.kept
+        row = torch.empty(self.positions, dtype=torch.long)
+        row[kept] = torch.arange(len(kept))
+        none = kept.new_empty(0)
+        own = [row[choices.at], choices.ids, choices.columns, choices.hidden, choices.chosen] if choices else [none] * 5
+        read = kept if self.read is None else self.read
+        fixed = [self.tokens, self.segments.positions(), kept, read, self.targets, row[self.at], *own]
+        return [*fixed, *(tensor for level in self.levels for tensor in level.tensors)] if cascade else fixed
+
+    def read_from(self, tensors: Iterator[Tensor], cascade: bool) -> PlacedBatch:
+        """The batch whose `parts` these are on a device."""
+        tokens, positions, kept, read, targets, rows, at, ids, columns, hidden, chosen = itertools.islice(tensors, 11)
+        found = [level.with_tensors(tensors) for level in self.levels] if cascade else None
+        order = None if len(self.at) == len(self.kept) else rows
+        return PlacedBatch(tokens, positions, kept, read, targets, order, at, ids, columns, hidden, chosen, found)
 
     def split(self, nll: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The result of the pass for each slot: losses of the text's tokens, and of the choices."""
@@ -105,11 +172,9 @@ class _Packer:
         self.choices = _ChoicePacker()
 
     def plan(self) -> PackedBatch:
-        plan = PackedBatch(
+        return PackedBatch(
             self.segments, _ids(self.tokens), _ids(self.at), _ids(self.targets), self.per_slot, self.choices.choices()
         )
-        self.segments.read = plan.kept
-        return plan
 
 
 class _ChoicePacker:

@@ -29,7 +29,7 @@ from ptuning.model.label_cache import has_trees, label_logits
 from ptuning.model.last_layer import LastLayer
 from ptuning.model.output_head import OutputHead
 from ptuning.model.packed_layers import Layout, PackedLayers
-from ptuning.model.packing import Choices, PackedBatch
+from ptuning.model.packing import PackedBatch, PlacedBatch
 from ptuning.model.token_loss import token_nll
 from ptuning.model.tree_attention import ATTENTION, tree_mask
 
@@ -110,48 +110,50 @@ class PromptedModel(nn.Module):
             if getattr(module, "gradient_checkpointing", False) or hasattr(module, "_gradient_checkpointing_func"):
                 module.training = True
 
-    def forward(self, soft_prompts: Sequence[Tensor], plan: PackedBatch) -> Tensor:
+    @property
+    def cascades(self) -> bool:
+        """Whether passes need the levels of `cascade_attention`: on GPUs, where it computes the tree's attention."""
+        return self.shared_prefix and self.base.device.type not in ("cpu", "meta") and self.base.dtype.itemsize == 2
+
+    def forward(self, soft_prompts: Sequence[Tensor] | Tensor, plan: PackedBatch, placed: PlacedBatch | None = None) -> Tensor:
         """Negative log-likelihood of every prediction, `[M + M']` fp32: tokens of the text over the whole vocabulary, then
-        choices over the children of their nodes. `soft_prompts[k]` is `[P_k, H]` (P_k may be 0)."""
-        device = self.base.device
-        packed = self._packed(soft_prompts, plan)
+        choices over the children of their nodes. `soft_prompts[k]` is `[P_k, H]` (P_k may be 0); or all of them are one tensor
+        `[sum of P, H]`. `placed`: the plan on the base's device, if it is there already."""
+        placed = placed or plan.placed(self.base.device, self.cascades)
+        packed = self._packed(soft_prompts, plan, placed)
         choices = plan.choices
-        kept = plan.kept
-        with self.head.only(choices.ids if choices and not len(plan.at) else None):
-            logits = self._logits(packed, plan, kept)
-        place = torch.empty(plan.positions, dtype=torch.long)
-        place[kept] = torch.arange(len(kept))
+        with self.head.only(placed.ids if choices and not len(plan.at) else None):
+            logits = self._logits(packed, plan, placed)
         parts = []
         if len(plan.at) or not choices:
-            rows = logits if len(plan.at) == len(logits) else logits.index_select(0, place[plan.at].to(device))
-            parts.append(token_nll(rows, plan.targets.to(device)))
+            parts.append(token_nll(logits if placed.rows is None else logits.index_select(0, placed.rows), placed.targets))
         if choices:
-            rows = logits.index_select(0, place[choices.at].to(device)).float()
-            parts.append(choice_nll(rows, choices))
-        return torch.cat(parts)
+            parts.append(choice_nll(logits.index_select(0, placed.choice_rows).float(), placed))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    @torch.no_grad()
     def text_logits(self, soft_prompts: Sequence[Tensor], plan: PackedBatch) -> Tensor:
-        """Logits `[M, V]` of every prediction of a token of the text."""
-        packed, kept = self._packed(soft_prompts, plan), plan.kept
-        logits = self._logits(packed, plan, kept)
-        place = torch.empty(plan.positions, dtype=torch.long)
-        place[kept] = torch.arange(len(kept))
-        return logits.index_select(0, place[plan.at].to(logits.device))
+        """Logits `[M, V]` of every prediction of a token of the text. `plan` has no choices."""
+        placed = plan.placed(self.base.device, self.cascades)
+        logits = self._logits(self._packed(soft_prompts, plan, placed), plan, placed)
+        return logits if placed.rows is None else logits.index_select(0, placed.rows)
 
-    def _packed(self, soft_prompts: Sequence[Tensor], plan: PackedBatch) -> Tensor:
-        """`[N, H]`"""
-        text = self.base.get_input_embeddings()(plan.tokens.to(self.base.device))
-        pieces = [soft_prompt.to(text) for soft_prompt in soft_prompts if len(soft_prompt)]
-        packed = torch.cat([*pieces, text])
-        plan.segments.trained = None if text.requires_grad else len(packed) - len(text)
+    def _packed(self, soft_prompts: Sequence[Tensor] | Tensor, plan: PackedBatch, placed: PlacedBatch) -> Tensor:
+        """Soft prompts and text, `[N, H]`."""
+        text = self.base.get_input_embeddings()(placed.tokens)
+        given = [soft_prompts] if isinstance(soft_prompts, Tensor) else soft_prompts
+        packed = torch.cat([*(each.to(text) for each in given if len(each)), text])
+        segments = plan.segments
+        segments.trained = None if text.requires_grad else len(packed) - len(text)
+        segments.read, segments.levels = placed.read, placed.levels
         return packed
 
-    def _logits(self, packed: Tensor, plan: PackedBatch, kept: Tensor) -> Tensor:
+    def _logits(self, packed: Tensor, plan: PackedBatch, placed: PlacedBatch) -> Tensor:
         if self.shared_prefix:
-            return self._shared(packed, plan, kept)
+            return self._shared(packed, plan, placed)
         if self.continues_texts and has_trees(plan) and not torch.is_grad_enabled():
-            return label_logits(self, packed, plan, kept)
-        return self._concatenated(packed, plan, kept)
+            return label_logits(self, packed, plan, plan.kept)
+        return self._concatenated(packed, plan, plan.kept)
 
     def inputs(self, embeddings: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """What a pass of the base begins with: embeddings `[B, T, H]` of ids `[B, T]`, in which virtual tokens are 0."""
@@ -160,15 +162,14 @@ class PromptedModel(nn.Module):
         self.embedding.replace(embeddings)
         return {"input_ids": ids.to(embeddings.device)}
 
-    def _shared(self, packed: Tensor, plan: PackedBatch, kept: Tensor) -> Tensor:
+    def _shared(self, packed: Tensor, plan: PackedBatch, placed: PlacedBatch) -> Tensor:
         """Logits at the packed positions `kept`, `[kept, V or U]`; every segment is computed once."""
-        device = packed.device
         out = self.base(
-            **self.inputs(packed[None], plan.ids[None]),
-            position_ids=plan.segments.positions()[None].to(device),
-            attention_mask=tree_mask(plan.segments, device),
+            **self.inputs(packed[None], plan.ids[None] if self.needs_ids else placed.tokens),
+            position_ids=placed.positions[None],
+            attention_mask=tree_mask(plan.segments, packed.device),
             use_cache=False,
-            logits_to_keep=kept.to(device),
+            logits_to_keep=placed.kept,
             segments=plan.segments,
         )
         return out.logits[0]
@@ -203,16 +204,13 @@ class PromptedModel(nn.Module):
         return out.logits[0] if len(out.logits) == 1 else out.logits.flatten(0, 1).index_select(0, places.to(device))
 
 
-def choice_nll(logits: Tensor, choices: Choices) -> Tensor:
+def choice_nll(logits: Tensor, choices: PlacedBatch) -> Tensor:
     """Logits `[Q, U or V]` fp32 of every comparison -> negative log-likelihood of every choice, `[M']`."""
-    device = logits.device
-    children = choices.children.to(device)
-    hidden = children < 0
+    columns = choices.columns
     if logits.shape[1] != len(choices.ids):  # of the whole vocabulary
-        children = choices.ids.to(device)[children]
-    node = choices.node.to(device)
-    among = logits.gather(1, children.clamp(min=0)[node]).masked_fill(hidden[node], -math.inf)  # [Q, C]
-    return -torch.log_softmax(among, -1)[choices.asked.to(device), choices.child.to(device)]
+        columns = choices.ids[columns]
+    among = logits.gather(1, columns).masked_fill(choices.hidden, -math.inf)  # [Q, C]
+    return -torch.log_softmax(among, -1).flatten().index_select(0, choices.chosen)
 
 
 def _shorten_chunks(base: PreTrainedModel) -> None:

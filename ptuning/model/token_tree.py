@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class SegmentGroup:
         self.parent_rows = parent_rows
         self.tree = tree
         self._masks: dict[tuple[int | None, int, torch.device], Mask] = {}
+        self._placed: dict[tuple[str, torch.device], Tensor] = {}
 
     @cached_property
     def longest(self) -> int:
@@ -89,6 +91,12 @@ class SegmentGroup:
                 path.append(self.tree[path[-1]])
             found.append(path[::-1])
         return found
+
+    def at(self, name: str, device: torch.device) -> Tensor:
+        """One of the indices `padded` and `unpadded` on a device, flattened: every layer needs them again."""
+        if (name, device) not in self._placed:
+            self._placed[name, device] = getattr(self, name).flatten().to(device)
+        return self._placed[name, device]
 
     @property
     def _parent_rows(self) -> list[int]:
@@ -173,6 +181,8 @@ class TokenTree:
         """Packed positions `[U]` whose outputs are read, without duplicates; None: any may be read."""
         self.trained: int | None = None
         """Number of leading tokens, those of the soft prompts, whose inputs have a gradient; None: any may have one."""
+        self.levels: Any = None
+        """The calls of `cascade_attention` on the device of the current pass; None: this pass has none."""
 
     def add(
         self,
@@ -187,6 +197,11 @@ class TokenTree:
         self.groups.append(group)
         self.tokens += group.tokens
         return group
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence of segments, at most: an ancestor counts with its longest row."""
+        return max(sum(above.longest for above, _ in group.chain) for group in self.groups)
 
     def positions(self) -> Tensor:
         """`[N]` position of every token in its own sequence, which starts with its ancestors."""

@@ -7,6 +7,9 @@ padding into one row `[1, N, H]`. Operations on single tokens (projections, norm
 is computed once. Only attention has to know the tree, and attention is the function that transformers allows to replace
 (https://huggingface.co/docs/transformers/attention_interface).
 
+On a GPU the tree is a few calls of flash attention (`cascade_attention`). Elsewhere, and for what flash attention cannot
+compute, it is one call per group of segments.
+
 The usual alternative, a key-value cache, needs two passes; this needs one. Under ZeRO-3 each layer is gathered once in the
 forward and once in the backward pass, and gradient checkpointing, which disables caches, works.
 
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ptuning.model import cpu_attention
+from ptuning.model import cascade_attention, cpu_attention, varlen_attention
 from ptuning.model.token_tree import SegmentGroup, TokenTree
 
 ATTENTION = "ptuning_segments"
@@ -52,7 +55,7 @@ def _rows(packed: Tensor, groups: list[SegmentGroup]) -> dict[int, Tensor]:
     rows = {}
     for group, part in zip(groups, packed.split([group.tokens for group in groups], 1), strict=True):
         if not group.dense:
-            part = _Padded.apply(part, group.padded.flatten().to(packed.device), group.unpadded.to(packed.device))
+            part = _Padded.apply(part, group.at("padded", packed.device), group.at("unpadded", packed.device))
         rows[id(group)] = part.unflatten(1, (len(group.lengths), group.longest)).transpose(0, 1)
     return rows
 
@@ -85,7 +88,7 @@ def _attend(
     if shared > 1:
         out = out.unflatten(2, (group.longest, shared)).transpose(2, 3).flatten(1, 2)
     out = out.transpose(1, 2).flatten(0, 1)  # [R * T, h, d]
-    return out if group.dense else out.index_select(0, group.unpadded.to(out.device))
+    return out if group.dense else out.index_select(0, group.at("unpadded", out.device))
 
 
 def _inherited(above: Tensor, rows: list[int] | None) -> Tensor:
@@ -164,9 +167,26 @@ def segment_attention(
         extras.append("a mask of its own")
     if extras:
         raise NotImplementedError(f"attention with {', '.join(extras)}")
+    if segments.levels and _cascades(query, key, value, segments, sliding_window, softcap, s_aux):
+        q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+        return cascade_attention.attention(q, k, v, segments.levels, scaling)[None], None
     queries, keys, values = (_rows(packed[0], segments.groups) for packed in (query, key, value))
     rows = [_attend(group, queries, keys, values, scaling, sliding_window, softcap, s_aux) for group in segments.groups]
     return torch.cat(rows)[None], None
+
+
+def _cascades(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: TokenTree,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> bool:
+    """Whether flash attention can compute this layer; a window that no sequence exceeds is none."""
+    plain = softcap is None and sinks is None and (window is None or window >= segments.longest)
+    return plain and varlen_attention.suits(query, key, value)
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

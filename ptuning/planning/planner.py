@@ -18,14 +18,10 @@ from ptuning.model.limits import MOST_SLOTS
 from ptuning.planning.capacity import Training, plan_serving, sharing
 from ptuning.planning.estimate import Estimate
 from ptuning.planning.meta_model import MetaModel, read_config
+from ptuning.planning.rates import CPU, GPU, gpu_rate
 from ptuning.planning.workload import Machine, RunShape
 
 GB = 1_000_000_000
-GPU = {"memory_gb": 80.0, "bandwidth_gb": 50.0, "tflops": 400.0}
-"""An H100: 80 GB, a 400 Gb/s link of its own, 40 % of its dense bf16 peak."""
-INSIDE_GB = 300.0
-"""GB/s that a GPU receives if all gathers stay inside a node: two thirds of an H100's NVLink."""
-CPU = {"bandwidth_gb": 1.0, "tflops": 0.1}
 LABEL_TOKENS, FREE_SHARE, MOST_RANKS = 4, 4, 1024
 """Assumed tokens of a label, end token included, if there are no rows to count; free text is a quarter of a row."""
 
@@ -36,12 +32,15 @@ def make_plan(
     gpus: int,
     memory_gb: float | None = None,
     per_node: int = 8,
+    network_gb: float | None = None,
     bandwidth_gb: float | None = None,
     tflops: float | None = None,
     config: str | None = None,
     tokens: int | None = None,
 ) -> Estimate:
     """Plan an experiment on `gpus` GPUs or, if 0, on `compute.workers` CPU workers of this machine.
+
+    `network_gb`: GB/s of a node's whole network; `bandwidth_gb`: what a worker receives, regardless of it.
 
     Raises:
         UserError: no such base, rows that cannot be counted, or a batch that is too small for the number of workers.
@@ -57,7 +56,7 @@ def make_plan(
         ranks,
         int((memory_gb or usual["memory_gb"]) * GB),
         min(per_node, ranks),
-        (bandwidth_gb or usual["bandwidth_gb"]) * GB,
+        (bandwidth_gb or (gpu_rate(per_node, ranks > per_node, network_gb) if gpus else CPU["bandwidth_gb"])) * GB,
         (tflops or usual["tflops"]) * 1e12,
         bool(gpus),
     )
@@ -70,9 +69,8 @@ def make_plan(
             f"of the base; set it to at most {context - settings.length}"
         )
     meta_model = MetaModel(described, dtype, checkpoint_gradients=experiment.train.gradient_checkpointing)
-    inside = ranks <= per_node or sharing(meta_model.shape, settings, machine).per_node
-    if gpus and inside and bandwidth_gb is None:
-        machine = replace(machine, bandwidth=INSIDE_GB * GB)
+    if gpus and bandwidth_gb is None and sharing(meta_model.shape, settings, machine).per_node:
+        machine = replace(machine, bandwidth=gpu_rate(per_node, nodes=False) * GB)
     training = _training(meta_model, settings, machine)
     slots = training.most_slots(MOST_SLOTS)
     serving = plan_serving(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
@@ -49,7 +50,7 @@ def complaint(error: ValidationError) -> tuple[str, str | None]:
     problem = problems[0]
     if problem["type"] == "value_error":
         message = problem["msg"].removeprefix("Value error, ")
-        owners = [str(part) for part in problem["loc"] if isinstance(part, int) or part in _FIELDS]
+        owners = [str(part) for part in problem["loc"] if isinstance(part, int) or part in _fields()]
         return ".".join([*owners, message]), (owners or message.split(":"))[0]
     if not problem["loc"]:
         return "the body is not a JSON object; send one", None
@@ -74,7 +75,7 @@ def complaint(error: ValidationError) -> tuple[str, str | None]:
 
 def _place(problem: ErrorDetails) -> Sequence[int | str]:
     """Where a problem is within its parameter: indices and names of fields, without names of classes, which are internal."""
-    return [part for part in problem["loc"][1:] if isinstance(part, int) or part in _FIELDS]
+    return [part for part in problem["loc"][1:] if isinstance(part, int) or part in _fields()]
 
 
 def _right(problem: ErrorDetails) -> str:
@@ -95,4 +96,7 @@ def _shapes(owner: type[Shape]) -> list[type[Shape]]:
     return [owner, *(below for each in owner.__subclasses__() for below in _shapes(each))]
 
 
-_FIELDS = {field.alias or name for shape in _shapes(Shape) for name, field in shape.model_fields.items()}
+@cache
+def _fields() -> frozenset[str]:
+    """The names of all fields of all shapes."""
+    return frozenset(field.alias or name for shape in _shapes(Shape) for name, field in shape.model_fields.items())

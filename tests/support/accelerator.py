@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from ptuning.model import varlen_attention
+
 NAME = "pretend"
 
 COPIES = {"copy_", "_to_copy", "_copy_from", "_copy_from_and_resize"}
@@ -119,7 +121,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     raw_kwargs = {key: mapped(raw, value) for key, value in kwargs.items()}
     raw_kwargs |= {"device": torch.device("cpu")} if target is not None else {}
     raw_kwargs |= {"pin_memory": False} if kwargs.get("pin_memory") else {}
-    count(name, args, target)
+    count(name, args, kwargs)
     if name == "_to_copy":
         return moved(func, raw_args, raw_kwargs, args[0], target)
     if name in COPIES:
@@ -127,7 +129,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         into.copy_(source)
         return order(name, args)[0]
     wrappers |= {id(each): each for each in strange}
-    result = func(*raw_args, **raw_kwargs)
+    result = FLASH.get(name, func)(*raw_args, **raw_kwargs)
 
     def wrapped(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -172,18 +174,18 @@ def moved(func: Any, args: Any, kwargs: dict[str, Any], source: Tensor, target: 
     return Pretended(result) if to.type == NAME else result
 
 
-def count(name: str, args: Any, target: Any) -> None:
+def count(name: str, args: Any, kwargs: dict[str, Any]) -> None:
     """Count an operation."""
     if DEVICE.counts is None:
         return
     if name in COPIES - {"_to_copy"}:
         into, source = order(name, args)
-        here, there = isinstance(into, Pretended), isinstance(source, Pretended)
-        DEVICE.count("kernels" if here and there else "to device" if here else "to host", name)
+        flags = (*args[2:3], kwargs.get("non_blocking"))
+        count_copy(name, isinstance(source, Pretended), isinstance(into, Pretended), any(flags))
     elif name == "_to_copy":
-        there = isinstance(args[0], Pretended)
+        there, target = isinstance(args[0], Pretended), kwargs.get("device")
         to = torch.device(target).type if target is not None else NAME if there else "cpu"
-        DEVICE.count("kernels" if there and to == NAME else "to device" if to == NAME else "to host", name)
+        count_copy(name, there, to == NAME, bool(kwargs.get("non_blocking")))
     elif name in WAITS:
         DEVICE.count("waits", name)
     elif name in KERNEL_AND_WAIT or (name == "index" and has_mask(args)):
@@ -191,6 +193,17 @@ def count(name: str, args: Any, target: Any) -> None:
         DEVICE.count("kernels", name)
     elif name not in VIEWS:
         DEVICE.count("kernels", name)
+
+
+def count_copy(name: str, there: bool, to_there: bool, non_blocking: bool) -> None:
+    """A copy inside the device is a kernel. For one from the host, the host waits unless it says otherwise (and the memory is
+    pinned, which cannot be seen here)."""
+    if there and to_there:
+        DEVICE.count("kernels", name)
+    elif to_there:
+        DEVICE.count("sent" if non_blocking else "to device", name)
+    elif there:
+        DEVICE.count("to host", name)
 
 
 def has_mask(args: Any) -> bool:
@@ -212,6 +225,37 @@ def check_devices(name: str, args: Any, strange: list[Tensor]) -> None:
         f"Expected all tensors to be on the same device, but found at least two devices, {NAME}:0 and cpu! "
         f"(in {name} at {place()})"
     )
+
+
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Any:
+    """`aten::_flash_attention_forward`, which torch has for GPUs only."""
+    none = torch.empty(0)
+    return (*varlen_attention.plain_forward(q, k, v, *flash_arguments(rest, options)), none, none, none)
+
+
+def flash_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, *rest: Any, **options: Any
+) -> Any:
+    """`aten::_flash_attention_backward`."""
+    for _ in range(2):  # three kernels: sums of the output's gradients, those of keys and values, those of queries
+        DEVICE.count("kernels", "_flash_attention_backward")
+    assert sums.is_contiguous()
+    return varlen_attention.plain_backward(gradient, q, k, v, out, sums, *flash_arguments(rest, options))
+
+
+def flash_arguments(rest: Any, options: dict[str, Any]) -> tuple[varlen_attention.Sequences, float | None]:
+    """What the two have in common, after the tensors."""
+    queries, keys, longest_queries, longest_keys, _, causal, *_ = rest
+    assert queries.dtype == keys.dtype == torch.int32
+    window = options["window_size_left"]
+    assert options["window_size_right"] == (0 if causal else -1)
+    return (
+        varlen_attention.Sequences(queries, keys, longest_queries, longest_keys, causal, None if window < 0 else window + 1),
+        options["scale"],
+    )
+
+
+FLASH = {"_flash_attention_forward": flash_forward, "_flash_attention_backward": flash_backward}
 
 
 class Module:
@@ -362,7 +406,8 @@ def pretended() -> Iterator[torch.device]:
 
 @contextmanager
 def counting() -> Iterator[Counter[str]]:
-    """The number of `kernels`, `waits` and copies (`to device`, `to host`) inside; `DEVICE.places` says where."""
+    """The number of `kernels`, of `waits` for values, and of copies inside: `to device` and `to host`, for which the host
+    waits, too, and `sent` to the device without waiting. `DEVICE.places` says where."""
     counts: Counter[str] = Counter()
     DEVICE.counts, DEVICE.places = counts, Counter()
     try:

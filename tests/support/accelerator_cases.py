@@ -25,6 +25,7 @@ from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import Sampling, Token
 from ptuning.inference.types import End, EngineConfig, Request
 from ptuning.inference.virtual_tokens import ROWS, VirtualTokens
+from ptuning.model import varlen_attention
 from ptuning.model.base import Base, find_base
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packing import Objective, pack_labels, pack_targets
@@ -135,6 +136,28 @@ def test_a_pass_and_its_gradients(architecture: str, device: torch.device) -> No
     ]
     for plan in plans:
         same(passed(here, plan, vectors), passed(there, plan, vectors))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_attention_of_gpus(recompute: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, which GPUs compute otherwise, as its rounding hides nothing."""
+    monkeypatch.setattr(varlen_attention, "suits", lambda *tensors: tensors[0].device == device)
+    monkeypatch.setattr(PromptedModel, "cascades", property(lambda model: model.base.device == device))
+    here, there = (PromptedModel(tiny_base("llama_tied_gqa", attention=None)).to(each) for each in ("cpu", device))
+    if recompute:
+        there.checkpoint_gradients()
+    rows = [[([5, 6, 7, 9], [5, 6, 2]), ([8] * 11, [8, 2])], [([11, 12], [5, 7, 2])]]
+    vectors = drawn((3, 6))
+    plans: list[Callable[[], Any]] = [
+        lambda: pack_targets([3, 6], rows, [Objective(TRIE), Objective(TRIE, text=False)]),
+        lambda: pack_labels([3, 6], [[[5, 6, 9], [7]], [[10] * 9]], TRIE),
+    ]
+    for plan in plans:
+        with counting():
+            found = passed(there, plan, vectors)
+            assert {"_flash_attention_forward"} < {name.partition(" ")[0] for _, name in DEVICE.places}
+        for one, two in zip(passed(here, plan, vectors), found, strict=True):
+            assert float((one - two).norm() / one.norm()) < 1e-5
 
 
 def test_recomputed_activations(base: Base, device: torch.device) -> None:

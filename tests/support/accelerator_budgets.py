@@ -1,0 +1,110 @@
+"""What a step costs on an accelerator: kernels and waits of the host, counted on the pretended one."""
+
+from __future__ import annotations
+
+import queue
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_base
+from transformers import PreTrainedTokenizerFast
+
+from ptuning.inference.engine import Engine
+from ptuning.inference.sampling import Sampling, Token
+from ptuning.inference.types import End, EngineConfig, Request
+from ptuning.model.base import Base, find_base
+from ptuning.model.prompted_model import PromptedModel
+from ptuning.settings.model import ModelConfig
+from ptuning.training import loop
+from ptuning.training.messages import Event, StartRun
+from support.accelerator import DEVICE, counting, pretended
+from support.training import Run, experiment
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device() -> Iterator[torch.device]:
+    with pretended() as device:
+        yield device
+
+
+@pytest.fixture(scope="session")
+def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    tiny_base("llama_tied_gqa", vocab_size=len(tiny_tokenizer), initializer_range=0.1).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base_folder: Path) -> Base:
+    return find_base(ModelConfig(path=str(tiny_base_folder)))
+
+
+def llama(base: Base, layers: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+    return tiny_base("llama_tied_gqa", vocab_size=base.config.vocab_size, num_hidden_layers=layers, attention=None).to(dtype)
+
+
+def training_step(
+    base: Base, task: SimpleNamespace, folder: Path, device: Any, *, layers: int, slots: int, rows: int, **changes: Any
+) -> Counter[str]:
+    """A step in the middle of a run."""
+    run = Run(PromptedModel(llama(base, layers).to(device)), base, folder, slots)
+    events: list[Event] = []
+    for number in range(slots):
+        settings = experiment(task, name=f"slot{number}", train__batch_size=rows, **changes)
+        run.pack.attach(StartRun(settings, str(folder / f"slot{number}")))
+    for _ in range(2):
+        loop.step(run.pack, events.append)
+    with counting() as counts:
+        loop.step(run.pack, events.append)
+    assert [event.kind for event in events[-slots:]] == ["step"] * slots
+    return counts
+
+
+def decoding_step(base: Base, device: Any, *, layers: int, requests: int, sampling: Sampling) -> Counter[str]:
+    """A step in which all requests generate a token: what generating more tokens costs in addition."""
+    found = []
+    config = EngineConfig(running=requests, batch_tokens=256, cache_bytes=1 << 20, context=128)
+    engine = Engine(llama(base, layers).to(device), 2, config)
+    try:
+        for new in (4, 8):
+            sinks: list[queue.SimpleQueue[Token | End]] = []
+            with engine.paused():
+                for row in range(requests):
+                    sinks.append(queue.SimpleQueue())
+                    engine.submit(Request([5 + row, 6, 7, 8 + new], None, new, sampling, True), sinks[-1].put)
+                tally = counting()
+                counts = tally.__enter__()
+            for sink in sinks:
+                while isinstance(event := sink.get(timeout=60), Token):
+                    pass
+                assert event.reason == "length", event
+            with engine.paused():
+                tally.__exit__(None, None, None)
+            found.append((Counter(counts), Counter(DEVICE.places)))
+    finally:
+        engine.close()
+    whole, places = Counter(found[1][0]), Counter(found[1][1])
+    whole.subtract(found[0][0])
+    places.subtract(found[0][1])
+    DEVICE.places = Counter({key: many / 4 for key, many in places.items()})
+    return Counter({kind: many / 4 for kind, many in whole.items()})
+
+
+def test_a_layer_of_training_costs_the_same_kernels_for_any_slots_and_rows(
+    base: Base, toy_task: SimpleNamespace, tmp_path: Path, device: torch.device
+) -> None:
+    """At most 130 for forward and backward pass, of which 31 are attention's; with one call per slot it was 102 + 44 K."""
+    found = {}
+    for slots, rows in ((1, 8), (3, 16)):
+        few, many = (
+            training_step(base, toy_task, tmp_path / f"{slots} {layers}", device, layers=layers, slots=slots, rows=rows)
+            for layers in (2, 3)
+        )
+        found[slots] = many["kernels"] - few["kernels"]
+    assert found[1] == found[3] <= 130
