@@ -535,7 +535,7 @@ def test_an_export_comes_back(world: SimpleNamespace, tmp_path: Path) -> None:
 def without_a_key(world: SimpleNamespace, folder: Path) -> None:
     for path, method in routes(world):
         status = ask(world.url, method, path, key=None)[0]
-        assert status == (200 if path in ("/livez", "/readyz") else 401), path
+        assert status == (200 if path in ("/livez", "/readyz", "/health") else 401), path
     document = ask(world.url, "GET", "/openapi.json", key=None)
     assert document[0] == 200
     assert not any(each in document[2].decode() for each in (str(world.storage), str(world.base), "fruits", "spam"))

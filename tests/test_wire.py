@@ -380,7 +380,7 @@ WRONG_FORMS: list[tuple[dict[str, Any], str]] = [
         "required is supported with one tool only, not 2",
     ),
     ({"tools": [tool(SCHEMA)], "tool_choice": "required", "response_format": json_schema(SCHEMA)}, "cannot be combined with"),
-    ({"response_format": {"type": "json_schema"}}, "json_schema.schema is missing"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema: is missing"),
     ({"extra_body": {"structured_outputs": {"regex": "a"}}}, "structured_outputs.regex: is not supported"),
     ({"extra_body": {"min_tokens": 3}}, "min_tokens: has no effect on an answer that is a label"),
 ]
@@ -666,7 +666,7 @@ def test_a_response_has_the_form_that_is_asked_for(client):
         ({"tools": [{"type": "web_search"}]}, "tools.0.type: must be 'function'"),
         ({"reasoning": {"effort": "high"}}, "reasoning: is not supported at"),
         ({"text": {"verbosity": "high"}}, "text.verbosity: must be 'medium'"),
-        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "json_schema.schema is missing"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "response_format.json_schema.schema: is missing"),
     ],
 )
 def test_what_needs_a_memory_is_refused(client, change, words):

@@ -74,7 +74,7 @@ def check_origins(origins: Sequence[str], keys: dict[str, Scope]) -> None:
         AccessError: there are none.
     """
     if origins and not keys:
-        raise AccessError(f"serve.cors_origins: requires API keys; set serve.keys or {VARIABLE}, or remove it")
+        raise AccessError(f"serve.cors_origins: requires API keys; set serve.keys or {VARIABLE}, or leave it out")
 
 
 def check_token(insecure: bool) -> None:

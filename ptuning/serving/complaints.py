@@ -48,10 +48,9 @@ def complaint(error: ValidationError) -> tuple[str, str | None]:
     """
     problems = error.errors(include_url=False)
     problem = problems[0]
-    if problem["type"] == "value_error":
+    if problem["type"] == "value_error" and not problem["loc"]:
         message = problem["msg"].removeprefix("Value error, ")
-        owners = [str(part) for part in problem["loc"] if isinstance(part, int) or part in _fields()]
-        return ".".join([*owners, message]), (owners or message.split(":"))[0]
+        return message, message.partition(":")[0]
     if not problem["loc"]:
         return "the body is not a JSON object; send one", None
     param = printable(str(problem["loc"][0]))
@@ -63,6 +62,8 @@ def complaint(error: ValidationError) -> tuple[str, str | None]:
     place = _place(alike[0])
     alike = [each for each in alike if _place(each) == place]
     where = ".".join([param, *map(str, place)])
+    if own := [each["msg"].removeprefix("Value error, ") for each in alike if each["type"] == "value_error"]:
+        return f"{where}.{own[0]}", param
     kinds = {each["type"] for each in alike}
     if kinds == {"missing"}:
         return f"{where}: is missing; send it", param

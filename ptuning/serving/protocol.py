@@ -49,7 +49,7 @@ class Structured(Shape):
     @model_validator(mode="after")
     def _one(self) -> Structured:
         if (self.choice is None) == (self.json_ is None):
-            raise ValueError("send either choice or json")
+            raise ValueError("choice: send either this or json")
         return self
 
 
@@ -183,7 +183,7 @@ class ResponseFormat(Shape):
     @model_validator(mode="after")
     def _has_schema(self) -> ResponseFormat:
         if self.type == "json_schema" and (self.json_schema is None or self.json_schema.schema_ is None):
-            raise ValueError("response_format: json_schema.schema is missing; send it")
+            raise ValueError("json_schema.schema: is missing; send it")
         return self
 
 
