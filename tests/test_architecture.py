@@ -296,8 +296,8 @@ def test_garbage_is_collected_again_after_imports():
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     """A resolver may drop what another package happens to bring."""
-    names = {"huggingface-hub": "huggingface_hub", "prometheus-client": "prometheus_client", "pydantic-core": "pydantic_core", "rouge-score": "rouge_score",
-             "scikit-learn": "sklearn"}  # fmt: skip
+    names = {"huggingface-hub": "huggingface_hub", "prometheus-client": "prometheus_client", "pydantic-core": "pydantic_core",
+             "rouge-score": "rouge_score", "scikit-learn": "sklearn"}  # fmt: skip
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
     modules = {names.get(name, name) for name in declared}

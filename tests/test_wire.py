@@ -626,11 +626,13 @@ def test_responses_are_chat_completions(client, world):
 
 def test_events_of_a_response_are_in_order(client):
     seen, texts = [], []
-    with client.responses.stream(model="writer", input="the old hammer", temperature=1.0, max_output_tokens=8) as stream:
-        for event in stream:
-            seen.append(event.type)
-            texts += [event.delta] if event.type == "response.output_text.delta" else []
-        final = stream.get_final_response()
+    asked: dict[str, Any] = {"model": "writer", "input": "the old hammer", "max_output_tokens": 8, "extra_body": {"seed": 5}}
+    for event in client.responses.create(**asked, stream=True):
+        seen.append(event.type)
+        texts += [event.delta] if event.type == "response.output_text.delta" else []
+    final = event.response
+    with client.responses.stream(model="fruits", input="the old hammer") as stream:
+        assert list(stream) and stream.get_final_response().output_text in ("fruit", "tool")
     numbers = [event.sequence_number for event in client.responses.create(model="fruits", input="a", stream=True)]
     assert numbers == list(range(len(numbers)))
     assert "".join(texts) == final.output_text and final.usage.output_tokens > 0

@@ -16,7 +16,8 @@ ChatUse = Literal["whole", "last"]
 
 
 def chat_ids(served: Served, request: ChatRequest, messages: list[Message], room: int, use: ChatUse) -> list[int]:
-    """The token ids of a request's conversation, `messages` as a chat template takes them. `use`: what a soft prompt with a plain template takes of it.
+    """The token ids of a request's conversation. `messages`: as a chat template takes it; `use`: what a soft prompt with a
+    plain template takes of it.
 
     Raises:
         RequestError, DataError: the conversation does not fit, or does not match the template.

@@ -1,5 +1,5 @@
 import OpenAI from "openai";
-import { createRequire } from "node:module";
+import { readFileSync } from "node:fs";
 
 const client = new OpenAI({ baseURL: process.env.CLIENT_URL, apiKey: process.env.CLIENT_KEY, maxRetries: 0 });
 const messages = [{ role: "user", content: "the old hammer" }];
@@ -12,7 +12,7 @@ for await (const part of await client.chat.completions.create({ model: "fruits",
 if (text !== label) throw new Error(text);
 const response = await client.responses.create({ model: "fruits", input: "the old hammer" });
 if (response.output_text !== label) throw new Error(JSON.stringify(response));
-const stream = client.responses.stream({ model: "talk", input: "the old hammer", max_output_tokens: 4 });
-await stream.finalResponse();
-const { version } = createRequire(`${process.cwd()}/x.js`)("openai/package.json");
+const stream = client.responses.stream({ model: "fruits", input: "the old hammer" });
+if ((await stream.finalResponse()).output_text !== label) throw new Error("stream");
+const { version } = JSON.parse(readFileSync("node_modules/openai/package.json"));
 console.log(JSON.stringify({ version, ran: ["chat", "stream", "responses", "responses stream"] }));

@@ -21,9 +21,9 @@ parsed = client.chat.completions.parse(model="fruits", messages=messages, respon
 assert parsed.choices[0].message.parsed.kind == label
 assert client.responses.create(model="fruits", input=TEXT).output_text == label
 assert client.responses.parse(model="fruits", input=TEXT, text_format=Kind).output_parsed.kind == label
-with client.responses.stream(model="talk", input=TEXT, max_output_tokens=8) as stream:
+with client.responses.stream(model="fruits", input=TEXT) as stream:
     list(stream)
-    stream.get_final_response()
+    assert stream.get_final_response().output_text == label
 scored = client.completions.create(model="raw", prompt=TEXT, echo=True, logprobs=1, max_tokens=0)
 assert scored.choices[0].logprobs.token_logprobs[0] is None
 again = [*messages, answer.choices[0].message.model_dump(), {"role": "user", "content": "more"}]

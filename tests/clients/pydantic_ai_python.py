@@ -18,8 +18,8 @@ assert label in LABELS
 assert Agent(chat, output_type=Kind).run_sync(TEXT).output.kind == label
 assert Agent(chat, output_type=NativeOutput(Kind)).run_sync(TEXT).output.kind == label
 assert Agent(OpenAIResponsesModel("fruits", provider=provider)).run_sync(TEXT).output == label
-first = Agent(OpenAIChatModel("talk", provider=provider), model_settings={"max_tokens": 4}).run_sync(TEXT)
-Agent(OpenAIChatModel("talk", provider=provider), model_settings={"max_tokens": 4}).run_sync(
-    "more", message_history=first.all_messages()
-)
+turns = Agent(OpenAIChatModel("kinds", provider=provider), system_prompt="be brief")
+assert turns.run_sync("more", message_history=turns.run_sync(TEXT).all_messages()).output in LABELS
+called = Agent(OpenAIChatModel("kinds", provider=provider), output_type=Kind)
+assert called.run_sync("more", message_history=called.run_sync(TEXT).all_messages()).output.kind in LABELS
 report("pydantic-ai-slim", "run", "tool output", "native output", "responses", "history")
