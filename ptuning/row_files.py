@@ -11,7 +11,7 @@ from ptuning.errors import DataError
 from ptuning.paths import SCHEME, locate
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz", ".zip": "zip"}
 
 KNOWN = "give a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, or hub:org/name:split"
 

@@ -373,6 +373,7 @@ def _finished_run(local_ray: Path, tmp_path_factory: pytest.TempPathFactory, tin
     tables["compute"]["workers"] = 2
     tables["prompt"]["length"] = 10
     tables["train"] |= {"steps": 60, "learning_rate": 0.3, "checkpoint_every": 5}
+    tables["zero"] = {"stage": 3}
     events: list[Any] = []
     lines: list[str] = []
     summary = run_training(parse_experiment(tables), resume=False, show=events.append, say=lines.append).as_json()

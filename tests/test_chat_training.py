@@ -24,7 +24,7 @@ from ptuning.model.packing import Objective, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.settings.model import ModelConfig
 from ptuning.settings.training import ZeroConfig
-from ptuning.training import zero
+from ptuning.training import base_loader
 from ptuning.training.distributed import Workers
 from ptuning.training.evaluate import greedy, label_scores
 
@@ -44,7 +44,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 @pytest.fixture(scope="module")
 def model(base: Base) -> PromptedModel:
-    return zero.load(base, ZeroConfig(stage=0), torch.float32)
+    return base_loader.load(base, ZeroConfig(stage=0), torch.float32)
 
 
 def conversations(count: int, seed: int = 0, turns: int = 1) -> list[dict[str, Any]]:
@@ -142,7 +142,7 @@ def test_generated_text_ends_with_the_turn(base: Base, folder: Path) -> None:
     plain = find_base(ModelConfig(path=str(save_base(folder / "other", FORMS["gemma"], seed=3))))
     end, word = plain.tokenizer.convert_tokens_to_ids(["<end_of_turn>", "x"])
     assert end not in plain.ends
-    model = zero.load(plain, ZeroConfig(stage=0), torch.float32)
+    model = base_loader.load(plain, ZeroConfig(stage=0), torch.float32)
     with torch.no_grad():  # after the end of a turn follows x, after everything else the end of the turn
         for name, weight in model.base.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -167,7 +167,7 @@ def test_a_base_without_a_chat_template_needs_one(folder: Path) -> None:
     )
     (folder / "chat.jinja").write_text(template, encoding="utf-8")
     experiment = parse_experiment(tables(None, rows, chat_template="chat.jinja"))
-    run = Run(zero.load(builtin, ZeroConfig(stage=0), torch.float32), builtin, folder / "runs")(experiment)
+    run = Run(base_loader.load(builtin, ZeroConfig(stage=0), torch.float32), builtin, folder / "runs")(experiment)
     losses = [event.values["loss"] for event in run.of("step")]
     assert losses[-1] < losses[0]
     card = run.result("chat").card

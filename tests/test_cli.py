@@ -260,7 +260,9 @@ def test_the_whole_command_with_two_workers(toy_task: SimpleNamespace, write_tom
     assert summary["name"] == "toy" and summary["steps"] == 60 and summary["run_id"]
     assert summary["metrics"]["test_accuracy"] > 0.9
     assert (Path(summary["soft_prompt"]) / "adapter_model.safetensors").is_file()
-    assert "base loaded by 2 workers (50%, 50% of it each), float32, shared prefix" in stderr
+    assert "base: whole on each of 2 workers, nothing is gathered" in stderr  # zero.stage = "auto"
+    assert "base loaded by 2 workers (100%, 100% of it each), float32, shared prefix" in stderr
+    assert json.loads((Path(summary["soft_prompt"]) / "card.json").read_text())["experiment"]["zero"]["stage"] == 0
     assert "Traceback" not in stderr and "Warning" not in stderr
     actors = {each.split("::")[1].split(".")[0] for each in seen if each.startswith("ray::") and "Agent" not in each}
     assert {"RayTrainWorker", "EventQueue"} <= actors and not actors & {"PlacementGroupCleaner", "_AutoscalingCoordinatorActor"}

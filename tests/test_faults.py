@@ -108,6 +108,7 @@ def happened(number: int) -> dict[str, Any]:
 def tables(toy_task: SimpleNamespace) -> dict[str, Any]:
     plan()
     toy_task.experiment["compute"]["workers"] = 2
+    toy_task.experiment["zero"] = {"stage": 3}
     for split in ("validation", "test"):
         del toy_task.experiment["data"][split]
     toy_task.experiment["train"] |= {"steps": 60, "learning_rate": 0.3, "checkpoint_every": 5}

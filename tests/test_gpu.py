@@ -35,7 +35,7 @@ from ptuning.planning.zero3_simulator import node_copies_fit
 from ptuning.searching import slot_count
 from ptuning.settings.model import ModelConfig
 from ptuning.settings.training import ZeroConfig
-from ptuning.training import loop, zero
+from ptuning.training import base_loader, loop, zero
 from ptuning.training.distributed import Workers
 from ptuning.training.starts import LOWER
 
@@ -153,12 +153,12 @@ def test_every_query_of_padding_has_a_key(window: int | None) -> None:
 
 @pytest.fixture(scope="module")
 def half(base: Base) -> PromptedModel:
-    return zero.load(base, ZeroConfig(stage=0), torch.float16)
+    return base_loader.load(base, ZeroConfig(stage=0), torch.float16)
 
 
 def test_gradients_in_float16_are_those_in_float32(base: Base, half: PromptedModel, toy_task: Any, tmp_path: Path) -> None:
     """Of a loss so small that its gradients would vanish: it is scaled, and the scale is lowered until nothing overflows."""
-    whole = zero.load(base, ZeroConfig(stage=0), torch.float32)
+    whole = base_loader.load(base, ZeroConfig(stage=0), torch.float32)
     found = []
     for model in (whole, half):
         run = Run(model, base, tmp_path / str(model.base.dtype))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from typer.testing import CliRunner
 from ptuning.cli.app import app
 from ptuning.model.packing import pack_targets
 from ptuning.model.prompted_model import PromptedModel
-from ptuning.planning.capacity import Training
+from ptuning.planning.capacity import Training, TrainingPlan
 from ptuning.planning.meta_model import MetaModel, read_config
+from ptuning.planning.placement import FILLED, place
 from ptuning.planning.workload import Machine, RunShape, Workload
 from ptuning.planning.zero3_simulator import Sharing, gather, live_numbers, node_copies_fit, share_numbers
 
@@ -218,3 +220,44 @@ def test_unknown_shapes_are_refused(toy_task: SimpleNamespace, write_toml: Calla
     assert code == 2 and "8 rows cannot be split over 64 workers; plan with train.batch_size=64, or fewer workers" in error
     code, _, error = invoke("plan", experiment, "--tokens", "500")
     assert code == 2 and "exceed the 128 positions of the base; set it to at most 124" in error
+
+
+@lru_cache
+def deep_model() -> MetaModel:
+    return MetaModel(tiny_config("llama", num_hidden_layers=12), torch.float32)
+
+
+def placed(
+    memory: float, ranks: int = 2, per_node: int = 2, bandwidth: float = GB, **changes: Any
+) -> tuple[RunShape, TrainingPlan]:
+    """Where a tiny, deep Llama is placed on ranks with this memory (relative to the base, besides what it needs if it is
+    partitioned), and its plan."""
+    model = deep_model()
+    wanted = replace(RunShape(length=5, tokens=12, targets=3, batch=8, persistent=50, stage="auto"), **changes)
+    machine = Machine(ranks, 0, per_node, bandwidth, 1e12, True, 300 * GB)
+    traces = model.training, model.evaluation
+    least = Training(model.shape, replace(wanted, stage=3, live=1, copies=False), machine, *traces).plan(1).needed
+    machine = replace(machine, memory=int((least + memory * model.shape.bytes) / FILLED))
+    way = place(model.shape, wanted, machine, *traces)
+    return way, Training(model.shape, way, machine, *traces).plan(1)
+
+
+@pytest.mark.fast
+def test_a_base_is_whole_where_it_fits_and_else_as_much_of_it_as_fits() -> None:
+    ways, received = [], []
+    for memory in (0.0, 0.3, 0.6, 1.5):
+        way, plan = placed(memory, ranks=8, per_node=8, live=1)
+        ways.append((way.stage, way.whole > 0))
+        received.append(plan.received)
+    assert ways[1:] == [(3, True), (3, True), (0, False)]
+    assert received[0] > received[1] > received[2] > received[3] == 0
+    assert placed(9.0, ranks=1, per_node=1)[0].stage == 0
+    assert placed(9.0, offload=True)[0].stage == 3  # asked for
+    assert placed(0.0, stage=3)[0].stage == 3 and placed(0.0, stage=0)[0].stage == 0
+
+
+@pytest.mark.fast
+def test_on_a_slow_network_nodes_keep_copies() -> None:
+    slow, _ = placed(0.6, ranks=8, per_node=4, bandwidth=GB / 1000, live=1)
+    fast, _ = placed(0.6, ranks=8, per_node=4, bandwidth=300 * GB, live=1)
+    assert slow.copies and not fast.copies and fast.whole > slow.whole

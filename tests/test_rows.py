@@ -9,7 +9,9 @@ import gzip
 import http.server
 import io
 import json
+import lzma
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from ptuning.data import json_text
 from ptuning.data.dataset import Split, leaked, load_split
 from ptuning.data.division import training_texts
 from ptuning.data.encoder import Encoder
-from ptuning.data.findings import describe_split, warnings
+from ptuning.data.findings import describe_split, of_template, warnings
 from ptuning.data.resolve import resolved
 from ptuning.data.row import look_up
 from ptuning.data.sources import Texts
@@ -90,7 +92,17 @@ def arrow(rows: Any) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def zipped(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
 # Files
+
+BY_COLUMNS = {name: {str(at * 2): row[name] for at, row in enumerate(ROWS)} for name in ROWS[0]}
 
 FILES: dict[str, bytes] = {
     "t.ndjson": as_jsonl(ROWS),
@@ -113,6 +125,10 @@ FILES: dict[str, bytes] = {
     "t.csv.gz": gzip.compress(as_csv(ROWS)),
     "t.tsv.bz2": bz2.compress(as_csv(ROWS, "\t")),
     "t.json.zst": zstd(json.dumps(ROWS).encode()),
+    "t.csv.xz": lzma.compress(as_csv(ROWS)),
+    "t.jsonl.zip": zipped({"t.jsonl": as_jsonl(ROWS), "__MACOSX/t": b"?"}),
+    "columns.json": json.dumps(BY_COLUMNS).encode(),  # pandas.DataFrame.to_json()
+    "columns-pretty.json": json.dumps(BY_COLUMNS, indent=1).encode(),
     "T.CSV": as_csv(ROWS),
     "t.arrow": arrow(ROWS),
 }
@@ -192,11 +208,29 @@ def test_sentences_about_json(load: Callable[..., Split], content: bytes, what: 
     assert str(error.value) in (f"t.json, {what}", f"t.json: {what}")
 
 
-@pytest.mark.parametrize(("content", "kind"), [(b"no gzip", "gzip"), (gzip.compress(as_jsonl(ROWS * 99))[:-9], "gzip")])
-def test_broken_compression_is_one_sentence(load: Callable[..., Split], content: bytes, kind: str) -> None:
-    Path("t.jsonl.gz").write_bytes(content)
-    with pytest.raises(DataError, match=rf"t.jsonl.gz: is not a readable {kind} file \(.*\); compress it again"):
-        load("t.jsonl.gz")
+def test_one_row_with_objects_is_not_a_table(load: Callable[..., Split]) -> None:
+    for row in ({"a": {"x": "one", "y": "fruit"}}, {"a": {"0": "one", "y": "fruit"}}):
+        jsonl("t.jsonl", [row])
+        (first,) = {"x", "0"} & set(row["a"])
+        split = load("t.jsonl", input=f"{{a[{first}]}}", target="{a.y}")
+        assert split.rows["text"][:] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "kind"),
+    [
+        ("gz", b"no gzip", "gzip"),
+        ("gz", gzip.compress(as_jsonl(ROWS * 99))[:-9], "gzip"),
+        ("xz", b"no xz", "xz"),
+        ("xz", lzma.compress(as_jsonl(ROWS * 99))[:-30], "xz"),
+        ("zip", b"no zip", "zip"),
+        ("zip", zipped({"a.jsonl": as_jsonl(ROWS), "b.jsonl": as_jsonl(ROWS)}), "zip"),
+    ],
+)
+def test_broken_compression_is_one_sentence(load: Callable[..., Split], suffix: str, content: bytes, kind: str) -> None:
+    Path(f"t.jsonl.{suffix}").write_bytes(content)
+    with pytest.raises(DataError, match=rf"t.jsonl.{suffix}: is not a readable {kind} file \(.*\); compress it again"):
+        load(f"t.jsonl.{suffix}")
 
 
 def test_folders_patterns_and_lists(load: Callable[..., Split]) -> None:
@@ -407,6 +441,17 @@ def test_a_template_of_the_shell_is_refused(written: str) -> None:
         f"or $ {field} for the dollar sign"
     )
     assert experiment(input="{text} costs ${price}").data.input
+
+
+def test_a_column_that_is_spelled_as_elsewhere_is_said() -> None:
+    row = {"text": "x", "subject": "y", "label": "fruit"}
+    for written in ("{{ subject }}", "$subject", "<subject>", "[subject]", "%(subject)s"):
+        (line,) = of_template(Template(**KIND | {"input": f"{written}: {{text}}"}), row)
+        assert line == (
+            f"{written} in the template is plain text, but the rows have a column 'subject'; write {{subject}} for its value"
+        )
+    for fine in ("<subject>{subject}</subject> {text}", "{{ object }} <b>{text}</b>", "<text> {text}"):
+        assert not list(of_template(Template(**KIND | {"input": fine}), row))
 
 
 def test_a_template_without_anything_is_refused() -> None:

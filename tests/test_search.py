@@ -35,6 +35,7 @@ KILLS = int(os.environ.get("PTUNING_KILLS", "1"))
 @pytest.fixture
 def tables(toy_task: SimpleNamespace) -> dict[str, Any]:
     toy_task.experiment["compute"]["workers"] = 2
+    toy_task.experiment["zero"] = {"stage": 3}
     toy_task.experiment["train"] |= {"steps": 40, "evaluate_every": 10, "checkpoint_every": 10}
     toy_task.experiment["search"] = {
         "trials": 6,
@@ -117,9 +118,13 @@ def test_a_search_under_asha_tests_and_tracks_its_winner(
     in_cluster: None, tables: dict[str, Any], write_toml: Callable[..., Path]
 ) -> None:
     tables["compute"]["workers"] = 1
-    done = CliRunner().invoke(app, ["search", str(write_toml(tables)), "--json"])
+    space = ['search.space.train.optimizer=["adamw", "adafactor"]', "search.space.train.clip=[0.5, 2.0]"]
+    done = CliRunner().invoke(app, ["search", str(write_toml(tables)), *space, "--json"])
     assert done.exit_code == 0, (done.stderr, done.exception)
     check(tables, json.loads(done.stdout.splitlines()[-1]))
+    values = [entry["values"] for entry in _entries(Path(tables["compute"]["storage"]) / "toy" / "ledger.json")]
+    assert {each["train.optimizer"] for each in values} == {"adamw", "adafactor"}
+    assert all(0.5 <= each["train.clip"] <= 2.0 for each in values)
 
 
 def check(tables: dict[str, Any], summary: dict[str, Any]) -> None:

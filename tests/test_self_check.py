@@ -20,10 +20,12 @@ from ptuning.inference import paged_attention, plain_generator
 from ptuning.inference.engine import Engine
 from ptuning.inference.types import EngineConfig, Request, RequestError
 from ptuning.model import label_cache, packed_layers, tree_attention
+from ptuning.model.compatibility import next_logits
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packing import Objective, pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
-from ptuning.model.self_check import choose_pass
+from ptuning.model.self_check import choose_pass, find_input
+from ptuning.model.token_tree import TokenTree
 from ptuning.settings.data import Template
 from ptuning.training.evaluate import greedy
 
@@ -77,11 +79,16 @@ KINDS: dict[str, tuple[dict[str, Any], str, str]] = {
         "plain",
     ),
     "RwkvConfig": ({"attention_hidden_size": 32}, "concatenated", "single"),
+    "TrOCRConfig": ({"decoder_ffn_dim": 64}, "concatenated", "plain"),  # computes logits at all positions
+    "XLMConfig": ({"causal": True}, "concatenated", "none"),  # its preparation for `generate` fails
     "RobertaConfig": ({"is_decoder": True, "pad_token_id": 1}, "concatenated", "none"),  # positions begin behind the padding
 }
 CASES = [
     pytest.param(
-        name, marks=() if name in {"LlamaConfig", "GptOssConfig", "Gemma4TextConfig", "DogeConfig"} else pytest.mark.nightly
+        name,
+        marks=()
+        if name in {"LlamaConfig", "GptOssConfig", "Gemma4TextConfig", "DogeConfig", "TrOCRConfig"}
+        else pytest.mark.nightly,
     )
     for name in KINDS
     if KINDS[name][2] != "none"
@@ -237,6 +244,7 @@ def test_the_engine_generates_what_the_base_computes(name: str) -> None:
         pytest.param("FalconH1Config", "padded", marks=pytest.mark.nightly),
         ("RwkvConfig", "alone"),
         ("RobertaConfig", "recomputed"),
+        ("XLMConfig", "recomputed"),
     ],
 )
 def test_evaluation_generates_what_the_base_computes(name: str, how: str) -> None:
@@ -278,6 +286,83 @@ def test_another_pass_is_taken_if_one_is_wrong(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(PromptedModel, "_concatenated", PromptedModel._shared)
     with pytest.raises(BaseError, match=r"model.path: a soft prompt in front of it .* choose another base"):
         choose_pass(PromptedModel(tiny_base("gpt_neo")), "it")
+
+
+def test_rows_of_one_slot_are_not_confused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that gives every row of a slot the keys of the first one. Rows of slots of their own would not show it."""
+    original = tree_attention._attend
+
+    def confused(group: Any, queries: Any, keys: Any, *rest: Any) -> torch.Tensor:
+        own = keys[id(group)]
+        return original(group, queries, keys | {id(group): own[:1].expand_as(own)}, *rest)
+
+    monkeypatch.setattr(tree_attention, "_attend", confused)
+    model = PromptedModel(tiny_base("llama"))
+    choose_pass(model, "it")
+    assert not model.shared_prefix
+
+
+def test_padding_of_shorter_rows_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written-out rows whose padding is taken for their end: equally long rows would not show it."""
+    original = TokenTree.sequences
+
+    def moved(tree: TokenTree, trees: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        index, lengths = original(tree, trees)
+        shift = index.shape[1] - lengths
+        columns = torch.arange(index.shape[1])[None] - shift[:, None]
+        return index.gather(1, columns.clamp(min=0)), torch.full_like(lengths, index.shape[1])
+
+    monkeypatch.setattr(TokenTree, "sequences", moved)
+    with pytest.raises(BaseError, match="is not computed as its own tokens are"):
+        choose_pass(PromptedModel(tiny_base("gpt_neo")), "it")
+
+
+def test_hidden_states_may_be_changed_in_place() -> None:
+    """As in GIT's embeddings: neither a view of a custom function, nor packed tokens that are known no longer."""
+    layout = packed_layers.Layout(torch.tensor([[0, 1, 2], [0, 3, 3]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool(), 4)
+    packed = torch.arange(8.0).view(1, 4, 2).requires_grad_()
+    rows = layout.written_out(packed)
+    assert layout.packed_again(rows) is packed
+    rows *= 2
+    found = layout.packed_again(rows)
+    assert torch.equal(found, 2 * packed)
+    found += 1
+    found.sum().backward()
+    assert torch.equal(packed.grad, torch.full_like(packed, 2))
+
+
+def test_what_an_architecture_raises_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PromptedModel(tiny_base("llama"))
+
+    def fail(message: str) -> Any:
+        def forward(*_: Any, **__: Any) -> Any:
+            raise RuntimeError(message)
+
+        return forward
+
+    monkeypatch.setattr(model.base, "forward", fail("no such kernel\nand more"))
+    with pytest.raises(
+        BaseError, match=r"^model.path: it \(LlamaForCausalLM\) cannot .* gradients .*\(no such kernel\); choose"
+    ) as said:
+        choose_pass(model, "it")
+    assert "\n" not in str(said.value)
+    monkeypatch.setattr(model.base, "forward", fail("[gloo/transport/tcp/pair.cc:537] Connection reset by peer"))
+    with pytest.raises(RuntimeError, match="Connection reset") as lost:  # a lost worker is not the architecture's fault
+        choose_pass(model, "it")
+    assert not isinstance(lost.value, BaseError)
+
+
+def test_a_plain_model_is_given_ids_where_its_layers_look_them_up() -> None:
+    base = tiny("Gemma4TextConfig")
+    vectors, text = soft_prompts([4])[0].detach(), torch.tensor([[9, 8, 7]])
+    with pytest.raises(RuntimeError, match="reverse the embedding"):
+        next_logits(base, vectors, text)
+    feeding = find_input(base)
+    assert feeding.needs_ids and not find_input(tiny_base("llama", attention=None)).needs_ids
+    found = next_logits(base, vectors, text, feeding)
+    for token in (3, 50):
+        nll = by_ids(tiny("Gemma4TextConfig"), vectors, text[0].tolist(), [token])
+        assert torch.allclose(-torch.log_softmax(found, -1)[token], nll[0], atol=1e-4)
 
 
 def test_another_generator_is_taken_if_one_is_wrong(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

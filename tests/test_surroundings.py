@@ -382,6 +382,26 @@ def test_a_password_in_mlflows_variable_is_not_shown(toy_task: SimpleNamespace, 
     assert "hunter2" not in repr(ptuning.Registry())
 
 
+def test_a_deleted_experiment_in_a_database_that_is_named_directly(toy_task: SimpleNamespace, tmp_path: Path) -> None:
+    """As postgresql://..., which is asked by the same library."""
+    with closing(sqlite3.connect(tmp_path / "server.db")) as database:
+        database.execute("CREATE TABLE experiments (experiment_id, name, lifecycle_stage)")
+        database.executemany("INSERT INTO experiments VALUES (?, ?, ?)", [(3, "ptuning", "deleted"), (4, "other", "active")])
+        database.commit()
+    for uri, name, deleted in (
+        (f"sqlite+pysqlite:///{tmp_path}/server.db", "ptuning", True),
+        (f"sqlite+pysqlite:///{tmp_path}/server.db", "other", False),
+        (f"sqlite+pysqlite:///{tmp_path}/new.db", "ptuning", False),
+        ("postgresql+psycopg2://me:hunter2@127.0.0.1:9/mlflow", "ptuning", False),
+    ):
+        experiment = parse_experiment(toy_task.experiment | {"tracking": {"uri": uri, "experiment": name}})
+        if deleted:
+            with pytest.raises(UserError, match="'ptuning' was deleted; restore it with: .* --experiment-id 3, or choose"):
+                tracking_client.check_tracking(experiment)
+        else:
+            tracking_client.check_tracking(experiment)
+
+
 def test_a_deleted_experiment_on_a_server(monkeypatch: pytest.MonkeyPatch, toy_task: SimpleNamespace) -> None:
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -27,13 +27,15 @@ from ptuning.model import soft_prompt
 from ptuning.model.base import Base, find_base
 from ptuning.model.packing import Objective, pack_targets
 from ptuning.model.prompted_model import PromptedModel
+from ptuning.searching.space import best_result
 from ptuning.settings.model import ModelConfig
 from ptuning.settings.training import TrainConfig, ZeroConfig
-from ptuning.training import checkpoint, zero
+from ptuning.training import base_loader, checkpoint
+from ptuning.training import evaluate as evaluation
 from ptuning.training import loop as training
 from ptuning.training import slot as training_slot
 from ptuning.training.distributed import Workers
-from ptuning.training.evaluate import label_scores
+from ptuning.training.evaluate import generate_rows, label_scores
 from ptuning.training.loop import train
 from ptuning.training.messages import Command, Event, StartRun, StopRun
 from ptuning.training.slot import Slot, learning_rate
@@ -48,7 +50,7 @@ def base(tiny_base_folder: Path) -> Base:
 
 @pytest.fixture(scope="module")
 def model(base: Base) -> PromptedModel:
-    return zero.load(base, ZeroConfig(stage=0), torch.float32)
+    return base_loader.load(base, ZeroConfig(stage=0), torch.float32)
 
 
 @pytest.fixture
@@ -540,14 +542,30 @@ def test_class_weights_weigh_each_rows_choice(run: Any, toy_task: SimpleNamespac
     assert events[0].values["loss"] != pytest.approx(events[1].values["loss"], rel=1e-6)
 
 
-def test_observe_breaks_ties_by_loss(run: Any, toy_task: SimpleNamespace) -> None:
+def test_accuracies_within_a_standard_error_are_compared_by_loss(run: Any, toy_task: SimpleNamespace) -> None:
     pack = run().pack
     slot: Slot = pack.attach(StartRun(experiment(toy_task), "unused"))
-    assert slot.observe({"accuracy": 0.5, "loss": 1.0})
-    assert not slot.observe({"accuracy": 0.5, "loss": 1.0})
-    assert slot.observe({"accuracy": 0.5, "loss": 0.9})
-    assert not slot.observe({"accuracy": 0.4, "loss": 0.1})
+    error = math.sqrt(0.8 * 0.2 / len(slot.task.validation))
+    assert slot.observe({"accuracy": 0.5, "loss": 0.5})
+    assert slot.observe({"accuracy": 0.8, "loss": 1.0}), "much more accurate"
+    assert not slot.observe({"accuracy": 0.8, "loss": 1.0})
+    assert not slot.observe({"accuracy": 0.8 + error / 10, "loss": 1.1}), "hardly more accurate"
+    assert slot.observe({"accuracy": 0.8 - error / 2, "loss": 0.9}), "hardly less accurate"
+    slot.restore(*slot.state())
+    assert not slot.observe({"accuracy": 0.8 - error * 1.2, "loss": 0.1}), "compared with the highest, not with the last best"
+    assert slot.observe({"accuracy": 0.8 + error, "loss": 2.0}), "what was the best is now too far below"
     pack.slots.clear()
+
+
+def test_a_search_keeps_the_evaluation_that_the_slot_kept(toy_task: SimpleNamespace) -> None:
+    results = [
+        {"step": step, "values": {"accuracy": accuracy, "loss": loss}, "best": best}
+        for step, accuracy, loss, best in ((10, 0.8, 1.0, True), (20, 0.79, 0.5, True), (30, 0.81, 2.0, False))
+    ]
+    assert best_result(experiment(toy_task), results, 4)["step"] == 20
+    assert best_result(experiment(toy_task), results[:1], 4)["step"] == 10
+    unmarked = [{key: each[key] for key in ("step", "values")} for each in results]  # as older stores have them
+    assert best_result(experiment(toy_task), unmarked, 4)["step"] == 30
 
 
 def test_law_6_evaluation_scores_the_tokens_that_training_saw(
@@ -562,3 +580,31 @@ def test_law_6_evaluation_scores_the_tokens_that_training_saw(
             trained = -model([vectors], plan).double().sum()
             label = task.test.rows["label"][row]
             assert float(scores[row, label]) == pytest.approx(float(trained), rel=1e-5)
+
+
+def test_texts_of_several_soft_prompts_are_generated_together(
+    toy_task: SimpleNamespace, model: PromptedModel, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As each of them alone, in one call of `generate`; one that has diverged does not matter to the others."""
+    del toy_task.experiment["data"]["labels"]
+    task = load_task(experiment(toy_task), base)
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randn(length, base.width, generator=draw) for length in (4, 1, 7)]
+    alone = [generate_rows(model, [each], task.test, task.encoder, Workers(), 6)[0] for each in prompts]
+    assert len({tuple(texts) for texts in alone}) == 3
+    calls: list[int] = []
+    generate = type(model.base).generate
+
+    def counting(base: Any, **options: Any) -> Any:
+        calls.append(len(options["input_ids"]))
+        return generate(base, **options)
+
+    monkeypatch.setattr(type(model.base), "generate", counting)
+    assert generate_rows(model, prompts, task.test, task.encoder, Workers(), 6) == alone
+    assert calls == [3 * len(task.test)]
+    diverged = [prompts[0], torch.full_like(prompts[1], torch.nan), prompts[2]]
+    assert generate_rows(model, diverged, task.test, task.encoder, Workers(), 6)[::2] == alone[::2]
+    monkeypatch.setattr(evaluation, "TOKENS", 2 * (int(task.test.lengths.max()) + 6))
+    del calls[:]
+    assert generate_rows(model, prompts, task.test, task.encoder, Workers(), 6) == alone
+    assert max(calls) <= 3 and len(calls) > 20

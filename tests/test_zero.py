@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,18 @@ from ptuning.planning.zero3_simulator import Sharing, gather, prefetch_numbers
 from ptuning.settings.model import ModelConfig
 from ptuning.settings.training import ZeroConfig
 from ptuning.training.distributed import Workers
-from ptuning.training.evaluate import evaluate, greedy
+from ptuning.training.evaluate import evaluate, generate_rows, greedy
 from ptuning.training.loop import Pack, train
 from ptuning.training.messages import Event, StartRun, event_fields
 
 LENGTHS = (5, 3)
 LIVE = 1000
+KEPT: dict[str, dict[str, Any]] = {
+    "kept": {"stage": 3, "persistent_parameters": 12_000},
+    "all_kept": {"stage": 3, "persistent_parameters": 10**9},
+    "whole": {"stage": 0},
+}
+"""What two workers keep of the base between passes, as `zero.stage = "auto"` may decide it."""
 OTHERWISE = {
     "choice": {"text_weight": 0},
     "text": {"objective": "text"},
@@ -56,9 +63,12 @@ def prompts(width: int) -> list[torch.Tensor]:
     return [torch.randn(length, width, generator=generator).requires_grad_() for length in LENGTHS]
 
 
-def gradients(model: PromptedModel, width: int, workers: Workers) -> torch.Tensor:
-    """Gradient of the two slots' mean losses over the global batch, computed by all workers together."""
+def gradients(model: PromptedModel, width: int, workers: Workers, at_end: Any = None) -> torch.Tensor:
+    """Gradient of the two slots' mean losses over the global batch, computed by all workers together. `at_end` is called at the
+    end of the backward pass."""
     vectors = prompts(width)
+    if at_end:
+        vectors[0].register_hook(at_end)
     batches = [rows(2), rows(3)]
     plan = pack_targets(LENGTHS, [batch[workers.rank :: workers.size] for batch in batches])
     parts = model(vectors, plan).split(plan.per_slot)
@@ -108,26 +118,31 @@ def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:
     )
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    from ptuning.training import zero
+    from ptuning.training import base_loader
 
     workers = Workers.current()
     base = find_base(ModelConfig(path=tables["model"]["path"]))
     counted, shares = count_gathered(), []
-    model = zero.load(base, ZeroConfig(persistent_below=50, live_parameters=LIVE), torch.float32, progress=shares.append)
-    found: dict[str, Any] = {"sharding": vars(zero.sharding(model.base)), "hash": weights_hash(model.base)}
+    model = base_loader.load(
+        base, ZeroConfig(stage=3, persistent_below=50, live_parameters=LIVE), torch.float32, progress=shares.append
+    )
+    found: dict[str, Any] = {"sharding": vars(base_loader.sharding(model.base)), "hash": weights_hash(model.base)}
     found["progress"], found["gathered"] = shares, []
     tensors = {"gradients": gradients(model, base.width, workers)}
     for _ in range(3):  # DeepSpeed gathers one by one until it has seen the pass twice
         counted[0] = 0
         gradients(model, base.width, workers)
         found["gathered"].append(counted[0])
+    attention, there = list(model.base.model.layers[1].self_attn.parameters()), []
+    gradients(model, base.width, workers, lambda _: there.extend(each.data.numel() for each in attention))
+    found["attention_at_end"] = sum(there)
     found["kept"] = kept_bytes(model, base.width, rows(2))
     pack = Pack(model, base, workers, lambda experiment: load_task(experiment, base))
     tensors["embedding"] = pack.embed(list(range(20)))
     found["events"] = [event_fields(event) for event in run(workers, model, base, tables, f"{folder}/two")]
     for name, settings in OTHERWISE.items():
         run(workers, model, base, changed(tables, settings), f"{folder}/two-{name}")
-    found["after_training"] = vars(zero.sharding(model.base))
+    found["after_training"] = vars(base_loader.sharding(model.base))
     task = load_task(parse_experiment(tables), base)
     vectors = [vector.detach() for vector in prompts(base.width)]
     found["evaluations"] = [each.metrics for each in evaluate(model, vectors, task.test, task.encoder, workers)]
@@ -135,12 +150,24 @@ def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:
     found["greedy"] = [text for vector in vectors for text in greedy(model, vector, inputs, task.encoder, 8)]
     # The first rank's texts end sooner: it must not leave the other alone in the middle of a layer.
     found["together"] = greedy(model, vectors[0], inputs[rank:], task.encoder, (1, 8)[rank], together=True)
+    found["texts"] = generate_rows(model, vectors, task.test, task.encoder, workers, 4)
     tensors["gradients_after_generation"] = gradients(model, base.width, workers)
     found["hash_after"] = weights_hash(model.base)
-    checkpointed = zero.load(base, ZeroConfig(), torch.float32, checkpoint_gradients=True)
+    checkpointed = base_loader.load(base, ZeroConfig(stage=3), torch.float32, checkpoint_gradients=True)
     tensors["gradients_checkpointed"] = gradients(checkpointed, base.width, workers)
-    half = zero.load(base, ZeroConfig(), torch.bfloat16)
-    found["half"] = {"sharding": vars(zero.sharding(half.base)), "dtype": str(next(half.parameters()).dtype)}
+    # Some of its tensors kept whole on every rank, and all of it.
+    for name, settings in KEPT.items():
+        kept = base_loader.load(base, ZeroConfig(persistent_below=50, live_parameters=LIVE, **settings), torch.float32)
+        tensors[f"gradients_{name}"] = gradients(kept, base.width, workers)
+        for _ in range(2):
+            counted[0] = 0
+            gradients(kept, base.width, workers)
+        found[f"gathered_{name}"] = counted[0]
+        if name == "whole":
+            for other, train in OTHERWISE.items():
+                run(workers, kept, base, changed(tables, train), f"{folder}/{name}-{other}")
+    half = base_loader.load(base, ZeroConfig(stage=3), torch.bfloat16)
+    found["half"] = {"sharding": vars(base_loader.sharding(half.base)), "dtype": str(next(half.parameters()).dtype)}
     tensors["gradients_half"] = gradients(half, base.width, workers)
     Path(f"{folder}/rank{rank}.json").write_text(json.dumps(found))
     from safetensors.torch import save_file
@@ -178,10 +205,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> An
 
 @pytest.fixture(scope="module")
 def alone(tiny_base_folder: Path) -> Any:
-    from ptuning.training import zero
+    from ptuning.training import base_loader
 
     base = find_base(ModelConfig(path=str(tiny_base_folder)))
-    return base, zero.load(base, ZeroConfig(stage=0), torch.float32)
+    return base, base_loader.load(base, ZeroConfig(stage=0), torch.float32)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -208,6 +235,11 @@ def test_the_plan_gathers_what_deepspeed_gathers(pair: Any, alone: Any) -> None:
         assert rank["gathered"][-1] == rank["gathered"][-2]
 
 
+def test_attention_is_released_in_the_backward_pass(pair: Any) -> None:
+    """It gets its states by keyword, which DeepSpeed does not follow."""
+    assert [rank["attention_at_end"] for rank in pair[2]] == [0, 0]
+
+
 def test_nothing_is_kept_for_weights_that_never_change(pair: Any, alone: Any) -> None:
     base, model = alone
     for rank in pair[2]:
@@ -226,7 +258,21 @@ def test_after_training_layers_are_released_again(pair: Any) -> None:
         assert rank["after_training"]["held"] <= 0.75 * rank["after_training"]["whole"]
 
 
-@pytest.mark.parametrize("name", ["gradients", "gradients_after_generation", "gradients_checkpointed"])
+def test_what_is_kept_whole_is_gathered_once(pair: Any, alone: Any) -> None:
+    meta_model = MetaModel(alone[0].config, torch.float32)
+    shape, timeline = meta_model.shape, meta_model.training(Workload(2, 5, 4, 8, 2))
+    plain = Sharing(2, LIVE, prefetch_numbers(shape.numbers, shape.layers, LIVE), persistent=50)
+    kept = KEPT["kept"]["persistent_parameters"]
+    expected = gather(timeline, replace(plain, whole=kept, late=shape.embedding_at), 4).received
+    for rank in pair[2]:
+        assert rank["gathered_kept"] == expected < 0.8 * rank["gathered"][-1]
+        assert rank["gathered_all_kept"] == rank["gathered_whole"] == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gradients", "gradients_after_generation", "gradients_checkpointed", *(f"gradients_{name}" for name in KEPT)],
+)
 def test_law_3_sharded_gradients_are_the_single_process_gradients(pair: Any, alone: Any, name: str) -> None:
     base, model = alone
     expected = gradients(model, base.width, Workers())
@@ -257,11 +303,12 @@ def test_law_3_two_workers_train_what_one_trains(pair: Any, alone: Any) -> None:
 
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_law_3_holds_for_every_objective(pair: Any, alone: Any, name: str) -> None:
+    """With a base that is partitioned, and with one that is whole on both workers."""
     folder, tables, _, _ = pair
     base, model = alone
     run(Workers(), model, base, changed(tables, OTHERWISE[name]), f"{folder}/one-{name}")
-    one, two = (soft_prompt.load(f"{folder}/{workers}-{name}/soft_prompt").vectors for workers in ("one", "two"))
-    assert relative(two, one) < 1e-4
+    found = {workers: soft_prompt.load(f"{folder}/{workers}-{name}/soft_prompt").vectors for workers in ("one", "two", "whole")}
+    assert relative(found["two"], found["one"]) < 1e-4 and relative(found["whole"], found["one"]) < 1e-4
 
 
 def test_law_2_every_shard_is_unchanged_after_training(pair: Any) -> None:
@@ -287,6 +334,7 @@ def test_evaluation_and_generation_do_not_depend_on_sharding(pair: Any, alone: A
         for found, each in zip(rank["evaluations"], expected, strict=True):
             assert found == pytest.approx(each.metrics, rel=1e-5)
         assert rank["greedy"] == texts
+        assert rank["texts"] == generate_rows(model, vectors, task.test, task.encoder, Workers(), 4)
 
 
 def test_workers_whose_texts_end_at_different_tokens_wait_for_each_other(pair: Any, alone: Any) -> None:
@@ -301,13 +349,13 @@ def test_workers_whose_texts_end_at_different_tokens_wait_for_each_other(pair: A
 
 def test_weights_that_are_not_the_files_are_refused(alone: Any, tmp_path: Path, tiny_base_folder: Path) -> None:
     from ptuning.errors import BaseError
-    from ptuning.training import zero
+    from ptuning.training import base_loader
 
     base, _ = alone
     loaded = base.load(torch.float32)
     loaded.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1.0
     with pytest.raises(BaseError, match="was not loaded as it is stored"):
-        zero._check_weights(loaded, base)
+        base_loader._check_weights(loaded, base)
 
 
 def test_derived_settings_fit_a_frozen_base(alone: Any) -> None:

@@ -23,7 +23,7 @@ from ptuning.cluster.local_paths import absolute
 from ptuning.config import Experiment
 from ptuning.data.task import load_task
 from ptuning.model.base import find_base
-from ptuning.training import loop, zero
+from ptuning.training import base_loader, loop
 from ptuning.training.distributed import Workers
 from ptuning.training.loop import Pack
 from ptuning.training.messages import Event, StartRun
@@ -117,7 +117,7 @@ def _train(experiment: str, folder: str) -> None:
     loop.save_checkpoint = timed_save  # `train.train` looks it up at each call
     settings = Experiment.model_validate_json(experiment)
     base = find_base(settings.model)
-    model = zero.load(base, settings.zero, base.dtype(settings.model.dtype))
+    model = base_loader.load(base, settings.zero, base.dtype(settings.model.dtype))
     workers = Workers.current()
     pack = Pack(model, base, workers, lambda experiment: load_task(experiment, base))
     assignments = iter([[StartRun(settings, f"{folder}/run")]])

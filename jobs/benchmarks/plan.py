@@ -26,7 +26,7 @@ from ptuning.model.base_folder import BUILTIN
 from ptuning.planning.capacity import Training, TrainingPlan
 from ptuning.planning.meta_model import MetaModel, read_config
 from ptuning.planning.workload import Machine, RunShape
-from ptuning.training import zero
+from ptuning.training import base_loader
 from ptuning.training.distributed import Workers
 from ptuning.training.loop import Pack, step
 from ptuning.training.messages import StartRun
@@ -113,8 +113,8 @@ def measure(job: dict[str, Any], folder: str) -> None:
     gc.collect()
     peak = Peak()
     with peak:
-        model = zero.load(base, experiment.zero, base.dtype(experiment.model.dtype))
-    held = zero.sharding(model.base)
+        model = base_loader.load(base, experiment.zero, base.dtype(experiment.model.dtype))
+    held = base_loader.sharding(model.base)
     found: dict[str, Any] = {"load": peak.found(), "held": held.held, "whole": held.whole}
     if job["slots"]:
         pack = Pack(model, base, workers, lambda experiment: task, job["slots"])

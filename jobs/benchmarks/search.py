@@ -22,7 +22,7 @@ from ptuning.config import read_experiment
 from ptuning.data.task import load_task
 from ptuning.model.base import find_base
 from ptuning.tracking import plots
-from ptuning.training import zero
+from ptuning.training import base_loader
 from ptuning.training.distributed import Workers
 from ptuning.training.loop import Pack, step
 from ptuning.training.messages import StartRun
@@ -34,7 +34,7 @@ def pack_worker(path: str, overrides: list[str], folder: str) -> None:
     workers = Workers.current()
     experiment = absolute(read_experiment(path, overrides))
     base = find_base(experiment.model)
-    model = zero.load(base, experiment.zero, base.dtype(experiment.model.dtype))
+    model = base_loader.load(base, experiment.zero, base.dtype(experiment.model.dtype))
     task = load_task(experiment, base)
     results = []
     for slots in (1, 2, 4, 8):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import socket
@@ -14,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ptuning.errors import UserError
 from ptuning.model.base import find_base
 from ptuning.model.packing import Row, pack_targets
 from ptuning.settings.model import ModelConfig
 from ptuning.settings.training import ZeroConfig
-from ptuning.training import zero
+from ptuning.training import base_loader
 from ptuning.training.distributed import Workers
 
 SECONDS = 100
@@ -49,8 +51,11 @@ def gradients_of_two(folder: Path, soft_prompts: Sequence[Tensor], rows: Sequenc
             if process.is_alive():
                 process.kill()
     failed = sorted(work.glob("zero-*.txt"))
-    if failed:
-        raise SharedFailed(failed[0].read_text(encoding="utf-8"))
+    said = [json.loads(file.read_text(encoding="utf-8")) for file in failed]
+    if refused := next((each for each in said if each["refused"]), None):
+        raise UserError(refused["message"])
+    if said:
+        raise SharedFailed(f"{said[0]['type']}: {said[0]['message'][:200]}")
     if any(process.exitcode for process in started):
         raise SharedFailed(f"a process ended with exit code {max(abs(process.exitcode or 0) for process in started)}")
     found = safetensors.torch.load_file(work / "zero.safetensors")
@@ -66,7 +71,7 @@ def _work(rank: int, port: int, folder: Path, vectors: Sequence[Tensor], rows: S
         dist.init_process_group("gloo", rank=rank, world_size=2)
         workers = Workers.current()
         base = find_base(ModelConfig(path=str(folder)))
-        model = zero.load(base, ZeroConfig(persistent_below=50), torch.float32)
+        model = base_loader.load(base, ZeroConfig(stage=3, persistent_below=50), torch.float32)
         prompts = [each.clone().requires_grad_() for each in vectors]
         plan = pack_targets([len(each) for each in prompts], [batch[rank::2] for batch in rows])
         model(prompts, plan).sum().backward()
@@ -74,8 +79,9 @@ def _work(rank: int, port: int, folder: Path, vectors: Sequence[Tensor], rows: S
         if rank == 0:
             safetensors.torch.save_file(gradients, work / "zero.safetensors")
     except Exception as error:
-        line = (str(error).splitlines() or [""])[0][:200]
-        (work / f"zero-{rank}.txt").write_text(f"{type(error).__name__}: {line}", encoding="utf-8")
+        line = (str(error).splitlines() or [""])[0]
+        said = {"type": type(error).__name__, "message": line, "refused": isinstance(error, UserError)}
+        (work / f"zero-{rank}.txt").write_text(json.dumps(said), encoding="utf-8")
         sys.stdout.flush()
         os._exit(1)  # the other process may wait for this one
     os._exit(0)

@@ -20,7 +20,7 @@ from ptuning.model.packing import Row
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.settings.model import ModelConfig
 from ptuning.settings.training import ZeroConfig
-from ptuning.training import zero
+from ptuning.training import base_loader
 
 LOSS, GRADIENT = 1e-4, 1e-3
 """Largest error of a token's loss, relative to the largest loss if that is above 1, and of a gradient, relative to its norm."""
@@ -62,7 +62,7 @@ class Subject:
 
     def trained(self) -> PromptedModel:
         """The base as training loads it."""
-        model = zero.load(self.base, ZeroConfig(stage=0), torch.float32)
+        model = base_loader.load(self.base, ZeroConfig(stage=0), torch.float32)
         self.facts["way"] = "fast" if model.shared_prefix else "slow"
         return model
 

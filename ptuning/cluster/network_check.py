@@ -9,8 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ptuning.cluster.node_checks import GB, Finding
-from ptuning.planning.rates import CPU, gpu_rate
+from ptuning.cluster.node_checks import Finding
+from ptuning.planning.rates import CPU, GB, gpu_rate
 
 GATHERED, GATHERED_BY_GPUS = 64 << 20, 1 << 30
 """Bytes of one all-gather, about a layer of a large base."""

@@ -9,7 +9,10 @@ import fnmatch
 import glob
 import hashlib
 import io
+import lzma
 import re
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -27,6 +30,10 @@ from ptuning.row_files import KNOWN, chosen, kind_of, local_files
 BUILTIN = Path(__file__).parent.parent / "builtin" / "tasks"
 
 
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
+"""What reading a file raises that is broken, or was cut off."""
+
+
 @dataclass(frozen=True)
 class DataFile:
     """A file of rows on this machine."""
@@ -42,10 +49,14 @@ class DataFile:
         """The bytes of the file, decompressed.
 
         Raises:
-            OSError: it cannot be read, also later while reading.
+            UNREADABLE: it cannot be read, also later while reading.
         """
         if self.compression is None:
             return self.path.open("rb")
+        if self.compression == "zip":
+            return _only_member(self.path)
+        if self.compression == "xz":  # which pyarrow (25.0) does not decompress
+            return lzma.open(self.path)
         stream: IO[bytes] = io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(self.path)), self.compression))
         return stream
 
@@ -56,6 +67,18 @@ class DataFile:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise DataError(f"{self.name}: cannot be read ({error.strerror}); make it readable") from None
+
+
+def _only_member(path: Path) -> IO[bytes]:
+    """The file in a zip archive of one file, as `DataFrame.to_csv("train.csv.zip")` writes it."""
+    with zipfile.ZipFile(path) as archive:
+        members = [info for info in archive.infolist() if not info.is_dir() and not info.filename.startswith("__MACOSX/")]
+        if len(members) != 1:
+            raise zipfile.BadZipFile(f"it contains {len(members)} files, not one")
+        try:
+            return archive.open(members[0])
+        except (RuntimeError, NotImplementedError) as error:  # encrypted, or packed in a way that Python cannot unpack
+            raise zipfile.BadZipFile(str(error).lower()) from None
 
 
 def find_files(source: str) -> list[DataFile]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ptuning.data.dataset import Split, leaked
+from ptuning.settings.data import Template
+from ptuning.settings.template import in_braces, literal_columns
 
 SHOWN = 5
 """Labels that a line names."""
@@ -20,6 +22,13 @@ def describe_split(split: Split, limit: int) -> str:
     notes += [f"{split.dropped} dropped"] if split.dropped else []
     notes += split.notes if split.name == "train" or split.notes else ()
     return ", ".join(notes)
+
+
+def of_template(template: Template, columns: Iterable[str]) -> Iterator[str]:
+    """Sentences about a template that probably means columns of the rows which it does not read."""
+    for name, written in literal_columns((template.input, template.target), columns).items():
+        meant = in_braces(name)
+        yield f"{written} in the template is plain text, but the rows have a column {name!r}; write {meant} for its value"
 
 
 def warnings(train: Split, others: Sequence[Split], labels: Sequence[str]) -> Iterator[str]:

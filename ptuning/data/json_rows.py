@@ -1,5 +1,5 @@
-"""Rows of a JSON file: one object per line, an array of objects, objects over several lines, or an object that contains the
-rows in one list, as {"data": [...]}.
+"""Rows of a JSON file: one object per line, an array of objects, objects over several lines, an object that contains the rows
+in one list, as {"data": [...]}, or the columns of a table as `DataFrame.to_json()` writes them, {"text": {"0": ...}}.
 
 Files may be larger than the memory: at most `LINE_LIMIT` characters, one row, are decoded at once.
 """
@@ -80,13 +80,26 @@ def _lines(stream: IO[bytes], source: str, number: int, first: dict[str, Any], n
 
 
 def _rows_inside(only: Mapping[str, Any], source: str, names: Collection[str]) -> list[dict[str, Any]] | None:
-    """The rows in the list of an object that is not a row itself."""
+    """The rows in an object that is not a row itself."""
+    if rows := _of_columns(only):
+        return rows
     if _is_row(only, names):
         return None
     lists = {key: value for key, value in only.items() if _is_list_of_rows(value)}
     if len(lists) > 1:
         raise _several(source, list(lists))
     return next(iter(lists.values()), None)
+
+
+def _of_columns(only: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The rows of a table that is written by columns, each an object with the same numbers of the rows as keys."""
+    columns = list(only.values())
+    if not columns or not all(isinstance(column, dict) and column for column in columns):
+        return None
+    numbers = list(columns[0])
+    if not all(key.isdecimal() for key in numbers) or any(list(column) != numbers for column in columns):
+        return None
+    return [{name: column[key] for name, column in only.items()} for key in numbers]
 
 
 def _is_row(keys: Collection[str], names: Collection[str]) -> bool:
@@ -133,7 +146,9 @@ def _objects(text: JsonText, source: str, names: Collection[str]) -> Iterator[Ro
         if others and rows == key:
             raise DataError(f"{source}: the list '{key}' contains something else than objects; write one object per row")
         members[key] = others
-    if rows is None:
+    if rows is None and (found := _of_columns(members)) and not text.peek():
+        yield from ((f"{source}, row {at}", row) for at, row in enumerate(found, 1))
+    elif rows is None:
         yield place(source, 1, line), members
         yield from _further(text, source)
     elif text.peek():

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, List
 
-from ptuning.data.files import DataFile
+from ptuning.data.files import UNREADABLE, DataFile
 from ptuning.data.json_rows import Row, json_rows
 from ptuning.data.row import missing, root
 from ptuning.data.text_lines import LINE_LIMIT, place, text_lines
@@ -140,9 +140,10 @@ def file_rows(file: DataFile, columns: Columns, between: str | None) -> Iterator
                     yield from _csv_rows(stream, file.name, between or ",")
                 else:
                     yield from json_rows(stream, file.name, columns.every)
-    except OSError as error:
+    except UNREADABLE as error:
         if file.compression is None:
-            raise DataError(f"{file.name}: cannot be read ({error.strerror or error}); make it readable") from None
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{file.name}: cannot be read ({reason}); make it readable") from None
         raise DataError(f"{file.name}: is not a readable {file.compression} file ({error}); compress it again") from None
 
 
@@ -158,7 +159,7 @@ def separator(file: DataFile, columns: Columns) -> str | None:
     try:
         with file.open() as stream:
             line = next((text for _, text in text_lines(stream, file.name)), "")
-    except (DataError, OSError):
+    except (DataError, *UNREADABLE):
         return usual  # reading reports it
     declared = re.fullmatch(r"sep=(.)\r?\n?", line)  # Excel
     if declared:

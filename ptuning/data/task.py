@@ -10,7 +10,8 @@ from ptuning.data.chat_encoder import make_encoder
 from ptuning.data.dataset import Split, load_split
 from ptuning.data.division import training_texts
 from ptuning.data.encoder import Encoder
-from ptuning.data.findings import describe_split, warnings
+from ptuning.data.findings import describe_split, of_template, warnings
+from ptuning.data.sources import first_row
 from ptuning.data.task_template import task_template
 from ptuning.errors import DataError
 from ptuning.model.base import Base
@@ -26,6 +27,8 @@ class Task:
     test: Split | None
     note: str = ""
     """What was recognised in rows without `data.input`."""
+    remarks: tuple[str, ...] = ()
+    """What in the template is probably a mistake."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -61,7 +64,8 @@ def load_task(experiment: Experiment, base: Base) -> Task:
     }
     if len(base.tokenizer) > base.vocabulary:
         _check_rows_of_tokens(experiment, base, encoder, splits.values())
-    return Task(encoder, splits["train"], splits.get("validation"), splits.get("test"), found.note)
+    remarks = () if found.rows else of_template(found.template, first_row(config.train))
+    return Task(encoder, splits["train"], splits.get("validation"), splits.get("test"), found.note, tuple(remarks))
 
 
 def _check_rows_of_tokens(experiment: Experiment, base: Base, encoder: Encoder, splits: Iterable[Split]) -> None:
@@ -89,4 +93,4 @@ def describe_task(task: Task) -> list[str]:
     lines = [f"rows: {task.note}"] if task.note else []
     lines += [describe_split(split, task.encoder.limit) for split in (task.train, *others)]
     labels = task.encoder.template.labels or ()
-    return [*lines, *(f"warning: {line}" for line in warnings(task.train, others, labels))]
+    return [*lines, *(f"warning: {line}" for line in (*task.remarks, *warnings(task.train, others, labels)))]

@@ -96,7 +96,7 @@ class Engine:
         self._waiting_rows = 0
         model = PromptedModel(base)
         choose_pass(model, config.name, gradients=False)
-        self._bank = VirtualTokens.install(base, self.vocabulary)
+        self._bank = VirtualTokens.install(base, self.vocabulary, model.needs_ids)
         self._start_generator(model)
         self._scorer = LabelScorer(model, self._bank, self._generator.pause, self._scored)
 

@@ -51,17 +51,18 @@ class VirtualTokens(nn.Module):
         self._lock = threading.Lock()
         self._places: dict[int, tuple[int, int]] = {}  # first id -> row, length; ascending, as ids only grow
         self._removed = 0
+        self._instead: Tensor | None = None
+        """The result of the next call."""
         empty = torch.empty(0, dtype=torch.long, device=weight.device)
         self._bank = _Bank(weight.new_empty(ROWS, weight.shape[1]), 0, empty, empty)
 
     @classmethod
-    def install(cls, base: Any, vocabulary: int) -> VirtualTokens:
-        """Put it into a base. Other embeddings of the base see id 0 for a virtual token, as in training."""
-        original = base.get_input_embeddings()
-        bank = cls(original, vocabulary)
-        for module in base.modules():
-            if isinstance(module, nn.Embedding) and module is not original and module.num_embeddings >= vocabulary // 2:
-                module.register_forward_pre_hook(bank._hide)
+    def install(cls, base: Any, vocabulary: int, needs_ids: bool = False) -> VirtualTokens:
+        """Put it into a base. `needs_ids`: the base looks up more than this embedding by id. There, a virtual token has id 0,
+        as in training."""
+        bank = cls(base.get_input_embeddings(), vocabulary)
+        if needs_ids:
+            base.register_forward_pre_hook(bank._hide, with_kwargs=True)
         base.set_input_embeddings(bank)
         return bank
 
@@ -131,6 +132,9 @@ class VirtualTokens(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids `[..., N]` -> `[..., N, H]`. Scaling by the base's own embedding applies only to the base's tokens."""
+        instead, self._instead = self._instead, None
+        if instead is not None:
+            return instead
         bank = self._bank
         virtual = ids >= self.first
         # Most steps only decode. On an accelerator the check itself would force a synchronisation.
@@ -147,12 +151,14 @@ class VirtualTokens(nn.Module):
         rows = (ids + bank.shifts[slots]).clamp_(0, bank.used - 1)
         return torch.where(virtual[..., None], bank.vectors[rows], text)
 
-    def _hide(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Virtual ids as 0. Embeddings of positions may be called without ids."""
-        return tuple(
-            torch.where(each >= self.first, 0, each) if isinstance(each, Tensor) and not each.is_floating_point() else each
-            for each in arguments
-        )
+    def _hide(self, base: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Virtual ids as 0, after their vectors were looked up for the base's next call of this module."""
+        self._instead = None
+        ids = options.get("input_ids")
+        if ids is None or not bool((ids >= self.first).any()):
+            return None
+        self._instead = self(ids)
+        return arguments, options | {"input_ids": torch.where(ids >= self.first, 0, ids)}
 
     def _publish(self, vectors: Tensor, used: int) -> None:
         firsts = torch.tensor(list(self._places), dtype=torch.long)

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from ptuning import environment
 from ptuning.errors import BaseError, UserError
 from ptuning.model.base_folder import check_folder, find_folder
-from ptuning.model.decoder import TEXT_PART, check_decoder, has_text_part, is_multimodal
+from ptuning.model.decoder import TEXT_PART, check_decoder, has_text_part, is_multimodal, whole_class
 from ptuning.model.fingerprint import Fingerprint, config_hash, tokenizer_fingerprint, weights_hash
 from ptuning.model.quantization import WHOLE, dequantized, take_quantization
 from ptuning.model.safetensors_files import StoredTensor, stored_tensors, weights_name
@@ -121,11 +121,15 @@ class Base:
         it, else float32."""
         if wanted != "auto":
             return cast(torch.dtype, getattr(torch, wanted))
+        return torch.bfloat16 if self.stored_small and computes_in_bfloat16() else torch.float32
+
+    @property
+    def stored_small(self) -> bool:
+        """True if the base is mostly stored in 16 bits or fewer."""
         sizes = {True: 0, False: 0}
         for tensor in self.tensors:
             sizes[tensor.dtype in ("F32", "F64")] += tensor.size
-        small = sizes[False] >= sizes[True] or self.quantization is not None
-        return torch.bfloat16 if small and computes_in_bfloat16() else torch.float32
+        return sizes[False] >= sizes[True] or self.quantization is not None
 
     def load(self, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
         """The model with its weights (partitioned inside `zero.partitioned`).
@@ -162,6 +166,19 @@ class Base:
             model = dequantized(model, self.quantization["quant_method"], dtype)
             moving: Any = model  # some were dequantised on the CPU
             model = moving if device is None else moving.to(device)
+        return model
+
+    def load_whole(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model that the files hold: with the parts that read images, audio or video, if there are any. On the CPU."""
+        described = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True)
+        kind: Any = whole_class(described)
+        model: PreTrainedModel = kind.from_pretrained(
+            self.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=self.trust_remote_code,
+        )
         return model
 
     def _device_map(self, device: torch.device | None) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ptuning.errors import BaseError
 from ptuning.model.base import Base, find_base
+from ptuning.model.input_embedding import InputEmbedding
 from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
 from ptuning.settings.model import ModelConfig
 
@@ -64,9 +65,12 @@ def base_of(card: Card, name: str, path: str | None = None) -> Base:
 
 
 @torch.no_grad()
-def next_logits(model: PreTrainedModel, vectors: Tensor | None, ids: Tensor) -> Tensor:
-    """Logits `[V]` of the token after `ids` [1, T], with a soft prompt `[P, H]` in front or without one."""
+def next_logits(model: PreTrainedModel, vectors: Tensor | None, ids: Tensor, feeding: InputEmbedding | None = None) -> Tensor:
+    """Logits `[V]` of the token after `ids` [1, T], with a soft prompt `[P, H]` in front or without one. `feeding`: how the
+    model is given embeddings (`self_check.find_input`)."""
     rows = model.get_input_embeddings()(ids)
     if vectors is not None:
         rows = torch.cat([vectors.to(rows)[None], rows], dim=1)
-    return model(inputs_embeds=rows, use_cache=False).logits[0, -1]
+        ids = torch.cat([ids.new_zeros(1, len(vectors)), ids], dim=1)
+    inputs = feeding.inputs(rows, ids) if feeding else {"inputs_embeds": rows}
+    return model(**inputs, use_cache=False).logits[0, -1]

@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ptuning.errors import BaseError
-from ptuning.model.text_head import add_head, has_layers
+from ptuning.model.text_head import add_head, has_layers, register_text_class, take_conversions
 
 TEXT_PART = {r"^(?:model\.)?(?:language_model|text_model|llm)\.": ""}
 """The prefixes of the text part's tensors in a multimodal checkpoint, and what replaces them (`key_mapping`)."""
@@ -36,14 +36,29 @@ def check_decoder(path: str, config: PretrainedConfig) -> PretrainedConfig:
         raise BaseError(f"{refused} (it has an encoder); choose a causal LM")
     if names and not any(map(_is_language_model, names)):
         raise BaseError(f"{refused}; choose a causal LM")
-    if type(config) not in causal:
-        if not is_multimodal(config):
-            raise BaseError(f"{refused}; choose a causal LM")
-        if has_layers(config.get_text_config()):
-            add_head(path, config)
+    if type(config) in causal:
+        register_text_class(config)
+    elif not is_multimodal(config):
+        raise BaseError(f"{refused}; choose a causal LM")
+    elif has_layers(config.get_text_config()):
+        add_head(path, config)
     text = text_part(config)
     if type(text) not in causal:
         raise BaseError(f"{refused}, and transformers has no layers for its text part alone; choose a causal LM")
+    if text is not config:
+        take_conversions(config, text)
+    _check_attention(refused, text)
+    return text
+
+
+def _check_attention(refused: str, text: PretrainedConfig) -> None:
+    """Refuse attention that is not causal, or another function every time.
+
+    Raises:
+        BaseError: begins with `refused`.
+    """
+    if text.model_type == "reformer":
+        raise BaseError(f"{refused} (its attention hashes tokens at random, so no number is repeatable); choose another base")
     if text.model_type == "xlnet" or (text.model_type == "xlm" and not getattr(text, "causal", False)):
         raise BaseError(f"{refused} (its attention is not causal); choose a causal LM")
     if getattr(text, "is_decoder", True) is False and text.model_type not in _CAUSAL_WITHOUT_FLAG:
@@ -51,7 +66,6 @@ def check_decoder(path: str, config: PretrainedConfig) -> PretrainedConfig:
             f"{refused} (is_decoder is not set, so its attention is not causal); set is_decoder in its config.json if it was "
             "trained as a decoder, or choose a causal LM"
         )
-    return text
 
 
 def is_multimodal(config: PretrainedConfig) -> bool:
@@ -59,6 +73,12 @@ def is_multimodal(config: PretrainedConfig) -> bool:
     generating = type(config) in AutoModelForImageTextToText._model_mapping
     generating = generating or type(config) in AutoModelForMultimodalLM._model_mapping
     return generating and "text_config" in config.sub_configs
+
+
+def whole_class(config: PretrainedConfig) -> type:
+    """The auto class that loads a whole multimodal model."""
+    known = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if known else AutoModelForMultimodalLM
 
 
 def has_text_part(config: PretrainedConfig) -> bool:

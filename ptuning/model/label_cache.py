@@ -34,6 +34,7 @@ class Passes(Protocol):
     """What is needed of a `PromptedModel`."""
 
     base: PreTrainedModel
+    selects: bool
 
     @property
     def packed_layers(self) -> PackedLayers: ...
@@ -156,7 +157,8 @@ class _Pass:
 
     def _run(self, inputs: Mapping[str, Any]) -> tuple[str, Cache, Tensor]:
         """The cache with its name, and the logits `[rows, V or U]` of the last column."""
-        out = self._model.base(**dict(inputs) | {"use_cache": True, "logits_to_keep": 1})
+        keeping = {"logits_to_keep": 1} if self._model.selects else {}
+        out = self._model.base(**dict(inputs) | {"use_cache": True} | keeping)
         found = [(name, value) for name, value in out.items() if isinstance(value, Cache)]
         if not found:
             raise NotImplementedError(f"{type(self._model.base).__name__} has no cache that can be copied")

@@ -38,8 +38,8 @@ class OutputHead:
             self._ids = None
 
     @contextmanager
-    def at(self, places: Tensor) -> Iterator[None]:
-        """Compute only the logits at these places `[M]` of the head's flattened input `[B, T, H]`: `[1, M, V]`."""
+    def at(self, places: Tensor | None) -> Iterator[None]:
+        """Compute only the logits at these places `[M]` of the head's flattened input `[B, T, H]`: `[1, M, V]`; None: all."""
         self._at = places
         try:
             yield

@@ -76,36 +76,47 @@ class Layout:
         return self._on[name, device]
 
     def write(self, packed: Tensor) -> Tensor:
-        """Packed `[1, N, ...]` -> written out `[B, T, ...]`; padding repeats a token."""
-        return packed[0].index_select(0, self._at("index", packed.device)).unflatten(0, self.written)
+        """Packed `[1, N, ...]` -> written out `[B * T, ...]`; padding repeats a token."""
+        return packed[0].index_select(0, self._at("index", packed.device))
 
     def read(self, rows: Tensor) -> Tensor:
-        """Written out `[B, T, ...]` -> packed `[1, N, ...]`, one of the copies of each token."""
-        return rows.flatten(0, 1).index_select(0, self._at("first", rows.device))[None]
+        """Written out `[B, T, ...]` -> packed `[N, ...]`, one of the copies of each token."""
+        return rows.flatten(0, 1).index_select(0, self._at("first", rows.device))
 
     def written_out(self, packed: Tensor) -> Tensor:
-        """`write` with a gradient: that of a token is the sum of its copies'."""
+        """`[B, T, ...]`: `write` with a gradient: that of a token is the sum of its copies'."""
         rows: Any = _Write.apply(packed, self)
-        rows.packed_tokens = packed  # what is read from unchanged rows
+        rows = rows.unflatten(0, self.written)
+        rows.packed_tokens = packed, rows._version  # what is read from unchanged rows
         written: Tensor = rows
         return written
 
+    def packed_again(self, rows: Tensor) -> Tensor:
+        """`[1, N, ...]`: `read` with a gradient, or what the rows were written from, if nothing has changed them."""
+        known, version = getattr(rows, "packed_tokens", (None, 0))
+        if known is not None and rows._version == version:
+            packed: Tensor = known
+            return packed
+        read: Any = _Read.apply(rows, self)
+        packed = read[None]
+        return packed
+
     def sum(self, rows: Tensor) -> Tensor:
-        """The sum over all copies of each token, without padding: `[B, T, ...]` -> `[1, N, ...]`."""
-        flat = rows.flatten(0, 1)
+        """The sum over all copies of each token, without padding: `[B * T, ...]` -> `[1, N, ...]`."""
         parts, order = self._at("_copies", rows.device)
         found = []
         for places, many in parts:
-            part = flat.index_select(0, places)
+            part = rows.index_select(0, places)
             found.append(part if many == 1 else part.unflatten(0, (-1, many)).sum(1))
         return torch.cat(found).index_select(0, order)[None]
 
     def put(self, packed: Tensor) -> Tensor:
-        """Packed `[1, N, ...]` -> `[B, T, ...]`, at the first place of each token; zero elsewhere."""
-        whole = torch.cat([packed[0], packed.new_zeros(1, *packed.shape[2:])])
+        """Packed `[N, ...]` -> `[B, T, ...]`, at the first place of each token; zero elsewhere."""
+        whole = torch.cat([packed, packed.new_zeros(1, *packed.shape[1:])])
         return whole.index_select(0, self._at("_back", packed.device)).unflatten(0, self.written)
 
 
+# Neither returns a view: some architectures change hidden states in place, which autograd forbids for views of these.
 class _Write(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, packed: Tensor, layout: Layout) -> Tensor:
@@ -185,8 +196,7 @@ class PackedLayers:
         layout = self._layout
         if layout is None or not isinstance(value, Tensor) or value.shape[:2] != layout.written:
             return value
-        known = getattr(value, "packed_tokens", None)
-        return known if known is not None else _Read.apply(value, layout)
+        return layout.packed_again(value)
 
     def _begin(self, layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if self._layout is None:

@@ -46,15 +46,16 @@ class PromptedModel(nn.Module):
 
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__()
-        if "logits_to_keep" not in inspect.signature(base.forward).parameters:
-            raise ValueError(f"{type(base).__name__} cannot compute logits at selected positions (no logits_to_keep)")
         self.base = base.requires_grad_(False).eval()
+        self.selects = "logits_to_keep" in inspect.signature(base.forward).parameters
+        """The base computes logits at selected positions. A few do not (Whisper, TrOCR, xLSTM; transformers 5.23)."""
         environment.apply("torch")
         # On Hopper and newer, torch prefers cuDNN's attention (2.9, sdp_utils.cpp: check_prefer_cudnn_attention). It builds a
         # plan for every new shape (0.4 s and more), and rows are packed without padding: nearly every step has new shapes.
         torch.backends.cuda.enable_cudnn_sdp(False)
         _remove_dropout(base)
         _shorten_chunks(base)
+        _keep_gradients(base)
         self.head = OutputHead(base)
         layers = getattr(base.config.get_text_config(), "num_hidden_layers", 0)
         self.first_layer = FirstLayer(base, layers)
@@ -69,8 +70,6 @@ class PromptedModel(nn.Module):
         kinds = set(getattr(base.config, "layer_types", None) or ["full_attention"])
         self._shared_prefix = False
         self._packed_layers: PackedLayers | None = None
-        self.needs_ids = False
-        """The base looks up more than its input embedding by token id. A virtual token has id 0 there."""
         self.generates: Literal["padded", "alone", "recomputed"] | None = None
         """How transformers' `generate` is right for this base (`self_check.how_it_generates`); None: not checked yet."""
         self.shared_prefix = base._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"}
@@ -89,6 +88,11 @@ class PromptedModel(nn.Module):
         if shared != self._shared_prefix:
             self.base.set_attn_implementation(ATTENTION if shared else self._plain_attention)
         self._shared_prefix = shared
+
+    @property
+    def needs_ids(self) -> bool:
+        """The base looks up more than its input embedding by token id."""
+        return self.embedding.needs_ids
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:
@@ -157,22 +161,20 @@ class PromptedModel(nn.Module):
 
     def inputs(self, embeddings: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """What a pass of the base begins with: embeddings `[B, T, H]` of ids `[B, T]`, in which virtual tokens are 0."""
-        if not self.needs_ids:
-            return {"inputs_embeds": embeddings}
-        self.embedding.replace(embeddings)
-        return {"input_ids": ids.to(embeddings.device)}
+        return self.embedding.inputs(embeddings, ids)
 
     def _shared(self, packed: Tensor, plan: PackedBatch, placed: PlacedBatch) -> Tensor:
         """Logits at the packed positions `kept`, `[kept, V or U]`; every segment is computed once."""
-        out = self.base(
-            **self.inputs(packed[None], plan.ids[None] if self.needs_ids else placed.tokens),
-            position_ids=placed.positions[None],
-            attention_mask=tree_mask(plan.segments, packed.device),
-            use_cache=False,
-            logits_to_keep=placed.kept,
-            segments=plan.segments,
-        )
-        return out.logits[0]
+        with self.head.at(None if self.selects else placed.kept):
+            out = self.base(
+                **self.inputs(packed[None], plan.ids[None] if self.needs_ids else placed.tokens),
+                position_ids=placed.positions[None],
+                attention_mask=tree_mask(plan.segments, packed.device),
+                use_cache=False,
+                segments=plan.segments,
+                **({"logits_to_keep": placed.kept} if self.selects else {}),
+            )
+        return _selected(out.logits, placed.kept)
 
     @property
     def packed_layers(self) -> PackedLayers:
@@ -191,17 +193,24 @@ class PromptedModel(nn.Module):
         valid = torch.arange(index.shape[1])[None] < lengths[:, None]
         layout = Layout(index, valid, plan.positions)
         flat = layout.first[kept]  # any sequence that contains the token will do
-        rows, columns = flat // index.shape[1], flat % index.shape[1]
-        wanted, column = torch.unique(columns, return_inverse=True)
-        places = rows * len(wanted) + column
+        places, keeping = flat, {}
+        if self.selects:
+            rows, columns = flat // index.shape[1], flat % index.shape[1]
+            wanted, column = torch.unique(columns, return_inverse=True)
+            places, keeping = rows * len(wanted) + column, {"logits_to_keep": wanted.to(device)}
         with self.packed_layers.layout(layout, packed), self.head.at(places):
             out = self.base(
                 **self.inputs(layout.written_out(packed[None]), plan.ids[index]),
                 attention_mask=valid.long().to(device),
                 use_cache=False,
-                logits_to_keep=wanted.to(device),
+                **keeping,
             )
-        return out.logits[0] if len(out.logits) == 1 else out.logits.flatten(0, 1).index_select(0, places.to(device))
+        return _selected(out.logits, places.to(device))
+
+
+def _selected(logits: Tensor, places: Tensor) -> Tensor:
+    """Logits `[M, V or U]` at flat places `[M]` of `[B, T, V or U]`, unless they are that already (`OutputHead.at`)."""
+    return logits[0] if logits.shape[:2] == (1, len(places)) else logits.flatten(0, 1).index_select(0, places)
 
 
 def choice_nll(logits: Tensor, choices: PlacedBatch) -> Tensor:
@@ -221,6 +230,13 @@ def _shorten_chunks(base: PreTrainedModel) -> None:
             length: Any = getattr(module, "chunk_size", None)
             if hasattr(module, "A_log") and isinstance(length, int):
                 setattr(module, "chunk_size", min(length, CHUNK))  # noqa: B010 (mypy: a module's attributes are modules)
+
+
+def _keep_gradients(base: PreTrainedModel) -> None:
+    """xLSTM (transformers 5.23) computes rows above this length in parts and, outside of training, without gradients."""
+    config = base.config.get_text_config()
+    if hasattr(config, "max_inference_chunksize"):
+        config.max_inference_chunksize = 2**31
 
 
 def _remove_dropout(base: PreTrainedModel) -> None:

@@ -20,15 +20,18 @@ CONVERTED = "_ptuning_converted"
 CHANGING_LOGITS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "logits_soft_cap": None}
 """Settings by which some architectures change the logits of their head -> the values that change nothing."""
 
+_registered: set[type[PretrainedConfig]] = set()
+"""Text configs whose causal language model is known by this process only."""
+
 
 def has_layers(config: PretrainedConfig) -> bool:
     """Whether transformers has layers, but no causal language model, for a text config."""
     return type(config) not in AutoModelForCausalLM._model_mapping and type(config) in AutoModel._model_mapping
 
 
-def is_made_here(name: str) -> bool:
-    """Whether a class is one of this module, which plain transformers does not know."""
-    return name.endswith(SUFFIX)
+def is_listed(config: PretrainedConfig) -> bool:
+    """Whether plain transformers knows a causal language model for a config, without what this module registers."""
+    return type(config) not in _registered
 
 
 def is_converted(config: PretrainedConfig) -> bool:
@@ -45,10 +48,6 @@ def add_head(path: str, whole: PretrainedConfig) -> None:
     Raises:
         BaseError: the architecture changes the logits of its head.
     """
-    # Not above: these import scipy, torch's compiler and more, which few drivers need.
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
     config = whole.get_text_config()
     for name, neutral in CHANGING_LOGITS.items():
         if getattr(config, name, None) not in (None, neutral):
@@ -60,12 +59,41 @@ def add_head(path: str, whole: PretrainedConfig) -> None:
     made = _with_head(layers, type(config))
     # Without exist_ok, transformers (5.23) takes no class of another package for a config of its own.
     AutoModelForCausalLM.register(type(config), made, exist_ok=True)
-    # How stored tensors become those of the layers is listed for the whole model only: its experts are stored one by one, say.
-    # Its renamings lead to places in the whole model, so they are left out.
-    conversions = get_checkpoint_conversion_mapping(whole.model_type) or []
-    converters = [each for each in conversions if not isinstance(each, WeightRenaming)]
-    if converters and not get_checkpoint_conversion_mapping(config.model_type):
-        register_checkpoint_conversion_mapping(made.__name__, converters, overwrite=True)
+    _registered.add(type(config))
+    take_conversions(whole, config)
+
+
+def register_text_class(whole: PretrainedConfig) -> None:
+    """Some types (Emu 3, Mllama; transformers 5.23) have a causal language model whose config is their text config, which is
+    listed under the whole config only. It is registered under its own. Every process that loads the base has to call it."""
+    known = AutoModelForCausalLM._model_mapping
+    kind: Any = known[type(whole)]
+    text = whole.get_text_config()
+    if type(text) not in known and kind.config_class is type(text):
+        AutoModelForCausalLM.register(type(text), kind, exist_ok=True)
+        _registered.add(type(text))
+
+
+def take_conversions(whole: PretrainedConfig, text: PretrainedConfig) -> None:
+    """Let the class of a text part convert stored tensors as the whole model does: its experts are stored one by one, say.
+
+    transformers (5.23) lists this for some whole models only. Renamings of beginnings are left out: they lead to places in the
+    whole model.
+    """
+    # Not above: these import scipy, torch's compiler and more, which few drivers need.
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    made: Any = AutoModelForCausalLM._model_mapping[type(text)]
+    if get_checkpoint_conversion_mapping(text.model_type) or get_checkpoint_conversion_mapping(made.__name__):
+        return
+    conversions = [
+        each
+        for each in get_checkpoint_conversion_mapping(whole.model_type) or []
+        if not (isinstance(each, WeightRenaming) and any(name.startswith("^") for name in each.source_patterns))
+    ]
+    if conversions:
+        register_checkpoint_conversion_mapping(made.__name__, conversions, overwrite=True)
         setattr(made, CONVERTED, True)
 
 

@@ -17,6 +17,7 @@ from ptuning.planning.zero3_simulator import (
     gather,
     live_numbers,
     node_copies_fit,
+    nodes_are_even,
     prefetch_numbers,
     share_bytes,
     share_numbers,
@@ -88,7 +89,9 @@ def sharing(shape: BaseShape, settings: RunShape, machine: Machine) -> Sharing:
     free = machine.memory - machine.reserved
     whole = shape.numbers * shape.itemsize
     copy = node_copies_fit(whole, machine.ranks, machine.per_node, free)
-    share = share_bytes(whole, machine.ranks, machine.per_node if copy else 0)
+    if settings.copies is not None:
+        copy = settings.copies and nodes_are_even(machine.ranks, machine.per_node)
+    share = share_bytes(whole, machine.ranks, machine.per_node if copy else 0) + settings.whole * shape.itemsize
     live = settings.live or live_numbers(free, share, shape.itemsize)
     return Sharing(
         machine.ranks,
@@ -97,6 +100,8 @@ def sharing(shape: BaseShape, settings: RunShape, machine: Machine) -> Sharing:
         settings.persistent,
         machine.per_node if copy else 0,
         1 if machine.gpus else 2,
+        settings.whole,
+        shape.embedding_at,
     )
 
 
@@ -128,7 +133,8 @@ class Training:
         flops = passes * step_flops(shape, self.work(slots), settings.recompute)
         received = passes * found.received
         group = spread.per_node or machine.ranks
-        times = {"arithmetic": flops / machine.flops, "gathering": received * (group - 1) / group / machine.bandwidth}
+        rate = machine.inside if spread.per_node and machine.inside else machine.bandwidth
+        times = {"arithmetic": flops / machine.flops, "gathering": received * (group - 1) / group / rate}
         bound: Any = max(times, key=lambda name: times[name])
         return TrainingPlan(
             slots,

@@ -26,6 +26,8 @@ class Estimate:
     packed: TrainingPlan | None
     """The plan with all of them."""
     serving: ServingPlan
+    placement: str
+    """Where the base is during training, in one line (`placement.describe`)."""
     estimated: str | None
     """Why activations are an estimate from the shapes of the weights; None: they are those of the real pass."""
     advice: list[str]
@@ -87,8 +89,7 @@ def _describe(found: Estimate) -> str:
     row("  step, at least", *(f"{each.seconds:.3g} s" for each in columns))
     row("  trial-steps per second", *(f"{each.slots / each.seconds:.3g}" for each in columns))
     row("  bound by", *(each.bound for each in columns))
-    if one.node_copy:
-        lines.append("  every node keeps a second copy of the base, so gathers stay inside the node")
+    lines.append(f"  {found.placement}")
     lines.append(f"  slots that fit: {found.slots if found.fits else 'not even one'}\n")
     row("serving, a replica", "")
     for words, size in (

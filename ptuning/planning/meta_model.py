@@ -123,7 +123,7 @@ class MetaModel:
         vectors = [torch.zeros(work.length, self.shape.width, device="meta", requires_grad=backward) for _ in lengths]
         with (
             warnings.catch_warnings(),
-            Recorder(self.model) as recorder,
+            Recorder(self.model, self.shape.layers) as recorder,
             fused_attention(),
             torch.set_grad_enabled(backward),
         ):
@@ -159,4 +159,5 @@ def _shape(model: PromptedModel, dtype: torch.dtype) -> BaseShape:
         cached_numbers=token_numbers(base, cached=True),
         itemsize=dtype.itemsize,
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in base.buffers()),
+        embedding_at=next(at for at, parameter in enumerate(model.parameters()) if parameter is embedding),
     )

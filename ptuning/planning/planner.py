@@ -15,13 +15,13 @@ from ptuning.data.task import describe_task, load_task
 from ptuning.errors import BaseError, UserError
 from ptuning.model.base import computes_in_bfloat16, find_base
 from ptuning.model.limits import MOST_SLOTS
-from ptuning.planning.capacity import Training, plan_serving, sharing
+from ptuning.planning.capacity import Training, plan_serving
 from ptuning.planning.estimate import Estimate
 from ptuning.planning.meta_model import MetaModel, read_config
-from ptuning.planning.rates import CPU, GPU, gpu_rate
+from ptuning.planning.placement import describe, place
+from ptuning.planning.rates import CPU, GB, GPU, gpu_rate
 from ptuning.planning.workload import Machine, RunShape
 
-GB = 1_000_000_000
 LABEL_TOKENS, FREE_SHARE, MOST_RANKS = 4, 4, 1024
 """Assumed tokens of a label, end token included, if there are no rows to count; free text is a quarter of a row."""
 
@@ -59,6 +59,7 @@ def make_plan(
         (bandwidth_gb or (gpu_rate(per_node, ranks > per_node, network_gb) if gpus else CPU["bandwidth_gb"])) * GB,
         (tflops or usual["tflops"]) * 1e12,
         bool(gpus),
+        (bandwidth_gb or gpu_rate(per_node, nodes=False)) * GB if gpus else None,
     )
     described, dtype, settings, lines = _read(experiment, config, tokens, bool(gpus))
     text = described.get_text_config()
@@ -69,8 +70,8 @@ def make_plan(
             f"of the base; set it to at most {context - settings.length}"
         )
     meta_model = MetaModel(described, dtype, checkpoint_gradients=experiment.train.gradient_checkpointing)
-    if gpus and bandwidth_gb is None and sharing(meta_model.shape, settings, machine).per_node:
-        machine = replace(machine, bandwidth=gpu_rate(per_node, nodes=False) * GB)
+    wanted = settings
+    settings = place(meta_model.shape, wanted, machine, meta_model.training, meta_model.evaluation)
     training = _training(meta_model, settings, machine)
     slots = training.most_slots(MOST_SLOTS)
     serving = plan_serving(
@@ -94,11 +95,12 @@ def make_plan(
         slots,
         training.plan(slots) if slots else None,
         serving,
+        describe(meta_model.shape, settings, machine),
         meta_model.estimated,
         [],
         lines,
     )
-    advice = [] if found.fits else [_more_for_training(meta_model, dtype, settings, machine)]
+    advice = [] if found.fits else [_more_for_training(meta_model, dtype, wanted, machine)]
     advice += [] if found.serves else [_more_for_serving(found)]
     return replace(found, advice=advice)
 
@@ -135,6 +137,7 @@ def _settings(experiment: Experiment, tokens: int) -> RunShape:
 
 
 def _training(meta_model: MetaModel, settings: RunShape, machine: Machine) -> Training:
+    settings = place(meta_model.shape, settings, machine, meta_model.training, meta_model.evaluation)
     return Training(meta_model.shape, settings, machine, meta_model.training, meta_model.evaluation)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+GB = 1_000_000_000
 GPU = {"memory_gb": 80.0, "tflops": 400.0}
 """An H100: 80 GB, 40 % of its dense bf16 peak."""
 INSIDE_GB = 300.0

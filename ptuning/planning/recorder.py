@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ptuning.model import cpu_attention
+from ptuning.model.leaf_modules import leaf_modules
 from ptuning.planning.zero3_simulator import Moment, Timeline
 
 aten = torch.ops.aten
@@ -61,7 +62,8 @@ def fused_attention() -> Iterator[None]:
 class Recorder(TorchDispatchMode):
     """Counts the bytes of live storages, and records the moments of a pass."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: int) -> None:
+        """`layers`: number of decoder layers, whose leaf modules are gathered as one."""
         super().__init__()
         self._live = self._peak = 0
         self._tensors = {id(parameter): number for number, parameter in enumerate(model.parameters())}
@@ -69,7 +71,15 @@ class Recorder(TorchDispatchMode):
         # The base's own tensors are counted elsewhere, and they outlive the pass.
         self._known = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
         self._moments: list[Moment] = []
-        self._handles = [handle for module in model.modules() for handle in self._watch(module)]
+        leaves = leaf_modules(model, layers)
+        inside = {id(part) for leaf in leaves for part in leaf.modules()} - {id(leaf) for leaf in leaves}
+        whole = {id(leaf) for leaf in leaves}
+        self._handles = [
+            handle
+            for module in model.modules()
+            if id(module) not in inside
+            for handle in self._watch(module, id(module) in whole)
+        ]
 
     def __exit__(self, *error: Any) -> None:
         for handle in self._handles:
@@ -98,8 +108,8 @@ class Recorder(TorchDispatchMode):
         self._known.discard(key)
         self._live -= size
 
-    def _watch(self, module: nn.Module) -> list[Any]:
-        own = tuple(dict.fromkeys(self._tensors[id(parameter)] for parameter in module.parameters(recurse=False)))
+    def _watch(self, module: nn.Module, whole: bool) -> list[Any]:
+        own = tuple(dict.fromkeys(self._tensors[id(parameter)] for parameter in module.parameters(recurse=whole)))
         if not own:
             return []
         watched = _Watched(lambda kind, forward: self._note(kind, own, forward))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ptuning.config import Experiment
 from ptuning.planning.zero3_simulator import Timeline
@@ -34,6 +35,8 @@ class BaseShape:
     """Bytes per element in the compute dtype."""
     buffers: int = 0
     """Bytes of buffers, which are not parameters and are whole on every rank."""
+    embedding_at: int = -1
+    """Index of the input embedding among all parameters."""
 
     @property
     def inner(self) -> int:
@@ -92,6 +95,8 @@ class Machine:
     flops: float
     """Operations per second that a rank achieves in the base's dtype."""
     gpus: bool = True
+    inside: float | None = None
+    """Bytes per second from the ranks of the same node; None: as `bandwidth`."""
 
     @property
     def reserved(self) -> int:
@@ -118,7 +123,12 @@ class RunShape:
     """Maximum token ids that a choice among labels compares; 0: the objective is text."""
     live: int | None = None
     persistent: int = 10_000
-    stage: int = 3
+    stage: Literal["auto", 0, 3] = 3
+    """auto: not yet decided (`placement.place`)."""
+    whole: int = 0
+    """Elements of a partitioned base that every rank keeps whole, besides tensors of at most `persistent`."""
+    copies: bool | None = None
+    """A second copy of the base per node; None: if it leaves half of the memory."""
     offload: bool = False
     recompute: bool = False
     """Activations are computed again in the backward pass."""
@@ -138,6 +148,8 @@ class RunShape:
             zero.live_parameters,
             zero.persistent_below,
             zero.stage,
+            zero.persistent_parameters or 0,
+            zero.node_copies,
             zero.offload,
             train.gradient_checkpointing,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -58,6 +58,10 @@ class Sharing:
     """Number of workers per node that hold a second copy together; 0: no second copy."""
     copies: int = 1
     """Copies of a gathered tensor in memory while it arrives: gloo first fills its own buffer."""
+    whole: int = 0
+    """Elements of further tensors that every worker keeps whole."""
+    late: int = -1
+    """The tensor that is kept last: the input embedding, which is gathered once per pass."""
 
 
 @dataclass(frozen=True)
@@ -90,23 +94,38 @@ def prefetch_numbers(numbers: int, layers: int, live: int) -> int:
     return min(live, 2 * numbers // max(1, layers))
 
 
+def nodes_are_even(workers: int, per_node: int) -> bool:
+    """True if the workers fill several nodes."""
+    return workers > per_node > 1 and workers % per_node == 0
+
+
 def node_copies_fit(whole: int, workers: int, per_node: int, free: int) -> bool:
     """True if a second copy of the base per node (ZeRO++'s hpZ) leaves a rank half of its memory.
 
     With it all later gathers stay inside the node; but for a base with 405 B parameters in bf16 each of a node's eight GPUs
     would need 101 GB more.
     """
-    return workers > per_node > 1 and workers % per_node == 0 and whole / workers + whole / per_node <= free / 2
+    return nodes_are_even(workers, per_node) and whole / workers + whole / per_node <= free / 2
 
 
-def share_numbers(sizes: Iterable[int], sharing: Sharing) -> int:
-    """Elements that stay on a rank: its part of every tensor (padded), whole small tensors, and its part of the node's copy."""
-    total = 0
+def kept_whole(sizes: Sequence[int], small: int, numbers: int = 0, late: int = -1) -> frozenset[int]:
+    """The tensors that every rank keeps whole: those of at most `small` elements and, up to `numbers` elements, the first ones
+    of the base; the one at `late` is the last."""
+    kept = {tensor for tensor, size in enumerate(sizes) if size <= small}
+    for tensor in sorted(set(range(len(sizes))) - kept, key=lambda tensor: (tensor == late, tensor)):
+        if sizes[tensor] <= numbers:
+            kept.add(tensor)
+            numbers -= sizes[tensor]
+    return frozenset(kept)
+
+
+def share_numbers(sizes: Sequence[int], sharing: Sharing) -> int:
+    """Elements that stay on a rank: its part of every tensor (padded), tensors kept whole, and its part of the node's copy."""
+    if sharing.workers == 1:
+        return sum(sizes)
+    total = sum(sizes[tensor] for tensor in kept_whole(sizes, sharing.persistent, sharing.whole, sharing.late))
     for size in sizes:
-        part = -(-size // sharing.workers)
-        total += part + (-(-size // sharing.per_node) if sharing.per_node else 0)
-        if size <= sharing.persistent and sharing.workers > 1:
-            total += size
+        total += -(-size // sharing.workers) + (-(-size // sharing.per_node) if sharing.per_node else 0)
     return total
 
 
@@ -136,7 +155,7 @@ class _GatherSimulator:
         self.flights: dict[int, list[int]] = {}  # tensor in flight -> all tensors of its all-gather
         self.buffers: list[tuple[set[int], int]] = []  # tensors that have not been fetched from a flat buffer, its bytes
         self.received = 0
-        self.persistent = {tensor for tensor, size in enumerate(self.sizes) if size <= sharing.persistent}
+        self.persistent = kept_whole(self.sizes, sharing.persistent, sharing.whole, sharing.late)
 
     def bytes(self) -> int:
         """Current bytes of gathered tensors and buffers."""

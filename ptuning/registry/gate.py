@@ -15,6 +15,7 @@ from ptuning.data.conversations import MESSAGES
 from ptuning.errors import UserError
 from ptuning.model.base import Base
 from ptuning.model.compatibility import base_of, check_base, next_logits
+from ptuning.model.self_check import find_input
 from ptuning.model.soft_prompt import Card, SoftPrompt
 from ptuning.registry.promotions import PromotionLog, State
 from ptuning.registry.publish import preferred_metrics, retrieve
@@ -98,7 +99,8 @@ def on_its_base(candidate: SoftPrompt, name: str, path: str | None) -> list[str]
         return [f"its vectors are too large for {str(dtype).removeprefix('torch.')}, in which its base computes"]
     model = base.load(dtype).eval()
     ids = torch.tensor([_probe(candidate.card, base)])
-    tuned, untuned = next_logits(model, candidate.vectors, ids), next_logits(model, None, ids)
+    feeding = find_input(model)
+    tuned, untuned = next_logits(model, candidate.vectors, ids, feeding), next_logits(model, None, ids, feeding)
     if not bool(torch.isfinite(tuned).all()):
         return ["its logits are not finite"]
     if torch.equal(tuned, untuned):

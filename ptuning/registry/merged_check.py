@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from ptuning.errors import UserError
@@ -60,19 +60,29 @@ def check_logits(model: PreTrainedModel, ids: list[int], found: Tensor, expected
         raise ExportError(
             f"{name}: {type(model).__name__} treats ids and vectors differently and cannot be merged; {OTHERWISE}"
         )
+    if bool(torch.isin(found.argmax(1), torch.tensor(ids)).any()):
+        raise ExportError(
+            f"{name}: the head of {type(model).__name__} cannot keep its virtual tokens from being generated; {OTHERWISE}"
+        )
 
 
 def check_written(
-    folder: Path, dtype: torch.dtype, rows: Sequence[Sequence[int]], found: Tensor, ids: list[int], name: str, trust: bool
+    kind: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    rows: Sequence[Sequence[int]],
+    found: Tensor,
+    ids: list[int],
+    name: str,
+    trust: bool,
 ) -> None:
-    """Load a written export with plain transformers, and compare its logits with those it had in memory.
+    """Load a written export with plain transformers (`kind` is the class), and compare its logits with those it had in memory.
 
     Raises:
         ExportError: weights are missing or left over, or logits differ.
     """
-    loading: Any = AutoModelForCausalLM.from_pretrained  # its type allows only a model as result
     disable_progress_bar()
-    model, report = loading(
+    model, report = kind.from_pretrained(
         folder,
         dtype=dtype,
         use_safetensors=True,
@@ -81,8 +91,8 @@ def check_written(
         output_loading_info=True,
     )
     model = model.eval()
-    for kind, words in (("missing", "misses"), ("unexpected", "does not use"), ("mismatched", "has other sizes of")):
-        keys = [str(key[0] if isinstance(key, tuple) else key) for key in report[f"{kind}_keys"]]
+    for part, words in (("missing", "misses"), ("unexpected", "does not use"), ("mismatched", "has other sizes of")):
+        keys = [str(key[0] if isinstance(key, tuple) else key) for key in report[f"{part}_keys"]]
         if keys:
             which = ", ".join(sorted(keys)[:3])
             raise ExportError(f"{name}: {type(model).__name__} loaded again {words} {which}; {OTHERWISE}")

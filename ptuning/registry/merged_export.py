@@ -1,9 +1,9 @@
 """Exports a base with one soft prompt as a plain Hugging Face checkpoint, for servers without support for soft prompts.
 
 The vocabulary is extended by the virtual tokens `<|NAME:0|>` ..., whose embeddings are the soft prompt's vectors. The tokenizer
-prepends them to every text, before its own special tokens, as in ptuning's own pass. So does the chat template
-(`merged_chat`). `token_suppression` prevents the generation of virtual tokens. The export is loaded again and compared before
-it gets its name (`merged_check`).
+prepends them to every text, before its own special tokens, as in ptuning's own pass. So does the chat template (`merged_chat`).
+Of a multimodal base, the text part is exported if transformers can load it alone, else all of it. `token_suppression` prevents
+the generation of virtual tokens. The export is loaded again and compared before it gets its name (`merged_check`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, cast
 
 import torch
 from tokenizers import AddedToken, processors
-from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ptuning.data.chat_encoder import make_encoder
@@ -28,11 +28,13 @@ from ptuning.imports import load_deepspeed
 from ptuning.model.base import Base, listed_ends
 from ptuning.model.compatibility import base_of, check_base, next_logits
 from ptuning.model.safetensors_files import STORED_DTYPES, stored_tensors
+from ptuning.model.self_check import find_input
 from ptuning.model.soft_prompt import Card, SoftPrompt
-from ptuning.model.text_head import is_made_here
+from ptuning.model.text_head import is_listed
 from ptuning.registry import token_suppression
 from ptuning.registry.merged_chat import PROBES, set_chat_template
 from ptuning.registry.merged_check import OTHERWISE, ExportError, check_logits, check_written, last_logits, merging
+from ptuning.registry.merged_rows import grow
 from ptuning.registry.publish import check_free, retrieve
 from ptuning.registry.registry import Registry, Version
 from ptuning.registry.token_suppression import Suppression
@@ -97,22 +99,20 @@ def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Mer
     plain = base.tokenizer
     front = _in_front(plain)
     tokens = [f"<|{name}:{place}|>" for place in range(len(vectors))]
-    model = base.load(dtype).eval()
-    if is_made_here(type(model).__name__):
-        raise ExportError(
-            f"{name}: transformers has no class for the text part of {base.name} alone, so nothing could load it; {OTHERWISE}"
-        )
+    whole = not is_listed(base.config)
+    model = _load_whole(base, dtype, name) if whole else base.load(dtype).eval()
     texts = [list(plain(text)["input_ids"]) for text in PROBES]
     with merging(name, type(model).__name__):
-        expected = torch.stack([next_logits(model, loaded.vectors, torch.tensor([text])).float() for text in texts])
+        feeding = find_input(model)
+        expected = torch.stack([next_logits(model, loaded.vectors, torch.tensor([text]), feeding).float() for text in texts])
         first = cast(list[int], plain.convert_tokens_to_ids(front))
         words = min(len(plain), base.vocabulary)
-        states = token_suppression.hidden_states(model, loaded.vectors, first, words)
+        states = token_suppression.hidden_states(model, feeding, loaded.vectors, first, words)
         tokenizer = AutoTokenizer.from_pretrained(
             base.folder, trust_remote_code=base.trust_remote_code
         )  # a new copy, which is modified
         ids = _add_tokens(tokenizer, tokens, name)
-        untied = _grow(model, ids, vectors)
+        untied = grow(model, ids, vectors, feeding.needs_ids)
         # A tokenizer may have tokens without a row, which get one here, too: they must stay impossible.
         never = sorted({*ids, *range(base.vocabulary, max(ids) + 1)})
         guarded = token_suppression.suppress(model, never, states)
@@ -127,10 +127,26 @@ def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Mer
         _save(model, temporary, untied)
         tokenizer.save_pretrained(temporary)
         (temporary / "soft_prompt_card.json").write_text(loaded.card.public().model_dump_json(indent=1), encoding="utf-8")
+        kind: Any = type(model) if whole else AutoModelForCausalLM
         del model  # only one of the two has to fit into memory
-        check_written(temporary, dtype, rows, found, ids, name, base.trust_remote_code)
+        if whole:
+            _copy_processors(base.folder, temporary)
+        check_written(kind, temporary, dtype, rows, found, ids, name, base.trust_remote_code)
         prepends = prepends and _prepends(AutoTokenizer.from_pretrained(temporary), plain, ids)
     return Merged(len(tokens), found.shape[1], untied, guarded, prepends, chat)
+
+
+def _load_whole(base: Base, dtype: torch.dtype, name: str) -> PreTrainedModel:
+    """The whole multimodal model: transformers has no class that could load its text part alone."""
+    if base.quantization:
+        raise ExportError(f"{name}: the text part of {base.name} is quantised and cannot be written alone; {OTHERWISE}")
+    return base.load_whole(dtype).eval()
+
+
+def _copy_processors(source: Path, folder: Path) -> None:
+    """The settings by which images, audio and video become inputs."""
+    for file in source.glob("*processor_config.json"):
+        shutil.copyfile(file, folder / file.name)
 
 
 def _stored_dtype(base: Base) -> torch.dtype:
@@ -154,54 +170,6 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str], name: str
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
     numbers = tokenizer.get_vocab()
     return [numbers[token] for token in tokens]
-
-
-@torch.no_grad()
-def _grow(model: PreTrainedModel, ids: list[int], vectors: Tensor) -> bool:
-    """Add rows for the virtual tokens to the input embedding and to the head, which gets a matrix of its own.
-
-    Returns: True if the two were tied.
-    """
-    scale = _scale(model)
-    head, embedding = model.get_output_embeddings(), cast(nn.Embedding, model.get_input_embeddings())
-    if head is None:
-        raise ExportError(f"{type(model).__name__}: has no output head of its own and cannot be merged; {OTHERWISE}")
-    tied = head.weight is embedding.weight
-    if tied:
-        for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
-            config.tie_word_embeddings = False
-        head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
-    if max(ids) >= embedding.num_embeddings:
-        same = _named(model, getattr(head, "bias", None))
-        embedding = model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-        head = model.get_output_embeddings()
-        for owner, place in same:  # some architectures give the head's bias a second name, which would keep its old size
-            setattr(owner, place, head.bias)
-    embedding.weight.data[ids] = (vectors / scale).to(model.dtype)
-    return tied
-
-
-def _named(model: PreTrainedModel, parameter: Tensor | None) -> list[tuple[nn.Module, str]]:
-    """All modules with this parameter, and its name there."""
-    return [
-        (module, name)
-        for module in model.modules()
-        for name, each in module.named_parameters(recurse=False)
-        if parameter is not None and each is parameter
-    ]
-
-
-def _scale(model: PreTrainedModel) -> float:
-    """The factor that the embedding multiplies its rows with: the square root of the width in Gemma 3, almost always 1."""
-    embedding = cast(nn.Embedding, model.get_input_embeddings())
-    ids = torch.arange(min(64, embedding.num_embeddings))
-    given, rows = embedding(ids).float(), embedding.weight[ids].float()
-    scale = float((given * rows).sum() / rows.square().sum())
-    if not torch.allclose(given, scale * rows, rtol=1e-2, atol=1e-6):
-        raise ExportError(
-            f"{type(model).__name__}: its embedding is more than a table, no soft prompt can be merged; {OTHERWISE}"
-        )
-    return scale
 
 
 def _prepend(tokenizer: PreTrainedTokenizerBase, tokens: list[str], ids: list[int]) -> bool:

@@ -2,7 +2,8 @@
 
 Guarantees: engines that honour `suppress_tokens` of the generation config, such as transformers' `generate`, never generate a
 virtual token. If the head has a bias, no engine does: the bias of virtual tokens is -10,000. Without either, virtual tokens are
-only very unlikely; their fraction is measured and reported.
+only very unlikely; their fraction is measured and reported. If they are not, as some base may have states in all directions,
+their row lies between those of two unlikely real tokens: then no virtual token is ever the most likely one.
 
 A head without a bias cannot exclude a token, because its logits are products `w . h` with the last hidden state h: a row of
 zeros has the logit 0, which is often among the largest, and a row with a very small logit for h has a very large one for -h.
@@ -23,6 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptuning.model.input_embedding import InputEmbedding
+from ptuning.model.self_check import FAILURES
+
 NEVER = -1e4
 """A bias that fits into 16-bit floats."""
 TEXTS, HELD, LENGTH = 48, 16, 96
@@ -35,7 +39,8 @@ squared norm of w, as the mean of exp(w . noise) is exp((size * |w|)^2 / 2). A l
 generalises worse: with 0.12 the probability was below 1e-5 on every held-out state, but on two of 80,000 new states a virtual
 token was certain. With 0.35 this did not happen, for three bases; larger values only increase the fraction."""
 
-
+LIKELY = 0.01
+"""Where a fitted row is more likely than this on any state, a row between two real tokens is taken instead."""
 STATES = ("past_key_values", "cache_params", "state")
 """Names of what a pass returns for the next token: keys and values, or the state of a state space."""
 
@@ -66,7 +71,7 @@ class Suppression:
 
 
 @torch.no_grad()
-def hidden_states(model: PreTrainedModel, vectors: Tensor, front: list[int], words: int) -> States:
+def hidden_states(model: PreTrainedModel, feeding: InputEmbedding, vectors: Tensor, front: list[int], words: int) -> States:
     """States at random texts and at texts that the base generates at high and low temperature, with and without the soft
     prompt.
 
@@ -82,43 +87,52 @@ def hidden_states(model: PreTrainedModel, vectors: Tensor, front: list[int], wor
     length = max(2, min(LENGTH, room - len(vectors) - len(front)))
     first = torch.tensor(front, dtype=torch.long).expand(TEXTS, -1)
     texts = [torch.cat([first, torch.randint(words, (TEXTS, length), generator=generator)], dim=1)]
-    texts += [_write(model, prompt, first, words, length, temperature, generator) for temperature in (HOT, 1.0)]
-    found = [_behind(model, start, ids) for ids in texts for start in (prompt, prompt[:, :0])]
+    try:
+        texts += [_write(model, feeding, prompt, first, words, length, temperature, generator) for temperature in (HOT, 1.0)]
+    except FAILURES:  # xLSTM's cache has other sizes than its states (5.23)
+        generator = torch.Generator().manual_seed(1)
+        texts += [
+            _write(model, feeding, prompt, first, words, length, temperature, generator, cached=False)
+            for temperature in (HOT, 1.0)
+        ]
+    found = [_behind(model, feeding, start, ids) for ids in texts for start in (prompt, prompt[:, :0])]
     fit, trial = (torch.cat([states[part].flatten(0, 1) for states in found]) for part in (slice(HELD, None), slice(HELD)))
     return States(fit[torch.isfinite(fit).all(1)], trial[torch.isfinite(trial).all(1)])
 
 
 def _write(
-    model: PreTrainedModel, prompt: Tensor, first: Tensor, words: int, length: int, temperature: float,
-    generator: torch.Generator,
+    model: PreTrainedModel, feeding: InputEmbedding, prompt: Tensor, first: Tensor, words: int, length: int,
+    temperature: float, generator: torch.Generator, cached: bool = True,
 ) -> Tensor:  # fmt: skip
     """Ids: `first`, then `[TEXTS, length]` sampled from the whole vocabulary; end tokens are ignored."""
     embed = model.get_input_embeddings()
     ids = [torch.cat([first, torch.randint(words, (TEXTS, 1), generator=generator)], dim=1)]
-    rows = torch.cat([prompt, embed(ids[0])], dim=1)
-    out = model(inputs_embeds=rows, use_cache=True)
+    rows, before = torch.cat([prompt, embed(ids[0])], dim=1), torch.zeros(prompt.shape[:2], dtype=torch.long)
+    out = model(**feeding.inputs(rows, torch.cat([before, *ids], dim=1)), use_cache=cached)
     for _ in range(length - 1):
         chances = torch.softmax(out.logits[:, -1, :words].float() / temperature, dim=-1)
         ids.append(torch.multinomial(chances, 1, generator=generator))
-        state = {name: out[name] for name in STATES if out.get(name) is not None}
+        state = {name: out[name] for name in STATES if cached and out.get(name) is not None}
         if state:
-            out = model(inputs_embeds=embed(ids[-1]), use_cache=True, **state)
+            out = model(**feeding.inputs(embed(ids[-1]), ids[-1]), use_cache=True, **state)
         else:  # the base has no cache that a caller can hand on: its rows are computed again
             rows = torch.cat([rows, embed(ids[-1])], dim=1)
-            out = model(inputs_embeds=rows, use_cache=False)
+            out = model(**feeding.inputs(rows, torch.cat([before, *ids], dim=1)), use_cache=False)
     return torch.cat(ids, dim=1)
 
 
-def _behind(model: PreTrainedModel, start: Tensor, ids: Tensor) -> Tensor:
+def _behind(model: PreTrainedModel, feeding: InputEmbedding, start: Tensor, ids: Tensor) -> Tensor:
     """States `[TEXTS, length, H]` at the tokens of texts."""
     found: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         found.append(inputs[0][:, -ids.shape[1] :].float())
 
+    rows = torch.cat([start, model.get_input_embeddings()(ids)], dim=1)
+    whole = torch.cat([ids.new_zeros(start.shape[:2]), ids], dim=1)
     hook = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
-        model(inputs_embeds=torch.cat([start, model.get_input_embeddings()(ids)], dim=1), use_cache=False)
+        model(**feeding.inputs(rows, whole), use_cache=False)
     finally:
         hook.remove()
     return found[0]
@@ -136,12 +150,30 @@ def suppress(model: PreTrainedModel, ids: list[int], states: States) -> Suppress
     real[ids] = False
     rows = head.weight.data[real].float()
     penalty = states.fit.square().mean() * (DOUBT / HOT) ** 2 / 2
-    row = _fit(states.fit, _others(states.fit, rows), float(penalty)).to(head.weight.dtype)
+    others, tried = _others(states.fit, rows), _others(states.trial, rows)
+    row = _fit(states.fit, others, float(penalty)).to(head.weight.dtype)
+    logs = _logs(states.trial, tried, row, len(ids))
+    if float(torch.cat([logs, _logs(states.fit, others, row, len(ids))]).max()) > math.log(LIKELY):
+        row = _between(states.fit, others, rows).to(head.weight.dtype)
+        logs = _logs(states.trial, tried, row, len(ids))
     head.weight.data[ids] = row
-    logs = states.trial @ row.float() / HOT - _others(states.trial, rows) + math.log(len(ids))
     return Suppression(
         exact=False, mean=float(logs.exp().clamp(max=1).mean()), worst=min(1.0, math.exp(min(0.0, float(logs.max()))))
     )
+
+
+def _logs(states: Tensor, others: Tensor, row: Tensor, tokens: int) -> Tensor:
+    """`[n]`: log of the fraction of virtual tokens with this row of the head, relative to the real tokens."""
+    return states @ row.float() / HOT - others + math.log(tokens)
+
+
+def _between(states: Tensor, others: Tensor, rows: Tensor) -> Tensor:
+    """The mean of the rows of the two real tokens that are least likely over all states: wherever it is, one of the two is
+    more likely."""
+    total = torch.full((len(rows),), -math.inf)
+    for part, sums in zip(states.split(1024), others.split(1024), strict=True):
+        total = torch.logaddexp(total, torch.logsumexp(part @ rows.T / HOT - sums[:, None], dim=0))
+    return rows[total.topk(2, largest=False).indices].mean(0)
 
 
 def _others(states: Tensor, rows: Tensor) -> Tensor:

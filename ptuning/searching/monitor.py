@@ -148,7 +148,7 @@ def _changed(entry: TrialRecord, event: Event) -> None:
     entry.step = event.step
     match event:
         case Evaluated() if event.step > max((each["step"] for each in entry.results), default=0):
-            entry.results.append({"step": event.step, "values": event.values, "time_ms": event.time_ms})
+            entry.results.append({"step": event.step, "values": event.values, "time_ms": event.time_ms, "best": event.best})
         case Failed():
             entry.status, entry.message = "failed", event.message
         case Finished():

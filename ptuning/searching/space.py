@@ -79,7 +79,11 @@ def score(experiment: Experiment, metrics: Mapping[str, float], length: int) -> 
 
 
 def best_result(experiment: Experiment, results: Sequence[Mapping[str, Any]], length: int) -> Mapping[str, Any] | None:
-    """The evaluation whose soft prompt is kept; ties go to the lower loss."""
+    """The evaluation whose soft prompt is kept: the last one that was the best when it was made (`Slot.observe`). Without such
+    marks: the best value, ties go to the lower loss."""
+    marked = next((each for each in reversed(results) if each.get("best")), None)
+    if marked is not None:
+        return marked
     key = experiment.metric
     sign = -1 if key == "loss" else 1
     return max(results, key=lambda each: (sign * each["values"][key], -each["values"]["loss"]), default=None)

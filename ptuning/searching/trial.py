@@ -40,7 +40,7 @@ def run_trial(values: dict[str, Any], dispatcher: Any, tables: dict[str, Any], c
                 raise TrialFailed(event["details"]["message"])
             if event["kind"] in ("finished", "released"):
                 return
-            seen.append(event)
+            seen.append({**event, "best": event["details"]["best"]})
             best = best_result(experiment, seen, values[LENGTH])
             assert best is not None
             metrics = {"step": event["step"], "score": score(experiment, best["values"], values[LENGTH])}

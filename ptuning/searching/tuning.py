@@ -292,7 +292,10 @@ class Search:
 
     def _announce(self, trial: str, entry: TrialRecord) -> None:
         self._runs[trial] = entry.run
-        known = [{"kind": "evaluation", "run": entry.run, "details": {}} | result for result in entry.results]
+        known = [
+            {"kind": "evaluation", "run": entry.run, "details": {"best": result.get("best", False)}, **result}
+            for result in entry.results
+        ]
         ray.get(self.dispatcher.register.remote(trial, entry.run, entry.folder, known))
 
     def _release(self, trial: str, error: str | None) -> None:

@@ -21,10 +21,11 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve import context
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from ptuning import environment
-from ptuning.cluster.connection import leave_ray, start_ray
+from ptuning.cluster.connection import leave_ray, own_cluster, start_ray
 from ptuning.cluster.failures import memory, ray_logs
 from ptuning.cluster.jobs import APPLICATION, PACKAGES
 from ptuning.cluster.local_paths import absolute
@@ -61,12 +62,15 @@ class Server:
         environment.apply("proxy")  # for the processes of a cluster that is started here
         self._running = True
         self._started_here = start_ray(self._experiment)
+        self._ours = APPLICATION not in serve.status().applications
+        """False while what would be ended is another command's."""
         try:
             say("starting; a replica loads the base first")
             self.handle = _run(self._experiment, keys)
         except BaseException:
             self._end()
             raise
+        self._ours = True
         if not keys:
             say("without API keys: anyone who reaches this address may use the server")
 
@@ -94,11 +98,11 @@ class Server:
 
     def _end(self) -> None:
         self._running = False
-        if self._started_here:
-            leave_ray()
-        else:
+        if self._ours and not (self._started_here and own_cluster()):  # a cluster of its own ends as a whole
             with suppress(Exception):  # it never started, or the cluster was lost: the error is already reported
                 serve.delete(APPLICATION)
+        if self._started_here:
+            leave_ray()
 
 
 def run_server(experiment: Experiment, *, insecure: bool = False, say: Callable[[str], None]) -> None:
@@ -158,6 +162,7 @@ def _run(experiment: Experiment, keys: Mapping[str, Scope]) -> Any:
     One that cannot start takes nothing away: what was served before goes on if there was room for both.
     """
     _check_resources(experiment)
+    _check_address(experiment.serve.host, experiment.serve.port)
     logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)  # its level is set anew
     limits = experiment.serve
     try:
@@ -249,6 +254,17 @@ def _news(known: dict[str, Any], state: dict[str, Any]) -> list[str]:
     lines = [f"{name}: {who}" for name, who in state["served"].items() if before.get(name) != who]
     lines += [f"{name}: is no longer served" for name in before if name not in state["served"]]
     return lines + [f"refused: {why}" for who, why in state["refused"].items() if refused.get(who) != why]
+
+
+def _check_address(host: str, port: int) -> None:
+    """A Serve that runs on the cluster keeps its address: it would ignore another one, with a line in a log (2.60)."""
+    client = context._get_global_client(raise_if_no_controller_running=False)
+    there = client.http_config if client else None
+    if there is not None and (there.host, there.port) != (host, port):
+        raise UserError(
+            f"serve.port: Ray Serve already runs on this cluster and listens at {there.host}:{there.port}; set serve.host and "
+            "serve.port to that, or end it on the cluster with: serve shutdown"
+        )
 
 
 def _check_resources(experiment: Experiment) -> None:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -113,6 +113,18 @@ def in_shell_style(template: str) -> str | None:
     if not before or not all(isinstance(text, str) and text.endswith("$") for text in before):
         return None
     return template_fields(template)[0]
+
+
+def literal_columns(templates: Sequence[str], columns: Iterable[str]) -> dict[str, str]:
+    """Columns that templates name only as other tools do, which is plain text here: {"subject": "{{ subject }}"}."""
+    used = {name for template in templates for name in template_fields(template)}
+    unused = set(columns) - used
+    found: dict[str, str] = {}
+    for match in (match for template in templates for match in _FOREIGN.finditer(template)):
+        name = next(group for group in match.groups() if group is not None).strip()
+        if name in unused:
+            found.setdefault(name, match[0])
+    return found
 
 
 def foreign_spelling(template: str) -> tuple[str, str] | None:

@@ -53,7 +53,8 @@ class TrainConfig(Table):
     patience: Positive | None = None
     """Stop after this many evaluations in a row without improvement."""
     metric: Metric | None = None
-    """Validation metric that selects the best step. Default: accuracy if there are labels, else loss."""
+    """Validation metric that selects the best step. Default: accuracy if there are labels, else loss. Between accuracies that
+    differ by less than a standard error from the highest, the loss decides."""
     clip: Number = 1.0
     """Maximum gradient norm of a soft prompt; 0 disables clipping."""
     checkpoint_every: Positive = 20
@@ -88,11 +89,18 @@ class TrainConfig(Table):
 class ZeroConfig(Table):
     """How DeepSpeed ZeRO partitions the frozen base over the workers. All other DeepSpeed settings are derived."""
 
-    stage: Literal[0, 3] = 3
-    """3: the base is partitioned over the workers; 0: every worker holds the whole base."""
+    stage: Literal["auto", 0, 3] = "auto"
+    """0: every worker holds the whole base; 3: the base is partitioned over the workers; auto: whole if that fits beside its
+    activations, else partitioned, with as many tensors whole on every worker, or as many copies per node, as memory allows."""
     offload: bool = False
     """Keep the partitions of the base in CPU memory (GPU workers only)."""
     live_parameters: Positive | None = None
     """Maximum parameters of the base that are gathered at once on a worker. Default: depends on the free memory."""
     persistent_below: Count = 10_000
     """Tensors with fewer elements than this (norms, biases) are not partitioned."""
+    persistent_parameters: Count | None = None
+    """Parameters of a partitioned base that every worker keeps whole after their first use, besides these small tensors: they
+    are not gathered again. Default: 0; stage = "auto" chooses it."""
+    node_copies: bool | None = None
+    """A second copy of a partitioned base per node, if all nodes have the same number of workers: gathers then stay inside the
+    nodes. Default: if it leaves half of the memory; stage = "auto" chooses it."""

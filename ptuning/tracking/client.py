@@ -102,7 +102,10 @@ def check_tracking(experiment: Experiment) -> None:
     path = database(uri)
     if path is not None and path.exists():
         check_database(path, write=True)
-    deleted = deleted_experiment(path, name) if path is not None else _deleted_there(uri, name)
+    if path is not None:
+        deleted = deleted_experiment(path, name)
+    else:
+        deleted = _deleted_there(uri, name) if uri.startswith(("http://", "https://")) else _deleted_in_database(uri, name)
     if deleted:
         raise was_deleted(uri, name, deleted)
 
@@ -117,8 +120,6 @@ def was_deleted(uri: str, name: str, number: str) -> UserError:
 
 def _deleted_there(uri: str, name: str) -> str | None:
     """The id of a deleted experiment on a server; None if there is none, or if the server does not respond."""
-    if not uri.startswith(("http://", "https://")):
-        return None
     import requests
 
     user, password = (os.environ.get(f"MLFLOW_TRACKING_{part}") for part in ("USERNAME", "PASSWORD"))
@@ -135,6 +136,21 @@ def _deleted_there(uri: str, name: str) -> str | None:
     except (OSError, ValueError, AttributeError):  # requests' errors are OSErrors
         return None
     return str(found["experiment_id"]) if found.get("lifecycle_stage") == "deleted" else None
+
+
+def _deleted_in_database(uri: str, name: str) -> str | None:
+    """The same for the database of a server, named directly."""
+    import sqlalchemy
+
+    try:
+        engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": 3} if uri.startswith("postgresql") else {})
+        with engine.connect() as database:
+            question = sqlalchemy.text("SELECT experiment_id, lifecycle_stage FROM experiments WHERE name = :name")
+            found = database.execute(question, {"name": name}).first()
+        engine.dispose()
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError):  # MLflow itself reports it
+        return None
+    return str(found[0]) if found and found[1] == "deleted" else None
 
 
 def artifact_root(uri: str, storage: str | Path) -> str:

@@ -113,8 +113,8 @@ def _generate(
     if max_new_tokens is None:
         return [Evaluation({"loss": loss, "perplexity": _perplexity(loss)}) for loss in losses]
     evaluations = []
-    for soft_prompt, loss in zip(soft_prompts, losses, strict=True):
-        texts = generate_rows(model, soft_prompt, split, encoder, workers, max_new_tokens)
+    answers = generate_rows(model, soft_prompts, split, encoder, workers, max_new_tokens)
+    for texts, loss in zip(answers, losses, strict=True):
         measured = metrics.generation(texts, list(split.rows["references"]))
         predictions = [
             {"text": text, "target": target.strip(), "prediction": guess}
@@ -141,41 +141,64 @@ def _target_losses(model: PromptedModel, soft_prompts: Sequence[Tensor], split: 
 
 
 def generate_rows(
-    model: PromptedModel, soft_prompt: Tensor, split: Split, encoder: Encoder, workers: Workers, max_new_tokens: int
-) -> list[str]:
-    """Greedy text for every row, up to the end token or `max_new_tokens`, in the order of the split."""
-    own: list[tuple[int, str]] = []
-    for rows, real in _passes(split, workers, 1, max_new_tokens, _vocabulary(model), TOKENS):
-        inputs = [split.row(row)[0] for row in rows]
-        texts = greedy(model, soft_prompt, inputs, encoder, max_new_tokens, together=workers.size > 1)
-        if real:
-            own += zip(rows, texts, strict=True)
-    everything = sorted(pair for part in workers.all_gather(own) for pair in part)
-    return [text for _, text in everything]
+    model: PromptedModel,
+    soft_prompts: Sequence[Tensor],
+    split: Split,
+    encoder: Encoder,
+    workers: Workers,
+    max_new_tokens: int,
+) -> list[list[str]]:
+    """Greedy text of each soft prompt for every row, up to the end token or `max_new_tokens`, in the order of the split.
+
+    The rows of several soft prompts are one batch: a token takes about as long for all of them as for one, and a partitioned
+    base is gathered once for it.
+    """
+    together = max(1, TOKENS // (int(split.lengths.max()) + max_new_tokens))
+    own: list[tuple[int, int, str]] = []
+    for first in range(0, len(soft_prompts), together):
+        some = list(enumerate(soft_prompts))[first : first + together]
+        for rows, real in _passes(split, workers, len(some), max_new_tokens, _vocabulary(model), TOKENS):
+            wanted = [(slot, row) for slot, _ in some for row in rows]
+            texts = greedy(
+                model,
+                [soft_prompts[slot] for slot, _ in wanted],
+                [split.row(row)[0] for _, row in wanted],
+                encoder,
+                max_new_tokens,
+                together=workers.size > 1,
+            )
+            if real:
+                own += [(*where, text) for where, text in zip(wanted, texts, strict=True)]
+    everything = sorted(each for part in workers.all_gather(own) for each in part)
+    return [[text for at, _, text in everything if at == slot] for slot in range(len(soft_prompts))]
 
 
 @torch.no_grad()
 def greedy(
     model: PromptedModel,
-    soft_prompt: Tensor,
+    soft_prompts: Tensor | Sequence[Tensor],
     inputs: Sequence[list[int]],
     encoder: Encoder,
     max_new_tokens: int,
     *,
     together: bool = False,
 ) -> list[str]:
-    """Greedy continuations of `inputs` after one soft prompt, by transformers' `generate`; stripped text.
+    """Greedy continuations of `inputs`, each after its soft prompt (or all after one), by transformers' `generate`; stripped
+    text.
 
     `together`: workers that share a base continue until the last of them has finished, because each layer needs all of them.
     """
+    given = [soft_prompts] * len(inputs) if isinstance(soft_prompts, Tensor) else list(soft_prompts)
     how = how_it_generates(model)
     if how == "padded":
-        return _greedy(model, soft_prompt, inputs, encoder, max_new_tokens, together)
+        return _greedy(model, given, inputs, encoder, max_new_tokens, together)
     calls = max(Workers.current().all_gather(len(inputs))) if together else len(inputs)
-    rows = [*inputs, *[inputs[0]] * (calls - len(inputs))]
+    padding = [0] * (calls - len(inputs))
+    rows = [(given[at], inputs[at]) for at in [*range(len(inputs)), *padding]]
     if how == "recomputed":
-        return [_recomputed(model, soft_prompt, row, encoder, max_new_tokens, together) for row in rows][: len(inputs)]
-    texts = [_greedy(model, soft_prompt, [row], encoder, max_new_tokens, together)[0] for row in rows]
+        texts = [_recomputed(model, soft_prompt, row, encoder, max_new_tokens, together) for soft_prompt, row in rows]
+    else:
+        texts = [_greedy(model, [soft_prompt], [row], encoder, max_new_tokens, together)[0] for soft_prompt, row in rows]
     return texts[: len(inputs)]
 
 
@@ -199,7 +222,7 @@ def _recomputed(
 
 def _greedy(
     model: PromptedModel,
-    soft_prompt: Tensor,
+    soft_prompts: Sequence[Tensor],
     inputs: Sequence[list[int]],
     encoder: Encoder,
     max_new_tokens: int,
@@ -209,7 +232,8 @@ def _greedy(
     device = model.base.device
     # One call for all rows: a partitioned base gathers at every call, and workers may have different numbers of rows.
     text = embed(torch.tensor([token for ids in inputs for token in ids], device=device))
-    rows = [torch.cat([soft_prompt.to(text), row]) for row in text.split([len(ids) for ids in inputs])]
+    texts = text.split([len(ids) for ids in inputs])
+    rows = [torch.cat([soft_prompt.to(text), row]) for soft_prompt, row in zip(soft_prompts, texts, strict=True)]
     longest = max(len(row) for row in rows)
     # Padding is on the left, because `generate` continues at the right end.
     embeds = torch.stack([torch.cat([row.new_zeros(longest - len(row), row.shape[1]), row]) for row in rows])

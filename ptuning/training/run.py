@@ -32,14 +32,24 @@ from ptuning.data.task import describe_task, load_task
 from ptuning.errors import RunFailed, UserError
 from ptuning.model.base import Base, find_base
 from ptuning.registry.publish import check_not_base
+from ptuning.settings.training import ZeroConfig
 from ptuning.tracking import client as tracking_client
 from ptuning.tracking.tracker import Status, Tracker
 from ptuning.training import lease
+from ptuning.training.base_placement import place_base, record
 from ptuning.training.event_queue import EventQueue
 from ptuning.training.messages import Event, read_event
 from ptuning.training.ray_trainer import make_trainer, scale
 from ptuning.training.result import TrainResult
-from ptuning.training.run_setup import bring_parent, check_run_name, pin_parent, publish_run, run_contents, write_run
+from ptuning.training.run_setup import (
+    bring_parent,
+    check_run_name,
+    pin_parent,
+    placement_of,
+    publish_run,
+    run_contents,
+    write_run,
+)
 from ptuning.training.run_tracking import Recorder, start_tracker
 
 Show = Callable[[Event], None]
@@ -75,7 +85,7 @@ class Run:
     """A run whose workers may start: its lease is held, its cluster is there, its tracker has begun."""
 
     experiment: Experiment
-    """With absolute paths, and with its parent in the run's folder."""
+    """With absolute paths, with its parent in the run's folder, and with a decided `zero.stage`."""
     trained: Experiment
     """What the workers train: the experiment, or what the trials of a search are made from."""
     folder: str
@@ -155,20 +165,31 @@ def _reach(
             finished = check_run_name(experiment, folder, resume, kind, contents)  # another driver may have ended it just now
             if finished:
                 return result_type.read(finished, experiment)
-            write_run(folder, experiment, "running", kind=kind, contents=contents)
+            slots = trained.search.slots if kind == "search" and isinstance(trained.search.slots, int) else 1
+            before = placement_of(folder)
+            zero, line = place_base(trained, base, task, scaling, slots=slots, groups=groups, before=before)
+            if line:
+                say(line)
+            placed = record(zero, line, scaling)
+            write_run(folder, experiment, "running", kind=kind, contents=contents, placement=placed)
             say(starting(scaling))
             tracker = start_tracker(experiment, folder, task, base)
+            run = Run(_placed(experiment, zero), _placed(trained, zero), folder, base, scaling, tracker)
             try:
-                result = train(Run(experiment, trained, folder, base, scaling, tracker))
+                result = train(run)
             except RunFailed:
-                write_run(folder, experiment, "failed", kind=kind, contents=contents)
+                write_run(folder, experiment, "failed", kind=kind, contents=contents, placement=placed)
                 raise
-            result = replace(result, seconds=round(time.monotonic() - began, 1))
-            write_run(folder, experiment, "finished", result.as_json(), kind, contents)
+            result = replace(result, experiment=experiment, seconds=round(time.monotonic() - began, 1))
+            write_run(folder, experiment, "finished", result.as_json(), kind, contents, placed)
             return result
     finally:
         if started_here:
             leave_ray()
+
+
+def _placed(experiment: Experiment, zero: ZeroConfig) -> Experiment:
+    return experiment.model_copy(update={"zero": zero})
 
 
 @contextmanager

@@ -127,12 +127,23 @@ def write_run(
     summary: dict[str, Any] | None = None,
     kind: str = "train",
     contents: Mapping[str, str] | None = None,
+    placement: Mapping[str, Any] | None = None,
 ) -> None:
+    """`placement`: what was decided about the base (`base_placement.record`)."""
     if summary:  # read wherever the folder is then
         summary = summary | {ARTIFACT: storage.relative(folder, summary[ARTIFACT])}
     record = {"kind": kind, "status": status, "experiment": experiment.model_dump(mode="json"), "summary": summary}
     record |= {"contents": dict(contents)} if contents else {}
+    record |= {"placement": dict(placement)} if placement else {}
     storage.write_file(folder, RUN, json.dumps(redacted(record), indent=1).encode())
+
+
+def placement_of(folder: str) -> dict[str, Any] | None:
+    """What an earlier start of the run has decided about its base."""
+    if not storage.exists(folder, RUN):
+        return None
+    found: dict[str, Any] | None = json.loads(storage.read_file(folder, RUN)).get("placement")
+    return found
 
 
 def pin_parent(experiment: Experiment, folder: str) -> Experiment:

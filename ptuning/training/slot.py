@@ -45,6 +45,8 @@ class Slot:
         self.class_weights = balanced_weights(task) if self.config.class_weights else None
         self.step = 0
         self.best: dict[str, float] = {}
+        self.highest = 0.0
+        """The highest accuracy so far, which `best` need not have."""
         self.best_step = 0
         self.best_vectors = starts[0].clone()
         self.since_best = 0
@@ -121,19 +123,28 @@ class Slot:
             start.loss = 0.0
 
     def observe(self, measured: dict[str, float], start: int = 0) -> bool:
-        """Record the evaluation of a start; True if it is the best so far (ties: the lower loss)."""
-        metric = self.experiment.metric
-        sign = -1 if metric == "loss" else 1
-        better = not self.best or (sign * measured[metric], -measured["loss"]) > (
-            sign * self.best[metric],
-            -self.best["loss"],
-        )
+        """Record the evaluation of a start; True if it is the best so far."""
+        better = not self.best or self._is_better(measured)
         if better:
             self.best, self.best_step, self.since_best = measured, self.step, 0
             self.best_vectors = self.starts[start].vectors.detach().clone()
         else:
             self.since_best += 1
         return better
+
+    def _is_better(self, measured: dict[str, float]) -> bool:
+        """Compare an evaluation with the best one. Accuracies that differ by less than a standard error from the highest count
+        as equal, and between equal ones the loss decides (the one-standard-error rule, Breiman et al. 1984, section 3.4.3):
+        on a few hundred rows the highest accuracy is often luck, while the loss changes with every row."""
+        metric = self.experiment.metric
+        sign = -1 if metric == "loss" else 1
+        new, old = sign * measured[metric], sign * self.best[metric]
+        if metric != "accuracy":
+            return (new, -measured["loss"]) > (old, -self.best["loss"])
+        self.highest = max(self.highest, old, new)
+        assert self.task.validation is not None
+        enough = self.highest - math.sqrt(self.highest * (1 - self.highest) / len(self.task.validation))
+        return new >= enough and (old < enough or measured["loss"] < self.best["loss"])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The complete state of the slot, as tensors and JSON."""
@@ -147,6 +158,7 @@ class Slot:
             "starts": starts,
             "best": self.best,
             "best_step": self.best_step,
+            "highest": self.highest,
             "since_best": self.since_best,
             "parent": self.parent,
             "events": [event_fields(event) for _, event in self.unrecorded_events],
@@ -163,6 +175,7 @@ class Slot:
         self.best_vectors = tensors["best_vectors"].to(self.vectors.device)
         self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
         self.since_best, self.parent = state["since_best"], state["parent"]
+        self.highest = state.get("highest", 0.0)  # unknown to checkpoints of 0.1
         again = (read_event(event) for event in state["events"])
         place = storage.join(self.folder, "soft_prompt")  # the run's folder may have been moved
         found = (replace(event, soft_prompt=place) if isinstance(event, Finished) else event for event in again)

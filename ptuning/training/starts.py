@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Adafactor
 
 from ptuning.settings.training import TrainConfig
 
@@ -114,6 +113,8 @@ def _optimizer(config: TrainConfig, vectors: nn.Parameter) -> torch.optim.Optimi
     if config.optimizer == "adamw":
         return torch.optim.AdamW([vectors], lr=config.learning_rate, weight_decay=config.weight_decay)
     # As in Lester et al. 2021, section 3: external learning rate, no parameter scaling, beta2 decay 0.8.
+    from transformers import Adafactor  # imports PEFT and bitsandbytes where they are installed (5.23, trainer_utils.py)
+
     return Adafactor(
         [vectors],
         lr=config.learning_rate,

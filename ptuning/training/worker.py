@@ -16,7 +16,7 @@ from ptuning.config import Experiment
 from ptuning.data.task import Task, load_task
 from ptuning.errors import CannotRun, UserError
 from ptuning.model.base import Base, find_base
-from ptuning.training import zero
+from ptuning.training import base_loader
 from ptuning.training.distributed import Workers
 from ptuning.training.event_queue import EventSender
 from ptuning.training.loop import Pack, train
@@ -70,7 +70,7 @@ def run_worker(config: dict[str, Any], sender: EventSender, connect: Connect) ->
     try:
         base = find_base(experiment.model)
         dtype = base.dtype(experiment.model.dtype)
-        model = zero.load(
+        model = base_loader.load(
             base,
             experiment.zero,
             dtype,
@@ -82,7 +82,7 @@ def run_worker(config: dict[str, Any], sender: EventSender, connect: Connect) ->
             0,
             dtype=str(dtype).removeprefix("torch."),
             shared_prefix=model.shared_prefix,
-            shares=workers.all_gather(zero.sharding(model.base)),
+            shares=workers.all_gather(base_loader.sharding(model.base)),
             places=workers.all_gather(worker_location()),
             group=config.get("group", 0),
         )

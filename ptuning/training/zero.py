@@ -19,29 +19,35 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptuning.errors import BaseError, UserError
+from ptuning.errors import UserError
 from ptuning.imports import load_deepspeed
 from ptuning.model.base import Base, NotFilled
+from ptuning.model.leaf_modules import leaf_modules
 from ptuning.model.prompted_model import PromptedModel
-from ptuning.model.safetensors_files import STORED_DTYPES, stored_values
-from ptuning.model.self_check import choose_pass
-from ptuning.model.stored_names import stored_names
-from ptuning.planning.zero3_simulator import live_numbers, node_copies_fit, prefetch_numbers, share_bytes
+from ptuning.planning.zero3_simulator import (
+    kept_whole,
+    live_numbers,
+    node_copies_fit,
+    nodes_are_even,
+    prefetch_numbers,
+    share_bytes,
+)
 from ptuning.redaction import logger
 from ptuning.settings.training import ZeroConfig
 from ptuning.training.distributed import Workers
-from ptuning.training.messages import BaseShare
 
 load_deepspeed()
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.zero import partitioned_param_coordinator  # noqa: E402
 from deepspeed.runtime.zero.linear import zero3_linear_wrap  # noqa: E402
 from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict  # noqa: E402
 from deepspeed.runtime.zero.partitioned_param_coordinator import ZeRoTraceMode  # noqa: E402
+from deepspeed.utils.z3_leaf_module import set_z3_leaf_module, z3_leaf_module  # noqa: E402
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config  # noqa: E402
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -50,8 +56,6 @@ log = logger(__name__)
 
 PLAIN = ("builtins", "collections", type(ZeRoTraceMode.RECORD).__module__)
 """Where the types come from that hold what DeepSpeed has recorded; the others are streams and what it shares."""
-SAMPLES = 8
-"""Elements per tensor and rank that are compared with the file after loading."""
 
 
 def derive_config(zero: ZeroConfig, base: Base, dtype: torch.dtype, micro_batch: int = 1) -> dict[str, Any]:
@@ -61,11 +65,14 @@ def derive_config(zero: ZeroConfig, base: Base, dtype: torch.dtype, micro_batch:
     workers, local, even = _workers()
     free, whole = _free(local), parameters * dtype.itemsize
     # Each rank divides the workers by its own node's number: with nodes of several sizes, DeepSpeed would fail or wait forever.
-    copies = zero.stage == 3 and even and node_copies_fit(whole, workers, local, free)
+    copies = even and node_copies_fit(whole, workers, local, free)
+    if zero.node_copies is not None:
+        copies = even and zero.node_copies and nodes_are_even(workers, local)
     share = 0 if zero.offload else share_bytes(whole, workers, local if copies else 0)
+    share += (zero.persistent_parameters or 0) * dtype.itemsize
     live = zero.live_parameters or live_numbers(free, share, dtype.itemsize)
     partition: dict[str, Any] = {
-        "stage": zero.stage,
+        "stage": 3,
         # The default would allocate 5e8 elements for gradients, which do not exist here.
         "reduce_bucket_size": 1_000_000,
         "stage3_param_persistence_threshold": zero.persistent_below,
@@ -104,41 +111,65 @@ def _free(local: int) -> int:
 
 
 def load(
-    base: Base,
-    zero: ZeroConfig,
-    dtype: torch.dtype,
-    *,
-    checkpoint_gradients: bool = False,
-    progress: Callable[[float], None] = lambda share: None,
-) -> PromptedModel:
-    """The base on this rank, ready to run: partitioned during loading (stage 3), or whole (stage 0).
+    base: Base, zero: ZeroConfig, dtype: torch.dtype, progress: Callable[[float], None] = lambda share: None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """This rank's shares of the base, and DeepSpeed's configuration for it. Collective."""
+    config = derive_config(zero, base, dtype)
+    _skip_compiled_collectives()
+    deepspeed.init_distributed(verbose=False)
+    with _telling(progress, base.numbers), _freed_at_once():
+        return _load_partitioned(base, dtype, config), config
 
-    Stage 3 needs an initialised process group. Collective: every rank must call it. Only the first rank reads the files, tensor
-    by tensor, and sends them to the others; `progress` receives the fraction of the elements that has arrived.
 
-    Raises:
-        BaseError: the loaded weights differ from the files, or no pass is right for this base.
+@contextmanager
+def gathered(model: PromptedModel, config: dict[str, Any], zero: ZeroConfig) -> Iterator[None]:
+    """Gather and release the base's tensors in all passes from now on; those inside are forgotten (`_unrecorded`)."""
+    layers = int(getattr(model.base.config.get_text_config(), "num_hidden_layers", 0))
+    leaves = leaf_modules(model.base, layers)
+    for leaf in leaves:
+        set_z3_leaf_module(leaf, True)
+    engine = deepspeed.initialize(model=model, config=config)[0]  # installs the hooks that gather and release
+    for leaf in leaves:
+        leaf.register_forward_pre_hook(_follow_keywords, with_kwargs=True)
+    torch.nn.functional.linear = _linear  # type: ignore[assignment]  # in the place of DeepSpeed's
+    partitioned_param_coordinator.iter_params = _own_parameters
+    _keep(model, zero)
+    with _unrecorded(engine.optimizer.param_coordinator), _discovered(model):
+        yield
+
+
+def _follow_keywords(module: Any, arguments: Any, options: dict[str, Any]) -> Any:
+    """DeepSpeed releases a module's tensors once the gradients of its inputs are known, but only of positional ones (0.19): an
+    attention that gets its states by keyword would keep its tensors until the end of the backward pass."""
+    followed = {
+        name: module.post_bwd_fn.apply(value)
+        for name, value in options.items()
+        if isinstance(value, Tensor) and value.requires_grad
+    }
+    return (arguments, options | followed) if followed else None
+
+
+_all_parameters = partitioned_param_coordinator.iter_params
+
+
+def _own_parameters(module: Any, recurse: bool = False) -> Any:
+    """The tensors that a module's hooks gather: its own, those that it uses of other modules, and for a leaf those inside.
+
+    To decide what to release, DeepSpeed (0.19, `__params_to_release`) asks for the tensors of later modules with the `recurse`
+    of the module that is released: leaves count nothing after another module, and whole decoder layers count after a leaf.
     """
-    if zero.stage == 0:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        model = PromptedModel(base.load(dtype, device))
-        _check_weights(model.base, base)
-        choose_pass(model, base.name)
-    else:
-        config = derive_config(zero, base, dtype)
-        _skip_compiled_collectives()
-        deepspeed.init_distributed(verbose=False)
-        with _telling(progress, base.numbers), _freed_at_once():
-            loaded = _load_partitioned(base, dtype, config)
-        model = PromptedModel(loaded)
-        _check_weights(model.base, base)
-        engine = deepspeed.initialize(model=model, config=config)[0]  # installs the hooks that gather and release
-        torch.nn.functional.linear = _linear  # type: ignore[assignment]  # in the place of DeepSpeed's
-        with _unrecorded(engine.optimizer.param_coordinator), _discovered(model):
-            choose_pass(model, base.name)
-    if checkpoint_gradients:
-        model.checkpoint_gradients()
-    return model
+    return _all_parameters(module, recurse=z3_leaf_module(module))
+
+
+def _keep(model: PromptedModel, zero: ZeroConfig) -> None:
+    """Mark the tensors that stay whole on every rank after their first use. DeepSpeed's own limit on their sum
+    (stage3_model_persistence_threshold, 0.19) counts also those of other bases in this process."""
+    parameters: list[Any] = list(model.parameters())
+    late = next((at for at, each in enumerate(parameters) if each is model.base.get_input_embeddings().weight), -1)
+    sizes = [each.ds_numel for each in parameters]
+    kept = kept_whole(sizes, zero.persistent_below, zero.persistent_parameters or 0, late)
+    for at, parameter in enumerate(parameters):
+        parameter.ds_persist = at in kept
 
 
 def _load_partitioned(base: Base, dtype: torch.dtype, config: dict[str, Any]) -> PreTrainedModel:
@@ -264,56 +295,3 @@ def _skip_compiled_collectives() -> None:
     Only its inference engine uses it (deepspeed/comm/torch.py, `inference_all_reduce`), so it is declared unavailable.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def sharding(model: nn.Module) -> BaseShare:
-    """Bytes of the base that this rank holds, and bytes of the whole base."""
-    held = whole = 0
-    for parameter in model.parameters():
-        own = _own_share(parameter)
-        held += max(own.numel(), parameter.data.numel()) * own.element_size()
-        whole += _numbers(_whole_shape(parameter)) * own.element_size()
-    return BaseShare(held, whole)
-
-
-def _own_share(parameter: nn.Parameter) -> torch.Tensor:
-    """The part of a parameter that stays on this rank between passes: a flattened part, or the whole tensor."""
-    share: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
-    return share.detach()
-
-
-def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _check_weights(model: PreTrainedModel, base: Base) -> None:
-    """Compare sampled elements of the tensors with their files, in this rank's own part, without communication. Several ranks
-    divide the tensors: with all tensors on each of 512 ranks, a base of 405 B would be opened millions of times.
-
-    Under ZeRO-3 transformers 5 does not report mismatched keys (integrations/deepspeed.py), and a base with random weights
-    would train without any error.
-    """
-    stored = stored_names(model, base.tensors, base.renamed)
-    workers = Workers.current()
-    rank, compared = workers.rank, 0
-    for name, parameter in model.named_parameters():
-        file = stored.get(name)
-        shape = _whole_shape(parameter)
-        if file is None or file.shape != shape or file.dtype not in STORED_DTYPES:
-            continue  # merged or dequantised while loading, or tied: nothing to compare with
-        compared += 1
-        if hasattr(parameter, "ds_tensor") and compared % workers.size != rank:
-            continue
-        local = _own_share(parameter).flatten()
-        first = rank * local.numel() if hasattr(parameter, "ds_tensor") else 0
-        count = min(local.numel(), _numbers(shape) - first)
-        for at in range(0, max(count, 0), max(1, count // SAMPLES)):
-            expected = stored_values(file, first + at, 1).to(local.dtype)
-            if not torch.equal(local[at : at + 1].cpu(), expected):
-                raise BaseError(f"model.path: {base.name} was not loaded as it is stored (tensor {name}); report this")
-    if not compared:
-        raise BaseError(f"model.path: no tensor of {base.name} could be compared with its file; convert the checkpoint")
-
-
-def _numbers(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
