@@ -5,7 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from server import KEY, TOKENIZER, URL, report
+from server import KEY, URL, report
 
 with tempfile.TemporaryDirectory() as folder:
     command = [str(Path(sys.executable).parent / "aiperf"), "profile", "--model", "raw", "--url", URL.removesuffix("/v1")]
@@ -14,7 +14,7 @@ with tempfile.TemporaryDirectory() as folder:
         "completions",
         "--streaming",
         "--tokenizer",
-        TOKENIZER,
+        "builtin",
         "--api-key",
         KEY,
         "--concurrency",
