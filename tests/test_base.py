@@ -610,7 +610,7 @@ def test_errors_that_no_restart_cures_end_a_run_at_once(monkeypatch: pytest.Monk
     config = {"experiment": toy_task.experiment, "events": None, "threads": 1}
 
     def decided(error: Exception) -> tuple[str, str]:
-        monkeypatch.setattr(worker.zero, "load", lambda *given, **options: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(worker.base_loader, "load", lambda *given, **options: (_ for _ in ()).throw(error))
         try:
             worker.run_worker(config, cast(Any, Silent()), cast(Any, None))
         except Exception as raised:

@@ -18,7 +18,7 @@ from conftest import ARCHITECTURES, CONCATENATED, tiny_base
 from torch import Tensor
 
 from ptuning.inference.engine import Engine
-from ptuning.inference.sampling import Sampling, Token, draw
+from ptuning.inference.sampling import SamplerState, Sampling, Token, choose_tokens, draw
 from ptuning.inference.types import End, EngineBusy, EngineConfig, EngineStopped, Request, RequestError, ResidentPrompt
 from ptuning.inference.virtual_tokens import ROWS, VirtualTokens
 from ptuning.model.label_trie import LabelTrie
@@ -349,6 +349,40 @@ def test_drawing_follows_the_probabilities():
     torch.testing.assert_close(counts, torch.tensor([1.0, 3.0, 4.0]) / 8, atol=0.03, rtol=0)
     kept = {draw(logits, Sampling(1.0, top_p=0.6), generator) for _ in range(200)}
     assert kept == {1, 2}  # 4/8 is not enough, 7/8 is
+
+
+def test_what_is_drawn_does_not_depend_on_the_neighbours():
+    """Rows of a step with any settings, a cancelled one and one that is not a number: the same tokens and reports as alone, and
+    a row that fails leaves the others."""
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0)) * 3
+    logits[4] = math.nan
+    kinds = [Sampling(), Sampling(0.7, seed=1), Sampling(1.5, 0.6, seed=2, top=3), None, Sampling(1.0, seed=3), Sampling(top=0)]
+    kinds.append(Sampling(2.0, 0.9, seed=4))
+
+    def chosen(rows: list[int]) -> tuple[list, list]:
+        tokens, told = [], []
+        states = [SamplerState(kinds[row]) if kinds[row] else None for row in rows]
+        for row, state in zip(rows, states, strict=True):
+            if state:
+                state.on_token = lambda token, row=row: told.append((row, token))
+        for step in range(5):
+            scores = (logits[rows] + 0.1 * step).clone()
+            tokens.append(choose_tokens(scores, states))
+            found = scores.argmax(-1).tolist()
+            assert all(token is None or token == most for token, most in zip(tokens[-1], found, strict=True))
+        return tokens, sorted(told, key=lambda each: each[0])
+
+    together, reports = chosen(list(range(7)))
+    for row in range(7):
+        alone, own = chosen([row])
+        assert [each[row] for each in together] == [token for (token,) in alone]
+        assert [each for each in reports if each[0] == row] == own
+    assert together[0][3] is None and together[0][4] is None and len({step[1] for step in together}) > 1
+    [first, *_] = [token for row, token in reports if row == 2]
+    expected = torch.log_softmax(logits[2], -1)
+    assert first.logprob == pytest.approx(float(expected[first.id]), abs=1e-6) and len(first.top) == 3
+    assert [token for token, _ in first.top] == expected.topk(3).indices.tolist()
+    assert [token for row, token in reports if row == 4] == [None] * 5
 
 
 def test_a_full_engine_says_so(engine, add):

@@ -18,8 +18,11 @@ from ptuning.data.encoder import Encoder
 from ptuning.errors import BaseError
 from ptuning.inference import paged_attention, plain_generator
 from ptuning.inference.engine import Engine
+from ptuning.inference.paged_attention import stored_sizes
+from ptuning.inference.paged_generator import page_numbers
 from ptuning.inference.types import EngineConfig, Request, RequestError
 from ptuning.model import label_cache, packed_layers, tree_attention
+from ptuning.model.attention_sizes import paged_numbers
 from ptuning.model.compatibility import next_logits
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packing import Objective, pack_labels, pack_targets
@@ -235,6 +238,13 @@ def test_the_engine_generates_what_the_base_computes(name: str) -> None:
             with torch.no_grad():
                 nll = model([vectors[slot]], pack_targets([len(vectors[slot])], [rows]))
             assert nll[token] <= nll.min() + 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name][2] == "paged"])
+def test_a_plan_counts_what_the_pages_take(name: str) -> None:
+    model = PromptedModel(tiny(name))
+    choose_pass(model, name, gradients=False)
+    assert paged_numbers(model.base, model.base.config.num_hidden_layers) == page_numbers(model.base, stored_sizes(model))
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +120,45 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path
         victim.write_bytes(content)
     saved = checkpoint.newest(str(folder))
     assert saved is not None and saved[1]["step"] == 10
+
+
+def test_checkpoints_are_written_beside_training_and_none_is_said_to_be_there_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As to an object store: what is written is the state of its moment; the next one, and the end, wait for it; its error is
+    raised there."""
+    monkeypatch.setattr(storage, "is_local", lambda folder: False)
+    gate, write = threading.Event(), storage.write_folder
+
+    def slowly(*arguments: Any) -> None:
+        assert gate.wait(20)
+        write(*arguments)
+
+    monkeypatch.setattr(storage, "write_folder", slowly)
+    folder, values, writer = str(tmp_path / "checkpoints"), torch.ones(3), checkpoint.Writer()
+    state: dict[str, Any] = {"step": 10, "events": [1]}
+    writer.save(folder, 10, {"v": values}, state)
+    values.fill_(2.0)
+    state["events"].append(2)
+    assert checkpoint.newest(folder) is None
+    threading.Timer(0.2, gate.set).start()
+    writer.save(folder, 20, {"v": values}, state)
+    saved = checkpoint.newest(folder)
+    assert saved is not None
+    writer.wait(folder)
+    assert saved[0]["v"].tolist() == [1.0] * 3 and saved[1] == {"step": 10, "events": [1]}
+    assert storage.list_folders(folder) == ["step-000000010", "step-000000020"]
+
+    def fails(*arguments: Any) -> None:
+        raise OSError("No space left")
+
+    monkeypatch.setattr(storage, "write_folder", fails)
+    for ask in (lambda: writer.wait(folder), lambda: writer.save(folder, 30, {"v": values}, state), writer.end):
+        writer.save(folder, 30, {"v": values}, state)
+        with pytest.raises(OSError, match="No space left"):
+            ask()
+    writer.save(folder, 30, {"v": values}, state)
+    writer.settle()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a full file system, made with a tmpfs by root")

@@ -451,14 +451,23 @@ def test_schedules(schedule: Any, expected: list[float]) -> None:
 
 
 def test_clipping_is_by_the_slots_own_norm(run: Any, toy_task: SimpleNamespace) -> None:
-    pack = run().pack
-    slot = pack.attach(StartRun(experiment(toy_task, train__clip=1.0), "unused"))
-    slot.starts[0].optimizer = torch.optim.SGD([slot.vectors], lr=1.0)
-    before = slot.vectors.detach().clone()
-    norm = slot.update([torch.full_like(before, 3.0)], [1.0])
-    moved = (before - slot.vectors.detach()).norm() / learning_rate(slot.config, 0)
-    assert norm == pytest.approx(3.0 * math.sqrt(before.numel())) and float(moved) == pytest.approx(1.0)
-    pack.slots.clear()
+    """The norm that is reported is that before clipping; the step is the same for any neighbour."""
+    found = []
+    for neighbour in (False, True):
+        pack, events = run(places=2).pack, []
+        for name, limit in [("other", 0)][: int(neighbour)] + [("clipped", 1e-3)]:
+            pack.attach(StartRun(experiment(toy_task, name=name, train__clip=limit), "unused"))
+        slot = pack.slots[-1]
+        training.step(pack, events.append)
+        # After one update, the first moment is a tenth of the gradient.
+        assert float(slot.starts[0].moments["exp_avg"].norm()) == pytest.approx(1e-4, rel=1e-5)
+        assert events[-1].values["gradient_norm"] > 1e-2
+        found.append(slot.vectors.clone())
+        if neighbour:
+            assert float(pack.slots[0].starts[0].moments["exp_avg"].norm()) == pytest.approx(
+                events[0].values["gradient_norm"] / 10, rel=1e-5
+            )
+    assert torch.allclose(*found, atol=1e-7)
 
 
 def test_several_starts_end_as_the_best_of_them(run: Any, toy_task: SimpleNamespace) -> None:

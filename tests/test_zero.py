@@ -6,6 +6,7 @@ look at what it wrote.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -102,8 +103,22 @@ def run(workers: Workers, model: PromptedModel, base: Any, tables: dict[str, Any
     return events
 
 
+def run_pack(workers: Workers, model: PromptedModel, base: Any, tables: dict[str, Any], folder: str, stop: int = 0) -> None:
+    """Two runs side by side, whose seeds differ. `stop`: killed after this step."""
+
+    def report(event: Event) -> None:
+        if stop and event.kind == "step" and event.step == stop and event.run == "seed-1":
+            raise KeyboardInterrupt
+
+    pack = Pack(model, base, workers, lambda experiment: load_task(experiment, base), num_slots=2)
+    experiments = [parse_experiment({**changed(tables, {"seed": seed}), "name": f"seed-{seed}"}) for seed in (0, 1)]
+    todo = iter([[StartRun(each, f"{folder}/{each.name}") for each in experiments]])
+    with contextlib.suppress(KeyboardInterrupt):
+        train(pack, lambda free: next(todo, None), report)
+
+
 def changed(tables: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    shorter = {"steps": 8, "evaluate_every": 4, "micro_batch_size": 5}
+    shorter = {"steps": 8, "evaluate_every": 4, "micro_batch_size": 5, "checkpoint_every": 4}
     return {**tables, "train": {**tables["train"], **shorter, **settings}}
 
 
@@ -166,6 +181,8 @@ def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:
         if name == "whole":
             for other, train in OTHERWISE.items():
                 run(workers, kept, base, changed(tables, train), f"{folder}/{name}-{other}")
+            run_pack(workers, kept, base, tables, f"{folder}/{name}-pack")
+            run_pack(workers, kept, base, tables, f"{folder}/{name}-killed", stop=6)
     half = base_loader.load(base, ZeroConfig(stage=3), torch.bfloat16)
     found["half"] = {"sharding": vars(base_loader.sharding(half.base)), "dtype": str(next(half.parameters()).dtype)}
     tensors["gradients_half"] = gradients(half, base.width, workers)
@@ -309,6 +326,24 @@ def test_law_3_holds_for_every_objective(pair: Any, alone: Any, name: str) -> No
     run(Workers(), model, base, changed(tables, OTHERWISE[name]), f"{folder}/one-{name}")
     found = {workers: soft_prompt.load(f"{folder}/{workers}-{name}/soft_prompt").vectors for workers in ("one", "two", "whole")}
     assert relative(found["two"], found["one"]) < 1e-4 and relative(found["whole"], found["one"]) < 1e-4
+
+
+def pack_of(folder: Path) -> list[torch.Tensor]:
+    return [soft_prompt.load(str(folder / f"seed-{seed}" / "soft_prompt")).vectors for seed in (0, 1)]
+
+
+def test_law_4_workers_that_take_whole_soft_prompts_train_what_one_trains(pair: Any, alone: Any) -> None:
+    """A soft prompt is computed by one worker, with the rows that one worker alone would compute. And a run that
+    two workers have begun can be finished by one (law 5)."""
+    folder, tables, _, _ = pair
+    base, model = alone
+    for seed in (0, 1):
+        settings = {**changed(tables, {"seed": seed, "micro_batch_size": None}), "name": f"seed-{seed}"}
+        run(Workers(), model, base, settings, f"{folder}/alone/seed-{seed}")
+    one = pack_of(folder / "alone")
+    run_pack(Workers(), model, base, tables, f"{folder}/whole-killed")
+    for name in ("whole-pack", "whole-killed"):
+        assert all(relative(found, expected) < 1e-5 for found, expected in zip(pack_of(folder / name), one, strict=True))
 
 
 def test_law_2_every_shard_is_unchanged_after_training(pair: Any) -> None:

@@ -15,13 +15,16 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.measuring import gemm_rate, machine, settle
@@ -29,13 +32,16 @@ from benchmarks.steps import SIZES, Size, Step, difference, flops, our_step, ran
 from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import Sampling, Token
 from ptuning.inference.types import End, EngineConfig, Request
+from ptuning.model import varlen_attention
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packing import Objective, pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
+from ptuning.model.transfer import moved
 from ptuning.planning.meta_model import MetaModel
 from ptuning.planning.workload import Workload
 from ptuning.settings.training import TrainConfig
 from ptuning.training import checkpoint
+from ptuning.training.optimizer import Together
 from ptuning.training.starts import Start
 
 TINY = Size(2, 64, 128, 4, 2, 1_000)
@@ -158,24 +164,28 @@ def resumed(optimizer: Any, device: str) -> bool:
     config = TrainConfig(optimizer=optimizer)
     gradients = [torch.randn(4, 32, generator=torch.Generator().manual_seed(step)).to(device) for step in range(4)]
     whole, part, again = (Start(0, torch.ones(4, 32, device=device), config) for _ in range(3))
-    for gradient in gradients:
-        whole.update(gradient.clone(), 1.0, 0.1)
-    for gradient in gradients[:2]:
-        part.update(gradient.clone(), 1.0, 0.1)
+    _updated(whole, gradients)
+    _updated(part, gradients[:2])
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(folder, 2, *part.state())
         saved = checkpoint.newest(folder)
         assert saved is not None
         again.restore(*saved)
-    for gradient in gradients[2:]:
-        again.update(gradient.clone(), 1.0, 0.1)
+    _updated(again, gradients[2:])
     return torch.equal(whole.vectors, again.vectors)
+
+
+def _updated(start: Start, gradients: Sequence[Tensor]) -> None:
+    together = Together([start])
+    for gradient in gradients:
+        numbers = moved(together.numbers([start.updates + 1], [0.1]), gradient.device)
+        together.update(gradient, numbers)
 
 
 def waits_part(arguments: argparse.Namespace) -> dict[str, Any]:
     """How often the host waits for the GPU in a step of training (K = 1 and 4)."""
     found = {}
-    model = PromptedModel(random_llama(torch.float32, TINY, arguments.device))
+    model = PromptedModel(random_llama(torch.bfloat16, TINY, arguments.device))
     rows, vectors = random_rows([8, 5, 11]), random_vectors(4, TINY.width)
     for slots in (1, 4):
         step = our_step(model, vectors, clipped(rows), slots)
@@ -215,6 +225,36 @@ def cudnn_part(arguments: argparse.Namespace) -> dict[str, Any]:
             seconds.append(time.perf_counter() - began)
         found[name] = {"median_s": statistics.median(seconds), "longest_s": max(seconds[2:])}
     torch.backends.cuda.enable_cudnn_sdp(False)
+    return found
+
+
+@contextmanager
+def attention_by(levels: bool) -> Iterator[None]:
+    """Passes of a base in 16 bits compute attention by the levels of the tree, or by its groups."""
+    with (
+        patch.object(PromptedModel, "cascades", property(lambda model: levels)),
+        patch.object(varlen_attention, "suits", lambda *tensors: levels),
+    ):
+        yield
+
+
+def cascade_part(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Two layers of the base: attention by levels of the tree against one call per group, in time and in what the gradients
+    differ from those in float32."""
+    size = TINY if arguments.small else SIZES[arguments.sizes[-1]]._replace(layers=2)
+    draw = torch.Generator().manual_seed(0)
+    found: dict[str, Any] = {}
+    for text, length, slots in ((12, 4, 2),) if arguments.small else ((128, 20, 1), (128, 20, 8), (32, 20, 16), (128, 100, 8)):
+        lengths = torch.randint(max(8, text // 2), text + 1, (16,), generator=draw).tolist()
+        rows, vectors = clipped(random_rows(lengths)), random_vectors(length, size.width)
+        exact = our_step(PromptedModel(random_llama(torch.float32, size, arguments.device)), vectors, rows, slots)().clone()
+        step = our_step(PromptedModel(random_llama(torch.bfloat16, size, arguments.device)), vectors, rows, slots)
+        measured = {}
+        for name, levels in (("levels", True), ("groups", False)):
+            with attention_by(levels):
+                measured[name] = {"step_s": median(step, 1 if arguments.small else 10), "difference": difference(step(), exact)}
+        found[f"T={text} P={length} K={slots}"] = measured
+        print(json.dumps({"part": "cascade", f"T={text} P={length} K={slots}": measured}), flush=True)
     return found
 
 
@@ -291,11 +331,12 @@ PARTS: dict[str, tuple[Part, int]] = {
     "machine": (machine_part, 60),
     "right": (right_part, 90),
     "waits": (waits_part, 45),
-    "cudnn": (cudnn_part, 75),
-    "train": (train_part, 200),
-    "serve": (serve_part, 120),
+    "cudnn": (cudnn_part, 60),
+    "cascade": (cascade_part, 60),
+    "train": (train_part, 175),
+    "serve": (serve_part, 110),
 }
-"""Functions and their limits in seconds: 590 in all."""
+"""Functions and their limits in seconds: 600 in all."""
 
 
 def run_part(name: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 On a CPU, transformers' continuous batching (5.23) computes one attention for all requests, with a mask that separates them. Its
 cost is the product of all queries and all keys, and masking does not isolate: a NaN of one request spreads to all others,
 because 0 * NaN is NaN. Here each request has an attention call of its own: the cost is the sum, and requests cannot affect each
-other.
+other. On a GPU one call of flash attention does the same for all requests (`varlen_attention`).
 
 Shapes: N packed query tokens and S packed keys of all requests, h heads, d head width.
 """
@@ -25,9 +25,11 @@ from transformers.generation.continuous_batching import cache as paged_cache
 from transformers.generation.continuous_batching.cache_allocators import full_attention
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
+from ptuning.model import varlen_attention
 from ptuning.model.packing import pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.tree_attention import explicit_attention, segment_attention, tree_of
+from ptuning.model.varlen_attention import Sequences
 
 _RECORDED = "ptuning_recorded"
 ATTENTION = "ptuning_serving"
@@ -165,6 +167,17 @@ def serving_attention(
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError("attention with position_bias")
     key, value = _updated(cache, key, value, module.layer_idx, kwargs)
+    if softcap is None and s_aux is None and varlen_attention.suits(query, key, value):
+        sequences = Sequences(
+            kwargs["cu_seq_lens_q"],
+            kwargs["cu_seq_lens_k"],
+            kwargs["max_length_q"],
+            kwargs["max_length_k"],
+            causal=True,
+            window=sliding_window,
+        )
+        q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+        return varlen_attention.forward(q, k, v, sequences, scaling)[0][None], None
     queries, keys = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
     groups = query.shape[1] // key.shape[1]
     out = query.new_empty(*query.shape[:3], value.shape[3])

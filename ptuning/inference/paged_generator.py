@@ -13,7 +13,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from ptuning.inference.generator import Events
-from ptuning.inference.paged_attention import ATTENTION, remember_steps, stored_sizes, storing
+from ptuning.inference.paged_attention import ATTENTION, Stored, remember_steps, stored_sizes, storing
 from ptuning.inference.sampling import Sampler
 from ptuning.inference.types import EngineConfig, RequestError
 from ptuning.model.attention_sizes import token_numbers
@@ -58,8 +58,7 @@ class PagedGenerator:
         self._ends: dict[str, frozenset[int]] = {}
         _check_room(base, config.cache_bytes)
         sizes = stored_sizes(model)
-        layers = int(base.config.get_text_config().num_hidden_layers)
-        numbers = token_numbers(base) if sizes is None else layers * sizes.numbers
+        numbers = page_numbers(base, sizes)
         pages = max(8, config.cache_bytes // (PAGE * max(1, numbers * base.dtype.itemsize)))
         self.longest = min(config.context, PAGE * pages * 3 // 4)
         # transformers allows two names here; ours is not one of them and is set afterwards.
@@ -121,6 +120,12 @@ class PagedGenerator:
         else:
             stopped = bool(output.generated_tokens) and output.generated_tokens[-1] in ends
             self._events.ended(output.request_id, "stop" if stopped else "length", "")
+
+
+def page_numbers(base: PreTrainedModel, sizes: Stored | None) -> int:
+    """Elements of one token in all layers of the cache (`paged_attention.stored_sizes`)."""
+    layers = int(base.config.get_text_config().num_hidden_layers)
+    return token_numbers(base) if sizes is None else layers * sizes.numbers
 
 
 def _check_room(base: PreTrainedModel, cache_bytes: int) -> None:

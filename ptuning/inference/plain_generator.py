@@ -9,7 +9,6 @@ Shapes: B rows of a batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ptuning.inference.generator import Events
-from ptuning.inference.sampling import choose_token
+from ptuning.inference.sampling import choose_tokens
 from ptuning.inference.types import EngineConfig
 from ptuning.inference.virtual_tokens import VirtualTokens
 from ptuning.model.prompted_model import PromptedModel
@@ -212,18 +211,14 @@ class PlainGenerator:
     def choose(self, rows: list[_Row], logits: Tensor) -> None:
         """Choose the next token of every row from logits `[B, V]`, which then have it as maximum; then others have a turn."""
         self._events.stepped(sum(not row.done for row in rows))
-        for row, scores in zip(rows, logits, strict=True):
-            state = None if row.done else self._events.find(row.request_id)
-            if state is None:
-                row.done = True
-                continue
-            if not row.made:
+        states = [None if row.done else self._events.find(row.request_id) for row in rows]
+        for row, state in zip(rows, states, strict=True):
+            if state and not row.made:
                 state.computed += len(row.ids)
-            token = choose_token(scores, state)
+        for row, token in zip(rows, choose_tokens(logits, states), strict=True):
             if token is None:
                 row.done = True
                 continue
-            scores[token] = math.inf
             row.made += 1
             if token in row.ends or row.made >= row.new:
                 self._finish(row, "", stopped=token in row.ends)

@@ -3,7 +3,8 @@
 transformers' continuous batching (5.23) has one seed and one set of sampling parameters for all requests, reports only the log-
 probability of the chosen token, and copies a request's whole text for every streamed token. Its list of logits processors is
 called at every step with all requests, so the sampler replaces that list: it chooses each request's token with the request's
-own generator, makes that token the only possible one, and reports it immediately.
+own generator, makes that token the only possible one, and reports it immediately. All requests are computed at once, on the
+device of the logits: a step would otherwise wait for every request, and on a CPU sampling was slower than a GPU's whole step.
 
 What changes logits is in the order of vLLM: biases and end tokens that are not allowed yet, penalties, temperature, min_p,
 top_k, top_p. Each is what the logits processor of transformers of this name computes.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -26,6 +27,10 @@ from transformers import LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 
 from ptuning.inference.grammar import Matcher
+from ptuning.model.transfer import moved
+
+COLDEST = 1e-6
+"""Lowest temperature."""
 
 
 @dataclass(frozen=True)
@@ -157,63 +162,113 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
         """Logits `[R or more, V]` fp32 -> the same, with the chosen tokens as maximum."""
-        largest, likeliest = scores[: len(self._step)].max(-1)
-        for row, (logit, token) in enumerate(zip(largest.tolist(), likeliest.tolist(), strict=True)):
-            choice = self._find(self._step[row])
-            if choice is None:  # the request was cancelled
-                continue
-            chosen = _choose(scores[row], choice, logit, token)
-            if chosen is not None:
-                scores[row, chosen] = math.inf
+        rows = scores[: len(self._step)]
+        choose_tokens(rows, [self._find(request) for request in self._step])
         return scores
 
 
-def choose_token(logits: Tensor, choice: SamplerState) -> int | None:
-    """Choose the next token from logits `[V]` fp32 and report it; None if they are NaN, which is reported, too."""
-    largest, likeliest = logits.max(-1)
-    return _choose(logits, choice, float(largest), int(likeliest))
+def choose_tokens(logits: Tensor, states: Sequence[SamplerState | None]) -> list[int | None]:
+    """Choose the next token of every request from logits `[R, V]` fp32, and report it. None: the request was cancelled, or its
+    logits are NaN, which is reported, too. Afterwards the chosen tokens are the maximum of their rows.
 
-
-def _choose(logits: Tensor, choice: SamplerState, largest: float, token: int) -> int | None:
-    if not math.isfinite(largest):
-        choice.on_token(None)
-        return None
+    The number of kernels does not depend on R, and the host waits once: for the tokens and all that is reported with them.
+    """
+    device = logits.device
+    drawn = [row for row, state in enumerate(states) if state and state.generator]
+    told = [row for row, state in enumerate(states) if state and state.sampling.top is not None]
+    settings = [states[row].sampling for row in drawn]  # type: ignore[union-attr]
+    uniforms = [_uniform(states[row].generator) for row in drawn]  # type: ignore[union-attr]
+    drawn_rows, told_rows, numbers = moved(
+        [torch.tensor(drawn, dtype=torch.long), torch.tensor(told, dtype=torch.long), _numbers(settings, uniforms)], device
+    )
+    largest, tokens = logits.max(-1)
+    changing = [row for row, state in enumerate(states) if state and state.changes_logits]
     changed = logits
-    if choice.changes_logits:
-        changed = choice.changed(logits)
-        token = int(changed.argmax())
-    if choice.generator is not None:
-        token = draw(changed, choice.sampling, choice.generator)
-    if changed is not logits:
-        choice.chose(token)
-    choice.on_token(describe(logits, token, choice.sampling.top))
-    return token
+    if changing:  # what is reported is of the model's own logits
+        changed = logits.clone()
+        for row in changing:
+            changed[row] = states[row].changed(logits[row])  # type: ignore[union-attr]
+        tokens = changed.argmax(-1)
+    if drawn:
+        found = _draw(changed.index_select(0, drawn_rows), numbers, *_limited(settings))
+        tokens = tokens.index_copy(0, drawn_rows, found)
+    results = [largest, tokens]
+    top = 0
+    if told:
+        logprobs = torch.log_softmax(logits.index_select(0, told_rows), -1)
+        top = min(max(states[row].sampling.top or 0 for row in told), logits.shape[1])  # type: ignore[union-attr]
+        likely = logprobs.topk(top)
+        own = logprobs.gather(1, tokens.index_select(0, told_rows)[:, None])
+        results += [own.flatten(), likely.values.flatten(), likely.indices.flatten()]
+    logits.scatter_(1, tokens[:, None], math.inf)
+    flat = torch.cat([each.double() for each in results]).tolist()
+    many = len(states)
+    reports = dict(zip(told, _reports(flat[2 * many :], len(told), top), strict=True))
+    chosen: list[int | None] = []
+    for row, state in enumerate(states):
+        token = int(flat[many + row]) if state and math.isfinite(flat[row]) else None
+        chosen.append(token)
+        if state is None:
+            continue
+        if token is None:
+            state.on_token(None)
+            continue
+        if state.changes_logits:
+            state.chose(token)
+        logprob, pairs = reports.get(row, (None, ()))
+        state.on_token(Token(token, logprob, pairs[: state.sampling.top or 0]))
+    return chosen
+
+
+def _reports(flat: list[float], many: int, top: int) -> Iterator[tuple[float, tuple[tuple[int, float], ...]]]:
+    """The log-probability of the chosen token, and the most likely ids with theirs, of each row."""
+    values, ids = flat[many : many + many * top], flat[many + many * top :]
+    for row in range(many):
+        part = slice(row * top, (row + 1) * top)
+        yield flat[row], tuple(zip(map(int, ids[part]), values[part], strict=True))
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """A token sampled from logits `[V]`."""
-    exact = logits.double().cpu()
-    probabilities = torch.softmax((exact - exact.max()) / sampling.temperature, -1)  # no overflow at low temperatures
-    if sampling.min_p > 0 or 0 < sampling.top_k < len(probabilities):
-        least = sampling.min_p * probabilities.max()
-        if 0 < sampling.top_k < len(probabilities):
-            least = torch.maximum(least, probabilities.topk(sampling.top_k).values[-1])
+    return int(_draw(logits[None], _numbers([sampling], [_uniform(generator)]).to(logits.device), *_limited([sampling])))
+
+
+def _uniform(generator: torch.Generator | None) -> float:
+    """A number in [0, 1), one per token: what a request draws depends on its own generator only."""
+    return int(torch.randint(1 << 32, (), generator=generator)) / (1 << 32)
+
+
+def _numbers(samplings: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:
+    """`[5, n]` float64: temperatures, top_p, top_k, min_p, uniform numbers."""
+    # float32 has no smaller differences of logits that a lower temperature could enlarge.
+    temperatures = [max(each.temperature, COLDEST) for each in samplings]
+    limits = [each.top_p if each.top_p < 1 else math.inf for each in samplings]
+    most = [each.top_k or math.inf for each in samplings]
+    return torch.tensor([temperatures, limits, most, [each.min_p for each in samplings], uniforms], dtype=torch.float64)
+
+
+def _limited(samplings: Sequence[Sampling]) -> tuple[bool, bool]:
+    """Whether some have a top_p, and whether some have a top_k or min_p."""
+    return any(each.top_p < 1 for each in samplings), any(each.top_k or each.min_p for each in samplings)
+
+
+def _draw(logits: Tensor, numbers: Tensor, limited: bool, narrowed: bool) -> Tensor:
+    """A token per row of logits `[n, V]`: where the cumulated probabilities, in the order of the ids, exceed the row's uniform
+    number. `limited`: some row has a top_p; `narrowed`: a top_k or min_p. A row's token does not depend on the others."""
+    temperatures, limits, most, least, uniforms = numbers[..., None]
+    shifted = logits - logits.amax(-1, keepdim=True)  # no overflow at low temperatures
+    probabilities = torch.softmax(shifted / temperatures.to(logits.dtype), -1)
+    if narrowed:
+        places = most.clamp(max=logits.shape[1]).long() - 1
+        likeliest = probabilities.sort(descending=True).values
+        least = torch.maximum(likeliest.gather(1, places), least.to(logits.dtype) * likeliest[:, :1])
         probabilities = torch.where(probabilities >= least, probabilities, 0.0)
-        probabilities /= probabilities.sum()
-    if sampling.top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    if limited:
+        ordered, order = probabilities.sort(descending=True, stable=True)
         # A token is kept if those before it do not reach top_p, so the most likely one always is.
-        kept = ordered.cumsum(-1) - ordered < sampling.top_p
-        ordered = ordered * kept
-        return int(order[torch.multinomial(ordered, 1, generator=generator)])
-    return int(torch.multinomial(probabilities, 1, generator=generator))
-
-
-def describe(logits: Tensor, token: int, top: int | None) -> Token:
-    """A token with the requested log-probabilities."""
-    if top is None:
-        return Token(token)
-    logprobs = torch.log_softmax(logits.float(), -1)
-    values, ids = logprobs.topk(min(top, len(logprobs))) if top else (logprobs[:0], logprobs[:0])
-    likely = tuple((int(id), value) for id, value in zip(ids.tolist(), values.tolist(), strict=True))
-    return Token(token, float(logprobs[token]), likely)
+        kept = ordered.cumsum(-1, dtype=torch.float64) - ordered < limits
+        probabilities = torch.zeros_like(probabilities).scatter_(1, order, ordered * kept)
+    cumulated = probabilities.cumsum(-1, dtype=torch.float64)
+    places = torch.searchsorted(cumulated, uniforms * cumulated[:, -1:], right=True)
+    return places[:, 0].clamp_(max=logits.shape[1] - 1)  # only NaN is beyond

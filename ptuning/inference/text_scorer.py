@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ptuning.inference.sampling import Token, describe
+from ptuning.inference.sampling import Token
 from ptuning.inference.types import ResidentPrompt
 from ptuning.model.limits import LOGITS
 from ptuning.model.packing import pack_targets
@@ -48,5 +48,11 @@ def score_text(model: PromptedModel, vectors: Tensor, ids: Sequence[int], top: i
     for begin in range(1, len(ids), most):
         part = list(ids[begin : begin + most])
         logits = model.text_logits([vectors], pack_targets([len(vectors)], [[(list(ids[:begin]), part)]])).float()
-        found += [describe(row, token, top) for row, token in zip(logits, part, strict=True)]
+        logprobs = torch.log_softmax(logits, -1)
+        own = logprobs.gather(1, torch.tensor(part, device=logits.device)[:, None])[:, 0].tolist()
+        values, likely = (each.tolist() for each in logprobs.topk(min(top, logprobs.shape[1])))
+        found += [
+            Token(*each, tuple(zip(*pair, strict=True)))
+            for *each, pair in zip(part, own, zip(likely, values, strict=True), strict=True)
+        ]
     return found

@@ -28,10 +28,16 @@ class AttentionSize:
     """Elements per token of one layer."""
 
     queries: int
-    stored: int
-    """Keys and values as the attention function reads them."""
+    keys: int
+    """As the attention function reads them."""
+    values: int
     cached: int
     """Keys and values in the base's own cache: multi-head latent attention caches them compressed."""
+
+    @property
+    def stored(self) -> int:
+        """Keys and values as the attention function reads them."""
+        return self.keys + self.values
 
 
 def attention_sizes(base: nn.Module) -> list[AttentionSize]:
@@ -54,8 +60,17 @@ def unused(name: str) -> bool:
 
 def token_numbers(base: nn.Module, *, cached: bool = False) -> int:
     """Elements of the keys and values of one token in all layers. `cached`: in the base's own cache, otherwise as the attention
-    function reads them, which is what a paged cache stores."""
+    function reads them."""
     return sum(size.cached if cached else size.stored for size in attention_sizes(base))
+
+
+def paged_numbers(base: nn.Module, layers: int) -> int:
+    """Elements of one token in a paged cache, of a base with this number of layers. It has the same place for the keys and for
+    the values of each layer: where they differ, as large as the largest (`inference.paged_attention.stored_sizes`)."""
+    sizes = attention_sizes(base)
+    widest = max((max(size.keys, size.values) for size in sizes), default=0)
+    alike = all(size.keys == size.values == widest for size in sizes)
+    return token_numbers(base) if alike else 2 * layers * widest
 
 
 def _size(module: nn.Module) -> AttentionSize | None:
@@ -66,16 +81,17 @@ def _size(module: nn.Module) -> AttentionSize | None:
         of_keys = _made(getattr(module, keys, None))
         if of_keys:
             # Layers whose values equal their keys have no projection of their own (Gemma 4).
-            stored = of_keys + (_made(getattr(module, values, None)) or of_keys)
-            return AttentionSize(output or _made(getattr(module, queries, None)) or of_keys, stored, stored)
+            of_values = _made(getattr(module, values, None)) or of_keys
+            wide = output or _made(getattr(module, queries, None)) or of_keys
+            return AttentionSize(wide, of_keys, of_values, of_keys + of_values)
     both = _made(getattr(module, "kv_proj", None))
     if both:
-        return AttentionSize(output or both // 2, both, both)
+        return AttentionSize(output or both // 2, both // 2, both // 2, both)
     fused = next((wide for name in FUSED if (wide := _made(getattr(module, name, None)))), 0)
     if not fused or not output:
         return None
     stored = fused - output if fused > output else 2 * output
-    return AttentionSize(output, stored, stored)
+    return AttentionSize(output, stored // 2, stored // 2, stored)
 
 
 def _latent(module: Any, output: int) -> AttentionSize:
@@ -83,7 +99,8 @@ def _latent(module: Any, output: int) -> AttentionSize:
     compressed = _made(module.kv_a_proj_with_mqa)
     rotated = compressed - _given(module.kv_b_proj)
     heads = int(getattr(module, "num_heads", 0) or module.config.num_attention_heads)
-    return AttentionSize(output, _made(module.kv_b_proj) + heads * rotated, compressed)
+    expanded = _made(module.kv_b_proj) + heads * rotated  # values are as wide as what the output projection is given
+    return AttentionSize(output, expanded - output, output, compressed)
 
 
 def _made(layer: Any) -> int:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 class InputEmbedding:
     """A hook on the input embedding of a base."""
 
-    def __init__(self, base: nn.Module) -> None:
-        self.needs_ids = False
+    def __init__(self, base: nn.Module, needs_ids: bool = False) -> None:
+        self.needs_ids = needs_ids
         """The base looks up more than its input embedding by token id (`self_check`). A virtual token has id 0 there."""
         self._instead: Tensor | None = None
         embedding: Any = getattr(base, "get_input_embeddings", lambda: None)()

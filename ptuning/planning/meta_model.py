@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ptuning.errors import BaseError
-from ptuning.model.attention_sizes import attention_sizes, token_numbers
+from ptuning.model.attention_sizes import attention_sizes, paged_numbers, token_numbers
 from ptuning.model.decoder import check_decoder
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packing import Objective, pack_targets
@@ -155,7 +155,7 @@ def _shape(model: PromptedModel, dtype: torch.dtype) -> BaseShape:
         layers=layers,
         vocabulary=head.shape[0],
         attention_width=sum(size.queries for size in attention_sizes(base)) // layers,
-        token_numbers=token_numbers(base),
+        token_numbers=paged_numbers(base, layers),
         cached_numbers=token_numbers(base, cached=True),
         itemsize=dtype.itemsize,
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in base.buffers()),

@@ -28,7 +28,7 @@ class BaseShape:
     attention_width: int
     """Query heads times their width, averaged over the layers."""
     token_numbers: int
-    """Elements of one token's keys and values in all layers, as attention reads them and the engine stores them."""
+    """Elements of one token's keys and values in all layers, as the engine's pages store them."""
     cached_numbers: int
     """The same in the base's own cache, which evaluation uses for generated text."""
     itemsize: int

@@ -60,6 +60,10 @@ def check_logits(model: PreTrainedModel, ids: list[int], found: Tensor, expected
         raise ExportError(
             f"{name}: {type(model).__name__} treats ids and vectors differently and cannot be merged; {OTHERWISE}"
         )
+
+
+def check_suppressed(model: PreTrainedModel, ids: list[int], found: Tensor, name: str) -> None:
+    """Check that no virtual token is the most likely one by logits `[R, V + P]`."""
     if bool(torch.isin(found.argmax(1), torch.tensor(ids)).any()):
         raise ExportError(
             f"{name}: the head of {type(model).__name__} cannot keep its virtual tokens from being generated; {OTHERWISE}"

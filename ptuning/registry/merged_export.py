@@ -27,13 +27,22 @@ from ptuning.data.encoder import Encoder
 from ptuning.imports import load_deepspeed
 from ptuning.model.base import Base, listed_ends
 from ptuning.model.compatibility import base_of, check_base, next_logits
+from ptuning.model.input_embedding import InputEmbedding
 from ptuning.model.safetensors_files import STORED_DTYPES, stored_tensors
 from ptuning.model.self_check import find_input
 from ptuning.model.soft_prompt import Card, SoftPrompt
 from ptuning.model.text_head import is_listed
 from ptuning.registry import token_suppression
 from ptuning.registry.merged_chat import PROBES, set_chat_template
-from ptuning.registry.merged_check import OTHERWISE, ExportError, check_logits, check_written, last_logits, merging
+from ptuning.registry.merged_check import (
+    OTHERWISE,
+    ExportError,
+    check_logits,
+    check_suppressed,
+    check_written,
+    last_logits,
+    merging,
+)
 from ptuning.registry.merged_rows import grow
 from ptuning.registry.publish import check_free, retrieve
 from ptuning.registry.registry import Registry, Version
@@ -105,20 +114,21 @@ def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Mer
     with merging(name, type(model).__name__):
         feeding = find_input(model)
         expected = torch.stack([next_logits(model, loaded.vectors, torch.tensor([text]), feeding).float() for text in texts])
-        first = cast(list[int], plain.convert_tokens_to_ids(front))
-        words = min(len(plain), base.vocabulary)
-        states = token_suppression.hidden_states(model, feeding, loaded.vectors, first, words)
         tokenizer = AutoTokenizer.from_pretrained(
             base.folder, trust_remote_code=base.trust_remote_code
         )  # a new copy, which is modified
         ids = _add_tokens(tokenizer, tokens, name)
         untied = grow(model, ids, vectors, feeding.needs_ids)
+        rows = [[*ids, *text] for text in texts]
+        check_logits(model, ids, last_logits(model, rows), expected, name)
+        feeding = InputEmbedding(model, feeding.needs_ids)  # of the grown embedding
+        first = cast(list[int], plain.convert_tokens_to_ids(front))
+        states = token_suppression.hidden_states(model, feeding, loaded.vectors, first, min(len(plain), base.vocabulary))
         # A tokenizer may have tokens without a row, which get one here, too: they must stay impossible.
         never = sorted({*ids, *range(base.vocabulary, max(ids) + 1)})
         guarded = token_suppression.suppress(model, never, states)
-        rows = [[*ids, *text] for text in texts]
         found = last_logits(model, rows)
-        check_logits(model, ids, found, expected, name)
+        check_suppressed(model, ids, found, name)
     tokenizer.padding_side = "left"  # generation continues at the right end
     prepends = _prepend(tokenizer, tokens, ids)
     chat = set_chat_template(tokenizer, plain, loaded.card.template, [*tokens, *front], ids)

@@ -78,7 +78,8 @@ def _classify(
     model: PromptedModel, soft_prompts: Sequence[Tensor], split: Split, encoder: Encoder, workers: Workers
 ) -> list[Evaluation]:
     scores = label_scores(model, soft_prompts, split, encoder, workers).numpy()
-    truth = np.asarray(split.rows["label"])
+    columns = split.rows.select_columns(["text", "label"])[:]  # iterating a column decodes row by row
+    truth = np.asarray(columns["label"])
     names = encoder.template.labels or ()
     evaluations = []
     for slot in scores:
@@ -89,7 +90,7 @@ def _classify(
         predicted = slot.argmax(1)
         predictions = [
             {"text": text, "target": names[label], "prediction": names[guess], "probability": math.exp(logprob)}
-            for text, label, guess, logprob in zip(split.rows["text"], truth, predicted, slot.max(1), strict=True)
+            for text, label, guess, logprob in zip(columns["text"], truth, predicted, slot.max(1), strict=True)
         ]
         numbers = {
             "loss": measured["loss"],
@@ -115,10 +116,10 @@ def _generate(
     evaluations = []
     answers = generate_rows(model, soft_prompts, split, encoder, workers, max_new_tokens)
     for texts, loss in zip(answers, losses, strict=True):
-        measured = metrics.generation(texts, list(split.rows["references"]))
+        measured = metrics.generation(texts, split.rows["references"][:])
         predictions = [
             {"text": text, "target": target.strip(), "prediction": guess}
-            for text, target, guess in zip(split.rows["text"], split.rows["target_text"], texts, strict=True)
+            for text, target, guess in zip(split.rows["text"][:], split.rows["target_text"][:], texts, strict=True)
         ]
         evaluations.append(Evaluation({"loss": loss, "perplexity": _perplexity(loss), **measured}, predictions))
     return evaluations

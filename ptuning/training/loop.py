@@ -13,18 +13,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
 from ptuning import storage
 from ptuning.config import Experiment
-from ptuning.data.batch_sampler import shard
 from ptuning.data.task import Task
 from ptuning.errors import UserError
 from ptuning.model.base import Base
-from ptuning.model.packing import TurnsRow, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.soft_prompt import SoftPrompt
 from ptuning.training import checkpoint
@@ -43,7 +40,8 @@ from ptuning.training.messages import (
     Stepped,
 )
 from ptuning.training.slot import Slot, checkpoints, initial_starts, learning_rate, make_card
-from ptuning.training.starts import SCALE, Start, lower_scales
+from ptuning.training.starts import SCALE
+from ptuning.training.stepper import Stepper
 
 Each = TypeVar("Each")
 
@@ -75,6 +73,8 @@ class Pack:
         """The first worker has news from the source. All know it from the step's own collective: one more would cost more
         than a small step."""
         self.slots: list[Slot] = []
+        self.stepper = Stepper(model, workers)
+        self.writer = checkpoint.Writer()
 
     @property
     def free(self) -> int:
@@ -109,6 +109,15 @@ class Pack:
 
 def train(pack: Pack, source: Source, report: Report) -> None:
     """Train until the source has no more orders and every slot is done."""
+    try:
+        _train(pack, source, report)
+    except BaseException:
+        pack.writer.settle()
+        raise
+    pack.writer.end()
+
+
+def _train(pack: Pack, source: Source, report: Report) -> None:
     more = True
     while more or pack.slots:
         if more and (pack.news_pending or not pack.slots):
@@ -138,6 +147,7 @@ def apply(pack: Pack, order: Command, report: Report) -> None:
         if order.keep:
             finish(pack, slot, report)
         else:
+            pack.writer.wait(checkpoints(slot.folder))  # nothing is written any more once it has left
             pack.slots.remove(slot)
 
 
@@ -158,105 +168,36 @@ def start(pack: Pack, assignment: StartRun, report: Report) -> None:
 
 def step(pack: Pack, report: Report) -> None:
     """One optimiser update of every slot, on the global batch that its workers share."""
-    slots = pack.slots
+    slots = list(pack.slots)
     if not slots:
         return
     began = time.perf_counter()
-    rows = [slot.order.batch(slot.step) for slot in slots]
-    totals = [(int(slot.task.train.target_lengths[batch].sum()), len(batch)) for slot, batch in zip(slots, rows, strict=True)]
-    starts = [(slot, start, total) for slot, total in zip(slots, totals, strict=True) for start in slot.starts]
-    passes = _micro_batches(pack, rows)
-    losses, tokens = _backward(pack, starts, passes)
-    gradients = _reduce(pack, losses)
-    while lower_scales([start for _, start, _ in starts], losses, gradients):  # in float16; the same on all workers
-        losses, tokens = _backward(pack, starts, passes)
-        gradients = _reduce(pack, losses)
-    seconds = time.perf_counter() - began
-    sizes = [len(slot.starts) for slot in slots]
-    for slot, own in zip(list(slots), zip(losses.split(sizes), _split(gradients, sizes), strict=True), strict=True):
-        _update(pack, slot, *own, tokens * pack.workers.size / seconds, report)
+    done = pack.stepper.step(slots, pack.has_news)
+    pack.news_pending = done.news
+    speed = done.tokens * pack.workers.size / (time.perf_counter() - began)
+    for slot, losses, norms in zip(slots, done.losses, done.norms, strict=True):
+        _advance(pack, slot, losses, norms, speed, report)
 
 
-def _backward(
-    pack: Pack, starts: list[tuple[Slot, Start, tuple[int, int]]], passes: list[list[list[TurnsRow]]]
-) -> tuple[Tensor, int]:
-    """Leave the gradients of this worker's rows in the vectors, times the starts' scales. `starts`: with the totals of their
-    batches. Returns their losses `[starts]` and the number of tokens."""
-    losses = torch.zeros(len(starts))
-    tokens = 0
-    for batches in passes:
-        plan = pack_targets([len(start.vectors) for _, start, _ in starts], batches, [slot.objective for slot, _, _ in starts])
-        nll = pack.model([start.vectors for _, start, _ in starts], plan)
-        parts = [
-            slot.loss(*predictions, targets, total)
-            for (slot, _, total), predictions, targets in zip(starts, plan.split(nll), batches, strict=True)
-        ]
-        scaled = [part * start.scale if start.scale != 1 else part for (_, start, _), part in zip(starts, parts, strict=True)]
-        torch.stack(scaled).sum().backward()  # the starts' losses share no term: each keeps its own gradient
-        losses += torch.stack([part.detach().float().cpu() for part in parts])
-        tokens += plan.positions
-    return losses, tokens
-
-
-def _update(pack: Pack, slot: Slot, losses: Tensor, gradients: list[Tensor], speed: float, report: Report) -> None:
-    """Move a slot's starts. One whose loss or gradient is not finite leaves; the last one takes the slot with it."""
-    sound = [
-        math.isfinite(loss) and bool(torch.isfinite(gradient).all())
-        for loss, gradient in zip(losses.tolist(), gradients, strict=True)
-    ]
+def _advance(pack: Pack, slot: Slot, losses: list[float], norms: list[float], speed: float, report: Report) -> None:
+    """A slot's starts have moved. One whose loss or gradient is not finite leaves; the last one takes the slot with it."""
+    sound = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in zip(losses, norms, strict=True)]
     if not any(sound):
-        fail(pack, slot, report, float(losses[0]))
+        fail(pack, slot, report, losses[0])
         return
-    slot.starts = [start for start, well in zip(slot.starts, sound, strict=True) if well]
-    gradients = [gradient for gradient, well in zip(gradients, sound, strict=True) if well]
-    kept = losses[torch.tensor(sound)].tolist()
-    values = {"loss": min(kept), "learning_rate": learning_rate(slot.config, slot.step)}
-    if len(kept) > 1:
-        values |= {f"start_{start.number}_loss": loss for start, loss in zip(slot.starts, kept, strict=True)}
-    values |= {"gradient_norm": slot.update(gradients, kept), "tokens_per_second": speed}
+    slot.starts = list(itertools.compress(slot.starts, sound))
+    losses, norms = (list(itertools.compress(each, sound)) for each in (losses, norms))
+    values = {"loss": min(losses), "learning_rate": learning_rate(slot.config, slot.step)}
+    if len(losses) > 1:
+        values |= {f"start_{start.number}_loss": loss for start, loss in zip(slot.starts, losses, strict=True)}
+    values |= {"gradient_norm": norms[0], "tokens_per_second": speed}
+    slot.advance(losses)
     emit(slot, report, Stepped(slot.name, slot.step, values))
 
 
 def _split(values: list[Each], sizes: Sequence[int]) -> list[list[Each]]:
     ends = list(itertools.accumulate(sizes))
     return [values[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-
-
-def _micro_batches(pack: Pack, rows: list[np.ndarray]) -> list[list[list[TurnsRow]]]:
-    """This worker's rows, pass by pass and start by start: `[passes][starts of all slots]` lists of rows.
-
-    Every worker makes the same number of passes, as a sharded base needs; one with fewer rows may have empty lists. Where a
-    slot has several starts, each gets so few rows at a time that together they take the memory of one.
-    """
-    mine = [shard(batch, pack.workers.rank, pack.workers.size) for batch in rows]
-    most = max(math.ceil(len(batch) / pack.workers.size) for batch in rows)
-    limit = min((slot.config.micro_batch_size or most) for slot in pack.slots)
-    passes = math.ceil(most / max(1, limit // max(len(slot.starts) for slot in pack.slots)))
-    return [
-        [
-            part
-            for slot, own in zip(pack.slots, mine, strict=True)
-            for part in [[slot.task.train.row(int(row)) for row in np.array_split(own, passes)[index]]] * len(slot.starts)
-        ]
-        for index in range(passes)
-    ]
-
-
-def _reduce(pack: Pack, losses: Tensor) -> list[Tensor]:
-    """Sum the workers' gradients and, in place, losses, with one collective; gradients as `[P, H]` per start.
-
-    With them travels whether the first worker has news.
-    """
-    starts = [start for slot in pack.slots for start in slot.starts]
-    vectors = [start.vectors for start in starts]
-    pieces = [each.grad if each.grad is not None else torch.zeros_like(each) for each in vectors]
-    news = losses.new_tensor([float(pack.workers.is_main and pack.has_news())])
-    flat = pack.workers.all_reduce(torch.cat([*(piece.flatten() for piece in pieces), torch.cat([losses, news]).to(pieces[0])]))
-    *parts, summed, news = flat.split([*(piece.numel() for piece in pieces), len(losses), 1])
-    losses.copy_(summed)
-    pack.news_pending = bool(news)
-    whole = [part.view_as(piece).clone() for part, piece in zip(parts, pieces, strict=True)]
-    return [each if start.scale == 1 else each / start.scale for each, start in zip(whole, starts, strict=True)]
 
 
 def evaluate_slots(pack: Pack, slots: list[Slot], split: Literal["validation", "test"]) -> list[list[Evaluation]]:
@@ -268,9 +209,7 @@ def evaluate_slots(pack: Pack, slots: list[Slot], split: Literal["validation", "
     for together in _sharing(slots, split):
         task = together[0].task
         text = split == "test" or together[0].experiment.metric != "loss"
-        vectors = [
-            [slot.best_vectors] if split == "test" else [start.vectors.detach() for start in slot.starts] for slot in together
-        ]
+        vectors = [[slot.best_vectors] if split == "test" else [start.vectors for start in slot.starts] for slot in together]
         found = evaluate(
             pack.model,
             sum(vectors, []),
@@ -318,13 +257,14 @@ def save_checkpoint(pack: Pack, slot: Slot) -> None:
     recorded_until = pack.recorded_until()
     slot.unrecorded_events = [(at, event) for at, event in slot.unrecorded_events if at >= recorded_until]
     if pack.workers.is_main:
-        checkpoint.save(checkpoints(slot.folder), slot.step, *slot.state())
+        pack.writer.save(checkpoints(slot.folder), slot.step, *slot.state())
 
 
 def finish(pack: Pack, slot: Slot, report: Report) -> None:
     """Read the test split once, with the best soft prompt; save the soft prompt; free the place."""
+    pack.writer.wait(checkpoints(slot.folder))
     if not slot.best:
-        slot.best_vectors, slot.best_step = slot.vectors.detach().clone(), slot.step
+        slot.best_vectors, slot.best_step = slot.vectors.clone(), slot.step
     measured = {f"validation_{name}": value for name, value in slot.best.items()}
     tested: Evaluation | None = None
     if slot.task.test:

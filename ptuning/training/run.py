@@ -165,7 +165,7 @@ def _reach(
             finished = check_run_name(experiment, folder, resume, kind, contents)  # another driver may have ended it just now
             if finished:
                 return result_type.read(finished, experiment)
-            slots = trained.search.slots if kind == "search" and isinstance(trained.search.slots, int) else 1
+            slots = _slots(trained) if kind == "search" else 1
             before = placement_of(folder)
             zero, line = place_base(trained, base, task, scaling, slots=slots, groups=groups, before=before)
             if line:
@@ -186,6 +186,12 @@ def _reach(
     finally:
         if started_here:
             leave_ray()
+
+
+def _slots(experiment: Experiment) -> int:
+    """Slots of a search for which its base is placed; those that are measured later are at most about as many."""
+    wanted = experiment.search.slots
+    return wanted if isinstance(wanted, int) else min(experiment.search.trials, 8)
 
 
 def _placed(experiment: Experiment, zero: ZeroConfig) -> Experiment:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 
 from ptuning import storage
 from ptuning.config import Experiment
@@ -24,6 +25,8 @@ from ptuning.model.soft_prompt import Card
 from ptuning.settings.training import TrainConfig
 from ptuning.training.messages import Event, Finished, StartRun, event_fields, read_event
 from ptuning.training.starts import Start, rounds, survivors
+
+Array = NDArray[np.float32]
 
 
 class Slot:
@@ -65,7 +68,7 @@ class Slot:
         return self.step >= self.config.steps or (patience is not None and self.since_best >= patience)
 
     @property
-    def vectors(self) -> nn.Parameter:
+    def vectors(self) -> Tensor:
         """`[P, H]` of the remaining start; if there are several, of the first."""
         return self.starts[0].vectors
 
@@ -83,36 +86,29 @@ class Slot:
     def checkpoint_due(self) -> bool:
         return self.step % self.config.checkpoint_every == 0
 
-    def loss(self, text: Tensor, choices: Tensor, rows: Sequence[TurnsRow], totals: tuple[int, int]) -> Tensor:
-        """This worker's part of the loss of the global batch, from the negative log-likelihoods of text tokens and choices;
-        `totals`: target tokens and rows of the whole batch.
+    def weights(self, predictions: int, rows: Sequence[TurnsRow], totals: tuple[int, int]) -> tuple[Array, Array]:
+        """The factors of the negative log-likelihoods in the loss of the global batch, fp32: of this worker's `predictions`
+        over the whole vocabulary, and of its choices for `rows`. `totals`: target tokens and rows of the whole batch.
 
         Text: the mean over tokens. Choice: the mean over rows of -log p(label), weighted by class weights if there are any.
         """
-        tokens, count = totals
+        per_token, per_row = (np.float32(1) / np.float32(total) for total in totals)
         if self.objective.trie is None:
-            return text.sum() / tokens
-        if self.class_weights is not None:
-            choices = choices * self._choice_weights(rows).to(choices)
-        loss = choices.sum() / count
-        return loss + self.text_weight * text.sum() / tokens if self.objective.text else loss
+            return np.full(predictions, per_token), np.empty(0, np.float32)
+        paths, classes = self.objective.trie.paths, self.class_weights
+        choices = [
+            np.full(len(paths[tuple(target)]), per_row * np.float32(classes[tuple(target)] if classes else 1))
+            for _, target, *_ in rows
+        ]
+        return np.full(predictions, per_token * np.float32(self.text_weight)), np.concatenate(
+            [np.empty(0, np.float32), *choices]
+        )
 
-    def _choice_weights(self, rows: Sequence[TurnsRow]) -> Tensor:
-        """The class weight of each choice, which is that of its row's label."""
-        assert self.objective.trie is not None and self.class_weights is not None
-        paths, weights = self.objective.trie.paths, self.class_weights
-        return torch.tensor([weights[tuple(target)] for _, target, *_ in rows for _ in paths[tuple(target)]])
-
-    def update(self, gradients: Sequence[Tensor], losses: Sequence[float]) -> float:
-        """One optimiser step per start, with the gradient of the whole global batch; returns the first start's gradient
-        norm."""
-        rate = learning_rate(self.config, self.step)
-        norms = []
-        for start, gradient, loss in zip(self.starts, gradients, losses, strict=True):
-            norms.append(start.update(gradient, self.config.clip, rate))
+    def advance(self, losses: Sequence[float]) -> None:
+        """One step is done, with these losses of the starts."""
+        for start, loss in zip(self.starts, losses, strict=True):
             start.loss += loss
         self.step += 1
-        return norms[0]
 
     def halve(self, losses: Sequence[float]) -> None:
         """Drop the worse starts at the end of a round; `losses` of the starts."""
@@ -127,7 +123,7 @@ class Slot:
         better = not self.best or self._is_better(measured)
         if better:
             self.best, self.best_step, self.since_best = measured, self.step, 0
-            self.best_vectors = self.starts[start].vectors.detach().clone()
+            self.best_vectors = self.starts[start].vectors.clone()
         else:
             self.since_best += 1
         return better
@@ -195,7 +191,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def balanced_weights(task: Task) -> dict[tuple[int, ...], float]:
     """Label -> n / (L * rows with this label), as scikit-learn's "balanced": the mean over the n training rows is 1."""
     labels = [tuple(label) for label in task.encoder.label_ids]
-    counts = np.bincount(np.asarray(task.train.rows["label"]), minlength=len(labels))
+    counts = np.bincount(np.asarray(task.train.rows["label"][:]), minlength=len(labels))
     return {label: float(counts.sum() / (len(labels) * max(1, many))) for label, many in zip(labels, counts, strict=True)}
 
 

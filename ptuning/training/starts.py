@@ -13,10 +13,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptuning.settings.training import TrainConfig
+from ptuning.training.optimizer import RULES
 
 SCALE = 2.0**16
 """Factor of the loss in float16, whose smallest number is 6e-8: without it, gradients of activations would vanish."""
@@ -27,14 +27,19 @@ SHARE = 0.2
 
 
 class Start:
-    """One start in training: its vectors `[P, H]` and their optimiser."""
+    """One start in training: its vectors `[P, H]`, fp32, on the base's device, and the moments of their optimiser. While it
+    trains, both are parts of the tensors of all starts (`optimizer.Together`)."""
 
     def __init__(self, number: int, vectors: Tensor, config: TrainConfig, scale: float = 1.0) -> None:
         self.number = number
         self.scale = scale
         """Factor of its loss in the backward pass. It only falls (`lower_scale`), so a run gives the same numbers again."""
-        self.vectors = nn.Parameter(vectors.clone())  # fp32, on the base's device
-        self.optimizer = _optimizer(config, self.vectors)
+        self.optimizer: str = config.optimizer
+        self.weight_decay = config.weight_decay
+        self.vectors = vectors.clone()
+        self.moments = RULES[self.optimizer].empty(self.vectors)
+        self.updates = 0
+        """Number of updates so far."""
         self.loss = 0.0
         """Sum of its training losses since the last round: the criterion if there are no validation rows."""
 
@@ -45,54 +50,36 @@ class Start:
         self.scale = max(1.0, self.scale / LOWER)
         return True
 
-    def update(self, gradient: Tensor, clip: float, rate: float) -> float:
-        """One optimiser step with the gradient of the whole global batch; returns its norm before clipping."""
-        norm = float(gradient.norm())
-        if clip and norm > clip:
-            gradient = gradient * (clip / norm)
-        self.vectors.grad = gradient
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.vectors.grad = None
-        return norm
-
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The complete state of the start, as tensors and JSON."""
-        tensors, numbers = {"vectors": self.vectors.detach()}, {}
-        for key, value in self.optimizer.state[self.vectors].items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{key}"] = value
-            else:
-                numbers[key] = value
+        tensors = {"vectors": self.vectors, **{f"optimizer.{key}": value for key, value in self.moments.items()}}
         return tensors, {
             "number": self.number,
-            "optimizer": numbers,
+            "optimizer": {"step": self.updates},
             "loss": self.loss,
             "scale": self.scale,
         }
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        self.vectors.data.copy_(tensors["vectors"])
-        moments = {key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")}
-        groups = self.optimizer.state_dict()["param_groups"]
-        # It moves the moments, which were read from a file, to the device of the vectors.
-        self.optimizer.load_state_dict({"state": {0: {**state["optimizer"], **moments}}, "param_groups": groups})
+        self.vectors.copy_(tensors["vectors"])
+        found = {key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")}
+        for key, into in self.moments.items():
+            if key in found:  # not in those of earlier versions before the first step
+                into.copy_(found[key])
+        # Earlier versions have the step of AdamW as a tensor.
+        self.updates = int(found["step"]) if "step" in found else state["optimizer"].get("step", 0)
         self.loss = state["loss"]
         self.scale = state.get("scale", self.scale)  # none in checkpoints of earlier versions
 
 
-def lower_scales(starts: Sequence[Start], losses: Tensor, gradients: Sequence[Tensor]) -> bool:
+def lower_scales(starts: Sequence[Start], losses: Sequence[float], norms: Sequence[float]) -> bool:
     """Lower the scales of the starts whose scaled gradient has exceeded the numbers of float16. True if there are any: the step
     is then computed again, for all starts; the gradients of the others are the same again."""
     lowered = False
-    for start, loss, gradient in zip(starts, losses.tolist(), gradients, strict=True):
-        if start.scale != 1 and math.isfinite(loss) and not bool(torch.isfinite(gradient).all()):
+    for start, loss, norm in zip(starts, losses, norms, strict=True):
+        if start.scale != 1 and math.isfinite(loss) and not math.isfinite(norm):
             lowered |= start.lower_scale()
-    if lowered:
-        for start in starts:
-            start.vectors.grad = None
     return lowered
 
 
@@ -107,20 +94,3 @@ def survivors(starts: list[Start], losses: list[float], keep: int) -> list[Start
     """The `keep` starts with the lowest losses, in their original order; ties: the earlier start. NaN counts as the highest."""
     order = sorted(range(len(starts)), key=lambda at: (math.isnan(losses[at]), losses[at], at))
     return [starts[at] for at in sorted(order[:keep])]
-
-
-def _optimizer(config: TrainConfig, vectors: nn.Parameter) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW([vectors], lr=config.learning_rate, weight_decay=config.weight_decay)
-    # As in Lester et al. 2021, section 3: external learning rate, no parameter scaling, beta2 decay 0.8.
-    from transformers import Adafactor  # imports PEFT and bitsandbytes where they are installed (5.23, trainer_utils.py)
-
-    return Adafactor(
-        [vectors],
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        scale_parameter=False,
-        relative_step=False,
-        warmup_init=False,
-        decay_rate=-0.8,
-    )

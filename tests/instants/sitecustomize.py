@@ -54,26 +54,32 @@ NOW: dict[str, Any] = {"step": 0, "writing": False, "synced": 0}
 
 def prepare(train: ModuleType) -> None:
     """Put the instants into the loop."""
-    whole_step, plan_targets, reduce = train.step, train.pack_targets, train._reduce
+    from ptuning.training import stepper
+
+    whole_step, plan_targets = train.step, stepper.pack_targets
+    backward, reduce = stepper.Stepper._backward, stepper.Stepper._reduce
 
     def step(pack: Any, report: Any) -> None:
-        hooks = []
         for slot in pack.slots:
             NOW["step"] = slot.step + 1
-            hooks.append(slot.vectors.register_hook(lambda gradient: reached("backward", NOW["step"])))
         whole_step(pack, report)
-        for hook in hooks:
-            hook.remove()
 
     def forward(*arguments: Any) -> Any:
         reached("forward", NOW["step"])
         return plan_targets(*arguments)
 
+    def mid_way(self: Any, together: Any, *arguments: Any) -> Any:
+        hook = together.vectors.register_hook(lambda gradient: reached("backward", NOW["step"]))
+        losses = backward(self, together, *arguments)
+        hook.remove()
+        return losses
+
     def barrier(*arguments: Any) -> Any:
         reached("barrier", NOW["step"])
         return reduce(*arguments)
 
-    train.step, train.pack_targets, train._reduce = step, forward, barrier  # type: ignore[attr-defined]
+    train.step, stepper.pack_targets = step, forward  # type: ignore[attr-defined]
+    stepper.Stepper._backward, stepper.Stepper._reduce = mid_way, barrier  # type: ignore[method-assign]
     prepare_writing(train.checkpoint, train.storage)
 
 

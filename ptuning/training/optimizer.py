@@ -1,0 +1,195 @@
+"""One optimiser for the soft prompts of all slots, which are rows of one tensor.
+
+Every row has the learning rate, clipping and step number of its own soft prompt, and sums are over the rows of one soft prompt,
+so its numbers do not depend on its neighbours. The number of operations does not depend on the number of soft prompts: a GPU
+spends more time on starting such small ones than on computing them. AdamW gives on a CPU the bits of `torch.optim.AdamW`;
+Adafactor gives what transformers' `Adafactor` gives, but for the order of sums.
+
+Shapes: K soft prompts with P rows each, N rows of all, H width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Moments = dict[str, Tensor]
+LARGEST = 3e38
+"""A norm that nothing exceeds."""
+
+
+class Trained(Protocol):
+    """A soft prompt in training (`starts.Start`)."""
+
+    vectors: Tensor
+    """`[P, H]` fp32."""
+    optimizer: str
+    weight_decay: float
+    moments: Moments
+    updates: int
+
+
+class Rule(Protocol):
+    """How moments and vectors change."""
+
+    @staticmethod
+    def empty(vectors: Tensor) -> Moments:
+        """The moments of one soft prompt `[P, H]` before its first update."""
+
+    @staticmethod
+    def numbers(update: int, rate: float, decay: float) -> list[float]:
+        """What update number `update` (from 1) of one soft prompt needs, with its learning rate and weight decay."""
+
+    @staticmethod
+    def update(vectors: Tensor, gradient: Tensor, moments: Moments, numbers: Tensor, rows: Rows) -> None:
+        """Change vectors and moments in place. `numbers` [n, K]."""
+
+
+class Rows:
+    """Which of K soft prompts each of N rows belongs to."""
+
+    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
+        many = torch.tensor(sizes)
+        self.owner = torch.repeat_interleave(torch.arange(len(sizes)), many).to(device)
+        self.sizes = many.float().to(device)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """`[..., K]` -> `[..., N, 1]`."""
+        return values.index_select(-1, self.owner)[..., None]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums over the rows of each soft prompt: `[N, ...]` -> `[K, ...]`."""
+        zeros = values.new_zeros(len(self.sizes), *values.shape[1:])
+        return zeros.index_add_(0, self.owner, values)
+
+
+class AdamW:
+    """Loshchilov and Hutter 2019, with torch's defaults."""
+
+    BETAS = 0.9, 0.999
+    EPS = 1e-8
+
+    @staticmethod
+    def empty(vectors: Tensor) -> Moments:
+        return {"exp_avg": torch.zeros_like(vectors), "exp_avg_sq": torch.zeros_like(vectors)}
+
+    @staticmethod
+    def numbers(update: int, rate: float, decay: float) -> list[float]:
+        first, second = (1 - beta**update for beta in AdamW.BETAS)
+        return [1 - rate * decay, -(rate / first), second**0.5]
+
+    @staticmethod
+    def update(vectors: Tensor, gradient: Tensor, moments: Moments, numbers: Tensor, rows: Rows) -> None:
+        keep, step, root = rows.spread(numbers)
+        first, second = moments["exp_avg"], moments["exp_avg_sq"]
+        vectors.mul_(keep)
+        first.lerp_(gradient, 1 - AdamW.BETAS[0])
+        second.mul_(AdamW.BETAS[1]).addcmul_(gradient, gradient, value=1 - AdamW.BETAS[1])
+        size = (second.sqrt() / root).add_(AdamW.EPS)
+        vectors.add_((first * step).div_(size))
+
+
+class Adafactor:
+    """Shazeer and Stern 2018 as in Lester et al. 2021, section 3: external learning rate, no scaling by the parameters, beta2
+    decay 0.8."""
+
+    DECAY, EPS, CLIP = -0.8, 1e-30, 1.0
+
+    @staticmethod
+    def empty(vectors: Tensor) -> Moments:
+        return {"exp_avg_sq_row": vectors.new_zeros(len(vectors)), "exp_avg_sq_col": vectors.new_zeros(1, vectors.shape[1])}
+
+    @staticmethod
+    def numbers(update: int, rate: float, decay: float) -> list[float]:
+        beta = 1.0 - math.pow(update, Adafactor.DECAY)
+        return [beta, 1.0 - beta, rate, 1.0 - decay * rate]
+
+    @staticmethod
+    def update(vectors: Tensor, gradient: Tensor, moments: Moments, numbers: Tensor, rows: Rows) -> None:
+        beta, rest, rate, keep = rows.spread(numbers)
+        squares = gradient.square().add_(Adafactor.EPS)
+        per_row, per_column = moments["exp_avg_sq_row"], moments["exp_avg_sq_col"]
+        per_row.mul_(beta[:, 0]).add_(squares.mean(1) * rest[:, 0])
+        columns = rows.sum(squares) / rows.sizes[:, None]
+        per_column.mul_(numbers[0][:, None]).add_(columns * numbers[1][:, None])
+        mean = rows.spread(rows.sum(per_row) / rows.sizes)[:, 0]
+        factors = (per_row / mean).rsqrt_()[:, None], per_column.rsqrt().index_select(0, rows.owner)
+        update = (factors[0] * factors[1]).mul_(gradient)
+        size = (rows.sum(update.square().sum(1)) / (rows.sizes * vectors.shape[1])).sqrt_()
+        update.div_(rows.spread((size / Adafactor.CLIP).clamp_(min=1.0))).mul_(rate)
+        vectors.mul_(keep).sub_(update)
+
+
+RULES: Mapping[str, type[Rule]] = {"adamw": AdamW, "adafactor": Adafactor}
+
+
+class _Group:
+    """The soft prompts of one rule."""
+
+    def __init__(self, name: str, starts: Sequence[Trained], device: torch.device) -> None:
+        self.rule = RULES[name]
+        self.members = [number for number, start in enumerate(starts) if start.optimizer == name]
+        mine = [starts[number] for number in self.members]
+        self.rows = Rows([len(start.vectors) for start in mine], device)
+        self.index: Tensor | None = None
+        """`[n]` the rows of its soft prompts among all; None: all."""
+        if len(mine) < len(starts):
+            here = [torch.full((len(start.vectors),), start.optimizer == name) for start in starts]
+            self.index = torch.cat(here).nonzero()[:, 0].to(device)
+        self.moments = {}
+        for key in mine[0].moments:
+            self.moments[key] = torch.cat([start.moments[key] for start in mine])
+            parts = self.moments[key].split([len(start.moments[key]) for start in mine])
+            for start, part in zip(mine, parts, strict=True):
+                start.moments[key] = part
+
+
+class Together:
+    """The vectors of all starts as one tensor, and their moments. From then on those of each start are a part of it.
+
+    `vectors` [N, H] fp32 is what the pass takes, and what has the gradient.
+    """
+
+    def __init__(self, starts: Sequence[Trained]) -> None:
+        self.starts = list(starts)
+        sizes = [len(start.vectors) for start in starts]
+        self.vectors = torch.cat([start.vectors for start in starts]).requires_grad_()
+        device = self.vectors.device
+        self.rows = Rows(sizes, device)
+        for start, part in zip(starts, self.vectors.detach().split(sizes), strict=True):
+            start.vectors = part
+        self._groups = [_Group(name, starts, device) for name in RULES if any(start.optimizer == name for start in starts)]
+
+    def numbers(self, updates: Sequence[int], rates: Sequence[float]) -> list[Tensor]:
+        """What an update needs, by `updates` (from 1) and learning rates of all starts: `[n, K]` of each rule, on the CPU."""
+        tables = []
+        for group in self._groups:
+            columns = [
+                group.rule.numbers(updates[number], rates[number], self.starts[number].weight_decay) for number in group.members
+            ]
+            tables.append(torch.tensor(columns, dtype=torch.float64).t().float().contiguous())
+        return tables
+
+    @torch.no_grad()
+    def clipped(self, gradient: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient `[N, H]`, where its norm over a start's rows is at most the start's of `limits` [K]; and the norms [K]
+        before."""
+        norms = self.rows.sum(torch.linalg.vector_norm(gradient, dim=1).square_()).sqrt_()
+        return gradient * self.rows.spread((limits / norms).clamp_(max=1.0)), norms
+
+    @torch.no_grad()
+    def update(self, gradient: Tensor, numbers: Sequence[Tensor]) -> None:
+        """Move all vectors. `numbers`: as from `numbers`, on the device."""
+        for group, table in zip(self._groups, numbers, strict=True):
+            if group.index is None:
+                group.rule.update(self.vectors.detach(), gradient, group.moments, table, group.rows)
+                continue
+            part = self.vectors.detach().index_select(0, group.index)
+            group.rule.update(part, gradient.index_select(0, group.index), group.moments, table, group.rows)
+            self.vectors.detach().index_copy_(0, group.index, part)
+        for start in self.starts:
+            start.updates += 1
