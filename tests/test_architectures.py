@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,19 @@ def test_the_page_shows_the_worst_of_a_family():
     assert "| train | 2 (1 fast, 1 slow) | 0 | 0 | 1 |" in text
     assert "| train | WRONG | `loss \\| of gemma` | gemma |" in text
     assert "| built | not built | `ValueError: no` | mvp |" in text
+
+
+@pytest.mark.fast
+def test_the_readme_says_what_the_page_says():
+    page = (REPOSITORY / "docs" / "reference" / "architectures.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", page.partition("## Counts")[2].partition("## Families")[0], re.MULTILINE))
+    count = {column: [int(cell.split()[0]) for cell in cells.split(" | ")] for column, cells in rows.items()}
+    assert all(cells[2:] == [0, 0] for cells in count.values()), "an error, or wrong numbers"
+    working = count["accepted"][0]
+    assert {count[column][0] for column in ("train", "text", "serve", "plan", "zero")} == {working}
+    assert count["export"][0] >= 0.9 * working
+    readme = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    assert f"of {count['built'][0]} types and variants that were tried, {working} train and are served" in readme
 
 
 @pytest.mark.nightly

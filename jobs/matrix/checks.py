@@ -224,7 +224,7 @@ SECONDS = {
     "long": 60,
     "text": 60,
     "serve": 120,
-    "export": 90,
+    "export": 180,
     "plan": 90,
     "zero": 120,
 }
