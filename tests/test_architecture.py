@@ -245,7 +245,7 @@ ALLOWED = {
     "fill the row or remove it": "a row that is there",
     "fill it or remove the row": "a row that is there",
     "contains a lone surrogate (half a character); remove it": "a character that is there",
-    "is not supported; remove it": "a parameter of a request",: "a parameter of a request",
+    "is not supported; remove it": "a parameter of a request",
     "has no labels; remove it": "a parameter of a request",
 }
 """Parts of texts that speak of deleting, and why they may."""
