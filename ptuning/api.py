@@ -206,9 +206,11 @@ def check_serving(experiment: Experiment, insecure: bool) -> None:
         UserError: the keys are wrong, the address requires keys, or the port is taken.
     """
     from ptuning.cluster.surroundings import check_port
-    from ptuning.serving.auth import check_address, check_token, read_keys
+    from ptuning.serving.auth import check_address, check_origins, check_token, read_keys
 
-    check_address(experiment.serve.host, read_keys(experiment.serve.keys), insecure)
+    keys = read_keys(experiment.serve.keys)
+    check_address(experiment.serve.host, keys, insecure)
+    check_origins(experiment.serve.cors_origins, keys)
     check_token(insecure)
     ray = sys.modules.get("ray")
     if not (experiment.compute.address or os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized())):

@@ -160,7 +160,7 @@ def test_the_begin_of_an_answer_is_continued_on_request(world: SimpleNamespace, 
     expected = ids_of(world, begun, add_generation_prompt=False, continue_final_message=True)
     assert [list(each.ids) for each in world.asked] == [expected] * 3
     for model, more, words in (
-        ("kinds", {"continue_final_message": True}, "a label has no begin"),
+        ("kinds", {"continue_final_message": True}, "a label or JSON has no begin"),
         ("talk", {"add_generation_prompt": False}, "is the opposite of continue_final_message"),
     ):
         with pytest.raises(openai.BadRequestError, match=words):

@@ -442,7 +442,7 @@ def named_by_text(table: type[BaseModel], path: str = "") -> Iterator[str]:
 def test_what_names_something_is_not_blank(key, blank, tmp_path):
     (tmp_path / "e.toml").write_text(TOML)
     said = f"{key}: is empty (an unset shell variable?); give it a value, or leave it out"
-    value = [blank] if key == "serve.soft_prompts" else blank
+    value = [blank] if key in ("serve.soft_prompts", "serve.cors_origins") else blank
     assert sentence(partial(parse_experiment, tables(**{key.replace(".", "__"): value}), "e.toml")) == f"e.toml: {said}"
     if value == blank:
         assert sentence(partial(read_experiment, tmp_path / "e.toml", [f"{key}={blank}"])).endswith(said)
@@ -452,5 +452,12 @@ def test_the_keys_that_name_something_are_known():
     assert set(named_by_text(Experiment)) - TEXT == {
         *("name", "model.path", "model.revision", "prompt.init_text", "prompt.init_from", "data.train", "data.validation"),
         *("data.test", "data.references", "data.chat_template", "data.system", "serve.host", "serve.keys"),
-        *("serve.soft_prompts", "tracking.uri", "tracking.experiment", "compute.storage", "compute.address"),
+        *(
+            "serve.soft_prompts",
+            "serve.cors_origins",
+            "tracking.uri",
+            "tracking.experiment",
+            "compute.storage",
+            "compute.address",
+        ),
     }

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ptuning.inference.sampling import Token
-from ptuning.serving.detokenizer import TextStream, TokenText, token_text
+from ptuning.serving.detokenizer import TextStream, TokenText, _own, token_text
 
 pytestmark = pytest.mark.fast
 
@@ -38,7 +38,7 @@ def answered(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, l
     for id in ids:
         before = len(stream.text)
         stream.push(id)
-        tokens.append(token_text(tokenizer, Token(id, -1.0, ((id, -1.0),)), stream.added, before))
+        tokens.append(token_text(tokenizer, Token(id, -1.0, ((id, -1.0),)), stream.added, before, stream.rest))
     return stream.text + stream.flush(), tokens
 
 
@@ -73,8 +73,27 @@ def test_a_part_of_a_character_has_its_own_bytes(tokenizer: PreTrainedTokenizerB
     whole, tokens = answered(tokenizer, ids)
     assert whole == "😀" and [token.text for token in tokens] == ["", "", "", "😀"]
     assert [list(token.content) for token in tokens] == [[byte] for byte in "😀".encode()]
-    (other,) = token_text(tokenizer, Token(ids[0], -1.0, ((ids[1], -2.0),)), "", 0).top
-    assert other == (r"bytes:\x9f", b"\x9f", -2.0)
+    other, sampled = token_text(tokenizer, Token(ids[0], -1.0, ((ids[1], -2.0),)), "", 0).top
+    assert other == (r"bytes:\x9f", b"\x9f", -2.0) and sampled[1:] == (b"\xf0", -1.0)
+
+
+@given(st.lists(st.integers(0, 2**16), max_size=12))
+def test_the_bytes_of_any_tokens_are_their_own(tokenizer: PreTrainedTokenizerBase, numbers: list[int]) -> None:
+    """Also where an incomplete character is followed by something else."""
+    special = set(tokenizer.all_special_ids)
+    known = [id for id in range(len(tokenizer)) if id not in special]
+    ids = [known[number % len(known)] for number in numbers]
+    _, tokens = answered(tokenizer, ids)
+    whole = b"".join(token.content for token in tokens)
+    alone = b"".join(_own(tokenizer, id)[1] for id in ids)
+    assert whole == alone
+
+
+def test_a_character_that_is_not_completed(tokenizer: PreTrainedTokenizerBase) -> None:
+    begin = tokenizer("😀", add_special_tokens=False)["input_ids"][-4]
+    letter = behind(tokenizer, " b") or behind(tokenizer, "b")
+    whole, tokens = answered(tokenizer, [begin, *letter])
+    assert whole.endswith("b") and b"".join(token.content for token in tokens) == b"\xf0" + whole.lstrip("\ufffd").encode()
 
 
 def test_tokens_that_look_alike_are_kept_apart() -> None:

@@ -32,7 +32,7 @@ from ptuning.model.soft_prompt import Card
 from ptuning.registry.merged_export import export_merged
 from ptuning.registry.publish import describe, fetch, publish, retrieve
 from ptuning.registry.registry import Registry, RegistryError, Version
-from ptuning.serving import protocol
+from ptuning.serving import answers, neutral, protocol
 from ptuning.serving.app import build_app
 from ptuning.serving.served_models import ServedModels
 from ptuning.tracking.client import default_artifact_root, default_uri
@@ -164,7 +164,13 @@ def whole(status: int, headers: dict[str, str], content: bytes, world: SimpleNam
     return str(message)
 
 
-OPENAI = {name for shape in vars(protocol).values() if hasattr(shape, "model_fields") for name in shape.model_fields}
+OPENAI = {
+    name
+    for module in (protocol, answers)
+    for shape in vars(module).values()
+    if hasattr(shape, "model_fields")
+    for name in shape.model_fields
+} | {*neutral.CHAT, *neutral.RESPONSES}
 SETTINGS = {
     f"{table}.{key}"
     for table, field in Experiment.model_fields.items()
@@ -406,7 +412,19 @@ MADE = {
     },
 }
 """Of the experiment in it."""
-MODEL = {"id", "object", "created", "owned_by", "soft_prompt", "content_hash", "length", "labels", "template", "metrics"}
+MODEL = {
+    "id",
+    "object",
+    "created",
+    "owned_by",
+    "max_model_len",
+    "soft_prompt",
+    "content_hash",
+    "length",
+    "labels",
+    "template",
+    "metrics",
+}
 """What `/v1/models` says of each."""
 
 
@@ -517,7 +535,7 @@ def test_an_export_comes_back(world: SimpleNamespace, tmp_path: Path) -> None:
 def without_a_key(world: SimpleNamespace, folder: Path) -> None:
     for path, method in routes(world):
         status = ask(world.url, method, path, key=None)[0]
-        assert status == (200 if path in ("/livez", "/readyz") else 401), path
+        assert status == (200 if path in ("/livez", "/readyz", "/health") else 401), path
     document = ask(world.url, "GET", "/openapi.json", key=None)
     assert document[0] == 200
     assert not any(each in document[2].decode() for each in (str(world.storage), str(world.base), "fruits", "spam"))

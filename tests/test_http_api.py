@@ -220,7 +220,7 @@ def test_chat_says_the_label_and_who_said_it(client):
     assert chat(client, model="fruits:2").model == "fruits:2"
     used = answer.usage
     assert used.prompt_tokens > 3 and used.total_tokens == used.prompt_tokens + used.completion_tokens
-    assert used.virtual_tokens > 4  # the soft prompt's own tokens are told apart
+    assert used.prompt_tokens_details.virtual_tokens > 4  # the soft prompt's own tokens are told apart
     two = chat(client, json.dumps({"first": "saw", "second": "drill"}), "pair")
     assert two.choices[0].message.content in LABELS.labels
 
@@ -403,13 +403,31 @@ BAD = [
     ({"messages": []}, openai.BadRequestError, "messages: "),
     ({"messages": [{"role": "assistant", "content": "a"}]}, openai.BadRequestError, "no user message"),
     ({"messages": [{"role": "user", "content": ""}], "model": "tiny-llama"}, openai.BadRequestError, "no chat template"),
-    ({"temperature": -1}, openai.BadRequestError, "temperature: input should be greater"),
+    ({"temperature": -1}, openai.BadRequestError, "temperature: must be at least 0, not -1"),
     ({"max_tokens": 0}, openai.BadRequestError, "max_tokens: "),
     ({"max_tokens": 10**6}, openai.BadRequestError, "max_tokens: 1000000 is more than the 1024"),
-    ({"n": 17}, openai.BadRequestError, "n: 17 answers, at most 16"),
+    ({"n": 17}, openai.BadRequestError, "n: 17 answers, at most 16 to a prompt"),
     ({"top_logprobs": 3}, openai.BadRequestError, "top_logprobs: is only used with logprobs"),
-    ({"tools": []}, openai.BadRequestError, "tools: is not supported; remove it"),
-    ({"presence_penalty": 0.5}, openai.BadRequestError, "presence_penalty: is not supported at this value"),
+    ({"store": True}, openai.BadRequestError, "store: is not supported at true; send false, or leave it out"),
+    ({"service_tier": "flex"}, openai.BadRequestError, 'service_tier: is not supported at "flex"; send "auto" or "default"'),
+    ({"presence_penalty": 0.5}, openai.BadRequestError, "presence_penalty: has no effect on an answer that is a label"),
+    ({"max_tokens": 1.5}, openai.BadRequestError, "max_tokens: must be an integer, not 1.5"),
+    ({"n": 0}, openai.BadRequestError, "n: must be at least 1, not 0"),
+    ({"extra_body": {"surprise": 1}}, openai.BadRequestError, "surprise: is not supported; remove it"),
+    ({"extra_body": {"top_k": "many"}}, openai.BadRequestError, "top_k: must be an integer"),
+    ({"logit_bias": {"-1": 3}}, openai.BadRequestError, "logit_bias: must be an object whose keys are token ids"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        openai.BadRequestError,
+        r"messages.0.content.0: must be of a type among 'text', 'refusal'",
+    ),
+    (
+        {"messages": [{"role": "user", "content": None}]},
+        openai.BadRequestError,
+        "messages.0.content: is missing; send the text",
+    ),
+    ({"messages": [{"role": "user"}]}, openai.BadRequestError, "messages.0.content: is missing; send the text"),
+    ({"messages": [{"content": "a"}]}, openai.BadRequestError, "messages.0.role: is missing; send it"),
     ({"extra_body": {"constrain": True}, "model": "writer"}, openai.BadRequestError, "constrain: writer:1 has no labels"),
     ({"extra_body": {"prompt_embeds": "aGk="}}, openai.BadRequestError, "prompt_embeds: is not supported"),
     ({"messages": [{"role": "user", "content": "a"}], "model": "pair"}, openai.BadRequestError, "fields first, second"),
@@ -572,9 +590,7 @@ def test_a_client_that_leaves_frees_its_place(client, world):
     """Seen while the engine stands still: nothing but the cancellation can end these requests."""
     with world.service.engine.paused():
         for _ in range(10):
-            stream = chat(client, model="writer", max_tokens=50, stream=True)
-            next(iter(stream))  # the role, which is sent before any token
-            stream.close()
+            chat(client, model="writer", max_tokens=50, stream=True).close()
         wait_until_idle(world)
 
 

@@ -32,10 +32,11 @@ from transformers import PreTrainedModel
 
 from ptuning.inference.engine_check import generates_right, quiet
 from ptuning.inference.generator import Events, Generator
-from ptuning.inference.label_scorer import LabelJob, LabelScorer
+from ptuning.inference.label_scorer import Job, LabelJob, LabelScorer
 from ptuning.inference.paged_generator import PagedGenerator
 from ptuning.inference.plain_generator import PlainGenerator, RecomputingGenerator, SingleGenerator
 from ptuning.inference.sampling import SamplerState, Token
+from ptuning.inference.text_scorer import TextJob
 from ptuning.inference.types import (
     Deliver,
     End,
@@ -188,7 +189,8 @@ class Engine:
         self.check(request)
         request_id = uuid.uuid4().hex
         prefix = list(request.handle.ids) if request.handle else []
-        choice = SamplerState(request.sampling)
+        ends = (*(() if request.ignore_end else self.ends), *request.ends)
+        choice = SamplerState(request.sampling, request.ids, ends, request.grammar.start() if request.grammar else None)
         running = _Running(request, deliver, choice)
         choice.on_token = lambda token: self._tell(request_id, running, token)
         with self._lock:
@@ -198,7 +200,6 @@ class Engine:
                 raise EngineBusy(f"{len(self._running)} requests are running or waiting; ask again later")
             self._hold(request.handle)
             self._running[request_id] = running
-        ends = () if request.ignore_end else (*self.ends, *request.ends)
         self._generator.start(request_id, [*prefix, *request.ids], request.max_new_tokens, ends)
         return request_id
 
@@ -264,14 +265,31 @@ class Engine:
             self.check_ids(row)
             self.check_room(length, len(row), max(map(len, trie.labels)))
         job = LabelJob(handle, rows, trie)
+        self._queue_job(job)
+        return job.future
+
+    def _queue_job(self, job: Job) -> None:
+        many = len(job.rows)
         with self._lock:
             if not self.alive:
                 raise EngineStopped("the engine has stopped; restart it")
-            if self._waiting_rows and self._waiting_rows + len(rows) > self.config.waiting:
+            if self._waiting_rows and self._waiting_rows + many > self.config.waiting:
                 raise EngineBusy(f"{self._waiting_rows} rows are waiting to be labelled; ask again later")
-            self._waiting_rows += len(rows)
-            self._hold(handle)
+            self._waiting_rows += many
+            self._hold(job.handle)
         self._scorer.submit(job)
+
+    def score(self, handle: ResidentPrompt | None, ids: Sequence[int], top: int) -> Future[list[Token]]:
+        """Every token of a text but the first one, with the log-probabilities that generation would have reported, in one pass
+        and without generating.
+
+        Raises:
+            RequestError, EngineBusy, EngineStopped: as in `submit`.
+        """
+        self.check_ids(ids)
+        self.check_room(len(handle.ids) if handle else 0, len(ids), 0)
+        job = TextJob(handle, ids, top)
+        self._queue_job(job)
         return job.future
 
     # -- the engine itself -------------------------------------------------------------------------------------------
@@ -322,7 +340,7 @@ class Engine:
             del self._resident[handle.content_hash]
             self._bank.remove(handle.ids)
 
-    def _scored(self, jobs: Sequence[LabelJob]) -> None:
+    def _scored(self, jobs: Sequence[Job]) -> None:
         with self._lock:
             for job in jobs:
                 self._waiting_rows -= len(job.rows)
@@ -362,8 +380,6 @@ class Engine:
             self._release(running.request.handle)
         if cancel:
             self._generator.cancel(request_id)
-        if running.request.ignore_end and reason == "stop":
-            reason = "length"
         _deliver(running, End(reason, message, running.cached))
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptuning.inference.sampling import Sampling, draw
+from ptuning.inference.sampling import Sampling, Token, draw
+from ptuning.inference.text_scorer import TextJob, score_text
 from ptuning.inference.types import AnswerFailed, ResidentPrompt
 from ptuning.inference.virtual_tokens import VirtualTokens
 from ptuning.model.label_trie import LabelTrie
@@ -47,15 +48,19 @@ class LabelJob:
         return sum(map(len, self.rows)) + len(self.rows) * len(self.trie.tokens)
 
 
+Job = LabelJob | TextJob
+
+
 class LabelScorer:
-    """Scores labels in its own thread, between two steps of generation: one pass for all labels of all waiting rows."""
+    """Scores labels in its own thread, between two steps of generation: one pass for all labels of all waiting rows. Texts
+    whose own tokens are to be scored take turns with them."""
 
     def __init__(
         self,
         model: PromptedModel,
         bank: VirtualTokens,
         pause: Callable[[], AbstractContextManager[Any]],
-        scored: Callable[[Sequence[LabelJob]], None],
+        scored: Callable[[Sequence[Job]], None],
     ) -> None:
         """`pause` blocks generation steps; `scored` is called with finished jobs before their futures complete."""
         self._model = model
@@ -63,11 +68,11 @@ class LabelScorer:
         self._bank = bank
         self._pause = pause
         self._scored = scored
-        self._jobs: queue.SimpleQueue[LabelJob | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="ptuning-labels", daemon=True)
         self._thread.start()
 
-    def submit(self, job: LabelJob) -> None:
+    def submit(self, job: Job) -> None:
         """Queue a job."""
         self._jobs.put(job)
 
@@ -84,9 +89,11 @@ class LabelScorer:
                 return
             jobs = [job, *self._more_jobs(job)]
             claimed = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-            outcomes: list[tuple[LabelJob, list[list[float]] | Exception]] = []
-            for trie in dict.fromkeys(job.trie for job in claimed):
-                together = [job for job in claimed if job.trie == trie]
+            outcomes: list[tuple[Job, Any]] = []
+            outcomes += [(job, self._score_text(job)) for job in claimed if isinstance(job, TextJob)]
+            labelled = [job for job in claimed if isinstance(job, LabelJob)]
+            for trie in dict.fromkeys(job.trie for job in labelled):
+                together = [job for job in labelled if job.trie == trie]
                 try:
                     outcomes += zip(together, self._score_together(together), strict=True)
                 except Exception as error:  # any error must reach the waiting callers, and the next jobs must run
@@ -99,7 +106,7 @@ class LabelScorer:
                 else:
                     job.future.set_result(outcome)
 
-    def _more_jobs(self, first: LabelJob) -> Iterator[LabelJob]:
+    def _more_jobs(self, first: Job) -> Iterator[Job]:
         tokens = first.positions
         while tokens < LABEL_TOKENS:
             try:
@@ -111,6 +118,16 @@ class LabelScorer:
                 return
             tokens += job.positions
             yield job
+
+    def _score_text(self, job: TextJob) -> list[Token] | Exception:
+        empty = torch.empty(0, self._bank.weight.shape[1])
+        try:
+            vectors = self._bank.vectors(job.handle.ids) if job.handle else empty
+            with self._pause():
+                return score_text(self._model, vectors, job.ids, job.top, self._vocabulary)
+        except Exception as error:  # any error must reach the waiting caller, and the next jobs must run
+            log.exception("a text could not be scored")
+            return error
 
     def _score_together(self, jobs: list[LabelJob]) -> list[list[list[float]]]:
         """Jobs with the same labels, in passes of a limited size: a request may have hundreds of rows."""

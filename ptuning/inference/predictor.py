@@ -154,7 +154,7 @@ class Predictor:
         resident = self._find(name)
         new = resident.new_tokens if max_new_tokens is None else max_new_tokens
         rows = self._rows(resident, texts, resident.encoder.limit - new, truncate)
-        how = Sampling(temperature, top_p, seed)
+        how = Sampling(temperature, top_p, seed=seed)
         requests = [Request(ids, resident.handle, new, how, ends=(resident.encoder.end,)) for ids in rows]
         for request in requests:
             self._engine.check(request)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ptuning.errors import UserError
+from ptuning.inference.grammar import Grammar
 from ptuning.inference.sampling import Sampling, Token
 from ptuning.model.limits import STEP_TOKENS
 
@@ -51,9 +52,11 @@ class Request:
     max_new_tokens: int = 16
     sampling: Sampling = Sampling()
     ignore_end: bool = False
-    """Do not stop at the end token."""
+    """Do not stop at the end tokens of the base."""
     ends: tuple[int, ...] = ()
     """Further end tokens, such as the end of a turn."""
+    grammar: Grammar | None = None
+    """Restricts the answer."""
 
 
 Deliver = Callable[[Token | End], None]

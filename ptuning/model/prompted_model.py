@@ -124,12 +124,7 @@ class PromptedModel(nn.Module):
         choices over the children of their nodes. `soft_prompts[k]` is `[P_k, H]` (P_k may be 0); or all of them are one tensor
         `[sum of P, H]`. `placed`: the plan on the base's device, if it is there already."""
         placed = placed or plan.placed(self.base.device, self.cascades)
-        text = self.base.get_input_embeddings()(placed.tokens)
-        given = [soft_prompts] if isinstance(soft_prompts, Tensor) else soft_prompts
-        packed = torch.cat([*(each.to(text) for each in given if len(each)), text])  # [N, H]
-        segments = plan.segments
-        segments.trained = None if text.requires_grad else len(packed) - len(text)
-        segments.read, segments.levels = placed.read, placed.levels
+        packed = self._packed(soft_prompts, plan, placed)
         choices = plan.choices
         with self.head.only(placed.ids if choices and not len(plan.at) else None):
             logits = self._logits(packed, plan, placed)
@@ -139,6 +134,23 @@ class PromptedModel(nn.Module):
         if choices:
             parts.append(choice_nll(logits.index_select(0, placed.choice_rows).float(), placed))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @torch.no_grad()
+    def text_logits(self, soft_prompts: Sequence[Tensor], plan: PackedBatch) -> Tensor:
+        """Logits `[M, V]` of every prediction of a token of the text. `plan` has no choices."""
+        placed = plan.placed(self.base.device, self.cascades)
+        logits = self._logits(self._packed(soft_prompts, plan, placed), plan, placed)
+        return logits if placed.rows is None else logits.index_select(0, placed.rows)
+
+    def _packed(self, soft_prompts: Sequence[Tensor] | Tensor, plan: PackedBatch, placed: PlacedBatch) -> Tensor:
+        """Soft prompts and text, `[N, H]`."""
+        text = self.base.get_input_embeddings()(placed.tokens)
+        given = [soft_prompts] if isinstance(soft_prompts, Tensor) else soft_prompts
+        packed = torch.cat([*(each.to(text) for each in given if len(each)), text])
+        segments = plan.segments
+        segments.trained = None if text.requires_grad else len(packed) - len(text)
+        segments.read, segments.levels = placed.read, placed.levels
+        return packed
 
     def _logits(self, packed: Tensor, plan: PackedBatch, placed: PlacedBatch) -> Tensor:
         if self.shared_prefix:

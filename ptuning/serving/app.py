@@ -2,67 +2,95 @@
 
 from __future__ import annotations
 
+import re
+import uuid
 from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Send
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ptuning.serving import answers
 from ptuning.serving.api import Api
-from ptuning.serving.http_request import ApiError, as_api_error
-from ptuning.serving.protocol import (
-    ChatCompletion,
-    ChatRequest,
-    Classification,
-    ClassifyRequest,
-    Completion,
-    CompletionRequest,
-    ErrorBody,
-    Model,
-    Models,
-)
+from ptuning.serving.http_request import NEUTRAL, REQUEST_ID, ApiError, as_api_error, unknown_route
+from ptuning.serving.neutral import described
+from ptuning.serving.protocol import ChatRequest, ClassifyRequest, CompletionRequest
+from ptuning.serving.response_items import ResponsesRequest
 from ptuning.serving.service import Service
+from ptuning.serving.status import Status
+
+ID = b"x-request-id"
+_PRINTABLE = re.compile(rb"[\w.:/+=@-]{1,128}")
+
+BEARER = {"type": "http", "scheme": "bearer", "description": "An API key. A server without keys answers without one."}
 
 
 def build_app(service: Service) -> FastAPI:
     """The application over a service."""
     app = FastAPI(title="ptuning", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
-    api = Api(service)
-    shapes: list[type[BaseModel]] = []
+    api, status = Api(service), Status(service)
+    shapes: list[type[BaseModel]] = [answers.CompletionChunk, answers.ChatChunk, answers.ResponseEvent]
+    locked: dict[str, Any] = {"security": [{"bearer": []}]}
 
-    def post(path: str, handler: Callable[..., Any], shape: type[BaseModel], answer: type[BaseModel]) -> None:
+    def post(
+        path: str, handler: Callable[..., Any], shape: type[BaseModel], answer: type[BaseModel], *chunks: type[BaseModel]
+    ) -> None:
         shapes.append(shape)
         schema = {"$ref": f"#/components/schemas/{shape.__name__}"}
         body = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-        app.post(path, responses={200: {"model": answer}, **_errors()}, openapi_extra=body)(handler)
+        good = {"model": answer} | ({"content": answers.events(*chunks)} if chunks else {})
+        app.post(path, responses={200: good, **_errors()}, openapi_extra=body | locked)(handler)
 
-    post("/v1/completions", api.completions, CompletionRequest, Completion)
-    post("/v1/chat/completions", api.chat, ChatRequest, ChatCompletion)
-    post("/v1/classify", api.classify, ClassifyRequest, Classification)
-    app.get("/v1/models", responses={200: {"model": Models}, **_errors()})(api.models)
-    app.get("/v1/models/{name:path}", responses={200: {"model": Model}, **_errors()})(api.model)
-    app.post("/v1/admin/reload", responses=_errors())(api.reload)
-    app.get("/metrics", responses=_errors())(api.metrics)
-    app.get("/livez", responses={503: {"description": "must be replaced"}})(api.livez)
-    app.get("/readyz", responses={503: {"description": "not yet"}})(api.readyz)
+    def get(path: str, handler: Callable[..., Any], answer: type[BaseModel] | None = None) -> None:
+        responses: dict[int | str, dict[str, Any]] = {200: {"model": answer}} if answer else {}
+        app.get(path, responses=responses | _errors(), openapi_extra=locked)(handler)
+
+    post("/v1/completions", api.completions, CompletionRequest, answers.Completion, answers.CompletionChunk)
+    post("/v1/chat/completions", api.chat, ChatRequest, answers.ChatCompletion, answers.ChatChunk)
+    post("/v1/responses", api.responses, ResponsesRequest, answers.ResponseObject, answers.ResponseEvent)
+    post("/v1/classify", api.classify, ClassifyRequest, answers.Classification)
+    get("/v1/models", status.models, answers.Models)
+    get("/v1/models/{name:path}", status.model, answers.Model)
+    app.post("/v1/admin/reload", responses=_errors(), openapi_extra=locked)(status.reload)
+    get("/metrics", status.metrics)
+    app.get("/livez", responses={503: {"description": "must be replaced"}})(status.livez)
+    for path in ("/readyz", "/health"):
+        app.get(path, responses={503: {"description": "not yet"}})(status.readyz)
+    routes: dict[str, str] = {route.path: min(route.methods) for route in app.routes if hasattr(route, "methods")}  # type: ignore[attr-defined]
 
     app.add_middleware(_Counted, service=service)
+    app.add_middleware(_Identified)
+    if service.limits.cors_origins and service.keys:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.limits.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after", "x-should-retry"],
+        )
 
     async def refuse(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code == 404:
+            return unknown_route(request.url.path, routes).response()
         return as_api_error(error).response()
 
     app.add_exception_handler(HTTPException, refuse)
     app.add_exception_handler(ApiError, refuse)
     app.add_exception_handler(Exception, refuse)
-    described = app.openapi
+    described_by_fastapi = app.openapi
 
     def openapi() -> dict[str, Any]:
-        document = described()
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        document = described_by_fastapi()
+        components = document.setdefault("components", {})
+        components["securitySchemes"] = {"bearer": BEARER}
+        schemas = components.setdefault("schemas", {})
         for shape in shapes:
             schema = shape.model_json_schema(ref_template="#/components/schemas/{model}")
+            if shape in NEUTRAL:
+                schema["properties"] = described(NEUTRAL[shape]) | schema["properties"]
             schemas |= schema.pop("$defs", {}) | {shape.__name__: schema}
         return document
 
@@ -71,7 +99,7 @@ def build_app(service: Service) -> FastAPI:
 
 
 def _errors() -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)}
+    return {status: {"model": answers.ErrorBody} for status in (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)}
 
 
 class _Counted:
@@ -90,3 +118,36 @@ class _Counted:
             await self._app(scope, receive, send)
         finally:
             self._service.open -= 1
+
+
+class _Identified:
+    """Gives every request an id: the one of its header `x-request-id`, which Serve's proxy adds to request and answer, or a new
+    one. It is in the log. HEAD is answered as GET, without a body; 405 names HEAD, too."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(ID)
+        own = given if given and _PRINTABLE.fullmatch(given) else uuid.uuid4().hex.encode()
+        REQUEST_ID.set(own.decode())
+        head = scope["method"] == "HEAD"
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message["headers"])
+                if given is None:
+                    headers.append((ID, own))
+                if message["status"] == 405:
+                    headers = [
+                        (name, value + b", HEAD" if name == b"allow" and b"GET" in value else value) for name, value in headers
+                    ]
+                message = {**message, "headers": headers}
+            elif head:
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self._app({**scope, "method": "GET"} if head else scope, receive, answer)

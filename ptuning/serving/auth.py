@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import ipaddress
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -65,6 +65,16 @@ def check_address(host: str, keys: dict[str, Scope], insecure: bool) -> None:
             f"serve.host: {host} can be reached from other machines, but there are no API keys; set serve.keys or {VARIABLE}, "
             "or add --insecure"
         )
+
+
+def check_origins(origins: Sequence[str], keys: dict[str, Scope]) -> None:
+    """Require keys if web pages may use the API: a page could use a server on its visitor's machine, too.
+
+    Raises:
+        AccessError: there are none.
+    """
+    if origins and not keys:
+        raise AccessError(f"serve.cors_origins: requires API keys; set serve.keys or {VARIABLE}, or leave it out")
 
 
 def check_token(insecure: bool) -> None:

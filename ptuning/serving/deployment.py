@@ -14,7 +14,7 @@ from ray.serve.schema import LoggingConfig
 from ptuning.cluster.local_paths import absolute
 from ptuning.config import Experiment, read_experiment
 from ptuning.serving.app import build_app
-from ptuning.serving.auth import Scope, check_address, read_keys
+from ptuning.serving.auth import Scope, check_address, check_origins, read_keys
 from ptuning.serving.service import Service
 
 DEPLOYMENT = "replica"
@@ -109,4 +109,5 @@ def build(args: dict[str, Any]) -> serve.Application:
     experiment = absolute(read_experiment(args["experiment"], args.get("overrides", ())))
     keys = read_keys(experiment.serve.keys)
     check_address("0.0.0.0", keys, bool(args.get("insecure")))
+    check_origins(experiment.serve.cors_origins, keys)
     return application(experiment, keys)

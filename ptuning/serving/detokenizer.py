@@ -22,7 +22,8 @@ class TokenText:
     content: bytes
     """The bytes of the text; of a token that is a part of a character, its own."""
     offset: int
-    logprob: float
+    logprob: float | None
+    """None: of the first token of a prompt, before which there is nothing."""
     top: tuple[tuple[str, bytes, float], ...]
     """Text, bytes and log-probability of the likeliest tokens; no text occurs twice."""
 
@@ -44,10 +45,13 @@ class TextStream:
         self._sent = 0
         self.added = ""
         """What the last token has added, white space included."""
+        self.rest = False
+        """The last token came after a part of a character."""
 
-    def push(self, token: int) -> str:
-        """Add a token; returns the text that can be sent now."""
+    def push(self, token: int, stop: bool = True) -> str:
+        """Add a token; returns the text that can be sent now. `stop`: stop strings end the text from this token on."""
         self._ids.append(token)
+        self.rest = bool(self._read < len(self._ids) - 1)
         known = self._decode(self._ids[self._context : self._read])
         whole = self._decode(self._ids[self._context :])
         if whole.endswith("\ufffd"):  # a character of several tokens, not yet complete
@@ -55,7 +59,7 @@ class TextStream:
             return ""
         self._context, self._read = self._read, len(self._ids)
         self.added = whole[len(known) :]
-        return self._take(self.added)
+        return self._take(self.added, stop)
 
     def flush(self) -> str:
         """The remaining text at the end."""
@@ -70,13 +74,16 @@ class TextStream:
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _take(self, new: str) -> str:
+    def _take(self, new: str, stop: bool = True) -> str:
         before = len(self.text)
         self.text += new
         if self._strip and not before:
             self.text = self.text.lstrip()
+        if not stop:
+            before = len(self.text)
         longest = max(map(len, self._stops), default=1)
-        found = [at for stop in self._stops if (at := self.text.find(stop, max(0, before - longest + 1))) >= 0]
+        places = ((word, max(0, before - len(word) + 1)) for word in self._stops)
+        found = [at for word, start in places if (at := self.text.find(word, start)) >= 0]
         safe = len(self.text)
         if found:
             self.stopped = True
@@ -90,16 +97,22 @@ class TextStream:
         return self.text[start : self._sent]
 
 
-def token_text(tokenizer: PreTrainedTokenizerBase, token: Token, text: str, offset: int) -> TokenText:
-    """A token with its log-probabilities; `text`: what it has added to the answer."""
+def token_text(
+    tokenizer: PreTrainedTokenizerBase, token: Token, text: str, offset: int, behind_part: bool = False
+) -> TokenText:
+    """A token with its log-probabilities; `text`: what it has added to the answer; `behind_part`: it came after a part of a
+    character. The token itself is always among the likeliest ones, if any are reported."""
     _, part, is_part = _own(tokenizer, token.id)
-    content = part if is_part else text.encode()
+    own = is_part or (behind_part and token.id not in tokenizer.all_special_ids)
+    content = part if own else text.encode()
+    logprob, top = token.logprob, token.top
+    if top and logprob is not None and token.id not in (id for id, _ in top):
+        top = (*top, (token.id, logprob))
     shown: dict[str, tuple[bytes, float]] = {}
-    for id, logprob in token.top:
+    for id, its_logprob in top:
         other, its = (text, content) if id == token.id else _own(tokenizer, id)[:2]
-        shown[other if other not in shown else f"token_id:{id}"] = its, logprob
-    top = tuple((each, its, logprob) for each, (its, logprob) in shown.items())
-    return TokenText(text, content, offset, token.logprob or 0.0, top)
+        shown[other if other not in shown else f"token_id:{id}"] = its, its_logprob
+    return TokenText(text, content, offset, logprob, tuple((each, its, number) for each, (its, number) in shown.items()))
 
 
 def _own(tokenizer: PreTrainedTokenizerBase, id: int) -> tuple[str, bytes, bool]:

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ptuning.errors import UserError
 from ptuning.inference.types import AnswerFailed, EngineBusy, EngineStopped
 from ptuning.redaction import logger, placeless
-from ptuning.serving import proxy
+from ptuning.serving import neutral, proxy
+from ptuning.serving.answers import ErrorBody, ErrorDetail
 from ptuning.serving.auth import Scope, scope_of
-from ptuning.serving.protocol import ErrorBody, ErrorDetail, complaint
+from ptuning.serving.complaints import complaint
+from ptuning.serving.protocol import ChatRequest, ClassifyRequest, CompletionRequest
+from ptuning.serving.response_items import ResponsesRequest
 from ptuning.serving.served_models import UnknownModel
 from ptuning.settings.running import ServeConfig
 
@@ -33,6 +38,22 @@ BUSY, REFUSED = proxy.BUSY.decode(), proxy.REFUSED.decode()
 
 DRAIN_S = 1.0
 """Seconds to read the rest of a refused body."""
+
+
+NEUTRAL: Mapping[type[BaseModel], Mapping[str, neutral.Values]] = {
+    CompletionRequest: neutral.COMPLETION,
+    ChatRequest: neutral.CHAT,
+    ClassifyRequest: neutral.CLASSIFY,
+    ResponsesRequest: neutral.RESPONSES,
+}
+"""What each request may contain without effect."""
+
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
+
+
+def request_id() -> str:
+    """The id of the request that is being answered, for the log."""
+    return REQUEST_ID.get()
 
 
 class ApiError(Exception):
@@ -50,22 +71,23 @@ class ApiError(Exception):
         return JSONResponse(self.body.model_dump(), self.status, self.headers)
 
 
-_CODES = {401: "invalid_api_key", 413: "body_too_large", 429: "rate_limit_exceeded"}
+_CODES = {401: "invalid_api_key", 404: "unknown_url", 413: "body_too_large", 429: "rate_limit_exceeded"}
 
-_ROUTES = {
-    404: "there is no such route; see /openapi.json for all routes",
-    405: "this route does not support this method; see /openapi.json for all routes",
-}
+_PARAMETERS = frozenset(name for shape in NEUTRAL for name in (*shape.model_fields, *NEUTRAL[shape]))
 
 
 def as_api_error(error: Exception) -> ApiError:
     """Any error as the client sees it: never the text of an exception that was not written for users."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ValidationError):
+        return invalid(error)
     if isinstance(error, UnknownModel):
         return ApiError(404, str(error), "invalid_request_error", "model", code="model_not_found")
     if isinstance(error, UserError):
-        return ApiError(400, placeless(str(error)), "invalid_request_error")
+        message = placeless(str(error))
+        param = message.partition(":")[0]
+        return ApiError(400, message, "invalid_request_error", param if param in _PARAMETERS else None)
     if isinstance(error, EngineBusy):
         return ApiError(429, str(error), "rate_limit_error", retry_after="1")
     if isinstance(error, EngineStopped):
@@ -79,10 +101,11 @@ def as_api_error(error: Exception) -> ApiError:
             x_should_retry="false",
         )
     if isinstance(error, HTTPException):
-        message = _ROUTES.get(error.status_code, "the request cannot be answered; change it")
+        message = "the request cannot be answered; change it"
+        if error.status_code == 405:
+            message = "this route does not support this method; see /openapi.json for all routes"
         return ApiError(error.status_code, message, "invalid_request_error", **_named(error.headers))
-    if not isinstance(error, AnswerFailed):
-        log.error("a request failed", exc_info=error)
+    log.error("request %s failed", request_id(), exc_info=None if isinstance(error, AnswerFailed) else error)
     message = placeless(str(error)) if isinstance(error, AnswerFailed) else "something went wrong here; see the server's log"
     return ApiError(500, message, "server_error", x_should_retry="false")
 
@@ -100,6 +123,12 @@ def authorize(request: Request, keys: dict[str, Scope], wanted: Scope) -> None:
         raise ApiError(401, message, "authentication_error", www_authenticate="Bearer")
     if wanted == "admin" and scope != "admin":
         raise ApiError(403, "this API key may ask but not administrate; use one with the scope admin", "permission_error")
+
+
+def invalid(error: ValidationError) -> ApiError:
+    """The body does not have the shape of its route."""
+    message, param = complaint(error)
+    return ApiError(400, message, "invalid_request_error", param)
 
 
 async def read_body(request: Request, shape: type[Asked], limits: ServeConfig) -> Asked:
@@ -122,10 +151,29 @@ async def read_body(request: Request, shape: type[Asked], limits: ServeConfig) -
     if size > most:
         raise ApiError(413, f"the body is larger than {limits.max_body_kb} KiB; send less", "invalid_request_error")
     try:
-        return shape.model_validate_json(b"".join(chunks))
+        parsed = from_json(b"".join(chunks), allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not valid JSON ({error}); send a JSON object", "invalid_request_error") from None
+    try:
+        known = [field.alias or name for name, field in shape.model_fields.items()]
+        return shape.model_validate(neutral.without_neutral(parsed, NEUTRAL[shape], known))
+    except neutral.NotNeutral as error:
+        raise ApiError(400, str(error), "invalid_request_error", error.param.partition(".")[0]) from None
     except ValidationError as error:
-        message, param = complaint(error)
-        raise ApiError(400, message, "invalid_request_error", param) from None
+        raise invalid(error) from None
+
+
+def unknown_route(path: str, routes: Mapping[str, str]) -> ApiError:
+    """There is no route of this path. `routes`: path -> method."""
+    parts = [part for part in path.split("/") if part]
+    tails = ["/".join(parts[at:]) for at in range(len(parts))]
+    meant = next((route for tail in tails for route in routes if tail and route.removeprefix("/v1/") == tail), None)
+    if meant and path != meant:
+        message = f"there is no such route; {routes[meant]} {meant} is meant: the client's base_url must end with /v1, once"
+    else:
+        listed = [route for route in routes if route.startswith("/v1/") and "{" not in route and "admin" not in route]
+        message = f"there is no such route; the routes are {', '.join(listed)}; see /openapi.json for all"
+    return ApiError(404, message, "invalid_request_error")
 
 
 async def drain(request: Request, limits: ServeConfig) -> bool:

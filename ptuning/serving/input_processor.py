@@ -15,15 +15,16 @@ ChatUse = Literal["whole", "last"]
 """`serve.chat`."""
 
 
-def chat_ids(served: Served, request: ChatRequest, room: int, use: ChatUse) -> list[int]:
-    """The token ids of a conversation. `use`: what a soft prompt with a plain template takes of it.
+def chat_ids(served: Served, request: ChatRequest, messages: list[Message], room: int, use: ChatUse) -> list[int]:
+    """The token ids of a request's conversation. `messages`: as a chat template takes it; `use`: what a soft prompt with a
+    plain template takes of it.
 
     Raises:
         RequestError, DataError: the conversation does not fit, or does not match the template.
     """
-    messages: list[Message] = [{"role": message.role, "content": message.text} for message in request.messages]
     if served.encoder is not None and served.conversation is None:
-        text = _last(messages) if use == "last" else _only(served.id, messages)
+        given: list[Message] = [{"role": message.role, "content": message.text} for message in request.messages]
+        text = _last(given) if use == "last" else _only(served.id, given)
         return row_ids(served.encoder, fields_of(served.encoder, text), room, request.truncate)
     if served.conversation is None:
         raise RequestError("this model has no chat template; use /v1/completions, or a soft prompt with a template")
@@ -78,7 +79,9 @@ def _only(name: str, messages: list[Message]) -> str:
     if "user" not in roles:
         raise RequestError("messages: there is no user message; send one")
     systems = [role for role in roles if role in ("system", "developer")]
-    more = f"a {systems[0]} message" if systems else "earlier messages" if roles[-1] == "user" else "the begin of an answer"
+    more = (
+        f"a {systems[0]} message" if systems else "the begin of an answer" if roles[-1] == "assistant" else "earlier messages"
+    )
     raise RequestError(
         f"messages: {name} was trained on single texts and has no place for {more}; send one user message, have the server use "
         'the last one only with serve.chat = "last", or train a soft prompt on conversations'

@@ -1,22 +1,28 @@
-"""Requests and responses: the supported part of OpenAI's completions and chat completions, and classification.
+"""Requests: the supported part of OpenAI's completions, chat completions and responses, and classification.
 
-Strict: parameters that are unknown or not supported are refused by name, never ignored. Parameters with a neutral value are
-accepted at that value, because clients send them. Imports only pydantic.
+Strict: parameters that are unknown or not supported are refused by name, never ignored. `neutral` lists the parameters that
+are accepted at a value that changes nothing. Imports only pydantic.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Temperature = Annotated[float, Field(ge=0, le=2)]
 TopP = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+CountOrNone = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
 TokenIds = Annotated[list[int], Field(min_length=1)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1000)
+]
 
 
 class Shape(BaseModel):
@@ -28,37 +34,67 @@ def _as_list(value: Any) -> Any:
 
 
 class StreamOptions(Shape):
-    include_usage: bool = False
+    include_usage: bool | None = None
     """End the stream with a chunk that contains the usage."""
+    continuous_usage_stats: bool | None = None
+    """With `include_usage`: every chunk contains the usage so far."""
 
 
-class TextFormat(Shape):
-    type: Literal["text"]
+class Structured(Shape):
+    choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
+    """The answer is one of these texts, by their probabilities."""
+    json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
+    """The answer is JSON of this schema."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Structured:
+        if (self.choice is None) == (self.json_ is None):
+            raise ValueError("choice: send either this or json")
+        return self
 
 
-class Body(Shape):
-    """Parameters of both completions and chat completions."""
+class Sampled(Shape):
+    """How tokens are chosen, in all routes."""
 
     model: Name
     """A soft prompt's name (its champion), name:3 (a version), or the base's own name."""
-    n: Annotated[int, Field(ge=1, le=64)] | None = None
-    stop: Annotated[Stops, BeforeValidator(_as_list)] | None = None
-    max_tokens: Count | None = None
     temperature: Temperature | None = None
     """Default: 0 for soft prompts with labels, else 1."""
     top_p: TopP | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    """Sample from this many most likely tokens; 0 and -1: from all."""
+    min_p: Share | None = None
+    """Sample from tokens that are at least this fraction as likely as the most likely one."""
+    frequency_penalty: Penalty | None = None
+    """Subtracted from a token's logit for every time that the answer contains it."""
+    presence_penalty: Penalty | None = None
+    """Subtracted from the logits of tokens that the answer contains."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Divides the logits of tokens that the text or the answer contains (negative logits are multiplied). 1: no effect."""
+    logit_bias: Biases | None = None
+    """Added to the logits of these token ids."""
+    stop_token_ids: Annotated[list[CountOrNone], Field(max_length=128)] | None = None
+    """Further tokens that end the answer."""
+    min_tokens: CountOrNone | None = None
+    """No end token and no stop string before this many tokens."""
+    ignore_eos: bool | None = None
+    """Continue after the end token, up to `max_tokens`."""
     seed: Seed | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     constrain: bool | None = None
     """Answer only with one of the soft prompt's labels. Default: true if it has labels."""
     truncate: bool = False
     """Truncate a text that is too long, as in training, instead of refusing it."""
-    user: str | None = None
-    """An end user of the client; ignored."""
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    structured_outputs: Structured | None = None
+
+
+class Body(Sampled):
+    """Parameters of both completions and chat completions."""
+
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: Annotated[Stops, BeforeValidator(_as_list)] | None = None
+    max_tokens: CountOrNone | None = None
+    stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
     def _options_belong_to_streams(self) -> Body:
@@ -71,9 +107,14 @@ class CompletionRequest(Body):
     prompt: str | Annotated[list[str], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
     """Text, to which no template is applied, or token ids of the vocabulary."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
-    suffix: Literal[""] | None = None
+    echo: bool | None = None
+    """Begin the answer with the prompt; with `logprobs` also with those of its tokens. `max_tokens` may be 0."""
+
+    @model_validator(mode="after")
+    def _something_is_asked(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 is only used with echo = true")
+        return self
 
 
 class TextPart(Shape):
@@ -81,14 +122,90 @@ class TextPart(Shape):
     text: str
 
 
+class RefusalPart(Shape):
+    type: Literal["refusal"]
+    refusal: str
+
+
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+
+
+class CalledFunction(Shape):
+    name: str
+    arguments: str
+
+
+class ToolCall(Shape):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    index: int | None = None
+    function: CalledFunction
+
+
 class Message(Shape):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
-    name: str | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | Annotated[list[Part], Field(min_length=1)] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """Its text. Without any: the arguments of its tool calls, which were the text that the model wrote."""
+        if isinstance(self.content, str):
+            text = self.content
+        else:
+            text = "".join(part.text if isinstance(part, TextPart) else part.refusal for part in self.content or ())
+        return text or "\n".join(call.function.arguments for call in self.tool_calls or ())
+
+    @property
+    def spoken(self) -> dict[str, str]:
+        """As a chat template takes it. The result of a tool is a message of the user: no model here was trained with tools."""
+        return {"role": "user" if self.role in ("tool", "function") else self.role, "content": self.text}
+
+    @model_validator(mode="after")
+    def _has_text(self) -> Message:
+        if self.content is None and (self.role != "assistant" or not self.tool_calls):
+            raise ValueError("content: is missing; send the text of the message")
+        return self
+
+
+class JsonSchema(Shape):
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Shape):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and (self.json_schema is None or self.json_schema.schema_ is None):
+            raise ValueError("json_schema.schema: is missing; send it")
+        return self
+
+
+class Function(Shape):
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Shape):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Shape):
+    name: str
+
+
+class NamedTool(Shape):
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatRequest(Body):
@@ -99,10 +216,14 @@ class ChatRequest(Body):
     """False only with `continue_final_message`."""
     continue_final_message: bool | None = None
     """Continue the last message, which is the begin of an answer. The response contains the rest."""
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: CountOrNone | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    """Accepted, but not shown to the model, which answers with text, unless `tool_choice` asks for a call."""
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    """A function's name, or `required` with one tool: the answer is a call of it, whose arguments follow its schema."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatRequest:
@@ -112,6 +233,8 @@ class ChatRequest(Body):
             raise ValueError("top_logprobs: is only used with logprobs = true")
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens: differs from max_completion_tokens; send one of them")
+        if 0 in (self.max_tokens, self.max_completion_tokens):
+            raise ValueError("max_tokens: must be at least 1")
         return self
 
 
@@ -123,7 +246,7 @@ class Conversation(Shape):
 
     def fields(self) -> dict[str, Any]:
         """As an encoder takes it."""
-        return {"messages": [{"role": message.role, "content": message.text} for message in self.messages]}
+        return {"messages": [message.spoken for message in self.messages]}
 
 
 class ClassifyRequest(Shape):
@@ -131,182 +254,3 @@ class ClassifyRequest(Shape):
     input: str | Conversation | Fields | Annotated[list[str | Conversation | Fields], Field(min_length=1)]
     """A text, an object with the template's fields, or a conversation (an object with `messages`); or a list of them."""
     truncate: bool = False
-
-
-class Usage(Shape):
-    prompt_tokens: int
-    """Tokens of the text, including the template's own words."""
-    completion_tokens: int = 0
-    total_tokens: int = 0
-    virtual_tokens: int = 0
-    """Length of the soft prompt; not included in the other numbers."""
-    prompt_tokens_details: dict[str, int] | None = None
-    """`cached_tokens`: text and virtual tokens whose keys and values were in the cache."""
-
-
-class Answered(Shape):
-    """Who has answered."""
-
-    soft_prompt: str | None
-    """name:version; None: the bare base."""
-    content_hash: str | None
-    base: str
-
-
-class TopLogprob(Shape):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(Shape):
-    content: list[TokenLogprob]
-
-
-class CompletionLogprobs(Shape):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-Finish = Literal["stop", "length"]
-
-
-class CompletionChoice(Shape):
-    index: int
-    text: str
-    finish_reason: Finish | None
-    logprobs: CompletionLogprobs | None = None
-
-
-class ChatMessage(Shape):
-    role: Literal["assistant"] = "assistant"
-    content: str
-
-
-class Delta(Shape):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChatChoice(Shape):
-    index: int
-    message: ChatMessage
-    finish_reason: Finish | None
-    logprobs: ChatLogprobs | None = None
-
-
-class ChunkChoice(Shape):
-    index: int
-    delta: Delta
-    finish_reason: Finish | None = None
-    logprobs: ChatLogprobs | None = None
-
-
-class Envelope(Shape):
-    """Fields of every answer."""
-
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-    answered_by: Answered
-    usage: Usage | None = None
-
-
-class Completion(Envelope):
-    object: Literal["text_completion"] = "text_completion"
-    choices: list[CompletionChoice]
-
-
-class ChatCompletion(Envelope):
-    object: Literal["chat.completion"] = "chat.completion"
-    choices: list[ChatChoice]
-
-
-class ChatChunk(Envelope):
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    choices: list[ChunkChoice]
-
-
-class Label(Shape):
-    index: int
-    label: str
-    probability: float
-    probabilities: dict[str, float]
-
-
-class Classification(Envelope):
-    object: Literal["list"] = "list"
-    data: list[Label]
-
-
-class Model(Shape):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str
-    soft_prompt: str | None = None
-    """The name:version that answers under this id."""
-    content_hash: str | None = None
-    length: int | None = None
-    """Virtual tokens."""
-    labels: list[str] | None = None
-    template: str | None = None
-    """Its input with fields in braces; `chat`: it takes conversations."""
-    metrics: dict[str, float] | None = None
-
-
-class Models(Shape):
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-class ErrorDetail(Shape):
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorBody(Shape):
-    error: ErrorDetail
-
-
-def complaint(error: ValidationError) -> tuple[str, str | None]:
-    """The first problem of a request as one sentence, and the parameter it concerns.
-
-    The sentence never repeats a value from the client, and names of parameters only as printable text.
-    """
-    problems = error.errors(include_input=False, include_url=False)
-    problem = problems[0]
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "json_invalid":
-        return f"the body is not valid JSON ({message.removeprefix('Invalid JSON: ')}); send a JSON object", None
-    if problem["type"] == "value_error" and not problem["loc"]:
-        return message, message.partition(":")[0]
-    if not problem["loc"]:
-        return "the body is not a JSON object; send one", None
-    param = printable(str(problem["loc"][0]))
-    if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
-        return f"{param}: is not supported; remove it", param
-    if problem["type"] == "missing" and len(problem["loc"]) == 1:
-        return f"{param}: is missing; send it", param
-    # After the parameter's name come nested fields and indices, and names of internal classes, which must not be disclosed.
-    where = ".".join([param, *(str(part) for part in problem["loc"][1:] if isinstance(part, int) or part in _FIELDS)])
-    if problem["type"] in ("literal_error", "too_long") and param in Body.model_fields:
-        return f"{where}: is not supported at this value; remove it", param
-    return f"{where}: {message[0].lower()}{message[1:]}", param
-
-
-_FIELDS = {field for shape in (*Shape.__subclasses__(), *Body.__subclasses__()) for field in shape.model_fields}
-
-
-def printable(text: str) -> str:
-    """Text from a client, made safe for an answer: short and printable."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:80])

@@ -32,7 +32,7 @@ from ptuning.cluster.local_paths import absolute
 from ptuning.config import Experiment
 from ptuning.errors import TrackingError, UserError
 from ptuning.redaction import logger
-from ptuning.serving.auth import Scope, check_address, is_loopback, read_keys
+from ptuning.serving.auth import Scope, check_address, check_origins, is_loopback, read_keys
 from ptuning.serving.deployment import DEPLOYMENT, application, gpus_per_replica
 from ptuning.tracking.client import database, obeyed, tracking_uri
 from ptuning.tracking.database import check_database
@@ -152,6 +152,7 @@ def _prepared(experiment: Experiment, insecure: bool, say: Callable[[str], None]
         say(f"warning: {error}")
     keys = read_keys(experiment.serve.keys)
     check_address(experiment.serve.host, keys, insecure)
+    check_origins(experiment.serve.cors_origins, keys)
     return experiment, keys
 
 

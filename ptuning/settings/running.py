@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from ptuning.settings.fields import Count, NonBlank, Number, Positive, PositiveNumber, Table
+
+_ORIGIN = re.compile(r"https?://[\w.-]+(:\d{1,5})?|https?://\[[\da-fA-F:]+\](:\d{1,5})?")
 
 
 class ServeConfig(Table):
@@ -18,6 +21,8 @@ class ServeConfig(Table):
     """Port of the API."""
     keys: NonBlank | None = None
     """File with one API key per line, "KEY" or "KEY admin". Default: the variable PTUNING_API_KEYS (comma-separated)."""
+    cors_origins: tuple[NonBlank, ...] = ()
+    """Origins (https://host or http://host:port) whose web pages may use the API. Requires API keys."""
     soft_prompts: tuple[NonBlank, ...] = ()
     """Registered names to serve. Empty: every soft prompt trained for this base."""
     refresh_s: PositiveNumber = 2.0
@@ -40,13 +45,22 @@ class ServeConfig(Table):
     max_new_tokens: Positive = 1024
     """Maximum tokens of one answer."""
     max_answers: Positive = 16
-    """Maximum answers to one request: n times the number of prompts. Texts to classify are limited by `waiting` instead."""
+    """Maximum answers to one prompt (n). The answers to all prompts of a request are limited by `running` plus `waiting`, texts
+    to classify by `waiting`."""
     max_body_kb: Positive = 1024
     """Maximum size of a request body in KiB. Larger ones are answered with 413."""
     deadline_s: PositiveNumber = 120.0
     """Seconds after which an answer is aborted. Clients cannot extend it."""
     drain_s: PositiveNumber = 30.0
     """Seconds that a stopping replica waits for requests in flight."""
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = next((origin for origin in origins if not _ORIGIN.fullmatch(origin)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong!r} is not an origin; write https://host or http://host:port, without a path")
+        return origins
 
     @field_validator("replicas")
     @classmethod

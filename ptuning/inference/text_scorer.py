@@ -1,0 +1,56 @@
+"""Log-probabilities of the tokens of a text, by the pass of training and evaluation.
+
+Shapes: T tokens of the text, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ptuning.inference.sampling import Token
+from ptuning.inference.types import ResidentPrompt
+from ptuning.model.limits import LOGITS
+from ptuning.model.packing import pack_targets
+from ptuning.model.prompted_model import PromptedModel
+
+
+@dataclass
+class TextJob:
+    """A text after a soft prompt (None: without one). `top`: how many of the likeliest tokens are reported for each place."""
+
+    handle: ResidentPrompt | None
+    ids: Sequence[int]
+    top: int
+    future: Future[list[Token]] = field(default_factory=Future)
+
+    @property
+    def rows(self) -> Sequence[Sequence[int]]:
+        return [self.ids]
+
+    @property
+    def positions(self) -> int:
+        return len(self.ids)
+
+
+@torch.no_grad()
+def score_text(model: PromptedModel, vectors: Tensor, ids: Sequence[int], top: int, vocabulary: int) -> list[Token]:
+    """Every token but the first. `vectors` `[P, H]`, `ids` `[T]`.
+
+    One pass, unless the logits of a long text over a large vocabulary need more memory than a pass may have.
+    """
+    most = max(1, LOGITS // vocabulary)
+    found: list[Token] = []
+    for begin in range(1, len(ids), most):
+        part = list(ids[begin : begin + most])
+        logits = model.text_logits([vectors], pack_targets([len(vectors)], [[(list(ids[:begin]), part)]])).float()
+        logprobs = torch.log_softmax(logits, -1)
+        own = logprobs.gather(1, torch.tensor(part, device=logits.device)[:, None])[:, 0].tolist()
+        values, likely = (each.tolist() for each in logprobs.topk(min(top, logprobs.shape[1])))
+        for token, logprob, ids, those in zip(part, own, likely, values, strict=True):
+            found.append(Token(token, logprob, tuple(zip(ids, those, strict=True))))
+    return found
