@@ -3,8 +3,7 @@
 llguidance gives at every step the tokens with which the answer can still become JSON of the schema. The sampler excludes all
 others. What is drawn is the model's own distribution among the allowed tokens, as in OpenAI's and vLLM's structured outputs.
 
-A tokenizer is prepared once (up to a second for a large vocabulary), a schema is compiled once per request, and the tokens of a
-step take 0.1 ms or less.
+A tokenizer is prepared once, and a schema is compiled once per request.
 """
 
 from __future__ import annotations
