@@ -66,7 +66,7 @@ def test_the_smallest_experiment_has_every_default():
     experiment = parse_experiment(SMALLEST)
     assert experiment.model.path == "builtin"
     assert experiment.prompt.length == 20
-    assert experiment.zero.stage == 3
+    assert experiment.zero.stage == "auto"
     assert experiment.compute.workers is None and experiment.compute.most_workers == 1
     assert experiment.metric == "loss"
     assert parse_experiment(tables(data__labels=["a", "b"])).metric == "accuracy"
@@ -176,7 +176,7 @@ WRONG = [
         "prompt.init: input should be 'random', 'vocabulary', 'text', 'labels' or 'soft-prompt' (got 'lables'); "
         'did you mean "labels"?',
     ),
-    ({"zero__stage": 2}, "zero.stage: input should be 0 or 3 (got 2); change the value"),
+    ({"zero__stage": 2}, "zero.stage: input should be 'auto', 0 or 3 (got 2); change the value"),
     ({"serve__port": 99999}, "serve.port: input should be less than or equal to 65535 (got 99999); change the value"),
     ({"compute__workers": 0}, "compute.workers: input should be greater than 0 (got 0); change the value"),
     (

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ptuning.data.encoder import Encoder
 from ptuning.errors import BaseError
-from ptuning.inference import paged_attention, plain_generator
+from ptuning.inference import paged_attention, plain_generator, sampling
 from ptuning.inference.engine import Engine
 from ptuning.inference.paged_attention import stored_sizes
 from ptuning.inference.paged_generator import page_numbers
@@ -383,7 +383,8 @@ def test_another_generator_is_taken_if_one_is_wrong(monkeypatch: pytest.MonkeyPa
     assert engine.kind == "plain" and caplog.messages == [
         "LlamaForCausalLM: no paged cache, requests run in batches of equal length"
     ]
-    monkeypatch.setattr(plain_generator, "choose_token", lambda scores, state: int(state.on_token(None) or 0))
+    wrong = sampling.choose_tokens  # of other logits
+    monkeypatch.setattr(plain_generator, "choose_tokens", lambda logits, states: wrong(torch.zeros_like(logits), states))
     with pytest.raises(RequestError, match="it .* does not generate with its cache what it computes without"):
         Engine(tiny_base("llama", attention=None), 2, EngineConfig(cache_bytes=1 << 20, name="it"))
 
