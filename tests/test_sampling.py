@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_base
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
@@ -20,7 +21,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ptuning.inference import text_scorer
 from ptuning.inference.sampling import Sampler, SamplerState, Sampling, Token, choose_tokens, draw
+from ptuning.model.prompted_model import PromptedModel
 
 pytestmark = pytest.mark.fast
 
@@ -127,3 +130,15 @@ def test_both_samplers_give_the_same_and_neighbours_do_not_matter():
             choose_token(scores[row], state)
     assert together == alone
     assert {token.id for token in together[1]} == {9}  # type: ignore[union-attr]
+
+
+def test_a_text_is_scored_in_parts_as_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PromptedModel(tiny_base("llama"))
+    vocabulary, ids = model.base.config.vocab_size, [5, 9, 4, 7, 8, 6, 3]
+    vectors = torch.randn(3, model.base.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    whole = text_scorer.score_text(model, vectors, ids, 2, vocabulary)
+    monkeypatch.setattr(text_scorer, "LOGITS", 2 * vocabulary)
+    parts = text_scorer.score_text(model, vectors, ids, 2, vocabulary)
+    assert [token.id for token in parts] == [token.id for token in whole] == ids[1:]
+    assert [token.logprob for token in parts] == pytest.approx([token.logprob for token in whole], abs=1e-4)
+    assert [[each for each, _ in token.top] for token in parts] == [[each for each, _ in token.top] for token in whole]

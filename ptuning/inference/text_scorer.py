@@ -51,6 +51,6 @@ def score_text(model: PromptedModel, vectors: Tensor, ids: Sequence[int], top: i
         logprobs = torch.log_softmax(logits, -1)
         own = logprobs.gather(1, torch.tensor(part, device=logits.device)[:, None])[:, 0].tolist()
         values, likely = (each.tolist() for each in logprobs.topk(min(top, logprobs.shape[1])))
-        for token, logprob, ids, those in zip(part, own, likely, values, strict=True):
-            found.append(Token(token, logprob, tuple(zip(ids, those, strict=True))))
+        for token, logprob, others, theirs in zip(part, own, likely, values, strict=True):
+            found.append(Token(token, logprob, tuple(zip(others, theirs, strict=True))))
     return found
