@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,37 +11,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_base
-from transformers import PreTrainedTokenizerFast
 
 from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import Sampling, Token
 from ptuning.inference.types import End, EngineConfig, Request
-from ptuning.model.base import Base, find_base
+from ptuning.model.base import Base
 from ptuning.model.prompted_model import PromptedModel
-from ptuning.settings.model import ModelConfig
 from ptuning.training import loop
 from ptuning.training.messages import Event, StartRun
-from support.accelerator import DEVICE, counting, pretended
+from support.accelerator import DEVICE, counting
 from support.training import Run, experiment
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    with pretended() as device:
-        yield device
-
-
-@pytest.fixture(scope="session")
-def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    tiny_base("llama_tied_gqa", vocab_size=len(tiny_tokenizer), initializer_range=0.1).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base_folder: Path) -> Base:
-    return find_base(ModelConfig(path=str(tiny_base_folder)))
 
 
 def llama(base: Base, layers: int, dtype: torch.dtype = torch.bfloat16) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,6 @@ import pytest
 import torch
 from conftest import tiny_base
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from ptuning.data.task import load_task
 from ptuning.inference.engine import Engine
@@ -26,37 +25,16 @@ from ptuning.inference.sampling import Sampling, Token
 from ptuning.inference.types import End, EngineConfig, Request
 from ptuning.inference.virtual_tokens import ROWS, VirtualTokens
 from ptuning.model import varlen_attention
-from ptuning.model.base import Base, find_base
+from ptuning.model.base import Base
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packing import Objective, pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.self_check import choose_pass
-from ptuning.settings.model import ModelConfig
 from ptuning.training import evaluate
-from support.accelerator import DEVICE, counting, pretended
+from support.accelerator import DEVICE, counting
 from support.training import Killed, Run, experiment
 
 TRIE = LabelTrie(((5, 6, 2), (5, 7, 2), (8, 2)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    with pretended() as device:
-        yield device
-
-
-@pytest.fixture(scope="session")
-def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
-    """Nothing has to be learned here: a base that has not learned anything is there at once."""
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    tiny_base("llama_tied_gqa", vocab_size=len(tiny_tokenizer), initializer_range=0.1).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base_folder: Path) -> Base:
-    return find_base(ModelConfig(path=str(tiny_base_folder)))
 
 
 @pytest.fixture(scope="module")
