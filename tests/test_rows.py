@@ -446,12 +446,12 @@ def test_a_template_of_the_shell_is_refused(written: str) -> None:
 def test_a_column_that_is_spelled_as_elsewhere_is_said() -> None:
     row = {"text": "x", "subject": "y", "label": "fruit"}
     for written in ("{{ subject }}", "$subject", "<subject>", "[subject]", "%(subject)s"):
-        (line,) = of_template(Template(**KIND | {"input": f"{written}: {{text}}"}), row)
+        (line,) = of_template(Template(**KIND | {"input": f"{written}: {{text}}"}), lambda: row)
         assert line == (
             f"{written} in the template is plain text, but the rows have a column 'subject'; write {{subject}} for its value"
         )
     for fine in ("<subject>{subject}</subject> {text}", "{{ object }} <b>{text}</b>", "<text> {text}"):
-        assert not list(of_template(Template(**KIND | {"input": fine}), row))
+        assert not list(of_template(Template(**KIND | {"input": fine}), lambda: row))
 
 
 def test_a_template_without_anything_is_refused() -> None:

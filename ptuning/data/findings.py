@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ptuning.data.dataset import Split, leaked
 from ptuning.settings.data import Template
-from ptuning.settings.template import in_braces, literal_columns
+from ptuning.settings.template import in_braces, literal_names
 
 SHOWN = 5
 """Labels that a line names."""
@@ -24,9 +24,14 @@ def describe_split(split: Split, limit: int) -> str:
     return ", ".join(notes)
 
 
-def of_template(template: Template, columns: Iterable[str]) -> Iterator[str]:
-    """Sentences about a template that probably means columns of the rows which it does not read."""
-    for name, written in literal_columns((template.input, template.target), columns).items():
+def of_template(template: Template, columns: Callable[[], Collection[str]]) -> Iterator[str]:
+    """Sentences about a template that probably means columns of the rows which it does not read. `columns`: reads their names,
+    only if something in the template looks like one."""
+    names = literal_names((template.input, template.target))
+    there = columns() if names else ()
+    for name, written in names.items():
+        if name not in there:
+            continue
         meant = in_braces(name)
         yield f"{written} in the template is plain text, but the rows have a column {name!r}; write {meant} for its value"
 

@@ -64,7 +64,8 @@ class Texts:
 class _Part:
     """One file or data set of a source."""
 
-    identity: Any
+    identity: Callable[[], Any]
+    """What determines its rows, as JSON. Of a file it is a hash of all its bytes."""
     rows: Callable[[], Iterator[Row]]
     note: str | None = None
 
@@ -78,7 +79,7 @@ def read_source(source: str | Sequence[str], columns: Columns) -> Texts:
     parts = _parts(source, columns)
     answered = [columns.free, columns.references, columns.target] if columns.free else [columns.target]
     made = columns.chat.key if columns.chat else None
-    key = [FORMAT, [part.identity for part in parts], columns.names, sorted(columns.defaults.items()), answered, made]
+    key = [FORMAT, [part.identity() for part in parts], columns.names, sorted(columns.defaults.items()), answered, made]
     names = [*columns.names, *(["references"] if columns.free else [])]
     schema = _schema(columns)
     rows = chain.from_iterable(part.rows() for part in parts)
@@ -119,7 +120,7 @@ def _parts_of(source: str, columns: Columns) -> Iterator[_Part]:
     if source.startswith("hub:"):
         hub = _load_from_hub(source)
         named = class_names(hub.features.arrow_schema, columns)
-        yield _Part([hub._fingerprint, named], lambda: hub_rows(hub, source, columns))
+        yield _Part(lambda: [hub._fingerprint, named], lambda: hub_rows(hub, source, columns))
         return
     for file in find_files(source):
         yield _file_part(file, columns)
@@ -134,7 +135,7 @@ def _file_part(file: DataFile, columns: Columns) -> _Part:
     if file.kind == ".parquet":
         with suppress(pa.ArrowException, OSError, ValueError):  # reading reports it
             named = class_names(pq.read_schema(file.path), columns)
-    return _Part([file.hash(), file.kind, between, named], lambda: file_rows(file, columns, between), note)
+    return _Part(lambda: [file.hash(), file.kind, between, named], lambda: file_rows(file, columns, between), note)
 
 
 def _schema(columns: Columns) -> pa.Schema:

@@ -64,7 +64,7 @@ def load_task(experiment: Experiment, base: Base) -> Task:
     }
     if len(base.tokenizer) > base.vocabulary:
         _check_rows_of_tokens(experiment, base, encoder, splits.values())
-    remarks = () if found.rows else of_template(found.template, first_row(config.train))
+    remarks = () if found.rows else of_template(found.template, lambda: first_row(config.train))
     return Task(encoder, splits["train"], splits.get("validation"), splits.get("test"), found.note, tuple(remarks))
 
 

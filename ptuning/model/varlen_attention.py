@@ -30,6 +30,12 @@ class Sequences:
     window: int | None = None
     """A causal query sees this many keys at most."""
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The keys that a query sees to the left and right of its own place, as flash attention names them; -1: all."""
+        left = -1 if self.window is None else self.window - 1
+        return {"window_size_left": left, "window_size_right": 0 if self.causal else -1}
+
 
 def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether flash attention computes these `[..., h, ..., d]` tensors: on a GPU, in 16 bits, not too wide."""
@@ -57,8 +63,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float 
         sequences.causal,
         False,
         scale=scale,
-        window_size_left=-1 if sequences.window is None else sequences.window - 1,
-        window_size_right=0 if sequences.causal else -1,
+        **sequences.sizes,
     )
     return found[0], found[1]
 
@@ -90,8 +95,7 @@ def backward(
         torch.empty(2, dtype=torch.uint64, device=q.device),  # the state of dropout, which there is none of
         unused,
         scale=scale,
-        window_size_left=-1 if sequences.window is None else sequences.window - 1,
-        window_size_right=0 if sequences.causal else -1,
+        **sequences.sizes,
     )
     return of_q, of_k, of_v
 

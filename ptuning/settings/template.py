@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -115,14 +115,13 @@ def in_shell_style(template: str) -> str | None:
     return template_fields(template)[0]
 
 
-def literal_columns(templates: Sequence[str], columns: Iterable[str]) -> dict[str, str]:
-    """Columns that templates name only as other tools do, which is plain text here: {"subject": "{{ subject }}"}."""
+def literal_names(templates: Sequence[str]) -> dict[str, str]:
+    """What templates name only as other tools do, which is plain text here: {"subject": "{{ subject }}"}."""
     used = {name for template in templates for name in template_fields(template)}
-    unused = set(columns) - used
     found: dict[str, str] = {}
     for match in (match for template in templates for match in _FOREIGN.finditer(template)):
         name = next(group for group in match.groups() if group is not None).strip()
-        if name in unused:
+        if name not in used:
             found.setdefault(name, match[0])
     return found
 
