@@ -51,7 +51,10 @@ def listening(answer: bytes = b"") -> Iterator[int]:
                     connection, _ = server.accept()
                 except OSError:
                     return
-                connection.sendall(answer)
+                # What was sent is read first: a socket closed with unread bytes resets the connection, and the answer is lost.
+                if answer:
+                    connection.recv(65536)
+                    connection.sendall(answer)
                 connection.close()
 
         Thread(target=serve, daemon=True).start()
