@@ -8,6 +8,7 @@ import os
 import queue
 import random
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import SamplerState, Sampling, Token, choose_tokens, draw
-from ptuning.inference.types import End, EngineBusy, EngineConfig, EngineStopped, Request, RequestError, ResidentPrompt
+from ptuning.inference.types import End, EngineBusy, EngineConfig, EngineStopped, Load, Request, RequestError, ResidentPrompt
 from ptuning.inference.virtual_tokens import ROWS, VirtualTokens
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.limits import PAGE
@@ -394,6 +395,43 @@ def test_a_full_engine_says_so(engine, add):
     for request_id in waiting:
         engine.cancel(request_id)
     assert answer(engine, Request(ids, handle, 1))
+
+
+@pytest.mark.parametrize("architecture", ["llama_tied_gqa", "gpt_neo"])
+def test_what_runs_and_waits_is_told(architecture):
+    """Seen while the first token of a batch is delivered, which holds up the step: the places are taken, the others wait."""
+    engine = start(architecture)
+    try:
+        handle, gate, arrived = engine.add(soft_prompt(9, 1), "1"), threading.Event(), threading.Event()
+        ends: queue.SimpleQueue[End] = queue.SimpleQueue()
+
+        def deliver(event: Token | End) -> None:
+            arrived.set()
+            gate.wait(20)
+            if isinstance(event, End):
+                ends.put(event)
+
+        with engine.paused():
+            for _ in range(8):
+                engine.submit(Request([5] * 30, handle, 3, ignore_end=True), deliver)
+            jobs = [engine.choose(handle, [[5, 6]] * 3, LabelTrie(((7, END), (8, END))))]
+            assert engine.load == Load(0, 8, 3, 0.0)
+        assert arrived.wait(20)
+        load = engine.load
+        assert (load.running + load.waiting, load.running) in {(8, 6), (8, 2)}, load  # 2: a step's tokens are limited, too
+        assert 0 < load.cache_used <= 1
+        time.sleep(0.2)
+        gate.set()
+        queued = sorted(ends.get(timeout=20).queued_s or math.nan for _ in range(8))
+        assert 0 < queued[0] < queued[-1] and queued[-1] > 0.2, "the last ones have waited for the first"
+        jobs[0].result(20)
+        assert engine.load == Load(0, 0, 0, 0.0), "what is only kept for later requests is not in use"
+        with engine.paused():
+            request_id = engine.submit(Request([5], handle, 1), lambda event: ends.put(event))
+            engine.cancel(request_id)
+        assert ends.get(timeout=20).queued_s is None
+    finally:
+        engine.close()
 
 
 def test_labels_free_their_places_before_they_are_told(engine, add):

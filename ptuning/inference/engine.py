@@ -20,21 +20,21 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptuning.inference.engine_check import generates_right, quiet
+from ptuning.inference.engine_check import choose_generator, generates_right
 from ptuning.inference.generator import Events, Generator
-from ptuning.inference.label_scorer import Job, LabelJob, LabelScorer
-from ptuning.inference.paged_generator import PagedGenerator
-from ptuning.inference.plain_generator import PlainGenerator, RecomputingGenerator, SingleGenerator
+from ptuning.inference.label_scorer import Job, LabelJob, LabelScorer, Timed
+from ptuning.inference.residents import Residents
 from ptuning.inference.sampling import SamplerState, Token
 from ptuning.inference.text_scorer import TextJob
 from ptuning.inference.types import (
@@ -43,6 +43,7 @@ from ptuning.inference.types import (
     EngineBusy,
     EngineConfig,
     EngineStopped,
+    Load,
     Request,
     RequestError,
     ResidentPrompt,
@@ -51,18 +52,10 @@ from ptuning.inference.types import (
 from ptuning.inference.virtual_tokens import VirtualTokens
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.prompted_model import PromptedModel
-from ptuning.model.self_check import FAILURES, choose_pass
+from ptuning.model.self_check import choose_pass
 from ptuning.redaction import logger
 
 log = logger(__name__)
-
-
-HOW = {
-    PlainGenerator: "no paged cache, requests run in batches of equal length",
-    SingleGenerator: "no paged cache, requests run one after the other",
-    RecomputingGenerator: "no cache gives the same numbers, every new token computes all tokens before it again",
-}
-"""What is slower than pages, in the log's words."""
 
 
 @dataclass
@@ -72,6 +65,7 @@ class _Running:
     choice: SamplerState
     tokens: int = 0
     cached: int = 0
+    submitted: float = field(default_factory=time.monotonic)
 
 
 class Engine:
@@ -92,12 +86,14 @@ class Engine:
         self.stats = Stats()
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
-        self._resident: dict[str, tuple[ResidentPrompt, int]] = {}  # by content hash, with its reference count
         self._waiting_rows = 0
         model = PromptedModel(base)
         choose_pass(model, config.name, gradients=False)
         self._bank = VirtualTokens.install(base, self.vocabulary, model.needs_ids)
-        self._start_generator(model)
+        self._residents = Residents(self._bank)
+        events = Events(self._find, self._stepped, self._finish)
+        self._generator = choose_generator(model, config, events, lambda generator: self._right(generator, model))
+        self.stats = Stats()
         self._scorer = LabelScorer(model, self._bank, self._generator.pause, self._scored)
 
     @property
@@ -110,38 +106,6 @@ class Engine:
         """How it generates: "paged", "plain", "single" or "recomputing"."""
         return self._generator.kind
 
-    def _start_generator(self, model: PromptedModel) -> None:
-        """Start the fastest generator that generates what the base generates.
-
-        Raises:
-            RequestError: there is none, or the cache does not fit into memory.
-        """
-        self._generator: Generator
-        events = Events(self._find, self._stepped, self._finish)
-        kinds: list[type[PagedGenerator] | type[PlainGenerator]] = [
-            *(PagedGenerator, PlainGenerator, SingleGenerator, RecomputingGenerator)
-        ]
-        for kind in kinds[not model.shared_prefix :]:
-            try:
-                self._generator = kind(model, self.config, events)
-            except RequestError:
-                raise
-            except FAILURES as error:  # this cache has no place for the states of this architecture
-                log.debug("%s: %s", kind.kind, error)
-                continue
-            with quiet() if kind is not RecomputingGenerator else nullcontext():  # the last one says why it fails
-                right = generates_right(self, model)
-            if right:
-                self.stats = Stats()
-                if kind in HOW:
-                    log.warning("%s: %s", type(model.base).__name__, HOW[kind])
-                return
-            self._generator.close()
-        raise RequestError(
-            f"model.path: {self.config.name} ({type(model.base).__name__}) does not generate with its cache what it "
-            "computes without, in this version of transformers; choose another base"
-        )
-
     # -- soft prompts ------------------------------------------------------------------------------------------------
 
     def add(self, vectors: Tensor, content_hash: str) -> ResidentPrompt:
@@ -151,26 +115,17 @@ class Engine:
             RequestError: it does not fit this base, or is not finite in the base's dtype.
         """
         with self._lock:
-            known = self._resident.get(content_hash)
-            if known:
-                handle, holders = known
-            else:
-                try:
-                    handle, holders = ResidentPrompt(content_hash, self._bank.add(vectors)), 0
-                except ValueError as error:
-                    raise RequestError(f"soft prompt {content_hash[:12]}: {error}; train it again for this base") from None
-            self._resident[content_hash] = (handle, holders + 1)
-        return handle
+            return self._residents.add(vectors, content_hash)
 
     def remove(self, handle: ResidentPrompt) -> None:
         """Decrement the reference count of a soft prompt; at 0 it is removed. Requests hold a reference to their soft
         prompt."""
         with self._lock:
-            self._release(handle)
+            self._residents.release(handle)
 
     @property
     def residents(self) -> int:
-        return len(self._resident)
+        return len(self._residents)
 
     @property
     def resident_bytes(self) -> int:
@@ -198,7 +153,7 @@ class Engine:
                 raise EngineStopped("the engine has stopped; restart it")
             if self.full:
                 raise EngineBusy(f"{len(self._running)} requests are running or waiting; ask again later")
-            self._hold(request.handle)
+            self._residents.hold(request.handle)
             self._running[request_id] = running
         self._generator.start(request_id, [*prefix, *request.ids], request.max_new_tokens, ends)
         return request_id
@@ -252,9 +207,7 @@ class Engine:
 
     # -- labels ------------------------------------------------------------------------------------------------------
 
-    def choose(
-        self, handle: ResidentPrompt | None, rows: Sequence[Sequence[int]], trie: LabelTrie
-    ) -> Future[list[list[float]]]:
+    def choose(self, handle: ResidentPrompt | None, rows: Sequence[Sequence[int]], trie: LabelTrie) -> Timed[list[list[float]]]:
         """Log-probability of every label after every row, `[n][L]`, computed as in training and evaluation.
 
         Raises:
@@ -276,7 +229,7 @@ class Engine:
             if self._waiting_rows and self._waiting_rows + many > self.config.waiting:
                 raise EngineBusy(f"{self._waiting_rows} rows are waiting to be labelled; ask again later")
             self._waiting_rows += many
-            self._hold(job.handle)
+            self._residents.hold(job.handle)
         self._scorer.submit(job)
 
     def score(self, handle: ResidentPrompt | None, ids: Sequence[int], top: int) -> Future[list[Token]]:
@@ -300,6 +253,13 @@ class Engine:
         return self._generator.alive
 
     @property
+    def load(self) -> Load:
+        """What runs and waits now."""
+        began = [running.choice.began for running in self._running.copy().values()]
+        running = sum(each > 0 for each in began)
+        return Load(running, len(began) - running, self._waiting_rows, self._generator.cache_used)
+
+    @property
     def busy(self) -> int:
         """Number of requests that run or wait, plus rows that wait for labels."""
         return len(self._running) + self._waiting_rows
@@ -320,31 +280,15 @@ class Engine:
         for request_id in list(self._running):
             self._finish(request_id, "failed", "the engine was stopped")
 
-    def _hold(self, handle: ResidentPrompt | None) -> None:
-        """Increment the reference count; the lock must be held."""
-        if handle is None:
-            return
-        known = self._resident.get(handle.content_hash)
-        if known is None or known[0] is not handle:
-            raise RequestError(f"soft prompt {handle.content_hash[:12]} was removed from the engine; use its successor")
-        self._resident[handle.content_hash] = (handle, known[1] + 1)
-
-    def _release(self, handle: ResidentPrompt | None) -> None:
-        """Decrement the reference count; the lock must be held."""
-        if handle is None:
-            return
-        _, holders = self._resident[handle.content_hash]
-        if holders > 1:
-            self._resident[handle.content_hash] = (handle, holders - 1)
-        else:
-            del self._resident[handle.content_hash]
-            self._bank.remove(handle.ids)
+    def _right(self, generator: Generator, model: PromptedModel) -> bool:
+        self._generator = generator
+        return generates_right(self, model)
 
     def _scored(self, jobs: Sequence[Job]) -> None:
         with self._lock:
             for job in jobs:
                 self._waiting_rows -= len(job.rows)
-                self._release(job.handle)
+                self._residents.release(job.handle)
 
     def _find(self, request_id: str) -> SamplerState | None:
         running = self._running.get(request_id)
@@ -377,10 +321,11 @@ class Engine:
             running = self._running.pop(request_id, None)
             if running is None:
                 return
-            self._release(running.request.handle)
+            self._residents.release(running.request.handle)
         if cancel:
             self._generator.cancel(request_id)
-        _deliver(running, End(reason, message, running.cached))
+        began = running.choice.began
+        _deliver(running, End(reason, message, running.cached, began - running.submitted if began else None))
 
 
 def _deliver(running: _Running, event: Token | End) -> None:

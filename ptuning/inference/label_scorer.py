@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,8 +26,21 @@ from ptuning.redaction import logger
 
 log = logger(__name__)
 
+Result = TypeVar("Result")
+
 LABEL_TOKENS = 4096
 """Approximate number of tokens in one pass over labels; it limits how long generation waits."""
+
+
+class Timed(Future[Result]):
+    """A future that records when its computation began."""
+
+    began = 0.0
+    """By `time.monotonic`; 0: it waits."""
+
+    def set_running_or_notify_cancel(self) -> bool:
+        self.began = time.monotonic()
+        return super().set_running_or_notify_cancel()
 
 
 _Row = tuple[ResidentPrompt | None, Sequence[int]]
@@ -40,7 +54,7 @@ class LabelJob:
     handle: ResidentPrompt | None
     rows: Sequence[Sequence[int]]
     trie: LabelTrie
-    future: Future[list[list[float]]] = field(default_factory=Future)
+    future: Timed[list[list[float]]] = field(default_factory=Timed)
 
     @property
     def positions(self) -> int:
