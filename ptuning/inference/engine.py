@@ -1,6 +1,6 @@
 """What the users of an engine know of it: one frozen base, many resident soft prompts, and requests for all of them at once.
 
-`Engine` is the interface, and what is the same whatever computes: which soft prompts are held, what is refused, how much may
+`Engine` is the interface, and the part that all engines share: which soft prompts are held, what is refused, how much may
 wait, and how an answer ends. `transformers_engine` computes.
 
 Whole pages of text are shared, too. This does not change an answer, but it starts sooner, which may reveal that someone else
