@@ -30,7 +30,7 @@ class Bank(Protocol):
 
 
 class Residents:
-    """Soft prompts by content hash. Whoever is served or answers with one holds a reference. Thread-safe."""
+    """Soft prompts by content hash. A served name and a running request hold a reference. Thread-safe."""
 
     def __init__(self, bank: Bank) -> None:
         self._bank = bank
