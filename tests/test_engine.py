@@ -4,7 +4,6 @@ leak), whatever joins, leaves, is replaced or is cancelled."""
 from __future__ import annotations
 
 import math
-import os
 import queue
 import random
 import threading
@@ -16,12 +15,12 @@ import psutil
 import pytest
 import torch
 from conftest import ARCHITECTURES, CONCATENATED, tiny_base
-from torch import Tensor
+from support.engines import END, SMALL, answer, collect, reference, soft_prompt, text
 
 from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import SamplerState, Sampling, Token, choose_tokens, draw
 from ptuning.inference.transformers_engine import TransformersEngine
-from ptuning.inference.types import End, EngineBusy, EngineConfig, EngineStopped, Load, Request, RequestError, ResidentPrompt
+from ptuning.inference.types import End, EngineConfig, Load, Request, RequestError, ResidentPrompt
 from ptuning.inference.virtual_tokens import ROWS, VirtualTokens
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.limits import PAGE
@@ -29,15 +28,6 @@ from ptuning.model.packing import Objective, pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 
 pytestmark = pytest.mark.fast
-
-BATCHES = int(os.environ.get("PTUNING_BATCHES", "50"))
-"""Random mixed batches of law 7; `make test-all` has 200."""
-SMALL = EngineConfig(running=6, waiting=40, batch_tokens=48, cache_bytes=1 << 20, context=128)
-END = 2
-
-
-def soft_prompt(length: int, seed: int) -> Tensor:
-    return torch.randn(length, 32, generator=torch.Generator().manual_seed(seed)) * 0.3
 
 
 def start(architecture: str = "llama_tied_gqa", config: EngineConfig = SMALL) -> TransformersEngine:
@@ -68,26 +58,6 @@ def add(engine: TransformersEngine) -> Iterator[object]:
         engine.remove(handle)
 
 
-def text(draw: random.Random, length: int) -> list[int]:
-    return [draw.randrange(3, 100) for _ in range(length)]
-
-
-def answer(engine: Engine, request: Request) -> list[int]:
-    *tokens, end = engine.generate(request)
-    assert isinstance(end, End) and end.reason in ("stop", "length"), end
-    return [token.id for token in tokens]
-
-
-def reference(base: torch.nn.Module, vectors: Tensor, ids: list[int], new: int) -> list[int]:
-    """Plain `generate`, one request by itself."""
-    embeds = torch.cat([vectors, base.get_input_embeddings()(torch.tensor(ids))])[None]
-    mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-    out = base.generate(
-        inputs_embeds=embeds, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=END, pad_token_id=END
-    )
-    return out[0].tolist()
-
-
 @pytest.mark.parametrize(
     "architecture",
     [
@@ -115,13 +85,6 @@ def answers_are_the_base(
     for (length, ids), sink in zip(requests, sinks, strict=True):
         tokens = [event.id for event in iter(lambda sink=sink: sink.get(timeout=20), None) if collect(event, sink)]
         assert tokens == reference(base, soft_prompt(length, length), ids, 12)
-
-
-def collect(event: Token | End, sink: queue.SimpleQueue) -> bool:
-    """True for a token; at the end, lets the iteration over the queue end."""
-    if isinstance(event, End):
-        sink.put(None)
-    return isinstance(event, Token)
 
 
 def test_a_base_in_16_bits():
@@ -164,52 +127,6 @@ def test_logits_are_those_of_evaluation(architecture):
             assert found == pytest.approx(-float(model([vectors], plan).sum()), abs=1e-5)
     finally:
         engine.close()
-
-
-def test_neighbours_do_not_leak(engine, add):
-    """Law 7: random mixes of soft prompts, lengths, labels, joins and cancellations; every answer equals the answer alone."""
-    draw = random.Random(7)
-    handles = [None, *(add(length, seed) for seed, length in enumerate((1, 7, 16, 20, 33)))]
-    texts = [text(draw, draw.randint(1, 45)) for _ in range(12)]
-    requests = [
-        Request(ids, handle, draw.randint(1, 16), draw.choice([Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=5)]))
-        for handle in handles
-        for ids in texts
-    ]
-    alone = [answer(engine, request) for request in requests]
-    trie = LabelTrie(((7, END), (8, 9, END), (8, 5, END)))
-    scored = engine.choose(handles[2], texts[:4], trie).result(20)
-
-    wrong = cancelled = 0
-    for _ in range(BATCHES):
-        pending = [send(engine, requests, at, draw) for at in draw.choices(range(len(requests)), k=draw.randint(2, 10))]
-        if draw.random() < 0.3:
-            found = engine.choose(handles[2], texts[:4], trie).result(20)
-            torch.testing.assert_close(torch.tensor(found), torch.tensor(scored), atol=1e-5, rtol=0)
-        for at, events, sink in pending:
-            while not events or not isinstance(events[-1], End):
-                events.append(sink.get(timeout=20))
-            tokens = [event.id for event in events[:-1]]
-            if events[-1].reason == "cancelled":
-                cancelled += 1
-                wrong += tokens != alone[at][: len(tokens)]
-            else:
-                wrong += tokens != alone[at]
-    assert wrong == 0
-    assert cancelled >= BATCHES // 2
-
-
-def send(
-    engine: TransformersEngine, requests: list[Request], at: int, draw: random.Random
-) -> tuple[int, list, queue.SimpleQueue]:
-    """Submit a request, and now and then cancel it at once, after its first token, or let the next one wait for that."""
-    sink: queue.SimpleQueue[Token | End] = queue.SimpleQueue()
-    request_id, events, fate = engine.submit(requests[at], sink.put), [], draw.random()
-    if 0.2 <= fate < 0.5:
-        events.append(sink.get(timeout=20))
-    if fate < 0.3:
-        engine.cancel(request_id)
-    return at, events, sink
 
 
 def test_a_neighbour_that_is_not_a_number_stays_alone(engine, add):
@@ -257,48 +174,6 @@ def test_nothing_is_shared_unless_it_may_be():
         engine.close()
 
 
-def test_requests_in_flight_keep_a_soft_prompt_that_leaves(engine):
-    handle = engine.add(soft_prompt(8, 1), "leaving")
-    ids = text(random.Random(5), 10)
-    expected = answer(engine, Request(ids, handle, 30, ignore_end=True))
-    events = engine.generate(Request(ids, handle, 30, ignore_end=True))
-    tokens = [next(events).id]
-    engine.remove(handle)
-    assert tokens + [event.id for event in events if isinstance(event, Token)] == expected
-    assert not engine.residents  # it left with its last request
-    with pytest.raises(RequestError, match="was removed from the engine"):
-        engine.submit(Request(ids, handle, 1), print)
-
-
-def test_virtual_tokens_are_never_generated(engine, add):
-    add(50, 1)
-    hot = Request(text(random.Random(6), 5), None, 100, Sampling(temperature=1e6, seed=1), ignore_end=True)
-    tokens = answer(engine, hot)
-    assert len(set(tokens)) > 50 and max(tokens) < engine.vocabulary  # nearly uniform, and all of them below
-
-
-@pytest.mark.parametrize("strange", [-1, 100, 101, 2**31, 2**40])
-def test_ids_that_are_no_tokens_are_refused(engine, add, strange):
-    handle = add(4, 1)
-    for call in (
-        lambda: engine.submit(Request([5, strange], handle, 1), print),
-        lambda: engine.choose(handle, [[5, strange]], LabelTrie(((5, END), (6, END)))),
-    ):
-        with pytest.raises(RequestError, match=f"token {strange} is not in the vocabulary of 100 tokens; send 0 to 99"):
-            call()
-    with pytest.raises(RequestError, match="no tokens"):
-        engine.submit(Request([], handle, 1), print)
-
-
-def test_longer_than_the_context_is_refused_with_the_numbers(engine, add):
-    handle = add(20, 1)
-    assert len(answer(engine, Request([5] * 100, handle, 8, ignore_end=True))) == 8
-    with pytest.raises(
-        RequestError, match="100 tokens of text, 20 virtual tokens and up to 9 new ones exceed the 128 positions"
-    ):
-        engine.submit(Request([5] * 100, handle, 9), print)
-
-
 def test_a_thousand_soft_prompts():
     engine, ids = start(), text(random.Random(8), 10)
     base = tiny_base("llama_tied_gqa", attention=None)
@@ -315,36 +190,6 @@ def test_a_thousand_soft_prompts():
             assert answer(engine, Request(ids, handles[seed], 6)) == reference(base, soft_prompt(4, seed), ids, 6)
     finally:
         engine.close()
-
-
-def test_the_same_content_is_resident_once(engine, add):
-    one, two = add(4, 1), add(4, 1)
-    assert one is two and engine.residents == 1
-
-
-def test_soft_prompts_that_do_not_fit_are_refused(engine):
-    for vectors, words in (
-        (torch.zeros(4, 16), r"not \[P, 32\]"),
-        (torch.zeros(0, 32), r"not \[P, 32\]"),
-        (torch.full((4, 32), math.inf), "not finite"),
-        (torch.full((4, 32), 1e39, dtype=torch.float64), "not finite in torch.float32"),
-    ):
-        with pytest.raises(RequestError, match=words):
-            engine.add(vectors, "odd")
-
-
-def test_a_seed_decides_the_answer(engine, add):
-    handle, ids = add(8, 1), text(random.Random(9), 8)
-
-    def ask(**sampling) -> list[int]:
-        return answer(engine, Request(ids, handle, 20, Sampling(**sampling), ignore_end=True))
-
-    assert ask(temperature=1.0, seed=1) == ask(temperature=1.0, seed=1)
-    assert len({tuple(ask(temperature=1.0, seed=seed)) for seed in range(4)}) == 4
-    assert len({tuple(ask(temperature=1.0)) for _ in range(4)}) == 4
-    greedy = ask()
-    assert ask(temperature=1.0, top_p=1e-9, seed=1) == greedy
-    assert ask(temperature=1e-300, seed=1) == greedy  # no overflow, however cold
 
 
 def test_drawing_follows_the_probabilities():
@@ -389,17 +234,6 @@ def test_what_is_drawn_does_not_depend_on_the_neighbours():
     assert [token for row, token in reports if row == 4] == [None] * 5
 
 
-def test_a_full_engine_says_so(engine, add):
-    handle, ids, gate = add(4, 1), [5] * 10, threading.Event()
-    waiting = [engine.submit(Request(ids, handle, 100, ignore_end=True), lambda event: gate.wait(20)) for _ in range(46)]
-    with pytest.raises(EngineBusy, match="ask again later"):
-        engine.submit(Request(ids, handle, 1), print)
-    gate.set()
-    for request_id in waiting:
-        engine.cancel(request_id)
-    assert answer(engine, Request(ids, handle, 1))
-
-
 @pytest.mark.parametrize("architecture", ["llama_tied_gqa", "gpt_neo"])
 def test_what_runs_and_waits_is_told(architecture):
     """Seen while the first token of a batch is delivered, which holds up the step: the places are taken, the others wait."""
@@ -437,12 +271,6 @@ def test_what_runs_and_waits_is_told(architecture):
         engine.close()
 
 
-def test_labels_free_their_places_before_they_are_told(engine, add):
-    handle = add(4, 1)
-    for _ in range(200):  # as many rows as may wait, again and again without a pause
-        engine.choose(handle, [[5, 6]] * 40, LabelTrie(((7, END), (8, END)))).result(20)
-
-
 def test_cancelled_requests_leave_nothing_behind(engine, add):
     handle = add(32, 1)
     answer(engine, Request([5] * 10, handle, 1))
@@ -454,12 +282,6 @@ def test_cancelled_requests_leave_nothing_behind(engine, add):
         events.close()  # the client has gone
     answer(engine, Request([5] * 10, handle, 1))
     assert not tables, "pages are still held"
-
-
-def test_a_receiver_that_fails_harms_nobody(engine, add):
-    handle = add(4, 1)
-    engine.submit(Request([5] * 10, handle, 4), lambda event: 1 / 0)
-    assert answer(engine, Request([5] * 10, handle, 4))
 
 
 def test_more_than_the_cache_holds():
@@ -491,20 +313,6 @@ def test_a_small_machine_serves_and_says_what_does_not_fit(monkeypatch):
         match="serve.cache_mb: 2049 MB for keys and values exceed the 2048 MB of memory that the base leaves free; lower it",
     ):
         start(config=EngineConfig(cache_bytes=2049 << 20))
-
-
-def test_a_stopped_engine_says_so():
-    engine = start()
-    sink: queue.SimpleQueue[Token | End] = queue.SimpleQueue()
-    engine.submit(Request([5] * 10, None, 100, ignore_end=True), sink.put)
-    engine.close()
-    events = [sink.get(timeout=20)]
-    while not isinstance(events[-1], End):
-        events.append(sink.get(timeout=20))
-    assert events[-1].reason == "failed"
-    assert not engine.alive
-    with pytest.raises(EngineStopped):
-        engine.submit(Request([5], None, 1), print)
 
 
 def test_a_base_without_a_paged_cache_is_served_as_well():

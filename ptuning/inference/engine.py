@@ -43,6 +43,7 @@ from ptuning.redaction import logger
 
 log = logger(__name__)
 
+STOPPED = "the engine has stopped; restart it"
 DIVERGED = "the answer is not a number: this soft prompt has diverged"
 
 
@@ -168,7 +169,7 @@ class Engine(ABC):
         running = Running(request, deliver, ends)
         with self._lock:
             if not self.alive:
-                raise EngineStopped("the engine has stopped; restart it")
+                raise EngineStopped(STOPPED)
             if self.full:
                 raise EngineBusy(f"{len(self._running)} requests are running or waiting; ask again later")
             self._residents.hold(request.handle)
@@ -255,7 +256,7 @@ class Engine(ABC):
         many = len(job.rows)
         with self._lock:
             if not self.alive:
-                raise EngineStopped("the engine has stopped; restart it")
+                raise EngineStopped(STOPPED)
             if self._waiting_rows and self._waiting_rows + many > self.config.waiting:
                 raise EngineBusy(f"{self._waiting_rows} rows are waiting to be labelled; ask again later")
             self._residents.hold(job.handle)
@@ -284,6 +285,8 @@ class Engine(ABC):
 
     def _told(self, request_id: str, running: Running, token: Token | None, cached: int) -> None:
         """A token of a request; None: its logits are not numbers. `cached`: tokens of its prompt that were in the cache."""
+        if request_id not in self._running:
+            return
         if token is None:
             self._finish(request_id, "failed", DIVERGED, cancel=True)
             return

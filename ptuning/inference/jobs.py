@@ -22,7 +22,7 @@ class Timed(Future[Result]):
     """By `time.monotonic`; 0: it waits."""
 
     def set_running_or_notify_cancel(self) -> bool:
-        self.began = time.monotonic()
+        self.began = self.began or time.monotonic()
         return super().set_running_or_notify_cancel()
 
 

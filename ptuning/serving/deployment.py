@@ -16,6 +16,7 @@ from ptuning.config import Experiment, read_experiment
 from ptuning.serving.app import build_app
 from ptuning.serving.auth import Scope, check_address, check_origins, read_keys
 from ptuning.serving.service import Service
+from ptuning.settings.running import ServeConfig
 
 DEPLOYMENT = "replica"
 
@@ -53,17 +54,18 @@ class Replica:
             service.close()
 
 
-def gpus_per_replica(wanted: float | None) -> float:
-    """`serve.gpus_per_replica`: by default one if the cluster has any."""
-    if wanted is not None:
-        return wanted
-    return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+def gpus_per_replica(limits: ServeConfig) -> float:
+    """`serve.gpus_per_replica`: by default one for each part of the base if the cluster has any."""
+    if limits.gpus_per_replica is not None:
+        return limits.gpus_per_replica
+    there = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1
+    return float(limits.tensor_parallel) if there else 0.0
 
 
-def gpu_options(wanted: float | None) -> dict[str, Any]:
+def gpu_options(limits: ServeConfig) -> dict[str, Any]:
     """The options of an actor with this many GPUs. One without GPUs on a node with some would use them uncounted: Ray (2.60) no
     longer hides them."""
-    many = gpus_per_replica(wanted)
+    many = gpus_per_replica(limits)
     hidden = not many and ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
     return {"num_gpus": many} | ({"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}} if hidden else {})
 
@@ -84,7 +86,7 @@ def application(experiment: Experiment, keys: Mapping[str, Scope], surge: int = 
         }
     deployment: Any = serve.deployment(  # its type allows only a class
         name=DEPLOYMENT,
-        ray_actor_options={"num_cpus": limits.cpus_per_replica} | gpu_options(limits.gpus_per_replica),
+        ray_actor_options={"num_cpus": limits.cpus_per_replica} | gpu_options(limits),
         # A full replica answers 429 itself; this limit is for requests that do not reach it.
         max_ongoing_requests=2 * places,
         max_queued_requests=2 * places,

@@ -271,7 +271,7 @@ def _check_resources(experiment: Experiment) -> None:
     """Serve would wait for them for ever."""
     limits, have = experiment.serve, ray.cluster_resources()
     least = limits.replicas if isinstance(limits.replicas, int) else limits.replicas[0]
-    for kind, each in (("CPU", limits.cpus_per_replica), ("GPU", gpus_per_replica(limits.gpus_per_replica))):
+    for kind, each in (("CPU", limits.cpus_per_replica), ("GPU", gpus_per_replica(limits))):
         if least * each > have.get(kind, 0):
             raise UserError(
                 f"serve.replicas: {least} replicas with {each:g} {kind} each need {least * each:g}, the cluster has "
@@ -282,7 +282,7 @@ def _check_resources(experiment: Experiment) -> None:
 def _surge(experiment: Experiment) -> int:
     """New replicas begin before old ones end if there is room for one more; without room, Serve (2.60) would wait for ever."""
     limits, free = experiment.serve, ray.available_resources()
-    gpus = gpus_per_replica(limits.gpus_per_replica)
+    gpus = gpus_per_replica(limits)
     fits = limits.cpus_per_replica <= free.get("CPU", 0) and gpus <= free.get("GPU", 0)
     return 100 if fits else 0
 

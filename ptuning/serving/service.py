@@ -6,12 +6,10 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from ptuning import storage
 from ptuning.config import Experiment
 from ptuning.errors import TrackingError, UserError
-from ptuning.inference.transformers_engine import TransformersEngine
+from ptuning.inference.open_engine import open_engine
 from ptuning.inference.types import End, EngineConfig, Request
 from ptuning.model.base import find_base
 from ptuning.redaction import logger
@@ -35,18 +33,16 @@ class Service:
         self.limits = experiment.serve
         self.keys = dict(keys)
         self.base = find_base(experiment.model)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.engine = TransformersEngine(
-            self.base.load(self.base.dtype(experiment.model.dtype), device),
-            self.base.ends,
-            EngineConfig(
-                running=self.limits.running,
-                waiting=self.limits.waiting,
-                cache_bytes=self.limits.cache_mb << 20,
-                context=self.base.context,
-                name=self.base.name,
-            ),
+        config = EngineConfig(
+            running=self.limits.running,
+            waiting=self.limits.waiting,
+            cache_bytes=self.limits.cache_mb << 20,
+            context=self.base.context,
+            name=self.base.name,
         )
+        dtype = self.base.dtype(experiment.model.dtype)
+        self.engine = open_engine(self.base, dtype, config, self.limits.engine, self.limits.rows, self.limits.tensor_parallel)
+        log.info("%s computes", self.engine.kind)
         store = experiment.compute.storage
         registry = Registry(tracking_uri(experiment))
         cache = storage.join(store, "served") if storage.is_local(store) else str(Path.home() / ".cache" / "ptuning" / "served")

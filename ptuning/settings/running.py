@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ptuning.settings.fields import Count, NonBlank, Number, Positive, PositiveNumber, Table
 
@@ -32,7 +32,15 @@ class ServeConfig(Table):
     cpus_per_replica: PositiveNumber = 1.0
     """CPU cores per replica."""
     gpus_per_replica: Number | None = None
-    """Default: 1 if the cluster has GPUs, else 0. With a fraction several replicas share a GPU; 0 hides the GPUs of a node."""
+    """Default: `tensor_parallel` if the cluster has GPUs, else 0. With a fraction several replicas share a GPU; 0 hides the
+    GPUs of a node."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """What computes the answers. transformers takes every base; vllm is for GPUs and needs the extra `ptuning[vllm]`.
+    auto: vllm if it is installed, the replica has a GPU and vllm takes the base; else transformers."""
+    rows: Positive = 4096
+    """Virtual tokens of all served soft prompts together. For vllm; transformers has no limit."""
+    tensor_parallel: Positive = 1
+    """GPUs over which a replica distributes its base. More than 1 only for vllm."""
     chat: Literal["whole", "last"] = "whole"
     """What a soft prompt with a plain template takes of a conversation. whole: one user message, anything more is answered with
     400; last: only the last user message, the rest is ignored. Soft prompts trained on conversations always take the whole."""
@@ -68,6 +76,15 @@ class ServeConfig(Table):
         if isinstance(replicas, tuple) and replicas[0] > replicas[1]:
             raise ValueError(f"[{replicas[0]}, {replicas[1]}] is not a valid range; write [min, max] with min <= max")
         return replicas
+
+    @model_validator(mode="after")
+    def _ranks_have_gpus(self) -> ServeConfig:
+        many = self.tensor_parallel
+        if many > 1 and self.engine == "transformers":
+            raise ValueError(f"tensor_parallel: {many} GPUs share a base in vllm only; set engine to it")
+        if many > 1 and self.gpus_per_replica and self.gpus_per_replica != many:
+            raise ValueError(f"gpus_per_replica: is {self.gpus_per_replica:g}, and tensor_parallel {many}; leave the first out")
+        return self
 
 
 class TrackingConfig(Table):
