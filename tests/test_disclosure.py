@@ -408,7 +408,7 @@ MADE = {
     "train": {
         *("learning_rate", "optimizer", "weight_decay", "schedule", "warmup", "clip", "seed"),
         *("batch_size", "steps", "evaluate_every", "patience", "metric"),
-        *("objective", "text_weight", "class_weights", "starts"),
+        *("objective", "text_weight", "class_weights", "average_decay", "starts"),
     },
 }
 """Of the experiment in it."""

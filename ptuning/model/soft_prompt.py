@@ -42,7 +42,7 @@ PUBLIC_SETTINGS = {
     "train": (
         *("learning_rate", "optimizer", "weight_decay", "schedule", "warmup", "clip", "seed"),
         *("batch_size", "steps", "evaluate_every", "patience", "metric"),
-        *("objective", "text_weight", "class_weights", "starts"),
+        *("objective", "text_weight", "class_weights", "average_decay", "starts"),
     ),
 }
 """The settings in a card that every receiver of the soft prompt may know. An allow list: new settings are not public."""

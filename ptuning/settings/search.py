@@ -100,7 +100,8 @@ class SearchConfig(Table):
 
 SEARCHABLE: dict[str, dict[str, type[Table]]] = {
     "train": dict.fromkeys(
-        ("weight_decay", "warmup", "batch_size", "patience", "clip", "text_weight", "optimizer", "schedule"), TrainConfig
+        ("weight_decay", "warmup", "batch_size", "patience", "clip", "text_weight", "average_decay", "optimizer", "schedule"),
+        TrainConfig,
     ),
 }
 """Settings that `search.space` may contain. Length and learning rate have keys of their own; steps are the budget."""

@@ -209,7 +209,7 @@ def evaluate_slots(pack: Pack, slots: list[Slot], split: Literal["validation", "
     for together in _sharing(slots, split):
         task = together[0].task
         text = split == "test" or together[0].experiment.metric != "loss"
-        vectors = [[slot.best_vectors] if split == "test" else [start.vectors for start in slot.starts] for slot in together]
+        vectors = [[slot.best_vectors] if split == "test" else [start.average for start in slot.starts] for slot in together]
         found = evaluate(
             pack.model,
             sum(vectors, []),
@@ -264,7 +264,7 @@ def finish(pack: Pack, slot: Slot, report: Report) -> None:
     """Read the test split once, with the best soft prompt; save the soft prompt; free the place."""
     pack.writer.wait(checkpoints(slot.folder))
     if not slot.best:
-        slot.best_vectors, slot.best_step = slot.vectors.clone(), slot.step
+        slot.best_vectors, slot.best_step = slot.starts[0].average.clone(), slot.step
     measured = {f"validation_{name}": value for name, value in slot.best.items()}
     tested: Evaluation | None = None
     if slot.task.test:

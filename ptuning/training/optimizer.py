@@ -31,6 +31,9 @@ class Trained(Protocol):
     weight_decay: float
     moments: Moments
     updates: int
+    average: Tensor
+    """`[P, H]` fp32."""
+    average_decay: float
 
 
 class Rule(Protocol):
@@ -149,7 +152,8 @@ class _Group:
 
 
 class Together:
-    """The vectors of all starts as one tensor, and their moments. From then on those of each start are a part of it.
+    """The vectors of all starts as one tensor, their moments and their averages. From then on those of each start are a part
+    of it.
 
     `vectors` [N, H] fp32 is what the pass takes, and what has the gradient.
     """
@@ -160,13 +164,17 @@ class Together:
         self.vectors = torch.cat([start.vectors for start in starts]).requires_grad_()
         device = self.vectors.device
         self.rows = Rows(sizes, device)
-        for start, part in zip(starts, self.vectors.detach().split(sizes), strict=True):
-            start.vectors = part
+        self.averages = torch.cat([start.average for start in starts])
+        parts = self.vectors.detach().split(sizes), self.averages.split(sizes)
+        for start, vectors, average in zip(starts, *parts, strict=True):
+            start.vectors, start.average = vectors, average
         self._groups = [_Group(name, starts, device) for name in RULES if any(start.optimizer == name for start in starts)]
 
     def numbers(self, updates: Sequence[int], rates: Sequence[float]) -> list[Tensor]:
-        """What an update needs, by `updates` (from 1) and learning rates of all starts: `[n, K]` of each rule, on the CPU."""
-        tables = []
+        """What an update needs, by `updates` (from 1) and learning rates of all starts: `[1, K]` the shares of the new vectors
+        in the averages, and `[n, K]` of each rule; on the CPU."""
+        shares = [1 - decay_at(update, start.average_decay) for update, start in zip(updates, self.starts, strict=True)]
+        tables = [torch.tensor([shares])]
         for group in self._groups:
             columns = [
                 group.rule.numbers(updates[number], rates[number], self.starts[number].weight_decay) for number in group.members
@@ -184,12 +192,19 @@ class Together:
     @torch.no_grad()
     def update(self, gradient: Tensor, numbers: Sequence[Tensor]) -> None:
         """Move all vectors. `numbers`: as from `numbers`, on the device."""
-        for group, table in zip(self._groups, numbers, strict=True):
+        shares, *tables = numbers
+        for group, table in zip(self._groups, tables, strict=True):
             if group.index is None:
                 group.rule.update(self.vectors.detach(), gradient, group.moments, table, group.rows)
                 continue
             part = self.vectors.detach().index_select(0, group.index)
             group.rule.update(part, gradient.index_select(0, group.index), group.moments, table, group.rows)
             self.vectors.detach().index_copy_(0, group.index, part)
+        self.averages.lerp_(self.vectors.detach(), self.rows.spread(shares[0]))
         for start in self.starts:
             start.updates += 1
+
+
+def decay_at(update: int, decay: float) -> float:
+    """The decay of an average at update number `update` (from 1). It begins low, so that the initial vectors are forgotten."""
+    return min(decay, (1 + update) / (10 + update))

@@ -39,7 +39,8 @@ class Slot:
         self.config: TrainConfig = self.experiment.train
         self.folder = assignment.folder
         self.task = task
-        self.starts = [Start(number, each, self.config, scale) for number, each in enumerate(starts)]
+        decay = self.config.resolved_average_decay(self.experiment.objective)
+        self.starts = [Start(number, each, self.config, scale, decay) for number, each in enumerate(starts)]
         self.order = BatchSampler(task.train.lengths, self.config.batch_size, self.config.seed)
         choice = self.experiment.objective == "choice"
         self.text_weight = self.config.resolved_text_weight(max(map(len, task.encoder.label_ids))) if choice else 0.0
@@ -123,7 +124,7 @@ class Slot:
         better = not self.best or self._is_better(measured)
         if better:
             self.best, self.best_step, self.since_best = measured, self.step, 0
-            self.best_vectors = self.starts[start].vectors.clone()
+            self.best_vectors = self.starts[start].average.clone()
         else:
             self.since_best += 1
         return better
@@ -253,6 +254,7 @@ def make_card(slot: Slot, base: Base, model: PromptedModel, measured: dict[str, 
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
     tables = experiment.model_dump(mode="json")
     tables["train"] |= {"objective": experiment.objective, "text_weight": slot.text_weight}
+    tables["train"]["average_decay"] = experiment.train.resolved_average_decay(experiment.objective)
     return Card(
         name=experiment.name,
         base=base.name,
