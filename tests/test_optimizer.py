@@ -37,7 +37,7 @@ def update(these: list[Start], step: int, sizes: tuple[int, ...] = SIZES, rates:
     together = Together(these)
     rates = tuple(rate / (1 + step) for rate in rates)
     numbers = together.numbers([start.updates + 1 for start in these], rates)
-    together.update(torch.cat([drawn(100 * step + rows, rows) for rows in sizes]), numbers)
+    together.update([torch.cat([drawn(100 * step + rows, rows) for rows in sizes])], numbers)
 
 
 def alone(kind: dict[str, Any], rows: int, rate: float) -> Tensor:
@@ -127,7 +127,7 @@ def test_checkpoints_of_earlier_versions_are_continued(kind: dict[str, Any]) -> 
             start.restore({"vectors": vectors.detach(), **tensors}, {"optimizer": numbers, "loss": 0.0})
         if step >= 2:
             together = Together([start])
-            together.update(drawn(step, 7), together.numbers([start.updates + 1], [0.1]))
+            together.update([drawn(step, 7)], together.numbers([start.updates + 1], [0.1]))
         vectors.grad = drawn(step, 7)
         optimizer.step()
     assert torch.allclose(start.vectors, vectors.detach(), rtol=1e-5, atol=1e-6)

@@ -33,7 +33,7 @@ def check_made_for(soft_prompt: SoftPrompt, folder: str, width: int, base: str, 
         SoftPromptError: names both bases and the difference.
     """
     card = soft_prompt.card
-    if card.width != width:
+    if card.kind == "embedding" and card.width != width:
         raise SoftPromptError(
             f"{folder}: was made for width {card.width} ({card.base}), but {base} has width {width}; use its base"
         )

@@ -27,8 +27,9 @@ SHARE = 0.2
 
 
 class Start:
-    """One start in training: its vectors `[P, H]`, fp32, on the base's device, their average, and the moments of their
-    optimiser. While it trains, they are parts of the tensors of all starts (`optimizer.Together`)."""
+    """One start in training, on the base's device: its vectors, fp32, `[P, H]` or of a key-value prefix
+    `[P, layers, 2, heads, d]`, their average, and the moments of their optimiser. While it trains, they are parts of the
+    tensors of all starts (`optimizer.Together`)."""
 
     def __init__(
         self, number: int, vectors: Tensor, config: TrainConfig, scale: float = 1.0, average_decay: float = 0.0
@@ -39,7 +40,7 @@ class Start:
         self.optimizer: str = config.optimizer
         self.weight_decay = config.weight_decay
         self.vectors = vectors.clone()
-        self.moments = RULES[self.optimizer].empty(self.vectors)
+        self.moments = RULES[self.optimizer].empty(self.vectors.flatten(1))
         self.updates = 0
         """Number of updates so far."""
         self.average_decay = average_decay
