@@ -30,6 +30,7 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptuning.errors import BaseError
 from ptuning.inference.engine_check import generates_right, quiet
 from ptuning.inference.generator import Events, Generator
 from ptuning.inference.label_scorer import Job, LabelJob, LabelScorer
@@ -49,6 +50,7 @@ from ptuning.inference.types import (
     Stats,
 )
 from ptuning.inference.virtual_tokens import VirtualTokens
+from ptuning.model.kv_prefix import KVShape, kv_shape
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.self_check import FAILURES, choose_pass
@@ -96,6 +98,7 @@ class Engine:
         self._waiting_rows = 0
         model = PromptedModel(base)
         choose_pass(model, config.name, gradients=False)
+        self._kv = _kv_shape(model)
         self._bank = VirtualTokens.install(base, self.vocabulary, model.needs_ids)
         self._start_generator(model)
         self._scorer = LabelScorer(model, self._bank, self._generator.pause, self._scored)
@@ -145,11 +148,13 @@ class Engine:
     # -- soft prompts ------------------------------------------------------------------------------------------------
 
     def add(self, vectors: Tensor, content_hash: str) -> ResidentPrompt:
-        """Make a soft prompt `[P, H]` resident, or increment its reference count if it is.
+        """Make a soft prompt resident, or increment its reference count if it is: `[P, H]`, or a key-value prefix
+        `[P, layers, 2, heads, d]`.
 
         Raises:
             RequestError: it does not fit this base, or is not finite in the base's dtype.
         """
+        self._check_kind(vectors, content_hash)
         with self._lock:
             known = self._resident.get(content_hash)
             if known:
@@ -161,6 +166,22 @@ class Engine:
                     raise RequestError(f"soft prompt {content_hash[:12]}: {error}; train it again for this base") from None
             self._resident[content_hash] = (handle, holders + 1)
         return handle
+
+    def _check_kind(self, vectors: Tensor, content_hash: str) -> None:
+        """Refuse key-value prefixes that this engine cannot compute."""
+        if vectors.ndim <= 2:
+            return
+        shape = KVShape(vectors.shape[1], vectors.shape[3], vectors.shape[4])
+        if self._kv is None or self.kind != "paged":
+            raise RequestError(
+                f"soft prompt {content_hash[:12]}: is a key-value prefix, which {self.config.name} is not served with; "
+                "serve one of kind embedding"
+            )
+        if shape != self._kv:
+            raise RequestError(
+                f"soft prompt {content_hash[:12]}: its keys and values are {tuple(shape)}, not {tuple(self._kv)} (layers, "
+                "heads, width); train it again for this base"
+            )
 
     def remove(self, handle: ResidentPrompt) -> None:
         """Decrement the reference count of a soft prompt; at 0 it is removed. Requests hold a reference to their soft
@@ -381,6 +402,16 @@ class Engine:
         if cancel:
             self._generator.cancel(request_id)
         _deliver(running, End(reason, message, running.cached))
+
+
+def _kv_shape(model: PromptedModel) -> KVShape | None:
+    """The shape of the base's key-value prefixes; None: it cannot take any. Before anything of the engine is installed: the
+    check uses transformers' own attention."""
+    try:
+        return kv_shape(model)
+    except BaseError as error:
+        log.debug("no key-value prefixes: %s", error)
+        return None
 
 
 def _deliver(running: _Running, event: Token | End) -> None:

@@ -208,7 +208,7 @@ class ServingPlan:
     cache: int
     """Keys and values, as set by `serve.cache_mb`."""
     bank: int
-    """Rows of the bank of soft prompts: it starts with 1,024 and doubles."""
+    """Rows of the bank of soft prompts: it starts with 1,024 and doubles. Also the keys and values of key-value prefixes."""
     step: int
     """Activations of a step of 1,024 tokens."""
     room: int
@@ -244,6 +244,8 @@ def plan_serving(
     while vectors < resident * settings.length:
         vectors *= 2
     bank = vectors * shape.width * shape.itemsize
+    if "kv" in settings.kinds:  # beside the pages with the same numbers, which may be dropped
+        bank += resident * settings.length * shape.token_numbers * shape.itemsize
     room = machine.memory - machine.reserved - shape.bytes - bank - step
     page = PAGE * max(1, shape.token_numbers) * shape.itemsize  # a state space has no keys and values
     shared = settings.length // PAGE  # whole pages of a soft prompt are stored once
