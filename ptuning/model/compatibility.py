@@ -67,8 +67,8 @@ def base_of(card: Card, name: str, path: str | None = None) -> Base:
 
 @torch.no_grad()
 def next_logits(model: PreTrainedModel, vectors: Tensor | None, ids: Tensor, feeding: InputEmbedding | None = None) -> Tensor:
-    """Logits `[V]` of the token after `ids` [1, T], with a soft prompt in front or without one. `feeding`: how the model is given
-    embeddings (`self_check.find_input`)."""
+    """Logits `[V]` of the token after `ids` [1, T], with a soft prompt in front or without one. `feeding`: how the model is
+    given embeddings (`self_check.find_input`)."""
     if vectors is not None and vectors.ndim > 2:
         cache = cache_of(vectors.to(model.device), 1, model.dtype)
         seen = ids.new_ones(1, len(vectors) + ids.shape[1])
