@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_base
+from conftest import tiny_base, tiny_config
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from support.training import Killed, Run, experiment
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 
 from ptuning.config import ExperimentError
 from ptuning.data.task import load_task
@@ -33,6 +35,9 @@ from ptuning.model.packing import Objective, pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.self_check import choose_pass
 from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
+from ptuning.planning.capacity import step_flops
+from ptuning.planning.meta_model import MetaModel
+from ptuning.planning.workload import Workload
 from ptuning.settings.model import ModelConfig
 from ptuning.settings.training import ZeroConfig
 from ptuning.training import base_loader
@@ -113,6 +118,22 @@ def test_recomputed_activations_change_memory_only() -> None:
         model([prefix], pack_targets([4], [ROWS], [Objective(None)], [0])).sum().backward()
         gradients.append(prefix.grad)
     assert gradients[0] is not None and torch.equal(*gradients)  # type: ignore[arg-type]
+
+
+def test_its_tokens_cost_no_compute() -> None:
+    """By torch's counter, and as the plan counts."""
+    rows = [([5] * 9, [8, 9, 2])] * 4
+    model = prefixed("llama_tied_gqa", num_hidden_layers=4)
+    vectors = {False: torch.randn(24, 32).requires_grad_(), True: drawn(24, kv_shape(model)).requires_grad_()}
+    counted, planned = [], []
+    for kv in (False, True):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model([vectors[kv]], pack_targets([24], [rows], kv=[0] * kv)).sum().backward()
+        counted.append(counter.get_total_flops())
+        shape = MetaModel(tiny_config("llama_tied_gqa", num_hidden_layers=4), torch.float32).shape
+        planned.append(step_flops(shape, Workload(1, 24, 4, 12, 3, kv=kv)))
+    assert counted[1] < 0.75 * counted[0]
+    assert planned[1] / planned[0] == pytest.approx(counted[1] / counted[0], rel=0.05)
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neo", "falcon"])

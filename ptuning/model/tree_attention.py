@@ -167,14 +167,15 @@ def segment_attention(
         extras.append("a mask of its own")
     if extras:
         raise NotImplementedError(f"attention with {', '.join(extras)}")
-    if segments.levels and not segments.given and _cascades(query, key, value, segments, sliding_window, softcap, s_aux):
+    prefixes = [each[layer_of(module)].to(key) for each in segments.prefixes] if segments.given else []
+    if segments.levels and _cascades(query, key, value, segments, sliding_window, softcap, s_aux):
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+        if prefixes:
+            k, v = (torch.cat([*(each[at].transpose(0, 1) for each in prefixes), own]) for at, own in enumerate((k, v)))
         return cascade_attention.attention(q, k, v, segments.levels, scaling)[None], None
     queries, keys, values = (_rows(packed[0], segments.packed) for packed in (query, key, value))
-    if segments.given:
-        layer = layer_of(module)
-        for group, prefix in zip(segments.given, segments.prefixes, strict=True):
-            keys[id(group)], values[id(group)] = (part[None].to(key) for part in prefix[layer].unbind())
+    for group, prefix in zip(segments.given, prefixes, strict=True):
+        keys[id(group)], values[id(group)] = (part[None] for part in prefix.unbind())
     rows = [_attend(group, queries, keys, values, scaling, sliding_window, softcap, s_aux) for group in segments.packed]
     return torch.cat(rows)[None], None
 
