@@ -25,6 +25,7 @@ from ptuning.data.task import load_task
 from ptuning.errors import BaseError
 from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import Token
+from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import EngineConfig, Request, RequestError
 from ptuning.model import soft_prompt
 from ptuning.model.base import Base, find_base
@@ -338,7 +339,9 @@ def test_a_card_of_another_kind_is_refused(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """A cache of 64 pages: 1,024 positions."""
-    started = Engine(tiny_base("llama_tied_gqa"), 2, EngineConfig(cache_bytes=64 * PAGE * 2 * 2 * 2 * 8 * 4, context=128))
+    started = TransformersEngine(
+        tiny_base("llama_tied_gqa"), 2, EngineConfig(cache_bytes=64 * PAGE * 2 * 2 * 2 * 8 * 4, context=128)
+    )
     yield started
     started.close()
 
@@ -427,9 +430,9 @@ def test_prefixes_that_do_not_fit_are_refused(engine: Engine, vectors: Tensor, s
 
 
 def test_a_base_without_pages_refuses_prefixes() -> None:
-    engine = Engine(tiny_base("falcon"), 2, EngineConfig(context=64))
+    engine = TransformersEngine(tiny_base("falcon"), 2, EngineConfig(context=64))
     try:
-        with pytest.raises(RequestError, match="is a key-value prefix, which"):
+        with pytest.raises(RequestError, match="key-value prefixes are not served with this base"):
             engine.add(drawn(3, KVShape(2, 2, 8)), "kv")
     finally:
         engine.close()

@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ptuning.inference.types import RequestError
+from ptuning.model.kv_prefix import KVShape
+
 ROWS = 1024
 """Rows of a new bank."""
 LAST = 2**31 - 1
@@ -66,6 +69,8 @@ class VirtualTokens(nn.Module):
         self._places: dict[int, tuple[int, int]] = {}  # first id -> row, length; ascending, as ids only grow
         self._removed = 0
         self._prefixes: dict[int, Tensor] = {}  # first id -> [layers, 2, heads, P, d]
+        self.kv_shape: KVShape | None = None
+        """Of key-value prefixes; None: they cannot be added."""
         self.given: list[Given] = []
         """The tokens of the last call that belong to key-value prefixes."""
         self._instead: Tensor | None = None
@@ -100,12 +105,12 @@ class VirtualTokens(nn.Module):
 
         Raises:
             ValueError: not this base's width, empty, or not finite in the base's dtype.
+            RequestError: key-value prefixes are not computed (`kv_shape`).
         """
         rows = vectors.detach().to(self.weight)
         prefix: Tensor | None = None
         if rows.ndim > 2:
-            if not bool(torch.isfinite(rows).all()):
-                raise ValueError(f"keys and values are not finite in {rows.dtype}")
+            self._check_prefix(rows)
             prefix, rows = rows.movedim(0, 3).contiguous(), rows.new_zeros(len(rows), self.weight.shape[1])
         if rows.ndim != 2 or rows.shape[1] != self.weight.shape[1] or not len(rows):
             raise ValueError(f"vectors are {tuple(vectors.shape)}, not [P, {self.weight.shape[1]}]")
@@ -127,6 +132,19 @@ class VirtualTokens(nn.Module):
             self._places[ids.start] = (used, len(rows))
             self._publish(bank, used + len(rows))
         return ids
+
+    def _check_prefix(self, vectors: Tensor) -> None:
+        """Refuse key-value prefixes `[P, layers, 2, heads, d]` that do not fit."""
+        if self.kv_shape is None:
+            raise RequestError(
+                "key-value prefixes are not served with this base, which has no pages of equal keys and values; "
+                "serve a soft prompt of kind embedding"
+            )
+        found = KVShape(vectors.shape[1], vectors.shape[3], vectors.shape[4])
+        if found != self.kv_shape:
+            raise ValueError(f"its keys and values are {tuple(found)}, not {tuple(self.kv_shape)} (layers, heads, width)")
+        if not bool(torch.isfinite(vectors).all()):
+            raise ValueError(f"keys and values are not finite in {vectors.dtype}")
 
     def remove(self, ids: range) -> None:
         """Remove a soft prompt. Its ids become invalid and are never reused."""
