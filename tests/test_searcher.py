@@ -103,7 +103,7 @@ def test_kinds_are_chosen_if_they_are_listed(toy_task: SimpleNamespace, tmp_path
     both = experiment(toy_task, kind=["embedding", "kv"])
     space.check(both)
     found, _, _ = chooser(both, tmp_path / "both")
-    chosen = [found.suggest(f"tune{number}") for number in range(6)]
+    chosen = [found.suggest(f"tune{number}") for number in range(5)]
     assert {values["prompt.kind"] for values in chosen} == {"embedding", "kv"} == {*space.kinds(both)}
     trial = parse_experiment(space.trial_tables(both.model_dump(mode="json"), "t0", {"prompt.kind": "kv"}))
     assert trial.prompt.kind == "kv"

@@ -10,7 +10,6 @@ from torch import Tensor
 from ptuning.errors import BaseError
 from ptuning.model.base import Base, find_base
 from ptuning.model.input_embedding import InputEmbedding
-from ptuning.model.kv_prefix import cache_of
 from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
 from ptuning.settings.model import ModelConfig
 
@@ -70,6 +69,8 @@ def next_logits(model: PreTrainedModel, vectors: Tensor | None, ids: Tensor, fee
     """Logits `[V]` of the token after `ids` [1, T], with a soft prompt in front or without one. `feeding`: how the model is
     given embeddings (`self_check.find_input`)."""
     if vectors is not None and vectors.ndim > 2:
+        from ptuning.model.kv_prefix import cache_of  # the code of models: a driver only checks fingerprints
+
         cache = cache_of(vectors.to(model.device), 1, model.dtype)
         seen = ids.new_ones(1, len(vectors) + ids.shape[1])
         return model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True).logits[0, -1]
