@@ -102,6 +102,19 @@ class ChangedLogits(LogitsProcessor):
         return logits
 
 
+class _Rewindable(torch.Generator):
+    """A generator on the CPU that can take back its last draw. vLLM (0.29) asks for that, by the offset that generators on GPUs
+    have, for every request whose prompt is computed in several steps; without an offset, this ends the engine."""
+
+    before: Tensor
+
+    def get_offset(self) -> int:
+        return 0
+
+    def set_offset(self, offset: int) -> None:
+        self.set_state(self.before)
+
+
 class PerRequestSampler(Sampler):
     """vLLM's sampler, with the log-probabilities that each request asks for.
 
@@ -111,6 +124,11 @@ class PerRequestSampler(Sampler):
 
     def forward(self, logits: Tensor, sampling_metadata: Any, *arguments: Any, **options: Any) -> Any:
         self.most = sampling_metadata.max_num_logprobs
+        if logits.device.type == "cpu":
+            for row, generator in sampling_metadata.generators.items():
+                if not isinstance(generator, _Rewindable):
+                    sampling_metadata.generators[row] = _Rewindable().set_state(generator.get_state())
+                sampling_metadata.generators[row].before = sampling_metadata.generators[row].get_state()
         return super().forward(logits, sampling_metadata, *arguments, **options)
 
     def gather_specific_token_logprobs(self, logprobs: Tensor, named: dict[int, list[int]], sampled: Tensor) -> Any:

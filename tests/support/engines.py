@@ -40,6 +40,11 @@ class World:
     base: PreTrainedModel
     handles: list[ResidentPrompt] = field(default_factory=list)
 
+    @property
+    def tolerance(self) -> float:
+        """Of log-probabilities."""
+        return 1e-4 if self.engine.kind == "vllm" else 1e-5
+
     def prompt(self, length: int, seed: int) -> Tensor:
         return soft_prompt(length, seed, self.base.get_input_embeddings().weight.shape[1])
 
