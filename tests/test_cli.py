@@ -270,7 +270,7 @@ def test_the_whole_command_with_two_workers(toy_task: SimpleNamespace, write_tom
 def test_a_home_in_which_ray_cannot_keep_its_token_is_one_sentence() -> None:
     code = "from ptuning.cli.app import main; from ptuning.cluster import connection; connection.join_ray(None)"
     environment = {"PATH": os.environ["PATH"], "HOME": "/proc/nowhere", "LC_ALL": "C"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ptuning.errors.UserError: /proc/nowhere") and "Ray keeps its token there; set HOME to" in last
 
