@@ -1,7 +1,8 @@
 """Runs the tests that need no cluster in a process for every core, and beside them those that start clusters, one after the
 other. The latter wait for processes and for each other most of the time; they go first where both want a core.
 
-`python tests/suite.py MARKS`, for example "not nightly and not soak". The seconds of every test are in build/*.xml.
+`python tests/suite.py MARKS [ARGUMENTS]`: marks such as "not nightly and not soak", and more arguments of pytest. The seconds
+of every test are in build/*.xml.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ PARTS = {
 """Name, marks, niceness and more arguments of pytest."""
 
 
-def start(name: str, marks: str) -> subprocess.Popen[bytes]:
+def start(name: str, marks: str, arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:
     which, nice, more = PARTS[name]
     command = [sys.executable, "-m", "pytest", "-m", f"{which} and {marks}", f"--junitxml={BUILD / name}.xml", *more]
+
+    def niced() -> None:
+        os.nice(nice)
+
     with (BUILD / f"{name}.log").open("wb") as log:
-        return subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, preexec_fn=lambda: os.nice(nice) and None
-        )
+        return subprocess.Popen([*command, *arguments], cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, preexec_fn=niced)
 
 
-def main(marks: str) -> int:
+def main(marks: str, *arguments: str) -> int:
     """The worst exit status of the parts; what each said is shown as soon as it has ended."""
     BUILD.mkdir(exist_ok=True)
     began = time.monotonic()
-    running = {name: start(name, marks) for name in PARTS}
+    running = {name: start(name, marks, arguments) for name in PARTS}
     print(f"running; see {', '.join(str(BUILD / f'{name}.log') for name in PARTS)}", flush=True)
     worst = 0
     try:
