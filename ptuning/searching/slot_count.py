@@ -61,7 +61,12 @@ def _fitting(pack: Pack, experiment: Experiment, limit: int) -> int:
     # The model that is there may be sharded, its meta_model is whole.
     dtype = next(pack.model.parameters()).dtype
     try:
-        meta_model = MetaModel(pack.base.config, dtype, checkpoint_gradients=experiment.train.gradient_checkpointing)
+        meta_model = MetaModel(
+            pack.base.config,
+            dtype,
+            checkpoint_gradients=experiment.train.gradient_checkpointing,
+            quantization=pack.base.stored_in,
+        )
     except BaseError as error:  # the same on all workers
         log.warning("the memory of slots is unknown: %s", error)
         return limit if wanted else 1
