@@ -8,6 +8,7 @@ import os
 import queue
 import random
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import SamplerState, Sampling, Token, choose_tokens, draw
-from ptuning.inference.types import End, EngineBusy, EngineConfig, EngineStopped, Request, RequestError, ResidentPrompt
+from ptuning.inference.transformers_engine import TransformersEngine
+from ptuning.inference.types import End, EngineBusy, EngineConfig, EngineStopped, Load, Request, RequestError, ResidentPrompt
 from ptuning.inference.virtual_tokens import ROWS, VirtualTokens
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.limits import PAGE
@@ -38,12 +40,12 @@ def soft_prompt(length: int, seed: int) -> Tensor:
     return torch.randn(length, 32, generator=torch.Generator().manual_seed(seed)) * 0.3
 
 
-def start(architecture: str = "llama_tied_gqa", config: EngineConfig = SMALL) -> Engine:
-    return Engine(tiny_base(architecture, attention=None), END, config)
+def start(architecture: str = "llama_tied_gqa", config: EngineConfig = SMALL) -> TransformersEngine:
+    return TransformersEngine(tiny_base(architecture, attention=None), END, config)
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+def engine() -> Iterator[TransformersEngine]:
     engine = start()
     yield engine
     assert engine.alive, "a test has brought the engine down"
@@ -53,7 +55,7 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture
-def add(engine: Engine) -> Iterator[object]:
+def add(engine: TransformersEngine) -> Iterator[object]:
     """Adds soft prompts and takes them away again."""
     handles: list[ResidentPrompt] = []
 
@@ -124,7 +126,7 @@ def collect(event: Token | End, sink: queue.SimpleQueue) -> bool:
 
 def test_a_base_in_16_bits():
     base, vectors, ids = tiny_base("llama_tied_gqa", attention=None).bfloat16(), soft_prompt(20, 1), text(random.Random(0), 12)
-    engine = Engine(tiny_base("llama_tied_gqa", attention=None).bfloat16(), END, SMALL)
+    engine = TransformersEngine(tiny_base("llama_tied_gqa", attention=None).bfloat16(), END, SMALL)
     try:
         handle = engine.add(vectors, "a")
         *tokens, _ = engine.generate(Request(ids, handle, 6, Sampling(top=0), ignore_end=True))
@@ -197,7 +199,9 @@ def test_neighbours_do_not_leak(engine, add):
     assert cancelled >= BATCHES // 2
 
 
-def send(engine: Engine, requests: list[Request], at: int, draw: random.Random) -> tuple[int, list, queue.SimpleQueue]:
+def send(
+    engine: TransformersEngine, requests: list[Request], at: int, draw: random.Random
+) -> tuple[int, list, queue.SimpleQueue]:
     """Submit a request, and now and then cancel it at once, after its first token, or let the next one wait for that."""
     sink: queue.SimpleQueue[Token | End] = queue.SimpleQueue()
     request_id, events, fate = engine.submit(requests[at], sink.put), [], draw.random()
@@ -394,6 +398,43 @@ def test_a_full_engine_says_so(engine, add):
     for request_id in waiting:
         engine.cancel(request_id)
     assert answer(engine, Request(ids, handle, 1))
+
+
+@pytest.mark.parametrize("architecture", ["llama_tied_gqa", "gpt_neo"])
+def test_what_runs_and_waits_is_told(architecture):
+    """Seen while the first token of a batch is delivered, which holds up the step: the places are taken, the others wait."""
+    engine = start(architecture)
+    try:
+        handle, gate, arrived = engine.add(soft_prompt(9, 1), "1"), threading.Event(), threading.Event()
+        ends: queue.SimpleQueue[End] = queue.SimpleQueue()
+
+        def deliver(event: Token | End) -> None:
+            arrived.set()
+            gate.wait(20)
+            if isinstance(event, End):
+                ends.put(event)
+
+        with engine.paused():
+            for _ in range(8):
+                engine.submit(Request([5] * 30, handle, 3, ignore_end=True), deliver)
+            jobs = [engine.choose(handle, [[5, 6]] * 3, LabelTrie(((7, END), (8, END))))]
+            assert engine.load == Load(0, 8, 3, 0.0)
+        assert arrived.wait(20)
+        load = engine.load
+        assert (load.running + load.waiting, load.running) in {(8, 6), (8, 2)}, load  # 2: a step's tokens are limited, too
+        assert 0 < load.cache_used <= 1
+        time.sleep(0.2)
+        gate.set()
+        queued = sorted(ends.get(timeout=20).queued_s or math.nan for _ in range(8))
+        assert 0 < queued[0] < queued[-1] and queued[-1] > 0.2, "the last ones have waited for the first"
+        jobs[0].result(20)
+        assert engine.load == Load(0, 0, 0, 0.0), "what is only kept for later requests is not in use"
+        with engine.paused():
+            request_id = engine.submit(Request([5], handle, 1), lambda event: ends.put(event))
+            engine.cancel(request_id)
+        assert ends.get(timeout=20).queued_s is None
+    finally:
+        engine.close()
 
 
 def test_labels_free_their_places_before_they_are_told(engine, add):

@@ -1,21 +1,34 @@
-"""Checks that an engine generates with its cache what its base computes without one."""
+"""Which generator an engine uses: the fastest one that generates with its cache what the base computes without one."""
 
 from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ptuning.inference.generator import Events, Generator
+from ptuning.inference.paged_generator import PagedGenerator
+from ptuning.inference.plain_generator import PlainGenerator, RecomputingGenerator, SingleGenerator
 from ptuning.inference.sampling import Sampling, Token
-from ptuning.inference.types import Deliver, End, Request, ResidentPrompt
+from ptuning.inference.types import Deliver, End, EngineConfig, Request, RequestError, ResidentPrompt
 from ptuning.model.packing import pack_targets
 from ptuning.model.prompted_model import PromptedModel
-from ptuning.model.self_check import ROUGH, TOLERANCE, random_prompts
+from ptuning.model.self_check import FAILURES, ROUGH, TOLERANCE, random_prompts
+from ptuning.redaction import logger
+
+log = logger(__name__)
+
+HOW = {
+    PlainGenerator: "no paged cache, requests run in batches of equal length",
+    SingleGenerator: "no paged cache, requests run one after the other",
+    RecomputingGenerator: "no cache gives the same numbers, every new token computes all tokens before it again",
+}
+"""What is slower than pages, in the log's words."""
 
 LENGTH, NEW = 3, 3
 TEXTS = (4, 6, 4)
@@ -40,6 +53,38 @@ class Checked(Protocol):
     def cancel(self, request_id: str) -> None: ...
 
     def paused(self) -> AbstractContextManager[object]: ...
+
+
+def choose_generator(
+    model: PromptedModel, config: EngineConfig, events: Events, right: Callable[[Generator], bool]
+) -> Generator:
+    """Start the fastest generator that is `right`.
+
+    Raises:
+        RequestError: there is none, or the cache does not fit into memory.
+    """
+    kinds: list[type[PagedGenerator] | type[PlainGenerator]] = [
+        *(PagedGenerator, PlainGenerator, SingleGenerator, RecomputingGenerator)
+    ]
+    for kind in kinds[not model.shared_prefix :]:
+        try:
+            generator = kind(model, config, events)
+        except RequestError:
+            raise
+        except FAILURES as error:  # this cache has no place for the states of this architecture
+            log.debug("%s: %s", kind.kind, error)
+            continue
+        with quiet() if kind is not RecomputingGenerator else nullcontext():  # the last one says why it fails
+            found = right(generator)
+        if found:
+            if kind in HOW:
+                log.warning("%s: %s", type(model.base).__name__, HOW[kind])
+            return generator
+        generator.close()
+    raise RequestError(
+        f"model.path: {config.name} ({type(model.base).__name__}) does not generate with its cache what it "
+        "computes without, in this version of transformers; choose another base"
+    )
 
 
 @contextmanager

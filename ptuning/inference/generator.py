@@ -29,6 +29,10 @@ class Generator(Protocol):
     longest: int
     """Maximum number of positions of a request."""
 
+    @property
+    def cache_used(self) -> float:
+        """Part of the cache that running requests use, 0 to 1."""
+
     def start(self, request_id: str, ids: Sequence[int], new: int, ends: Sequence[int]) -> None:
         """Continue `ids` by at most `new` tokens, up to one of `ends`."""
 

@@ -108,6 +108,17 @@ class PagedGenerator:
     def alive(self) -> bool:
         return bool(self._manager.is_running() and self._manager.background_thread_status.can_accept_new_requests() is None)
 
+    @property
+    def cache_used(self) -> float:
+        processor = self._manager.batch_processor
+        if processor is None:  # it was closed
+            return 0.0
+        cache = processor.cache
+        # transformers (5.23) counts pages as used that it only keeps for later requests with the same beginning.
+        kept = sum(len(each.ledger.cached_blocks) * each.bytes_per_block for each in cache.cache_allocators.values())
+        free = cache.compute_free_capacity(relative=False) + kept
+        return 1.0 - float(free) / (cache.num_sectors * cache.bytes_per_sector)
+
     def close(self) -> None:
         self._manager.stop(block=True, hard_stop=True)
         self._forget_steps()

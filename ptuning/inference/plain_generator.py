@@ -135,6 +135,11 @@ class PlainGenerator:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def cache_used(self) -> float:
+        """Its caches grow with their batches, up to `running` rows."""
+        return min(1.0, (len(self._rows) - len(self._waiting)) / self._running)
+
     def close(self) -> None:
         with self._change:
             self._closed = True
@@ -183,6 +188,9 @@ class PlainGenerator:
                     self._change.notify_all()
                 if not rows:
                     return
+                for row in rows:
+                    if state := self._events.find(row.request_id):
+                        state.compute(len(row.ids))
                 self._continue(rows)
         except Exception:  # any error must reach those who wait; the next batch may do better
             log.exception("a batch failed")
@@ -212,9 +220,6 @@ class PlainGenerator:
         """Choose the next token of every row from logits `[B, V]`, which then have it as maximum; then others have a turn."""
         self._events.stepped(sum(not row.done for row in rows))
         states = [None if row.done else self._events.find(row.request_id) for row in rows]
-        for row, state in zip(rows, states, strict=True):
-            if state and not row.made:
-                state.computed += len(row.ids)
         for row, token in zip(rows, choose_tokens(logits, states), strict=True):
             if token is None:
                 row.done = True

@@ -15,6 +15,7 @@ Shapes: R requests of a step, V vocabulary.
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,8 @@ class SamplerState:
     generator: torch.Generator | None = None
     computed: int = 0
     """Number of tokens computed for this request so far."""
+    began: float = 0.0
+    """When its first step began, by `time.monotonic`; 0: it waits."""
     on_token: Callable[[Token | None], None] = field(default=lambda token: None)
     """Called with every token immediately; with None if the logits are NaN."""
     made: Counter[int] = field(default_factory=Counter)
@@ -103,6 +106,11 @@ class SamplerState:
                 self.generator.seed()
             else:
                 self.generator.manual_seed(self.sampling.seed)
+
+    def compute(self, tokens: int) -> None:
+        """The step that begins computes this many tokens of the request."""
+        self.began = self.began or time.monotonic()
+        self.computed += tokens
 
     @cached_property
     def _distinct(self) -> list[int]:
@@ -156,7 +164,7 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
         for request in requests_in_batch:
             choice = self._find(request.state.request_id)
             if choice:
-                choice.computed += request.query_length
+                choice.compute(request.query_length)
         self._stepped(len(requests_in_batch))
         return arg_storage
 

@@ -41,6 +41,8 @@ class End:
     message: str = ""
     cached: int = 0
     """Number of tokens of soft prompt and text whose keys and values were in the cache."""
+    queued_s: float | None = None
+    """Seconds from the request to its first step; None: it had none."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,20 @@ class EngineConfig:
     share: bool = True
     """Reuse the keys and values of whole pages for requests with the same prefix. False: every request computes its own, so its
     latency reveals nothing about other requests."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine has to do now."""
+
+    running: int
+    """Requests in the batch."""
+    waiting: int
+    """Requests that wait for a place in the batch."""
+    waiting_rows: int
+    """Rows that wait for labels or log-probabilities."""
+    cache_used: float
+    """Part of the cache that running requests use, 0 to 1. Pages that are only kept for later requests do not count."""
 
 
 @dataclass
