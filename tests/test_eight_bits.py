@@ -12,7 +12,7 @@ from conftest import tiny_base
 from torch import nn
 
 from ptuning.errors import BaseError
-from ptuning.inference.engine import Engine
+from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import End, EngineConfig, Request
 from ptuning.model.base import Base, find_base
 from ptuning.model.compatibility import base_of, check_base, next_logits
@@ -117,7 +117,9 @@ def test_both_engines_answer_as_the_weights_that_are_meant(architecture: str) ->
         store(base, "int8", architecture)
         if plain:
             restored(base)
-        engine = Engine(base, 2, EngineConfig(running=6, waiting=40, batch_tokens=48, cache_bytes=1 << 20, context=128))
+        engine = TransformersEngine(
+            base, 2, EngineConfig(running=6, waiting=40, batch_tokens=48, cache_bytes=1 << 20, context=128)
+        )
         try:
             handle = engine.add(torch.randn(5, 32, generator=torch.Generator().manual_seed(1)), "one")
             told = []

@@ -29,7 +29,7 @@ from ptuning.inference.types import EngineConfig
 from ptuning.model import token_loss
 from ptuning.model.base import Base, computes_in_bfloat16, find_base
 from ptuning.model.label_trie import LabelTrie
-from ptuning.model.packing import pack_targets
+from ptuning.model.packing import PackedBatch, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.token_tree import TokenTree
 from ptuning.planning.capacity import step_flops
@@ -88,10 +88,10 @@ def _counting(rank: int, size: int, port: int, base: Base, tables: dict[str, Any
     """A worker; the last one's memory holds `least` soft prompts in a pass."""
     own, forward = Workers(rank, size), PromptedModel.forward
 
-    def limited(self: PromptedModel, soft_prompts: Any, *arguments: Any) -> torch.Tensor:
-        if rank == size - 1 and len(soft_prompts) > least:
+    def limited(self: PromptedModel, soft_prompts: Any, plan: PackedBatch, *arguments: Any) -> torch.Tensor:
+        if rank == size - 1 and len(plan.per_slot) > least:
             raise torch.OutOfMemoryError
-        return forward(self, soft_prompts, *arguments)
+        return forward(self, soft_prompts, plan, *arguments)
 
     PromptedModel.forward = limited  # type: ignore[method-assign]
     try:
@@ -137,7 +137,7 @@ def test_all_workers_agree_on_the_slots_that_fit_into_every_gpu(
     refused = "search.slots: not even one soft prompt fits into the memory of a worker"
     for _, each in found:
         assert len(each) == size
-        assert all(count == expected if expected else str(count).startswith(refused) for count in each)
+        assert all(count == expected if expected else str(count).startswith(refused) for count in each), each
 
 
 @pytest.mark.parametrize(

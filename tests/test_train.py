@@ -146,7 +146,7 @@ def test_law_5_killed_and_resumed_is_bit_identical(
     assert curve == {event.step: event.values["loss"] for event in whole.of("step")}
 
 
-@pytest.mark.parametrize("base", ["int8", "fp8", None], indirect=True)
+@pytest.mark.parametrize("base", ["int8", "fp8"], indirect=True)
 def test_law_5_over_a_base_stored_in_8_bits(run: Any, toy_task: SimpleNamespace) -> None:
     task = experiment(toy_task, train__checkpoint_every=5)
     whole = run("whole")(task)
@@ -155,7 +155,6 @@ def test_law_5_over_a_base_stored_in_8_bits(run: Any, toy_task: SimpleNamespace)
     resumed = run("interrupted")(task)
     assert torch.equal(whole.result("toy").vectors, resumed.result("toy").vectors)
     assert whole.of("finished")[0].values == resumed.of("finished")[0].values
-    print("TOY", [(e.step, e.values) for e in whole.of("evaluation")], whole.of("finished")[0].values)
 
 
 def test_law_5_killed_while_finishing(run: Any, toy_task: SimpleNamespace) -> None:
