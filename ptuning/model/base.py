@@ -246,7 +246,7 @@ class Base:
         with torch.device("meta"):
             model: PreTrainedModel = kind(copy.deepcopy(config))
         loaded: Any = model
-        return loaded.to(dtype)  # type: ignore[no-any-return]
+        return loaded.to(dtype)
 
     def _loading_config(self) -> PretrainedConfig:
         """The config with what transformers needs for these files."""

@@ -42,7 +42,7 @@ class EightBitLinear(nn.Linear):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @property
-    def weight(self) -> Tensor:  # computed
+    def weight(self) -> Tensor:  # type: ignore[override]  # computed
         """`[O, I]`, for code that multiplies by the weight itself."""
         return _scaled(self.codes, self.scales, self.kind, self.dtype)
 
@@ -119,7 +119,7 @@ def restored(base: nn.Module) -> None:
             if isinstance(layer, EightBitLinear):
                 with torch.device("meta"):
                     plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-                plain.weight, plain.bias = nn.Parameter(layer.weight, requires_grad=False), layer.bias  # type: ignore[assignment]
+                plain.weight, plain.bias = nn.Parameter(layer.weight, requires_grad=False), layer.bias
                 setattr(parent, own, plain)
 
 
