@@ -155,7 +155,7 @@ def test_a_soft_prompt_fits_only_the_base_it_was_trained_on(tiny_base_folder: Pa
     name = small.name
     for trained, now, fix in (
         (small, plain, f'trained on {name} stored in int8, but {name} is plain; set model.quantization = "int8"'),
-        (plain, small, f"trained on {name} stored in plain, but {name} is int8; remove model.quantization"),
+        (plain, small, f"trained on {name} stored in plain, but {name} is int8; leave out model.quantization"),
         (small, other, f'trained on {name} stored in int8, but {name} is fp8; set model.quantization = "int8"'),
     ):
         with pytest.raises(SoftPromptError, match="folder: was ") as refused:
@@ -167,7 +167,7 @@ def test_a_soft_prompt_fits_only_the_base_it_was_trained_on(tiny_base_folder: Pa
 
 
 def test_a_base_without_linear_layers_is_refused() -> None:
-    with pytest.raises(BaseError, match="model.quantization: toy has no linear layers that could be stored in int8; remove"):
+    with pytest.raises(BaseError, match="model.quantization: toy has no linear layers that could be stored in int8; leave"):
         store(nn.ModuleDict({"embedding": nn.Embedding(3, 2)}), "int8", "toy")
 
 

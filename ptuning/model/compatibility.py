@@ -43,7 +43,7 @@ def check_made_for(soft_prompt: SoftPrompt, folder: str, width: int, base: str, 
     differ = [part for part in parts if card.base_fingerprint.get(part) != fingerprint.get(part)]
     if differ == ["quantization"]:
         theirs, ours = (each.get("quantization", "plain") for each in (card.base_fingerprint, fingerprint))
-        fix = f'set model.quantization = "{theirs}"' if theirs != "plain" else "remove model.quantization"
+        fix = f'set model.quantization = "{theirs}"' if theirs != "plain" else "leave out model.quantization"
         raise SoftPromptError(f"{folder}: was trained on {card.base} stored in {theirs}, but {base} is {ours}; {fix}")
     if differ:
         ours = ", ".join(f"{part} {card.base_fingerprint.get(part, '?')[:12]}" for part in differ)

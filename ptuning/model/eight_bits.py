@@ -105,7 +105,9 @@ def store(base: nn.Module, kind: EightBits, name: str) -> None:
     """
     found = _layers(base)
     if not found:
-        raise BaseError(f"model.quantization: {name} has no linear layers that could be stored in {kind}; remove the setting")
+        raise BaseError(
+            f"model.quantization: {name} has no linear layers that could be stored in {kind}; leave the setting out"
+        )
     for parent, own in found:
         layer: Any = getattr(parent, own)
         weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
