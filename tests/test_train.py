@@ -49,8 +49,12 @@ EXAMPLES = int(os.environ.get("PTUNING_STAYS", "6"))
 
 
 @pytest.fixture(scope="module")
-def base(tiny_base_folder: Path) -> Base:
-    return find_base(ModelConfig(path=str(tiny_base_folder)))
+def base(tiny_base_folder: Path, request: pytest.FixtureRequest) -> Base:
+    return find_base(ModelConfig(path=str(tiny_base_folder), quantization=getattr(request, "param", None)))
+
+
+STORED = pytest.mark.parametrize("base", [None, "int8"], indirect=True, ids=["plain", "int8"])
+"""The base as it is, and stored in 8 bits."""
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +109,7 @@ def test_labels_of_one_token_are_learned_as_text_too_and_the_card_says_so(
     assert public is not None and public["train"]["text_weight"] == weight
 
 
+@STORED
 def test_law_2_only_the_soft_prompt_moves(run: Any, toy_task: SimpleNamespace, model: PromptedModel) -> None:
     before = weights_hash(model.base)
     done = run()(experiment(toy_task))
@@ -156,6 +161,17 @@ def test_law_5_killed_and_resumed_is_bit_identical(
     assert curve == whole
 
 
+@pytest.mark.parametrize("base", ["int8", "fp8"], indirect=True)
+def test_law_5_over_a_base_stored_in_8_bits(run: Any, toy_task: SimpleNamespace) -> None:
+    task = experiment(toy_task, train__checkpoint_every=5)
+    whole = run("whole")(task)
+    with pytest.raises(Killed):
+        run("interrupted")(task, stop_after=7)
+    resumed = run("interrupted")(task)
+    assert torch.equal(whole.result("toy").vectors, resumed.result("toy").vectors)
+    assert whole.of("finished")[0].values == resumed.of("finished")[0].values
+
+
 def test_law_5_killed_while_finishing(run: Any, toy_task: SimpleNamespace) -> None:
     whole = run("whole")(experiment(toy_task))
     interrupted = run("interrupted")
@@ -194,6 +210,7 @@ def test_events_that_the_driver_has_recorded_are_not_kept(run: Any, toy_task: Si
     assert [event.step for event in again.of("step")] == list(range(5, 21))
 
 
+@STORED
 def test_law_4_packing_changes_nothing(run: Any, toy_task: SimpleNamespace) -> None:
     trials = [
         experiment(
