@@ -61,7 +61,7 @@ def add(engine: TransformersEngine) -> Iterator[object]:
 @pytest.mark.parametrize(
     "architecture",
     [
-        pytest.param(name, marks=() if name in {"llama_tied_gqa", "gpt2", "gemma3", "qwen2_window"} else pytest.mark.nightly)
+        pytest.param(name, marks=() if name in {"llama_tied_gqa", "gemma3"} else pytest.mark.nightly)
         for name in sorted(set(ARCHITECTURES) - CONCATENATED)
     ],
 )
@@ -103,7 +103,7 @@ def test_a_base_in_16_bits():
         engine.close()
 
 
-@pytest.mark.parametrize("architecture", ["llama_tied_gqa", "gpt2", "gemma3"])
+@pytest.mark.parametrize("architecture", ["llama_tied_gqa", "gemma3", pytest.param("gpt2", marks=pytest.mark.nightly)])
 def test_logits_are_those_of_evaluation(architecture):
     """Law 6: what `PromptedModel`, hence training and evaluation, thinks of a target is what the engine thinks of it."""
     engine, vectors = start(architecture), soft_prompt(21, 1)

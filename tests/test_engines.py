@@ -40,7 +40,7 @@ from ptuning.model.prompted_model import PromptedModel
 
 pytestmark = pytest.mark.fast
 
-BATCHES = int(os.environ.get("PTUNING_BATCHES", "50"))
+BATCHES = int(os.environ.get("PTUNING_BATCHES", "25"))
 """Random mixed batches of law 7; `make test-all` has 200."""
 VLLM = [
     pytest.mark.nightly,

@@ -55,6 +55,8 @@ def why_not_vllm(base: Base) -> str | None:
         return "vLLM is not installed; install ptuning[vllm] with the versions of constraints-vllm.txt"
     if base.trust_remote_code:
         return f"vLLM is not used with code of a base, as that of {base.name}; choose a base without"
+    if base.stored_in:
+        return f"vLLM does not store {base.name} in {base.stored_in} as training does; leave out model.quantization"
     if base.notes:
         notes = ", ".join(base.notes)
         return f"vLLM would load {base.name} differently than training, which uses it as {notes}; choose another base"
