@@ -30,7 +30,7 @@ fast: .venv/installed
 	$(BIN)/python -m pytest -m "fast and not nightly and not soak" --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 test-vllm: .venv-vllm/installed
-	.venv-vllm/bin/python -m pytest tests/test_engines.py tests/test_serve_vllm.py -m "not soak" -k vllm
+	.venv-vllm/bin/python -m pytest tests/test_engines.py -m "not soak" -k vllm
 
 lint: .venv/installed
 	$(BIN)/ruff check

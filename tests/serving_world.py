@@ -55,14 +55,14 @@ class Command:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, base: Path, replicas: int = 2, wait: float = 120, **more: Any) -> Iterator[SimpleNamespace]:
+def serving(folder: Path, base: Path, replicas: int = 2) -> Iterator[SimpleNamespace]:
     """`ptuning serve` with replicas, keys, and a registry that changes while it runs."""
     shared = set(os.listdir("/dev/shm"))
     registry = fill_storage(folder / "runs", base)
     (folder / "keys").write_text(f"{KEY}\n{ADMIN} admin\n", encoding="utf-8")
     tables = settings(
         folder / "runs", base, refresh_s=0.3, running=8, waiting=24, cache_mb=16, replicas=replicas, cpus_per_replica=0.5,
-        keys=str(folder / "keys"), **more,
+        keys=str(folder / "keys"),
     )  # fmt: skip
     lines = [f"name = {json.dumps(tables['name'])}"]
     for table in ("model", "data", "serve", "compute"):
@@ -70,7 +70,7 @@ def serving(folder: Path, base: Path, replicas: int = 2, wait: float = 120, **mo
     (folder / "toy.toml").write_text("\n".join(lines), encoding="utf-8")
     command = Command(folder / "toy.toml", free_port(), folder)
     try:
-        command.wait("serving at", wait)
+        command.wait("serving at")
         yield SimpleNamespace(
             command=command, port=command.port, url=command.url, registry=registry, base=base, shared=shared, folder=folder
         )

@@ -35,7 +35,7 @@ from ptuning.inference.engine import STOPPED, Engine, Running, prompt_ids
 from ptuning.inference.jobs import Job, LabelJob, TextJob
 from ptuning.inference.reserved_rows import ReservedRows
 from ptuning.inference.sampling import Sampling, Token
-from ptuning.inference.types import AnswerFailed, EngineConfig, EngineStopped, Load, ResidentPrompt
+from ptuning.inference.types import AnswerFailed, EngineConfig, EngineStopped, Load, Request, RequestError, ResidentPrompt
 from ptuning.inference.vllm_requests import (
     GIVEN,
     NAMED,
@@ -54,6 +54,8 @@ log = logger(__name__)
 
 Result = TypeVar("Result")
 
+HOTTEST = 2.0
+"""Highest temperature that vLLM (0.29) accepts."""
 CPU_PAGE = 32
 """Tokens per page of the cache. Only whole pages are shared, and of vLLM's default on CPUs (128) no soft prompt fills one."""
 CLOSE_S = 10.0
@@ -227,6 +229,11 @@ class VllmEngine(Engine):
                 task.cancel()
 
         self._loop.call_soon_threadsafe(abort)
+
+    def check(self, request: Request) -> None:
+        super().check(request)
+        if request.sampling.temperature > HOTTEST:
+            raise RequestError(f"temperature is {request.sampling.temperature:g}, and vLLM takes at most {HOTTEST:g}; lower it")
 
     # -- generation --------------------------------------------------------------------------------------------------
 

@@ -111,8 +111,8 @@ class _Rewindable(torch.Generator):
     def get_offset(self) -> int:
         return 0
 
-    def set_offset(self, offset: int) -> None:
-        self.set_state(self.before)
+    def set_offset(self, offset: int) -> torch.Generator:
+        return self.set_state(self.before)
 
 
 class PerRequestSampler(Sampler):
