@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
-from conftest import REPOSITORY
+from conftest import REPOSITORY, shared_memory
 from serving_load import Told, tell
 from test_http_api import ADMIN, KEY, fill_storage, settings
 from test_tracking import free_port
@@ -57,7 +56,7 @@ class Command:
 @contextlib.contextmanager
 def serving(folder: Path, base: Path, replicas: int = 2) -> Iterator[SimpleNamespace]:
     """`ptuning serve` with replicas, keys, and a registry that changes while it runs."""
-    shared = set(os.listdir("/dev/shm"))
+    shared = shared_memory()
     registry = fill_storage(folder / "runs", base)
     (folder / "keys").write_text(f"{KEY}\n{ADMIN} admin\n", encoding="utf-8")
     tables = settings(
