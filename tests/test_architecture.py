@@ -73,6 +73,7 @@ OWNERS = {
         "searching.trial",
         "searching.tuning",
         "serving.deployment",
+        "serving.ray_metrics",
         "serving.server",
         "training.event_queue",
         "training.ray_trainer",
