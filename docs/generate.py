@@ -200,8 +200,8 @@ def metrics_reference() -> str:
         "# Metrics",
         "",
         "This page is generated from the code. `/metrics` of a server contains these metrics of all its replicas; "
-        "[Serve](../guides/serving.md#metrics) explains how to scrape and show them. Every series but `ptuning_replicas` has the "
-        "label `replica`. The label `model` is the version that answers, as `sentiment:3`; `none` if the request named no "
+        "[Serve](../guides/serving.md#metrics) explains how to scrape and show them. Every series but `ptuning_replicas` has "
+        "the label `replica`. The label `model` is the version that answers, as `sentiment:3`; `none` if the request named no "
         "known one; `other` for versions beyond `serve.metrics_models`.",
         "",
         "| metric | type | labels | meaning |",

@@ -38,7 +38,7 @@ class Command:
     def said(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")
 
-    def wait(self, words: str, seconds: float = 120) -> None:
+    def wait(self, words: str, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while words not in self.said:
             assert self.process.poll() is None, self.said
