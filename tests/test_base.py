@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import tiny_base
+from support import integer_checkpoints
 
 from ptuning.config import parse_experiment
 from ptuning.data.encoder import Encoder
@@ -426,6 +427,8 @@ def test_auto_weighs_dtypes_by_bytes(write: Write, monkeypatch: pytest.MonkeyPat
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
 STATIC = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "checkpoint_format": "gptq"}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 
 
@@ -465,6 +468,11 @@ def quantised(folder: Path, settings: dict[str, Any]) -> Path:
             stored[name], stored[f"{name}_scale_inv"], meant[name] = fp8(weight, block)
             if not block:
                 stored[name.replace("weight", "activation_scale")] = torch.tensor(1.0)
+        elif settings["quant_method"] in ("gptq", "awq") and name.endswith(("proj.weight", "c_attn.weight", "c_fc.weight")):
+            turned = name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))  # GPT-2's linear layers
+            parts, meant[name] = integer_checkpoints.packed(stored.pop(name).t() if turned else stored.pop(name), settings)
+            meant[name] = meant[name].t() if turned else meant[name]
+            stored |= {name.replace("weight", part): each for part, each in parts.items()}
     safetensors.torch.save_file({name: each.contiguous() for name, each in stored.items()}, folder / "model.safetensors")
     safetensors.torch.save_file({name: each.float().contiguous() for name, each in meant.items()}, plain / "model.safetensors")
     change(folder, quantization_config=settings)
@@ -476,6 +484,18 @@ QUANTISED = {
     "fp8 in a mixture": ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, FP8),
     "fp8 with one scale": ("Ministral3Config", {}, STATIC),
     "fp8 in a multimodal file": ("Mistral3Config", MULTIMODAL["mistral3"][1], STATIC),
+    "gptq": ("LlamaConfig", {}, GPTQ),
+    "gptq, 3 bits, no groups": ("LlamaConfig", {"num_key_value_heads": 4}, GPTQ | {"bits": 3, "group_size": -1}),
+    "gptq, 8 bits, any order of inputs": (
+        "LlamaConfig",
+        {},
+        GPTQ | {"bits": 8, "desc_act": True, "checkpoint_format": "gptq_v2"},
+    ),
+    "gptq, 2 bits, a short last group": ("LlamaConfig", {}, GPTQ | {"bits": 2, "group_size": 24}),
+    "gptq in a mixture": ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, GPTQ),
+    "gptq, GPT-2": ("GPT2Config", {"n_embd": 32, "n_head": 4, "n_layer": 2}, GPTQ),
+    "awq": ("LlamaConfig", {}, AWQ),
+    "awq in a multimodal file": ("Mistral3Config", MULTIMODAL["mistral3"][1], AWQ),
     "mxfp4": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}, {"quant_method": "mxfp4"}),
 }
 
@@ -534,10 +554,12 @@ def by_compressed_tensors(folder: Path) -> None:
     compressor.update_config(folder)
 
 
-LIBRARIES: dict[str, Callable[[Path], None]] = {
+LIBRARIES: dict[str, Callable[[Path], Any]] = {
     "bitsandbytes, 4 bits": functools.partial(by_bitsandbytes, load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "bitsandbytes, 8 bits": functools.partial(by_bitsandbytes, load_in_8bit=True),
     "compressed-tensors": by_compressed_tensors,
+    "gptq": functools.partial(quantised, settings=GPTQ | {"bits": 8}),
+    "awq": functools.partial(quantised, settings=AWQ),
 }
 
 
@@ -566,13 +588,47 @@ def test_weights_that_a_library_quantised_are_dequantised_by_it(kind: str, write
     torch.testing.assert_close(found_by_two, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitnet", "new"])
+@pytest.mark.parametrize("method", ["bitnet", "new"])
 def test_other_quantised_weights_are_refused_before_they_are_read(method: str, write: Write) -> None:
     folder = change(write(), quantization_config={"quant_method": method})
     assert refusal(folder) == (
         f"BASE is quantised with {method}, which is not supported; choose the checkpoint that it was made from, or save it "
         "dequantised"
     )
+
+
+def test_integers_packed_in_another_way_are_refused_before_they_are_read(write: Write) -> None:
+    def stored(change_tensors: Callable[[dict[str, torch.Tensor]], Any], settings: dict[str, Any] = GPTQ) -> str:
+        folder = quantised_again(write, settings)
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        change_tensors(tensors)
+        safetensors.torch.save_file(tensors, folder / "model.safetensors")
+        return refusal(folder)
+
+    for settings, what in (
+        (GPTQ | {"checkpoint_format": "marlin"}, "gptq in a way that is not known (format 'marlin')"),
+        (AWQ | {"version": "gemv"}, "awq in a way that is not known (format 'gemv')"),
+    ):
+        folder = change(write(f"base-{settings['quant_method']}"), quantization_config=settings)
+        assert refusal(folder).replace(str(folder), "BASE") == (
+            f"BASE is quantised with {what}; choose the checkpoint that it was made from, or save it dequantised"
+        )
+    name = "model.layers.0.self_attn.q_proj"
+    assert f"({name} has qweight [4, 32], scales [2, 32])" in stored(lambda tensors: tensors.pop(f"{name}.qzeros"))
+    assert f"({name} has qweight [4, 24], qzeros [2, 4], scales [2, 32])" in stored(
+        lambda tensors: tensors.update({f"{name}.qweight": tensors[f"{name}.qweight"][:, :24].clone()})
+    )
+    assert "(model.layers.0.mlp.act_fn.scales scales activations)" in stored(
+        lambda tensors: tensors.update({"model.layers.0.mlp.act_fn.scales": torch.ones(64)}), AWQ
+    )
+
+
+def quantised_again(write: Write, settings: dict[str, Any]) -> Path:
+    """A tiny Llama in a folder of its own."""
+    folder = write(f"base{len(list(write().parent.iterdir()))}")
+    quantised(folder, settings)
+    shutil.rmtree(folder.with_name("plain"))
+    return folder
 
 
 @pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"quant_method": "bitsandbytes"}])

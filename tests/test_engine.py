@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import SamplerState, Sampling, Token, choose_tokens, draw
+from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import End, EngineBusy, EngineConfig, EngineStopped, Load, Request, RequestError, ResidentPrompt
 from ptuning.inference.virtual_tokens import ROWS, VirtualTokens
 from ptuning.model.label_trie import LabelTrie
@@ -39,12 +40,12 @@ def soft_prompt(length: int, seed: int) -> Tensor:
     return torch.randn(length, 32, generator=torch.Generator().manual_seed(seed)) * 0.3
 
 
-def start(architecture: str = "llama_tied_gqa", config: EngineConfig = SMALL) -> Engine:
-    return Engine(tiny_base(architecture, attention=None), END, config)
+def start(architecture: str = "llama_tied_gqa", config: EngineConfig = SMALL) -> TransformersEngine:
+    return TransformersEngine(tiny_base(architecture, attention=None), END, config)
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+def engine() -> Iterator[TransformersEngine]:
     engine = start()
     yield engine
     assert engine.alive, "a test has brought the engine down"
@@ -54,7 +55,7 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture
-def add(engine: Engine) -> Iterator[object]:
+def add(engine: TransformersEngine) -> Iterator[object]:
     """Adds soft prompts and takes them away again."""
     handles: list[ResidentPrompt] = []
 
@@ -125,7 +126,7 @@ def collect(event: Token | End, sink: queue.SimpleQueue) -> bool:
 
 def test_a_base_in_16_bits():
     base, vectors, ids = tiny_base("llama_tied_gqa", attention=None).bfloat16(), soft_prompt(20, 1), text(random.Random(0), 12)
-    engine = Engine(tiny_base("llama_tied_gqa", attention=None).bfloat16(), END, SMALL)
+    engine = TransformersEngine(tiny_base("llama_tied_gqa", attention=None).bfloat16(), END, SMALL)
     try:
         handle = engine.add(vectors, "a")
         *tokens, _ = engine.generate(Request(ids, handle, 6, Sampling(top=0), ignore_end=True))
@@ -198,7 +199,9 @@ def test_neighbours_do_not_leak(engine, add):
     assert cancelled >= BATCHES // 2
 
 
-def send(engine: Engine, requests: list[Request], at: int, draw: random.Random) -> tuple[int, list, queue.SimpleQueue]:
+def send(
+    engine: TransformersEngine, requests: list[Request], at: int, draw: random.Random
+) -> tuple[int, list, queue.SimpleQueue]:
     """Submit a request, and now and then cancel it at once, after its first token, or let the next one wait for that."""
     sink: queue.SimpleQueue[Token | End] = queue.SimpleQueue()
     request_id, events, fate = engine.submit(requests[at], sink.put), [], draw.random()

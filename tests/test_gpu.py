@@ -19,7 +19,7 @@ from ptuning.cluster import network_check
 from ptuning.cluster.failures import cause
 from ptuning.errors import UserError
 from ptuning.inference import label_scorer
-from ptuning.inference.engine import Engine
+from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import EngineConfig
 from ptuning.model import token_loss
 from ptuning.model.base import Base, computes_in_bfloat16, find_base
@@ -225,7 +225,7 @@ def test_the_loss_of_many_predictions_is_computed_in_parts(dtype: torch.dtype, m
 
 
 def test_a_request_for_many_labels_is_computed_in_passes_of_a_limited_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(tiny_base("llama", attention=None), 2, EngineConfig(cache_bytes=1 << 20, context=128))
+    engine = TransformersEngine(tiny_base("llama", attention=None), 2, EngineConfig(cache_bytes=1 << 20, context=128))
     try:
         handles = [engine.add(torch.full((3, 32), 0.1 * many), str(many)) for many in (1, 2)]
         trie, rows = LabelTrie(((5, 6, 2), (5, 7, 2), (8, 2))), [[5 + row] * (1 + row % 7) for row in range(40)]

@@ -40,7 +40,7 @@ from ptuning.config import parse_experiment
 from ptuning.data.dataset import load_split
 from ptuning.data.encoder import Encoder
 from ptuning.errors import UserError
-from ptuning.inference.engine import Engine
+from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import EngineConfig
 from ptuning.model.base import Base, find_base
 from ptuning.model.prompted_model import PromptedModel
@@ -657,7 +657,9 @@ def test_what_diverges_or_is_damaged_is_refused(tmp_path, tiny_tokenizer):
     tiny_base("gpt2", vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     registry, base = fill_empty(tmp_path / "runs"), find_base(ModelConfig(path=str(folder)))
-    engine = Engine(base.load(torch.float32), 2, EngineConfig(running=2, waiting=4, cache_bytes=1 << 20, context=128))
+    engine = TransformersEngine(
+        base.load(torch.float32), 2, EngineConfig(running=2, waiting=4, cache_bytes=1 << 20, context=128)
+    )
     catalogue = ServedModels(base, engine, registry, str(tmp_path / "served"))
     try:
         publish_soft_prompt(registry, folder, tmp_path / "scratch", "task", 1)

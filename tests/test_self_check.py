@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from ptuning.data.encoder import Encoder
 from ptuning.errors import BaseError
 from ptuning.inference import paged_attention, plain_generator, sampling
-from ptuning.inference.engine import Engine
 from ptuning.inference.paged_attention import stored_sizes
 from ptuning.inference.paged_generator import page_numbers
+from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import EngineConfig, Request, RequestError
 from ptuning.model import label_cache, packed_layers, tree_attention
 from ptuning.model.attention_sizes import paged_numbers
@@ -217,7 +217,7 @@ def by_ids(base: PreTrainedModel, soft_prompt: torch.Tensor, source: list[int], 
 @pytest.mark.parametrize("name", CASES)
 def test_the_engine_generates_what_the_base_computes(name: str) -> None:
     """Greedy tokens of soft prompts side by side, each the most likely one in a pass over what stands before it."""
-    engine = Engine(tiny(name), 2, EngineConfig(cache_bytes=1 << 20, context=120))
+    engine = TransformersEngine(tiny(name), 2, EngineConfig(cache_bytes=1 << 20, context=120))
     try:
         assert engine.kind == KINDS[name][2]
         vectors = [prompt.detach() for prompt in soft_prompts([4, 7])]
@@ -378,7 +378,7 @@ def test_a_plain_model_is_given_ids_where_its_layers_look_them_up() -> None:
 def test_another_generator_is_taken_if_one_is_wrong(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(paged_attention, "_causal", lambda length, seen, *_: torch.eye(length, seen, dtype=torch.bool))
     with caplog.at_level(logging.WARNING):
-        engine = Engine(tiny_base("llama", attention=None), 2, EngineConfig(cache_bytes=1 << 20))
+        engine = TransformersEngine(tiny_base("llama", attention=None), 2, EngineConfig(cache_bytes=1 << 20))
     engine.close()
     assert engine.kind == "plain" and caplog.messages == [
         "LlamaForCausalLM: no paged cache, requests run in batches of equal length"
@@ -386,7 +386,7 @@ def test_another_generator_is_taken_if_one_is_wrong(monkeypatch: pytest.MonkeyPa
     wrong = sampling.choose_tokens  # of other logits
     monkeypatch.setattr(plain_generator, "choose_tokens", lambda logits, states: wrong(torch.zeros_like(logits), states))
     with pytest.raises(RequestError, match="it .* does not generate with its cache what it computes without"):
-        Engine(tiny_base("llama", attention=None), 2, EngineConfig(cache_bytes=1 << 20, name="it"))
+        TransformersEngine(tiny_base("llama", attention=None), 2, EngineConfig(cache_bytes=1 << 20, name="it"))
 
 
 def test_attention_without_its_tree_raises() -> None:

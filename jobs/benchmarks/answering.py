@@ -12,8 +12,8 @@ from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import Token
+from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import EngineConfig, Request
 from ptuning.model.base import Base, find_base
 from ptuning.settings.model import ModelConfig
@@ -46,12 +46,12 @@ class Bench:
     def load(self) -> PreTrainedModel:
         return self.base.load(torch.float32)
 
-    def engine(self, **config: Any) -> Engine:
+    def engine(self, **config: Any) -> TransformersEngine:
         end = int(self.base.tokenizer.eos_token_id)
-        return Engine(self.load(), end, EngineConfig(context=self.base.context, running=32, **config))
+        return TransformersEngine(self.load(), end, EngineConfig(context=self.base.context, running=32, **config))
 
 
-def drive(engine: Engine, requests: list[Request], clients: int) -> Answers:
+def drive(engine: TransformersEngine, requests: list[Request], clients: int) -> Answers:
     """Answers of all requests, `clients` at a time."""
     done: queue.SimpleQueue[None] = queue.SimpleQueue()
     answers: Answers = [[] for _ in requests]

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.answering import CLIENTS, Answers, Asked, Bench, Peft, Static
-from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import Token
+from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import Request, ResidentPrompt
 from ptuning.tracking import plots
 
@@ -38,7 +38,7 @@ Side = Callable[[Asked, Told, Callable[[], None]], None]
 """Takes a request without waiting, fills in what is told and calls when it has ended."""
 
 
-def streaming(engine: Engine, handles: Sequence[ResidentPrompt | None]) -> Side:
+def streaming(engine: TransformersEngine, handles: Sequence[ResidentPrompt | None]) -> Side:
     """The engine: tokens come as they are chosen."""
 
     def ask(asked: Asked, told: Told, ended: Callable[[], None]) -> None:

@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.measuring import gemm_rate, machine, settle
 from benchmarks.steps import SIZES, Size, Step, difference, flops, our_step, random_llama, random_rows, random_vectors
-from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import Sampling, Token
+from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import End, EngineConfig, Request
 from ptuning.model import varlen_attention
 from ptuning.model.label_trie import LabelTrie
@@ -135,7 +135,7 @@ def right_part(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def generated(base: PreTrainedModel) -> list[list[int]]:
     """Greedy ids of several requests that run together."""
-    engine = Engine(base, 2, EngineConfig(cache_bytes=1 << 20, context=128))
+    engine = TransformersEngine(base, 2, EngineConfig(cache_bytes=1 << 20, context=128))
     try:
         handle = engine.add(torch.full((5, 32), 0.1), "a")
         return run_requests(engine, [Request([5 + row, 6, 7], handle, 6) for row in range(4)])[0]
@@ -143,7 +143,7 @@ def generated(base: PreTrainedModel) -> list[list[int]]:
         engine.close()
 
 
-def run_requests(engine: Engine, requests: list[Request]) -> tuple[list[list[int]], float]:
+def run_requests(engine: TransformersEngine, requests: list[Request]) -> tuple[list[list[int]], float]:
     """The ids of all requests, and the seconds until the last one has ended."""
     sinks: list[queue.SimpleQueue[Token | End]] = [queue.SimpleQueue() for _ in requests]
     began = time.perf_counter()
@@ -303,7 +303,7 @@ def serve_part(arguments: argparse.Namespace) -> dict[str, Any]:
     base = random_llama(torch.bfloat16, size, arguments.device)
     many = (1, 4) if arguments.small else (1, 32, 128)
     cache = (1 << 22) if arguments.small else (4 << 30)
-    engine = Engine(base, 2, EngineConfig(running=max(many), waiting=256, cache_bytes=cache, context=1024))
+    engine = TransformersEngine(base, 2, EngineConfig(running=max(many), waiting=256, cache_bytes=cache, context=1024))
     new = 4 if arguments.small else 64
     found: dict[str, Any] = {}
     try:

@@ -23,7 +23,7 @@ from matrix.shrink import CONTEXT, VOCABULARY
 from matrix.subject import GRADIENT, LABELS, LOGITS, LOSS, NEW, Subject, Wrong, distance, far, first_line, ids, row
 from ptuning.data.encoder import Encoder
 from ptuning.errors import UserError
-from ptuning.inference.engine import Engine
+from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import End, EngineConfig, Request
 from ptuning.model.packing import Row, pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
@@ -257,9 +257,9 @@ def _compare_losses(subject: Subject, model: PromptedModel, lengths: Sequence[in
 
 
 @contextmanager
-def _engine(base: object, end: int) -> Iterator[Engine]:
+def _engine(base: object, end: int) -> Iterator[TransformersEngine]:
     config = EngineConfig(running=6, waiting=40, batch_tokens=48, cache_bytes=1 << 22, context=CONTEXT)
-    engine = Engine(base, end, config)  # type: ignore[arg-type]
+    engine = TransformersEngine(base, end, config)  # type: ignore[arg-type]
     try:
         yield engine
     finally:
@@ -287,12 +287,12 @@ def _errors() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def _alone(engine: Engine, request: Request, errors: Sequence[str]) -> list[int]:
+def _alone(engine: TransformersEngine, request: Request, errors: Sequence[str]) -> list[int]:
     events = list(engine.generate(request))
     return _tokens(events, errors)
 
 
-def _together(engine: Engine, requests: Sequence[Request], errors: Sequence[str]) -> list[list[int]]:
+def _together(engine: TransformersEngine, requests: Sequence[Request], errors: Sequence[str]) -> list[list[int]]:
     sinks: list[queue.SimpleQueue[object]] = [queue.SimpleQueue() for _ in requests]
     for request, sink in zip(requests, sinks, strict=True):
         engine.submit(request, sink.put)

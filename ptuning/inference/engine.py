@@ -1,19 +1,12 @@
-"""One frozen base, many resident soft prompts, and requests for all of them in the same batch.
+"""What the users of an engine know of it: one frozen base, many resident soft prompts, and requests for all of them at once.
 
-A soft prompt is a range of virtual token ids (`virtual_tokens`), so a request is a list of ids. transformers' continuous
-batching provides paged keys and values, shared prefixes, joining and leaving at every step, and cancellation. It finds cached
-pages by their ids, and ids are never reused. So the keys and values of a soft prompt are computed once and never confused with
-another's, regardless of the names they are served under.
-
-The engine extends continuous batching: `sampling` for settings per request, `paged_attention` to separate requests, and an
-output router that delivers results without a queue. Labels are scored by the pass of training and evaluation (`PromptedModel`)
-between two steps of generation: one pass for all labels of all waiting rows. Generation would need a request per label and a
-step per token.
+`Engine` is the interface, and the part that all engines share: which soft prompts are held, what is refused, how much may
+wait, and how an answer ends. `transformers_engine` computes.
 
 Whole pages of text are shared, too. This does not change an answer, but it starts sooner, which may reveal that someone else
 has sent the same text. Parties that do not trust each other need separate replicas.
 
-The engine works on token ids, not text, and does not use Ray: it runs wherever torch does.
+An engine works on token ids, not text, and does not use Ray.
 """
 
 from __future__ import annotations
@@ -22,21 +15,17 @@ import queue
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from ptuning.inference.engine_check import choose_generator, generates_right
-from ptuning.inference.generator import Events, Generator
-from ptuning.inference.label_scorer import Job, LabelJob, LabelScorer, Timed
-from ptuning.inference.residents import Residents
-from ptuning.inference.sampling import SamplerState, Token
-from ptuning.inference.text_scorer import TextJob
+from ptuning.inference.jobs import Job, LabelJob, TextJob, Timed
+from ptuning.inference.residents import Bank, Residents
+from ptuning.inference.sampling import Token
 from ptuning.inference.types import (
     Deliver,
     End,
@@ -49,62 +38,96 @@ from ptuning.inference.types import (
     ResidentPrompt,
     Stats,
 )
-from ptuning.inference.virtual_tokens import VirtualTokens
 from ptuning.model.label_trie import LabelTrie
-from ptuning.model.prompted_model import PromptedModel
-from ptuning.model.self_check import choose_pass
 from ptuning.redaction import logger
 
 log = logger(__name__)
 
+DIVERGED = "the answer is not a number: this soft prompt has diverged"
+
 
 @dataclass
-class _Running:
+class Running:
+    """A request that runs or waits."""
+
     request: Request
     deliver: Deliver
-    choice: SamplerState
+    ends: tuple[int, ...]
+    """All tokens that end the answer."""
     tokens: int = 0
+    """Number of tokens that were delivered."""
     cached: int = 0
+    """Number of tokens of soft prompt and text that were in the cache."""
     submitted: float = field(default_factory=time.monotonic)
+    began: float = 0.0
+    """When its first step began, by `time.monotonic`; 0: it waits."""
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of the soft prompt and of the text."""
+        return prompt_ids(self.request.handle, self.request.ids)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of soft prompt and text."""
+        return len(self.request.ids) + (len(self.request.handle.ids) if self.request.handle else 0)
 
 
-class Engine:
+class Engine(ABC):
     """Generates text and scores labels. All methods are thread-safe.
 
-    The engine modifies the base: it replaces the input embedding and the attention. `end`: the tokens that end an answer.
-
-    Raises:
-        BaseError: no pass is right for this base (`model.self_check`).
-        RequestError: the base does not generate with a cache what it computes without, or the cache does not fit into memory.
+    `ends`: the tokens that end an answer.
     """
 
-    def __init__(self, base: PreTrainedModel, end: int | Sequence[int], config: EngineConfig | None = None) -> None:
-        config = config or EngineConfig()
+    def __init__(self, config: EngineConfig, vocabulary: int, ends: int | Sequence[int], bank: Bank) -> None:
         self.config = config
-        self.vocabulary = int(base.config.get_text_config().vocab_size)
-        self.ends = (end,) if isinstance(end, int) else tuple(end)
+        self.vocabulary = vocabulary
+        """Number of tokens of the base; higher ids belong to soft prompts."""
+        self.ends = (ends,) if isinstance(ends, int) else tuple(ends)
         self.stats = Stats()
         self._lock = threading.Lock()
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, Running] = {}
         self._waiting_rows = 0
-        model = PromptedModel(base)
-        choose_pass(model, config.name, gradients=False)
-        self._bank = VirtualTokens.install(base, self.vocabulary, model.needs_ids)
-        self._residents = Residents(self._bank)
-        events = Events(self._find, self._stepped, self._finish)
-        self._generator = choose_generator(model, config, events, lambda generator: self._right(generator, model))
-        self.stats = Stats()
-        self._scorer = LabelScorer(model, self._bank, self._generator.pause, self._scored)
+        self._bank = bank
+        self._residents = Residents(bank)
+
+    # -- what computes -------------------------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
+    def kind(self) -> str:
+        """How it generates, in a word."""
+
+    @property
+    @abstractmethod
     def longest(self) -> int:
         """Maximum number of positions of a request, given by the base and the cache."""
-        return self._generator.longest
 
     @property
-    def kind(self) -> str:
-        """How it generates: "paged", "plain", "single" or "recomputing"."""
-        return self._generator.kind
+    @abstractmethod
+    def alive(self) -> bool:
+        """False after a step has failed: the engine no longer answers."""
+
+    @property
+    @abstractmethod
+    def load(self) -> Load:
+        """What runs and waits now."""
+
+    @abstractmethod
+    def _start(self, request_id: str, running: Running) -> None:
+        """Compute a request: `_told` for every token, then `_finish`."""
+
+    @abstractmethod
+    def _left(self, request_id: str, running: Running, cancel: bool) -> None:
+        """A request has ended; `cancel`: before its last step, which should not be computed any more."""
+
+    @abstractmethod
+    def _compute(self, job: Job) -> None:
+        """Compute a job, then call `_scored` and complete its future, in this order."""
+
+    @abstractmethod
+    def _stop(self) -> None:
+        """Stop immediately."""
 
     # -- soft prompts ------------------------------------------------------------------------------------------------
 
@@ -112,16 +135,14 @@ class Engine:
         """Make a soft prompt `[P, H]` resident, or increment its reference count if it is.
 
         Raises:
-            RequestError: it does not fit this base, or is not finite in the base's dtype.
+            RequestError: it does not fit this base, is not finite in the base's dtype, or there is no room for it.
         """
-        with self._lock:
-            return self._residents.add(vectors, content_hash)
+        return self._residents.add(vectors, content_hash)
 
     def remove(self, handle: ResidentPrompt) -> None:
         """Decrement the reference count of a soft prompt; at 0 it is removed. Requests hold a reference to their soft
         prompt."""
-        with self._lock:
-            self._residents.release(handle)
+        self._residents.release(handle)
 
     @property
     def residents(self) -> int:
@@ -143,11 +164,8 @@ class Engine:
         """
         self.check(request)
         request_id = uuid.uuid4().hex
-        prefix = list(request.handle.ids) if request.handle else []
         ends = (*(() if request.ignore_end else self.ends), *request.ends)
-        choice = SamplerState(request.sampling, request.ids, ends, request.grammar.start() if request.grammar else None)
-        running = _Running(request, deliver, choice)
-        choice.on_token = lambda token: self._tell(request_id, running, token)
+        running = Running(request, deliver, ends)
         with self._lock:
             if not self.alive:
                 raise EngineStopped("the engine has stopped; restart it")
@@ -155,7 +173,7 @@ class Engine:
                 raise EngineBusy(f"{len(self._running)} requests are running or waiting; ask again later")
             self._residents.hold(request.handle)
             self._running[request_id] = running
-        self._generator.start(request_id, [*prefix, *request.ids], request.max_new_tokens, ends)
+        self._start(request_id, running)
         return request_id
 
     def check(self, request: Request) -> None:
@@ -205,7 +223,7 @@ class Engine:
         finally:
             self.cancel(request_id)
 
-    # -- labels ------------------------------------------------------------------------------------------------------
+    # -- labels and given text -----------------------------------------------------------------------------------------
 
     def choose(self, handle: ResidentPrompt | None, rows: Sequence[Sequence[int]], trie: LabelTrie) -> Timed[list[list[float]]]:
         """Log-probability of every label after every row, `[n][L]`, computed as in training and evaluation.
@@ -218,23 +236,11 @@ class Engine:
             self.check_ids(row)
             self.check_room(length, len(row), max(map(len, trie.labels)))
         job = LabelJob(handle, rows, trie)
-        self._queue_job(job)
+        self._queue(job)
         return job.future
 
-    def _queue_job(self, job: Job) -> None:
-        many = len(job.rows)
-        with self._lock:
-            if not self.alive:
-                raise EngineStopped("the engine has stopped; restart it")
-            if self._waiting_rows and self._waiting_rows + many > self.config.waiting:
-                raise EngineBusy(f"{self._waiting_rows} rows are waiting to be labelled; ask again later")
-            self._waiting_rows += many
-            self._residents.hold(job.handle)
-        self._scorer.submit(job)
-
     def score(self, handle: ResidentPrompt | None, ids: Sequence[int], top: int) -> Future[list[Token]]:
-        """Every token of a text but the first one, with the log-probabilities that generation would have reported, in one pass
-        and without generating.
+        """Every token of a text but the first one, with the log-probabilities that generation would have reported.
 
         Raises:
             RequestError, EngineBusy, EngineStopped: as in `submit`.
@@ -242,22 +248,21 @@ class Engine:
         self.check_ids(ids)
         self.check_room(len(handle.ids) if handle else 0, len(ids), 0)
         job = TextJob(handle, ids, top)
-        self._queue_job(job)
+        self._queue(job)
         return job.future
 
+    def _queue(self, job: Job) -> None:
+        many = len(job.rows)
+        with self._lock:
+            if not self.alive:
+                raise EngineStopped("the engine has stopped; restart it")
+            if self._waiting_rows and self._waiting_rows + many > self.config.waiting:
+                raise EngineBusy(f"{self._waiting_rows} rows are waiting to be labelled; ask again later")
+            self._residents.hold(job.handle)
+            self._waiting_rows += many
+        self._compute(job)
+
     # -- the engine itself -------------------------------------------------------------------------------------------
-
-    @property
-    def alive(self) -> bool:
-        """False after a step has failed: the engine no longer answers."""
-        return self._generator.alive
-
-    @property
-    def load(self) -> Load:
-        """What runs and waits now."""
-        began = [running.choice.began for running in self._running.copy().values()]
-        running = sum(each > 0 for each in began)
-        return Load(running, len(began) - running, self._waiting_rows, self._generator.cache_used)
 
     @property
     def busy(self) -> int:
@@ -269,44 +274,23 @@ class Engine:
         """No further generation request is accepted."""
         return len(self._running) >= self.config.running + self.config.waiting
 
-    def paused(self) -> AbstractContextManager[object]:
-        """No step of generation runs inside, so another pass may use the base."""
-        return self._generator.pause()
-
     def close(self) -> None:
         """Stop immediately. Running requests fail."""
-        self._scorer.close()
-        self._generator.close()
+        self._stop()
         for request_id in list(self._running):
             self._finish(request_id, "failed", "the engine was stopped")
 
-    def _right(self, generator: Generator, model: PromptedModel) -> bool:
-        self._generator = generator
-        return generates_right(self, model)
+    # -- what an implementation tells --------------------------------------------------------------------------------
 
-    def _scored(self, jobs: Sequence[Job]) -> None:
-        with self._lock:
-            for job in jobs:
-                self._waiting_rows -= len(job.rows)
-                self._residents.release(job.handle)
-
-    def _find(self, request_id: str) -> SamplerState | None:
-        running = self._running.get(request_id)
-        return running.choice if running else None
-
-    def _stepped(self, requests: int) -> None:
-        self.stats.steps += 1
-        self.stats.batched += requests
-
-    def _tell(self, request_id: str, running: _Running, token: Token | None) -> None:
+    def _told(self, request_id: str, running: Running, token: Token | None, cached: int) -> None:
+        """A token of a request; None: its logits are not numbers. `cached`: tokens of its prompt that were in the cache."""
         if token is None:
-            self._finish(request_id, "failed", "the answer is not a number: this soft prompt has diverged", cancel=True)
+            self._finish(request_id, "failed", DIVERGED, cancel=True)
             return
         if not running.tokens:
-            length = len(running.request.ids) + (len(running.request.handle.ids) if running.request.handle else 0)
-            running.cached = max(0, length - running.choice.computed)
-            self.stats.prompt_tokens += length
-            self.stats.cached_tokens += running.cached
+            running.cached = cached
+            self.stats.prompt_tokens += running.length
+            self.stats.cached_tokens += cached
         running.tokens += 1
         _deliver(running, token)
 
@@ -319,16 +303,27 @@ class Engine:
     ) -> None:
         with self._lock:
             running = self._running.pop(request_id, None)
-            if running is None:
-                return
-            self._residents.release(running.request.handle)
-        if cancel:
-            self._generator.cancel(request_id)
-        began = running.choice.began
-        _deliver(running, End(reason, message, running.cached, began - running.submitted if began else None))
+        if running is None:
+            return
+        self._residents.release(running.request.handle)
+        self._left(request_id, running, cancel)
+        queued = running.began - running.submitted if running.began else None
+        _deliver(running, End(reason, message, running.cached, queued))
+
+    def _scored(self, jobs: Sequence[Job]) -> None:
+        """Jobs were computed, or failed."""
+        with self._lock:
+            self._waiting_rows -= sum(len(job.rows) for job in jobs)
+        for job in jobs:
+            self._residents.release(job.handle)
 
 
-def _deliver(running: _Running, event: Token | End) -> None:
+def prompt_ids(handle: ResidentPrompt | None, ids: Sequence[int]) -> list[int]:
+    """The ids of a soft prompt (None: none), then those of a text."""
+    return [*(handle.ids if handle else ()), *ids]
+
+
+def _deliver(running: Running, event: Token | End) -> None:
     try:
         running.deliver(event)
     except Exception:  # a failing receiver must not fail the step, and with it all other requests

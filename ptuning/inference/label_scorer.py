@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ptuning.inference.jobs import Job, LabelJob, TextJob
 from ptuning.inference.sampling import Sampling, Token, draw
-from ptuning.inference.text_scorer import TextJob, score_text
+from ptuning.inference.text_scorer import score_text
 from ptuning.inference.types import AnswerFailed, ResidentPrompt
 from ptuning.inference.virtual_tokens import VirtualTokens
 from ptuning.model.label_trie import LabelTrie
@@ -26,43 +24,12 @@ from ptuning.redaction import logger
 
 log = logger(__name__)
 
-Result = TypeVar("Result")
-
 LABEL_TOKENS = 4096
 """Approximate number of tokens in one pass over labels; it limits how long generation waits."""
 
 
-class Timed(Future[Result]):
-    """A future that records when its computation began."""
-
-    began = 0.0
-    """By `time.monotonic`; 0: it waits."""
-
-    def set_running_or_notify_cancel(self) -> bool:
-        self.began = time.monotonic()
-        return super().set_running_or_notify_cancel()
-
-
 _Row = tuple[ResidentPrompt | None, Sequence[int]]
 """A soft prompt, and the tokens after it."""
-
-
-@dataclass
-class LabelJob:
-    """Rows after a soft prompt (None: without one), and the labels to score after each row."""
-
-    handle: ResidentPrompt | None
-    rows: Sequence[Sequence[int]]
-    trie: LabelTrie
-    future: Timed[list[list[float]]] = field(default_factory=Timed)
-
-    @property
-    def positions(self) -> int:
-        """Number of tokens of text and labels in its pass."""
-        return sum(map(len, self.rows)) + len(self.rows) * len(self.trie.tokens)
-
-
-Job = LabelJob | TextJob
 
 
 class LabelScorer:

@@ -11,10 +11,10 @@ import torch
 from ptuning.data.chat_encoder import make_encoder
 from ptuning.data.encoder import Encoder
 from ptuning.errors import UserError, suggest
-from ptuning.inference.engine import Engine
 from ptuning.inference.inputs import RAW, Text, fields_of, row_ids
 from ptuning.inference.label_scorer import probabilities
 from ptuning.inference.sampling import Sampling, Token
+from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import AnswerFailed, End, EngineConfig, Request, RequestError, ResidentPrompt
 from ptuning.model.compatibility import base_of, check_base
 from ptuning.model.soft_prompt import SoftPrompt
@@ -63,7 +63,7 @@ class Predictor:
         for name, each in given.items():
             check_base(each, name, found)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._engine = Engine(
+        self._engine = TransformersEngine(
             found.load(found.dtype(dtype), device),
             found.ends,
             EngineConfig(waiting=MANY, cache_bytes=cache_mb << 20, context=found.context, name=found.name),

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Protocol
+
 from torch import Tensor
 
 from ptuning.inference.types import RequestError, ResidentPrompt
-from ptuning.inference.virtual_tokens import VirtualTokens
+
+
+class Bank(Protocol):
+    """Where an engine keeps the vectors of soft prompts, under virtual token ids."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that they take."""
+
+    def add(self, vectors: Tensor) -> range:
+        """Store a soft prompt `[P, H]`; returns its ids.
+
+        Raises:
+            ValueError: it does not fit this base, or is not finite in the base's dtype.
+            RequestError: there is no room for it.
+        """
+
+    def remove(self, ids: range) -> None:
+        """Free the place of a soft prompt."""
 
 
 class Residents:
-    """Soft prompts by content hash. Whoever is served or answers with one holds a reference. The engine's lock must be held."""
+    """Soft prompts by content hash. A served name and a running request hold a reference. Thread-safe."""
 
-    def __init__(self, bank: VirtualTokens) -> None:
+    def __init__(self, bank: Bank) -> None:
         self._bank = bank
+        self._lock = threading.Lock()
+        self._storing = threading.Lock()
+        """Storing may take long, and requests hold and release others meanwhile."""
         self._held: dict[str, tuple[ResidentPrompt, int]] = {}
 
     def __len__(self) -> int:
@@ -22,18 +46,21 @@ class Residents:
         """Store a soft prompt `[P, H]`, or increment its reference count.
 
         Raises:
-            RequestError: it does not fit this base, or is not finite in the base's dtype.
+            RequestError: it does not fit this base, is not finite in the base's dtype, or there is no room for it.
         """
-        known = self._held.get(content_hash)
-        if known:
-            handle, holders = known
-        else:
+        with self._storing:
+            with self._lock:
+                known = self._held.get(content_hash)
+                if known:
+                    self._held[content_hash] = (known[0], known[1] + 1)
+                    return known[0]
             try:
-                handle, holders = ResidentPrompt(content_hash, self._bank.add(vectors)), 0
+                handle = ResidentPrompt(content_hash, self._bank.add(vectors))
             except ValueError as error:
                 raise RequestError(f"soft prompt {content_hash[:12]}: {error}; train it again for this base") from None
-        self._held[content_hash] = (handle, holders + 1)
-        return handle
+            with self._lock:
+                self._held[content_hash] = (handle, 1)
+            return handle
 
     def hold(self, handle: ResidentPrompt | None) -> None:
         """Increment the reference count.
@@ -43,18 +70,20 @@ class Residents:
         """
         if handle is None:
             return
-        known = self._held.get(handle.content_hash)
-        if known is None or known[0] is not handle:
-            raise RequestError(f"soft prompt {handle.content_hash[:12]} was removed from the engine; use its successor")
-        self._held[handle.content_hash] = (handle, known[1] + 1)
+        with self._lock:
+            known = self._held.get(handle.content_hash)
+            if known is None or known[0] is not handle:
+                raise RequestError(f"soft prompt {handle.content_hash[:12]} was removed from the engine; use its successor")
+            self._held[handle.content_hash] = (handle, known[1] + 1)
 
     def release(self, handle: ResidentPrompt | None) -> None:
         """Decrement the reference count; at 0 the soft prompt is removed."""
         if handle is None:
             return
-        _, holders = self._held[handle.content_hash]
-        if holders > 1:
-            self._held[handle.content_hash] = (handle, holders - 1)
-        else:
-            del self._held[handle.content_hash]
-            self._bank.remove(handle.ids)
+        with self._lock:
+            _, holders = self._held[handle.content_hash]
+            if holders > 1:
+                self._held[handle.content_hash] = (handle, holders - 1)
+            else:
+                del self._held[handle.content_hash]
+                self._bank.remove(handle.ids)

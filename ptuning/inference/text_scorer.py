@@ -6,35 +6,14 @@ Shapes: T tokens of the text, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ptuning.inference.sampling import Token
-from ptuning.inference.types import ResidentPrompt
 from ptuning.model.limits import LOGITS
 from ptuning.model.packing import pack_targets
 from ptuning.model.prompted_model import PromptedModel
-
-
-@dataclass
-class TextJob:
-    """A text after a soft prompt (None: without one). `top`: how many of the likeliest tokens are reported for each place."""
-
-    handle: ResidentPrompt | None
-    ids: Sequence[int]
-    top: int
-    future: Future[list[Token]] = field(default_factory=Future)
-
-    @property
-    def rows(self) -> Sequence[Sequence[int]]:
-        return [self.ids]
-
-    @property
-    def positions(self) -> int:
-        return len(self.ids)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,8 @@ from ptuning.errors import BaseError, UserError
 from ptuning.model.base_folder import check_folder, find_folder
 from ptuning.model.decoder import TEXT_PART, check_decoder, has_text_part, is_multimodal, whole_class
 from ptuning.model.fingerprint import Fingerprint, config_hash, tokenizer_fingerprint, weights_hash
-from ptuning.model.quantization import WHOLE, dequantized, take_quantization
+from ptuning.model.integer_weights import METHODS, plain_tensors
+from ptuning.model.quantization import WHOLE, dequantized, loading_settings, take_quantization
 from ptuning.model.safetensors_files import StoredTensor, stored_tensors, weights_name
 from ptuning.model.stored_names import check_stored
 from ptuning.model.text_head import is_converted
@@ -98,6 +100,17 @@ class Base:
     def tensors(self) -> tuple[StoredTensor, ...]:
         """The tensors in the files, without their values."""
         return tuple(stored_tensors(self.folder))
+
+    @cached_property
+    def plain_tensors(self) -> Sequence[StoredTensor]:
+        """The same, with the weights that packed integers mean in their place.
+
+        Raises:
+            BaseError: they are packed in a way that is not known.
+        """
+        if self.quantization and self.quantization["quant_method"] in METHODS:
+            return plain_tensors(self.name, self.quantization, self.tensors)
+        return self.tensors
 
     @cached_property
     def numbers(self) -> int:
@@ -198,9 +211,10 @@ class Base:
     @cached_property
     def _checked(self) -> bool:
         """Checked once: inside `zero.Init`, a model without memory would have no shapes."""
-        model = None if self.quantization else self._meta_model()
+        known = self.quantization is None or self.quantization["quant_method"] in METHODS
+        model = self._meta_model() if known else None
         if model is not None:
-            check_stored(self.name, model, self.tensors, self.renamed)
+            check_stored(self.name, model, self.plain_tensors, self.renamed)
         return model is not None
 
     def _meta_model(self) -> PreTrainedModel | None:
@@ -220,7 +234,7 @@ class Base:
         for each in (config, config.get_text_config()):
             each.transformers_weights = weights_name(self.folder)
             if self.quantization:
-                each.quantization_config = self.quantization
+                each.quantization_config = loading_settings(self.quantization)
         return config
 
 
@@ -247,7 +261,7 @@ def find_base(config: ModelConfig) -> Base:
             ) from None
         reason = str(error).splitlines()[0]
         raise BaseError(f"model.path: {config.path} cannot be used ({reason}); choose another base") from None
-    return Base(
+    base = Base(
         config.path,
         config.revision,
         folder,
@@ -259,6 +273,8 @@ def find_base(config: ModelConfig) -> Base:
         renamed=dict(TEXT_PART) if has_text_part(described) else None,
         quantization=quantization,
     )
+    _ = base.plain_tensors
+    return base
 
 
 def listed_ends(*values: Any) -> list[int]:

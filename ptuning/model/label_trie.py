@@ -103,17 +103,17 @@ class LabelTrie:
     @cached_property
     def paths(self) -> dict[Label, list[tuple[int, int]]]:
         """The edges of each label, from the root down."""
-        nodes = {self._beginning(at): at for at in range(len(self.nodes))}
+        nodes = {self.beginning(node): at for at, node in enumerate(self.nodes)}
         found: dict[Label, list[tuple[int, int]]] = {}
         for label in self.labels:
             on_path = [(nodes[label[:depth]], token) for depth, token in enumerate(label) if label[:depth] in nodes]
             found[label] = [(at, self.nodes[at].children.index(token)) for at, token in on_path]
         return found
 
-    def _beginning(self, at: int) -> Label:
-        """The tokens before a node."""
+    def beginning(self, node: Node) -> Label:
+        """The label tokens before a node."""
         tokens: list[int] = []
-        place = self.nodes[at].place
+        place = node.place
         while place >= 0:
             tokens.append(self.tokens[place])
             place = self.parents[place]

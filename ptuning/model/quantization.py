@@ -13,11 +13,15 @@ import torch
 from transformers import PretrainedConfig
 
 from ptuning.errors import BaseError
+from ptuning.model import integer_weights
 
 if TYPE_CHECKING:  # importing it imports scipy, torch's compiler and more, which a driver does not need
     from transformers import PreTrainedModel
 
-DEQUANTISED = {"fp8": "", "mxfp4": "", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors"}
+DEQUANTISED = {
+    **{"fp8": "", "mxfp4": "", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors"},
+    **dict.fromkeys(integer_weights.METHODS, ""),
+}
 """Methods whose weights are dequantised on any device -> the package that this needs."""
 
 WHOLE = ("bitsandbytes", "compressed-tensors")
@@ -45,10 +49,22 @@ def take_quantization(path: str, config: PretrainedConfig) -> dict[str, Any] | N
             f"model.path: {path} is quantised with {method}, which is not supported; choose the checkpoint that it was made "
             "from, or save it dequantised"
         )
+    if method in integer_weights.METHODS:
+        integer_weights.check_format(path, method, settings)
+        return settings | {"quant_method": method}
     package = DEQUANTISED[method]
     if package and find_spec(package.replace("-", "_")) is None:
         raise BaseError(f"model.path: {path} is quantised with {method}; pip install {package}, on every node")
     return settings | {"quant_method": method, **({} if method == "bitsandbytes" else {"dequantize": True})}
+
+
+def loading_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """What transformers is given as the quantization_config of a checkpoint with these settings (`take_quantization`)."""
+    if settings["quant_method"] not in integer_weights.METHODS:
+        return settings
+    from ptuning.model import integer_loading
+
+    return integer_loading.loading_settings(settings)
 
 
 def dequantized(model: PreTrainedModel, method: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -127,6 +127,8 @@ def _parse(file: Path, header: bytes) -> list[StoredTensor]:
         raise BaseError(f"{file}: is not a safetensors file (its header is not valid JSON); use another copy") from None
 
 
+PACKED = "packed"
+"""The dtype of a tensor that is stored as others, which it is computed from."""
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

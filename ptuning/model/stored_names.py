@@ -9,8 +9,10 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from transformers.pytorch_utils import Conv1D
+
 from ptuning.errors import BaseError
-from ptuning.model.safetensors_files import StoredTensor
+from ptuning.model.safetensors_files import PACKED, StoredTensor
 
 if TYPE_CHECKING:  # importing it imports scipy, torch's compiler and more, which a driver does not need
     from transformers import PreTrainedModel
@@ -53,7 +55,7 @@ def check_stored(name: str, model: PreTrainedModel, tensors: Iterable[StoredTens
     own = model.state_dict()
     found = stored_names(model, tensors, renamed)
     for each, tensor in found.items():
-        if tensor is not None and tensor.shape != tuple(own[each].shape):
+        if tensor is not None and _shape(model, each, tensor) != tuple(own[each].shape):
             raise BaseError(
                 f"model.path: {name} stores {tensor.name} as {list(tensor.shape)}, but its config.json describes "
                 f"{list(own[each].shape)}; use the config.json that belongs to the weights"
@@ -70,3 +72,9 @@ def check_stored(name: str, model: PreTrainedModel, tensors: Iterable[StoredTens
             f"model.path: {name} has no weights for {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; "
             "use a complete checkpoint"
         )
+
+
+def _shape(model: PreTrainedModel, name: str, tensor: StoredTensor) -> tuple[int, ...]:
+    """The shape of a stored tensor as that of a parameter: GPT-2's linear layers keep the transpose of what is packed."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return tensor.shape[::-1] if tensor.dtype == PACKED and isinstance(owner, Conv1D) else tensor.shape

@@ -14,6 +14,7 @@ from ptuning.inference.inputs import fields_of, row_ids
 from ptuning.inference.label_scorer import probabilities
 from ptuning.inference.predictor import NEW_TOKENS
 from ptuning.inference.sampling import Token
+from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import End, EngineConfig, Request, ResidentPrompt
 from ptuning.model.base import find_base
 from ptuning.model.compatibility import check_base
@@ -52,7 +53,7 @@ def compare(registry: Registry, name: str, text: str, base_path: str | None = No
         raise RegistryError(f"{versions[-1]}: has no template; import it again with --input and --target")
     base = find_base(ModelConfig(path=base_path or card.base, revision=None if base_path else card.revision))
     check_base(newest, str(versions[-1]), base)
-    engine = Engine(base.load(torch.float32), base.ends, EngineConfig(context=base.context, name=base.name))
+    engine = TransformersEngine(base.load(torch.float32), base.ends, EngineConfig(context=base.context, name=base.name))
     try:
         longest = max(soft_prompt.card.length for soft_prompt in loaded.values())
         encoder = make_encoder(card.template, base.tokenizer, engine.longest - longest)

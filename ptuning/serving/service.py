@@ -12,7 +12,7 @@ import torch
 from ptuning import storage
 from ptuning.config import Experiment
 from ptuning.errors import TrackingError, UserError
-from ptuning.inference.engine import Engine
+from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import End, EngineConfig, Request
 from ptuning.model.base import find_base
 from ptuning.redaction import logger
@@ -50,7 +50,7 @@ class Service:
         self.keys = dict(keys)
         self.base = find_base(experiment.model)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.engine = Engine(
+        self.engine = TransformersEngine(
             self.base.load(self.base.dtype(experiment.model.dtype), device),
             self.base.ends,
             EngineConfig(

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import tiny_base
 
-from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import Sampling, Token
+from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import End, EngineConfig, Request
 from ptuning.model.base import Base
 from ptuning.model.prompted_model import PromptedModel
@@ -48,7 +48,7 @@ def decoding_step(base: Base, device: Any, *, layers: int, requests: int, sampli
     """A step in which all requests generate a token: what generating more tokens costs in addition."""
     found = []
     config = EngineConfig(running=requests, batch_tokens=256, cache_bytes=1 << 20, context=128)
-    engine = Engine(llama(base, layers).to(device), 2, config)
+    engine = TransformersEngine(llama(base, layers).to(device), 2, config)
     try:
         for new in (4, 8):
             sinks: list[queue.SimpleQueue[Token | End]] = []

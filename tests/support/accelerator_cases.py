@@ -20,8 +20,8 @@ from conftest import tiny_base
 from torch import Tensor
 
 from ptuning.data.task import load_task
-from ptuning.inference.engine import Engine
 from ptuning.inference.sampling import Sampling, Token
+from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import End, EngineConfig, Request
 from ptuning.inference.virtual_tokens import ROWS, VirtualTokens
 from ptuning.model import varlen_attention
@@ -202,7 +202,7 @@ def test_an_engine_answers(kind: str, device: torch.device) -> None:
     for where in ("cpu", device):
         architecture, rounds = ENGINES[kind]
         base: Any = tiny_base(architecture, attention=None)
-        engine = Engine(base.to(where), 2, SMALL)
+        engine = TransformersEngine(base.to(where), 2, SMALL)
         try:
             assert engine.kind == ("plain" if kind == "plain" else "paged")
             answers.append(asked(engine, rounds))
@@ -226,7 +226,7 @@ class Answers:
         assert event.reason in ("stop", "length"), event
 
 
-def asked(engine: Engine, rounds: int) -> Answers:
+def asked(engine: TransformersEngine, rounds: int) -> Answers:
     """What an engine answers while the bank of soft prompts grows, is compacted, and grows again."""
     answers = Answers()
     kept = [engine.add(vectors, str(number)) for number, vectors in enumerate(drawn((3, 20)))]
