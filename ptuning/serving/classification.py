@@ -7,7 +7,8 @@ import time
 
 from ptuning.inference.engine import Engine
 from ptuning.inference.inputs import fields_of, row_ids
-from ptuning.inference.label_scorer import LABEL_TOKENS, Timed, probabilities
+from ptuning.inference.jobs import Timed
+from ptuning.inference.label_scorer import LABEL_TOKENS, probabilities
 from ptuning.inference.types import RequestError
 from ptuning.model.label_trie import LabelTrie
 from ptuning.serving.answers import Classification, Label, PromptDetails, Usage

@@ -18,7 +18,8 @@ from typing import Literal
 
 from ptuning.inference.engine import Engine
 from ptuning.inference.grammar import Grammar
-from ptuning.inference.label_scorer import Timed, draw_label
+from ptuning.inference.jobs import Timed
+from ptuning.inference.label_scorer import draw_label
 from ptuning.inference.sampling import Sampling, Token
 from ptuning.inference.types import AnswerFailed, End, Request, ResidentPrompt
 from ptuning.serving.detokenizer import TextStream, TokenText, token_text
