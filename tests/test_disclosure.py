@@ -400,15 +400,16 @@ def test_a_refused_version_says_why_and_not_where(world: SimpleNamespace, caplog
 
 CARD = {
     *("format", "name", "base", "revision", "base_fingerprint", "length", "width", "template", "max_new_tokens", "init"),
-    *("metrics", "data", "experiment", "parent", "versions", "content_hash", "base_notes", "dtype", "training_pass"),
+    *("metrics", "data", "experiment", "parent", "versions", "content_hash", "base_notes", "dtype", "training_pass", "kind"),
+    "kv_shape",
 }
 """The card. A field that is new is public only if it stands here, and in SECURITY.md."""
 MADE = {
-    "prompt": {"length", "init", "init_text"},
+    "prompt": {"kind", "length", "init", "init_text"},
     "train": {
         *("learning_rate", "optimizer", "weight_decay", "schedule", "warmup", "clip", "seed"),
         *("batch_size", "steps", "evaluate_every", "patience", "metric"),
-        *("objective", "text_weight", "class_weights", "starts"),
+        *("objective", "text_weight", "class_weights", "average_decay", "starts"),
     },
 }
 """Of the experiment in it."""

@@ -37,7 +37,7 @@ def update(these: list[Start], step: int, sizes: tuple[int, ...] = SIZES, rates:
     together = Together(these)
     rates = tuple(rate / (1 + step) for rate in rates)
     numbers = together.numbers([start.updates + 1 for start in these], rates)
-    together.update(torch.cat([drawn(100 * step + rows, rows) for rows in sizes]), numbers)
+    together.update([torch.cat([drawn(100 * step + rows, rows) for rows in sizes])], numbers)
 
 
 def alone(kind: dict[str, Any], rows: int, rate: float) -> Tensor:
@@ -69,9 +69,30 @@ def test_each_moves_as_with_the_librarys_optimiser(kinds: list[dict[str, Any]]) 
             assert torch.allclose(start.vectors, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_average_has_the_weights_of_its_decay() -> None:
+    """Against the weighted sum over all vectors in float64, beside starts with other decays and with none."""
+    decays = (0.9, 0.0, 0.5, 0.999)
+    these = [Start(0, drawn(rows, rows), TrainConfig(), 1.0, decay) for rows, decay in zip(SIZES, decays, strict=True)]
+    history = [[start.vectors.double()] for start in these]
+    for step in range(STEPS):
+        update(these, step)
+        for start, vectors in zip(these, history, strict=True):
+            vectors.append(start.vectors.double())
+    for start, decay, vectors in zip(these, decays, history, strict=True):
+        weights = [1.0]
+        for number in range(1, STEPS + 1):
+            keep = min(decay, (1 + number) / (10 + number))
+            weights = [*(weight * keep for weight in weights), 1 - keep]
+        expected = sum(weight * each for weight, each in zip(weights, vectors, strict=True))
+        assert abs(sum(weights) - 1) < 1e-12
+        assert torch.allclose(start.average.double(), expected, atol=1e-6)
+        assert torch.equal(start.average, start.vectors) == (decay == 0)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_continues_from_a_checkpoint(kind: dict[str, Any], tmp_path: Any) -> None:
-    whole, part, again = (Start(0, drawn(20, 20), TrainConfig(**kind)) for _ in range(3))
+def test_it_continues_from_a_checkpoint(kind: dict[str, Any], decay: float, tmp_path: Any) -> None:
+    whole, part, again = (Start(0, drawn(20, 20), TrainConfig(**kind), 1.0, decay) for _ in range(3))
     for step in range(STEPS):
         update([whole], step, (20,), (0.1,))
     for step in range(3):
@@ -82,7 +103,8 @@ def test_it_continues_from_a_checkpoint(kind: dict[str, Any], tmp_path: Any) -> 
     again.restore(*saved)
     for step in range(3, STEPS):
         update([again], step, (20,), (0.1,))
-    assert torch.equal(whole.vectors, again.vectors)
+    assert torch.equal(whole.vectors, again.vectors) and torch.equal(whole.average, again.average)
+    assert torch.equal(again.average, again.vectors) == (decay == 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,7 +127,7 @@ def test_checkpoints_of_earlier_versions_are_continued(kind: dict[str, Any]) -> 
             start.restore({"vectors": vectors.detach(), **tensors}, {"optimizer": numbers, "loss": 0.0})
         if step >= 2:
             together = Together([start])
-            together.update(drawn(step, 7), together.numbers([start.updates + 1], [0.1]))
+            together.update([drawn(step, 7)], together.numbers([start.updates + 1], [0.1]))
         vectors.grad = drawn(step, 7)
         optimizer.step()
     assert torch.allclose(start.vectors, vectors.detach(), rtol=1e-5, atol=1e-6)

@@ -89,6 +89,22 @@ def test_a_blueprint_counts_what_the_real_pass_keeps(architecture: str) -> None:
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("architecture", ["llama_tied_gqa", "gpt2"])
+def test_a_pass_with_prefixes_is_planned(architecture: str) -> None:
+    base = tiny_base(architecture, attention=None)
+    layers, heads = 2, getattr(base.config, "num_key_value_heads", 4)
+    vectors = [torch.zeros(5, layers, 2, heads, 8, requires_grad=True) for _ in range(2)]
+    rows = [([5] * 9, [6, 7, 2])] * 4
+    with keeping(base) as kept:
+        PromptedModel(base)(vectors, pack_targets([5, 5], [rows, rows], kv=[0, 1]))
+    planned = MetaModel(tiny_config(architecture), torch.float32)
+    found = planned.training(Workload(2, 5, 4, 12, 3, kv=True))
+    assert not planned.estimated
+    backward = next(moment for moment in found.moments if not moment.forward)
+    assert 0.97 * sum(kept.values()) <= backward.peak <= 1.35 * sum(kept.values())
+
+
+@pytest.mark.fast
 @given(slots=st.integers(1, 32))
 @settings(max_examples=10)
 def test_a_pack_gathers_once_for_all_its_slots(slots: int) -> None:

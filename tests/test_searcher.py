@@ -99,6 +99,18 @@ def test_every_trial_is_on_disk_before_tune_hears_of_it(toy_task: SimpleNamespac
     assert len({entry.key for entry in TrialStore(str(tmp_path / "s")).trials()}) == 5
 
 
+def test_kinds_are_chosen_if_they_are_listed(toy_task: SimpleNamespace, tmp_path: Path) -> None:
+    both = experiment(toy_task, kind=["embedding", "kv"])
+    space.check(both)
+    found, _, _ = chooser(both, tmp_path / "both")
+    chosen = [found.suggest(f"tune{number}") for number in range(5)]
+    assert {values["prompt.kind"] for values in chosen} == {"embedding", "kv"} == {*space.kinds(both)}
+    trial = parse_experiment(space.trial_tables(both.model_dump(mode="json"), "t0", {"prompt.kind": "kv"}))
+    assert trial.prompt.kind == "kv"
+    alone = chooser(experiment(toy_task), tmp_path / "one")[0].suggest("tune0")
+    assert "prompt.kind" not in alone and space.kinds(experiment(toy_task)) == ("embedding",)
+
+
 def test_the_same_seed_tries_the_same(toy_task: SimpleNamespace, tmp_path: Path) -> None:
     tried = [
         [chooser(experiment(toy_task, seed=seed), tmp_path / name)[0].suggest("x")]

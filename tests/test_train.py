@@ -389,6 +389,16 @@ def test_without_validation_the_last_step_is_kept(run: Any, toy_task: SimpleName
     [finished] = done.of("finished")
     assert finished.best_step == 20 and not done.of("evaluation")
     assert {name.split("_")[0] for name in finished.values} == {"test"}
+    saved = checkpoint.newest(training_slot.checkpoints(str(done.folder / "toy")))
+    assert saved is not None and torch.equal(saved[0]["start0.average"], done.result("toy").vectors)
+    assert not torch.equal(saved[0]["start0.vectors"], done.result("toy").vectors)
+
+
+def test_without_an_average_the_vectors_themselves_are_kept(run: Any, toy_task: SimpleNamespace) -> None:
+    done = run()(experiment(toy_task, data__validation=None, train__average_decay=0.0))
+    saved = checkpoint.newest(training_slot.checkpoints(str(done.folder / "toy")))
+    assert saved is not None and torch.equal(saved[0]["start0.vectors"], done.result("toy").vectors)
+    assert "start0.average" not in saved[0] and done.result("toy").card.experiment["train"]["average_decay"] == 0
 
 
 def test_the_test_split_is_read_once(run: Any, toy_task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

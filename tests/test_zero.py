@@ -49,8 +49,10 @@ OTHERWISE = {
     "text": {"objective": "text"},
     "both": {"text_weight": 0.3, "class_weights": "balanced"},
     "starts": {"starts": 3},
+    "kv": {"kind": "kv"},
 }
-"""What else is trained by two workers and by one: settings of [train]. Shorter: half a second for every step of two workers."""
+"""What else is trained by two workers and by one: settings of [train], and the kind of soft prompt.
+Shorter: half a second for every step of two workers."""
 
 
 def rows(seed: int) -> list[tuple[list[int], list[int]]]:
@@ -119,7 +121,9 @@ def run_pack(workers: Workers, model: PromptedModel, base: Any, tables: dict[str
 
 def changed(tables: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     shorter = {"steps": 8, "evaluate_every": 4, "micro_batch_size": 5, "checkpoint_every": 4}
-    return {**tables, "train": {**tables["train"], **shorter, **settings}}
+    train = {key: value for key, value in settings.items() if key != "kind"}
+    kind = {"kind": settings.get("kind", "embedding")}
+    return {**tables, "prompt": {**tables["prompt"], **kind}, "train": {**tables["train"], **shorter, **train}}
 
 
 def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:

@@ -179,7 +179,7 @@ def _updated(start: Start, gradients: Sequence[Tensor]) -> None:
     together = Together([start])
     for gradient in gradients:
         numbers = moved(together.numbers([start.updates + 1], [0.1]), gradient.device)
-        together.update(gradient, numbers)
+        together.update([gradient], numbers)
 
 
 def waits_part(arguments: argparse.Namespace) -> dict[str, Any]:

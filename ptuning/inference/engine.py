@@ -132,7 +132,8 @@ class Engine(ABC):
     # -- soft prompts ------------------------------------------------------------------------------------------------
 
     def add(self, vectors: Tensor, content_hash: str) -> ResidentPrompt:
-        """Make a soft prompt `[P, H]` resident, or increment its reference count if it is.
+        """Make a soft prompt resident, or increment its reference count if it is: `[P, H]`, or a key-value prefix
+        `[P, layers, 2, heads, d]`.
 
         Raises:
             RequestError: it does not fit this base, is not finite in the base's dtype, or there is no room for it.

@@ -18,7 +18,7 @@ from ptuning.inference.types import AnswerFailed, ResidentPrompt
 from ptuning.inference.virtual_tokens import VirtualTokens
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.limits import LOGITS
-from ptuning.model.packing import pack_labels
+from ptuning.model.packing import kv_slots, pack_labels
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.redaction import logger
 
@@ -141,7 +141,8 @@ class LabelScorer:
         rows: list[list[list[int]]] = [[list(row) for owner, row in part if owner == handle] for handle in handles]
         # A step and a pass must not run at the same time: both may modify state of the base (rotary tables).
         with self._pause():
-            nll = self._model(vectors, pack_labels([len(each) for each in vectors], rows, trie)).double().cpu()
+            plan = pack_labels([len(each) for each in vectors], rows, trie, kv_slots(vectors))
+            nll = self._model(vectors, plan).double().cpu()
         scores = trie.label_logprobs(-nll.view(-1, len(trie.edges)))
         answers = {
             handle: iter(own.tolist()) for handle, own in zip(handles, scores.split([len(each) for each in rows]), strict=True)

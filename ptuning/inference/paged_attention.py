@@ -102,15 +102,22 @@ def storing(sizes: Stored | None) -> Iterator[None]:
 
 
 def remember_steps(base: nn.Module) -> Any:
-    """Keep the arguments of each step for attention that is not given them; returns what removes the hooks."""
+    """Keep the arguments of each step for attention that is not given them, and the step's tokens of key-value prefixes
+    (`virtual_tokens.VirtualTokens`); returns what removes the hooks."""
+
+    embedding: Any = getattr(base, "get_input_embeddings", lambda: None)()
 
     def begin(module: nn.Module, arguments: Any, options: dict[str, Any]) -> None:
         _STEP.options = options if options.get("cache") is not None else None
 
+    def embedded(module: nn.Module, *_: Any) -> None:
+        _STEP.given = getattr(module, "given", None)
+
     def end(*_: Any) -> None:
-        _STEP.options = None
+        _STEP.options = _STEP.given = None
 
     handles = [
+        *([embedding.register_forward_hook(embedded)] if embedding is not None else []),
         base.register_forward_pre_hook(begin, with_kwargs=True),
         base.register_forward_hook(end, always_call=True),
     ]
@@ -137,6 +144,14 @@ def _updated(cache: Any, key: Tensor, value: Tensor, layer: Any, options: dict[s
         for whole, each in zip(found, (key, value), strict=True)
     )
     return keys, values
+
+
+def _given(layer: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values `[1, h, N, d]` of a layer, with those of key-value prefixes in their places."""
+    for part in getattr(_STEP, "given", None) or ():
+        keys, values = part.prefix[layer].index_select(2, part.virtual).to(key)
+        key, value = key.index_copy(2, part.at, keys[None]), value.index_copy(2, part.at, values[None])
+    return key, value
 
 
 def serving_attention(
@@ -166,7 +181,7 @@ def serving_attention(
         )
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError("attention with position_bias")
-    key, value = _updated(cache, key, value, module.layer_idx, kwargs)
+    key, value = _updated(cache, *_given(module.layer_idx, key, value), module.layer_idx, kwargs)
     if softcap is None and s_aux is None and varlen_attention.suits(query, key, value):
         sequences = Sequences(
             kwargs["cu_seq_lens_q"],

@@ -18,11 +18,11 @@ class Bank(Protocol):
         """Memory that they take."""
 
     def add(self, vectors: Tensor) -> range:
-        """Store a soft prompt `[P, H]`; returns its ids.
+        """Store a soft prompt, `[P, H]` or a key-value prefix `[P, layers, 2, heads, d]`; returns its ids.
 
         Raises:
             ValueError: it does not fit this base, or is not finite in the base's dtype.
-            RequestError: there is no room for it.
+            RequestError: there is no room for it, or this engine does not compute its kind.
         """
 
     def remove(self, ids: range) -> None:
@@ -43,7 +43,7 @@ class Residents:
         return len(self._held)
 
     def add(self, vectors: Tensor, content_hash: str) -> ResidentPrompt:
-        """Store a soft prompt `[P, H]`, or increment its reference count.
+        """Store a soft prompt, or increment its reference count.
 
         Raises:
             RequestError: it does not fit this base, is not finite in the base's dtype, or there is no room for it.

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ptuning.inference.sampling import Token
 from ptuning.model.limits import LOGITS
-from ptuning.model.packing import pack_targets
+from ptuning.model.packing import kv_slots, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 
 
 @torch.no_grad()
 def score_text(model: PromptedModel, vectors: Tensor, ids: Sequence[int], top: int, vocabulary: int) -> list[Token]:
-    """Every token but the first. `vectors` `[P, H]`, `ids` `[T]`.
+    """Every token but the first. `vectors`: those of the soft prompt; `ids` `[T]`.
 
     One pass, unless the logits of a long text over a large vocabulary need more memory than a pass may have.
     """
@@ -26,7 +26,8 @@ def score_text(model: PromptedModel, vectors: Tensor, ids: Sequence[int], top: i
     found: list[Token] = []
     for begin in range(1, len(ids), most):
         part = list(ids[begin : begin + most])
-        logits = model.text_logits([vectors], pack_targets([len(vectors)], [[(list(ids[:begin]), part)]])).float()
+        plan = pack_targets([len(vectors)], [[(list(ids[:begin]), part)]], kv=kv_slots([vectors]))
+        logits = model.text_logits([vectors], plan).float()
         logprobs = torch.log_softmax(logits, -1)
         own = logprobs.gather(1, torch.tensor(part, device=logits.device)[:, None])[:, 0].tolist()
         values, likely = (each.tolist() for each in logprobs.topk(min(top, logprobs.shape[1])))

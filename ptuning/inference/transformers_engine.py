@@ -19,6 +19,7 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
+from ptuning.errors import BaseError
 from ptuning.inference.engine import Engine, Running
 from ptuning.inference.engine_check import choose_generator, generates_right
 from ptuning.inference.generator import Events, Generator
@@ -27,8 +28,12 @@ from ptuning.inference.label_scorer import LabelScorer
 from ptuning.inference.sampling import SamplerState, Token
 from ptuning.inference.types import EngineConfig, Load, Stats
 from ptuning.inference.virtual_tokens import VirtualTokens
+from ptuning.model.kv_prefix import KVShape, kv_shape
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.self_check import choose_pass
+from ptuning.redaction import logger
+
+log = logger(__name__)
 
 
 class TransformersEngine(Engine):
@@ -44,11 +49,14 @@ class TransformersEngine(Engine):
         vocabulary = int(base.config.get_text_config().vocab_size)
         model = PromptedModel(base)
         choose_pass(model, config.name, gradients=False)
+        shape = _kv_shape(model)  # before anything of the engine is installed: the check uses transformers' own attention
         bank = VirtualTokens.install(base, vocabulary, model.needs_ids)
         super().__init__(config, vocabulary, ends, bank)
         self._states: dict[str, SamplerState] = {}
         events = Events(self._states.get, self._stepped, self._finish)
         self._generator = choose_generator(model, config, events, lambda generator: self._right(generator, model))
+        if self.kind == "paged":
+            bank.kv_shape = shape
         self.stats = Stats()
         self._scorer = LabelScorer(model, bank, self._generator.pause, self._scored)
 
@@ -106,3 +114,12 @@ class TransformersEngine(Engine):
     def _stepped(self, requests: int) -> None:
         self.stats.steps += 1
         self.stats.batched += requests
+
+
+def _kv_shape(model: PromptedModel) -> KVShape | None:
+    """The shape of the base's key-value prefixes; None: it cannot take any."""
+    try:
+        return kv_shape(model)
+    except BaseError as error:
+        log.debug("no key-value prefixes: %s", error)
+        return None

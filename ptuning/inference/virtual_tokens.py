@@ -6,6 +6,9 @@ for soft prompts. The output head has no rows for these ids, so they are never g
 
 Ids increase and are never reused: entries that are cached for a removed soft prompt can never be hit.
 
+A key-value prefix has ids, too. Their rows are zeros, and attention puts the prefix in the place of the keys and values that it
+computes for them (`given`). So caches and shared pages treat both kinds alike, and a page that was dropped is written again.
+
 Shapes: P virtual tokens, H width, R rows of the bank, n resident soft prompts.
 """
 
@@ -13,10 +16,13 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ptuning.inference.types import RequestError
+from ptuning.model.kv_prefix import KVShape
 
 ROWS = 1024
 """Rows of a new bank."""
@@ -37,6 +43,17 @@ class _Bank:
     """`[n]` row minus id."""
 
 
+class Given(NamedTuple):
+    """Tokens of a step that belong to a key-value prefix."""
+
+    at: Tensor
+    """`[n]` their places in the step."""
+    prefix: Tensor
+    """`[layers, 2, heads, P, d]`."""
+    virtual: Tensor
+    """`[n]` the virtual token of each."""
+
+
 class VirtualTokens(nn.Module):
     """The input embedding of a base, extended by a bank of soft prompts. Adding and removing is safe while others compute."""
 
@@ -51,6 +68,11 @@ class VirtualTokens(nn.Module):
         self._lock = threading.Lock()
         self._places: dict[int, tuple[int, int]] = {}  # first id -> row, length; ascending, as ids only grow
         self._removed = 0
+        self._prefixes: dict[int, Tensor] = {}  # first id -> [layers, 2, heads, P, d]
+        self.kv_shape: KVShape | None = None
+        """Of key-value prefixes; None: they cannot be added."""
+        self.given: list[Given] = []
+        """The tokens of the last call that belong to key-value prefixes."""
         self._instead: Tensor | None = None
         """The result of the next call."""
         empty = torch.empty(0, dtype=torch.long, device=weight.device)
@@ -75,16 +97,21 @@ class VirtualTokens(nn.Module):
 
     @property
     def resident_bytes(self) -> int:
-        vectors = self._bank.vectors
-        return vectors.numel() * vectors.element_size()
+        tensors = [self._bank.vectors, *self._prefixes.values()]
+        return sum(each.numel() * each.element_size() for each in tensors)
 
     def add(self, vectors: Tensor) -> range:
-        """Make a soft prompt `[P, H]` resident; returns its ids.
+        """Make a soft prompt resident, `[P, H]` or a key-value prefix `[P, layers, 2, heads, d]`; returns its ids.
 
         Raises:
             ValueError: not this base's width, empty, or not finite in the base's dtype.
+            RequestError: key-value prefixes are not computed (`kv_shape`).
         """
         rows = vectors.detach().to(self.weight)
+        prefix: Tensor | None = None
+        if rows.ndim > 2:
+            self._check_prefix(rows)
+            prefix, rows = rows.movedim(0, 3).contiguous(), rows.new_zeros(len(rows), self.weight.shape[1])
         if rows.ndim != 2 or rows.shape[1] != self.weight.shape[1] or not len(rows):
             raise ValueError(f"vectors are {tuple(vectors.shape)}, not [P, {self.weight.shape[1]}]")
         if not bool(torch.isfinite(rows).all()):
@@ -94,6 +121,8 @@ class VirtualTokens(nn.Module):
             if ids.stop > LAST:
                 raise ValueError("no virtual ids are left; restart the process")
             self._next = ids.stop
+            if prefix is not None:
+                self._prefixes = self._prefixes | {ids.start: prefix}
             bank, used = self._bank.vectors, self._bank.used
             if used + len(rows) > len(bank):
                 grown = bank.new_empty(max(2 * len(bank), used + len(rows)), bank.shape[1])
@@ -104,10 +133,24 @@ class VirtualTokens(nn.Module):
             self._publish(bank, used + len(rows))
         return ids
 
+    def _check_prefix(self, vectors: Tensor) -> None:
+        """Refuse key-value prefixes `[P, layers, 2, heads, d]` that do not fit."""
+        if self.kv_shape is None:
+            raise RequestError(
+                "key-value prefixes are not served with this base, which has no pages of equal keys and values; "
+                "serve a soft prompt of kind embedding"
+            )
+        found = KVShape(vectors.shape[1], vectors.shape[3], vectors.shape[4])
+        if found != self.kv_shape:
+            raise ValueError(f"its keys and values are {tuple(found)}, not {tuple(self.kv_shape)} (layers, heads, width)")
+        if not bool(torch.isfinite(vectors).all()):
+            raise ValueError(f"keys and values are not finite in {vectors.dtype}")
+
     def remove(self, ids: range) -> None:
         """Remove a soft prompt. Its ids become invalid and are never reused."""
         with self._lock:
             _, length = self._places.pop(ids.start)
+            self._prefixes = {first: prefix for first, prefix in self._prefixes.items() if first != ids.start}
             self._removed += length
             if self._removed <= max(ROWS, self._bank.used // 2):
                 self._publish(self._bank.vectors, self._bank.used)
@@ -126,7 +169,9 @@ class VirtualTokens(nn.Module):
             self._publish(bank, row)
 
     def vectors(self, ids: range) -> Tensor:
-        """`[P, H]` in the base's dtype."""
+        """As added, in the base's dtype."""
+        if ids.start in self._prefixes:
+            return self._prefixes[ids.start].movedim(3, 0)
         row, length = self._places[ids.start]
         return self._bank.vectors[row : row + length]
 
@@ -136,6 +181,7 @@ class VirtualTokens(nn.Module):
         if instead is not None:
             return instead
         bank = self._bank
+        self.given = self._find_given(ids) if self._prefixes else []
         virtual = ids >= self.first
         # Most steps only decode. On an accelerator the check itself would force a synchronisation.
         if ids.device.type == "cpu" and not bool(virtual.any()):
@@ -150,6 +196,17 @@ class VirtualTokens(nn.Module):
         # A cancelled request may run for one more step after its soft prompt was removed: any row will do.
         rows = (ids + bank.shifts[slots]).clamp_(0, bank.used - 1)
         return torch.where(virtual[..., None], bank.vectors[rows], text)
+
+    def _find_given(self, ids: Tensor) -> list[Given]:
+        """The tokens of a step that belong to key-value prefixes. On an accelerator this waits for the ids: a step cannot know
+        from its shapes whether it begins with a prefix."""
+        flat, found = ids.flatten(), []
+        here = flat.cpu()
+        for first, prefix in self._prefixes.items():
+            at = ((here >= first) & (here < first + prefix.shape[3])).nonzero()[:, 0]
+            if len(at):
+                found.append(Given(at.to(ids.device), prefix, (here[at].long() - first).to(ids.device)))
+        return found
 
     def _hide(self, base: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """Virtual ids as 0, after their vectors were looked up for the base's next call of this module."""

@@ -8,7 +8,9 @@ slot stays there.
 The backward pass is exact, not an approximation: the gradient of a softmax over all keys needs, for the keys of one call, only
 the merged output and the merged logarithm.
 
-Shapes: N packed tokens, n of a level, h heads, d head width.
+Keys and values that are given (`kv_prefix`) stand in front of those of the packed tokens.
+
+Shapes: N packed tokens, S of them and given ones, n of a level, h heads, d head width.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from ptuning.model.token_tree import SegmentGroup, TokenTree
 from ptuning.model.varlen_attention import Sequences
 
 At = slice | Tensor
-"""Packed positions: a range, or an index `[n]`."""
+"""Places among queries or keys: a range, or an index `[n]`."""
 
 
 @dataclass(frozen=True)
@@ -50,28 +52,40 @@ class Level:
 
 def levels(tree: TokenTree) -> list[Level]:
     """The calls of a tree, on the CPU. The first is that of all tokens to their own segments."""
-    lengths = [[1] * group.tokens if group.tree else group.lengths for group in tree.groups]
+    lengths = [[1] * group.tokens if group.tree else group.lengths for group in tree.packed]
     ends = _ends(itertools.chain(*lengths))
     longest = max(itertools.chain(*lengths))
-    whole = slice(0, tree.tokens)
-    found = [Level(whole, whole, Sequences(ends, ends, longest, longest, causal=True))]
+    given = sum(sum(group.lengths) for group in tree.given)
+    whole, own = slice(0, tree.tokens), slice(given, given + tree.tokens)
+    found = [Level(whole, own, Sequences(ends, ends, longest, longest, causal=True))]
+    starts = _key_starts(tree, given)
     for distance in range(1, max((len(group.chain) for group in tree.groups), default=1)):
-        found.append(_level(_merged(_to_ancestors(tree.groups, distance))))
-    inside = list(_inside_trees(tree.groups))
+        found.append(_level(_merged(_to_ancestors(tree.packed, distance, starts))))
+    inside = list(_inside_trees(tree.packed, given))
     return [*found, _level(inside)] if inside else found
 
 
 Run = tuple[range, Sequence[int]]
-"""Consecutive packed tokens, and the packed tokens that they attend to."""
+"""Consecutive packed tokens, and the keys that they attend to."""
 
 
-def _to_ancestors(groups: Sequence[SegmentGroup], distance: int) -> Iterator[tuple[range, range]]:
+def _key_starts(tree: TokenTree, given: int) -> dict[int, int]:
+    """The place of each group's first key, by the group's id."""
+    starts = {id(group): group.start + given for group in tree.packed}
+    begin = 0
+    for group in tree.given:
+        starts[id(group)] = begin
+        begin += sum(group.lengths)
+    return starts
+
+
+def _to_ancestors(groups: Sequence[SegmentGroup], distance: int, starts: dict[int, int]) -> Iterator[tuple[range, range]]:
     """Every segment with an ancestor at this distance, and the ancestor."""
     for group in groups:
         if len(group.chain) <= distance:
             continue
         ancestor, rows = group.chain[-1 - distance]
-        begins = [ancestor.start, *(ancestor.start + end for end in itertools.accumulate(ancestor.lengths))]
+        begins = [starts[id(ancestor)] + end for end in (0, *itertools.accumulate(ancestor.lengths))]
         start = group.start
         for at, length in enumerate(group.lengths):
             row = 0 if rows is None else rows[at]
@@ -90,7 +104,7 @@ def _merged(runs: Iterator[tuple[range, range]]) -> list[Run]:
     return list(found)
 
 
-def _inside_trees(groups: Sequence[SegmentGroup]) -> Iterator[Run]:
+def _inside_trees(groups: Sequence[SegmentGroup], given: int) -> Iterator[Run]:
     """Every token of a row that is a tree, and the tokens before it in the tree."""
     for group in groups:
         if group.tree is None:
@@ -102,7 +116,7 @@ def _inside_trees(groups: Sequence[SegmentGroup]) -> Iterator[Run]:
             start = group.start + row * group.longest
             for token, path in enumerate(before):
                 if path:
-                    yield range(start + token, start + token + 1), [start + each for each in path]
+                    yield range(start + token, start + token + 1), [given + start + each for each in path]
 
 
 def _level(runs: Sequence[Run]) -> Level:
@@ -122,7 +136,7 @@ def _ends(lengths: Any) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, levels: Sequence[Level], scale: float | None) -> Tensor:
-    """Queries `[N, h, d]`, keys and values `[N, key heads, d]` -> `[N, h, d]`."""
+    """Queries `[N, h, d]`, keys and values `[S, key heads, d]` -> `[N, h, d]`."""
     output: Tensor = _Cascade.apply(q, k, v, levels, scale)
     return output
 
@@ -137,7 +151,7 @@ class _Cascade(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, q: Tensor, k: Tensor, v: Tensor, levels: Sequence[Level], scale: float | None) -> Tensor:
         first, *others = levels
-        out, sums = varlen_attention.forward(q, k, v, first.sequences, scale)
+        out, sums = varlen_attention.forward(q, _take(k, first.keys), _take(v, first.keys), first.sequences, scale)
         for level in others:
             at = level.queries
             keys, values = _take(k, level.keys), _take(v, level.keys)
@@ -161,7 +175,10 @@ class _Cascade(torch.autograd.Function):
         q, k, v, out, sums = context.saved_tensors
         first, *others = context.levels
         gradient = gradients[0].contiguous()
-        whole = varlen_attention.backward(gradient, q, k, v, out, sums, first.sequences, context.scale)
+        own = _take(k, first.keys), _take(v, first.keys)
+        of_q, *of_own = varlen_attention.backward(gradient, q, *own, out, sums, first.sequences, context.scale)
+        given = len(k) - len(q)
+        whole = [of_q, *(torch.cat([each.new_zeros(given, *each.shape[1:]), each]) if given else each for each in of_own)]
         for level in others:
             at = level.queries
             came, mine, ours = (_take(each, at) for each in (gradient, q, out))

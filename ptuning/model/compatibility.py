@@ -33,7 +33,7 @@ def check_made_for(soft_prompt: SoftPrompt, folder: str, width: int, base: str, 
         SoftPromptError: names both bases and the difference.
     """
     card = soft_prompt.card
-    if card.width != width:
+    if card.kind == "embedding" and card.width != width:
         raise SoftPromptError(
             f"{folder}: was made for width {card.width} ({card.base}), but {base} has width {width}; use its base"
         )
@@ -66,8 +66,14 @@ def base_of(card: Card, name: str, path: str | None = None) -> Base:
 
 @torch.no_grad()
 def next_logits(model: PreTrainedModel, vectors: Tensor | None, ids: Tensor, feeding: InputEmbedding | None = None) -> Tensor:
-    """Logits `[V]` of the token after `ids` [1, T], with a soft prompt `[P, H]` in front or without one. `feeding`: how the
-    model is given embeddings (`self_check.find_input`)."""
+    """Logits `[V]` of the token after `ids` [1, T], with a soft prompt in front or without one. `feeding`: how the model is
+    given embeddings (`self_check.find_input`)."""
+    if vectors is not None and vectors.ndim > 2:
+        from ptuning.model.kv_prefix import cache_of  # the code of models: a driver only checks fingerprints
+
+        cache = cache_of(vectors.to(model.device), 1, model.dtype)
+        seen = ids.new_ones(1, len(vectors) + ids.shape[1])
+        return model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True).logits[0, -1]
     rows = model.get_input_embeddings()(ids)
     if vectors is not None:
         rows = torch.cat([vectors.to(rows)[None], rows], dim=1)

@@ -1,4 +1,4 @@
-"""Initial vectors of a soft prompt, `[P, H]` fp32."""
+"""Initial vectors of a soft prompt, `[P, H]` fp32; key-value prefixes begin as what such vectors have as keys and values."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ Embed = Callable[[list[int]], Tensor]
 """Token ids -> rows of the base's input embedding, `[n, H]` fp32. Goes through the module, so it works on a sharded base."""
 
 
+Prefix = Callable[[Tensor], Tensor]
+"""Embeddings `[P, H]` -> their keys and values in all layers (`kv_prefix.computed`)."""
+
+
 def random_rows(length: int, sample: Tensor, generator: torch.Generator) -> Tensor:
-    """`[P, H]` normal numbers with the mean and standard deviation, per dimension, of the sampled embedding rows `[n, H]`.
+    """`[P, ...]` normal numbers with the mean and standard deviation, per dimension, of the sampled rows `[n, ...]`.
 
     PEFT's default, a unit normal, has about fifty times the standard deviation of a trained embedding.
     """
-    noise = torch.randn(length, sample.shape[1], generator=generator)
+    noise = torch.randn(length, *sample.shape[1:], generator=generator)
     return sample.mean(0) + noise * sample.std(0)
 
 

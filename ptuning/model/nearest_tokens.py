@@ -42,10 +42,10 @@ def nearest_words(vectors: Tensor, base: Base, most: int = 3) -> list[list[tuple
 
 
 def norms(vectors: Tensor, base: Base | None) -> dict[str, float]:
-    """Mean and largest norm of the virtual tokens and, for comparison, the mean norm of the base's own embeddings."""
-    lengths = vectors.float().norm(dim=1)
+    """Mean and largest norm of the virtual tokens and, for comparison with embeddings, the mean norm of the base's own."""
+    lengths = vectors.float().flatten(1).norm(dim=1)
     found = {"mean": float(lengths.mean()), "largest": float(lengths.max())}
-    if base:
+    if base and vectors.ndim == 2:
         own = torch.cat([rows.norm(dim=1) for _, rows in _embedding_rows(base)])
         found["vocabulary_mean"] = float(own.mean())
     return found

@@ -7,7 +7,7 @@ node's children (at most C), U tokens that occur in any comparison.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -161,10 +161,10 @@ class Objective:
 class _Packer:
     """Collects the parts of a `PackedBatch` in packed order."""
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], kv: Collection[int]) -> None:
         self.segments = TokenTree()
         # A slot without a soft prompt (length 0) is the bare base: its texts are roots themselves.
-        self.roots = [self.segments.add([length]) if length else None for length in lengths]
+        self.roots = [self.segments.add([length], given=at in kv) if length else None for at, length in enumerate(lengths)]
         self.tokens: list[int] = []
         self.at: list[int] = []
         self.targets: list[int] = []
@@ -222,15 +222,24 @@ def _ids(values: Sequence[Any]) -> Tensor:
     return torch.tensor(values, dtype=torch.long)
 
 
+def kv_slots(soft_prompts: Sequence[Tensor]) -> list[int]:
+    """The numbers of the soft prompts that are key-value prefixes."""
+    return [at for at, each in enumerate(soft_prompts) if each.ndim > 2]
+
+
 def pack_targets(
-    lengths: Sequence[int], batches: Sequence[Sequence[TurnsRow]], objectives: Sequence[Objective] | None = None
+    lengths: Sequence[int],
+    batches: Sequence[Sequence[TurnsRow]],
+    objectives: Sequence[Objective] | None = None,
+    kv: Collection[int] = (),
 ) -> PackedBatch:
     """The pass that predicts every row's target, for training and for evaluation by loss.
 
     `lengths` [K] are the lengths of the soft prompts, `batches[k]` the rows of slot k, `objectives[k]` what is predicted for
-    them (default: all tokens of the targets). Tokens after a row's last prediction are not fed.
+    them (default: all tokens of the targets), `kv` the slots whose soft prompts are key-value prefixes. Tokens after a row's
+    last prediction are not fed.
     """
-    packer = _Packer(lengths)
+    packer = _Packer(lengths, kv)
     for root, rows, objective in zip(packer.roots, batches, objectives or [Objective()] * len(lengths), strict=True):
         before = len(packer.at)
         if not all(row[0] and row[1] for row in rows):
@@ -278,12 +287,15 @@ def _alike(lengths: list[int], before: int) -> list[list[int]]:
     return [lengths[:cut], lengths[cut:]]
 
 
-def pack_labels(lengths: Sequence[int], inputs: Sequence[Sequence[list[int]]], trie: LabelTrie) -> PackedBatch:
-    """The pass that predicts every edge of the label trie after every input: `inputs[k]` are the texts of slot k.
+def pack_labels(
+    lengths: Sequence[int], inputs: Sequence[Sequence[list[int]]], trie: LabelTrie, kv: Collection[int] = ()
+) -> PackedBatch:
+    """The pass that predicts every edge of the label trie after every input: `inputs[k]` are the texts of slot k. `kv`: the
+    slots whose soft prompts are key-value prefixes.
 
     Predictions are ordered by slot, row and edge. A text is computed once, regardless of the number of labels.
     """
-    packer = _Packer(lengths)
+    packer = _Packer(lengths, kv)
     for root, texts in zip(packer.roots, inputs, strict=True):
         if texts:
             _add_labels(packer, root, texts, trie)

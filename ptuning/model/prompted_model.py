@@ -72,6 +72,8 @@ class PromptedModel(nn.Module):
         self._packed_layers: PackedLayers | None = None
         self.generates: Literal["padded", "alone", "recomputed"] | None = None
         """How transformers' `generate` is right for this base (`self_check.how_it_generates`); None: not checked yet."""
+        self.kv_shape: tuple[int, int, int] | None = None
+        """Layers, key heads and their width of a key-value prefix (`kv_prefix.kv_shape`); None: not checked yet."""
         self.shared_prefix = base._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"}
         if not self.shared_prefix:
             self._pack_layers()  # now, before others register hooks on the same modules
@@ -121,8 +123,12 @@ class PromptedModel(nn.Module):
 
     def forward(self, soft_prompts: Sequence[Tensor] | Tensor, plan: PackedBatch, placed: PlacedBatch | None = None) -> Tensor:
         """Negative log-likelihood of every prediction, `[M + M']` fp32: tokens of the text over the whole vocabulary, then
-        choices over the children of their nodes. `soft_prompts[k]` is `[P_k, H]` (P_k may be 0); or all of them are one tensor
-        `[sum of P, H]`. `placed`: the plan on the base's device, if it is there already."""
+        choices over the children of their nodes.
+
+        `soft_prompts[k]` is `[P_k, H]` (P_k may be 0), or `[P_k, layers, 2, heads, d]` for a slot that the plan has as a
+        key-value prefix; neighbours `[P_k, H]` may be one tensor. `placed`: the plan on the base's device, if it is there
+        already.
+        """
         placed = placed or plan.placed(self.base.device, self.cascades)
         packed = self._packed(soft_prompts, plan, placed)
         choices = plan.choices
@@ -146,8 +152,11 @@ class PromptedModel(nn.Module):
         """Soft prompts and text, `[N, H]`."""
         text = self.base.get_input_embeddings()(placed.tokens)
         given = [soft_prompts] if isinstance(soft_prompts, Tensor) else soft_prompts
-        packed = torch.cat([*(each.to(text) for each in given if len(each)), text])
+        packed = torch.cat([*(each.to(text) for each in given if len(each) and each.ndim == 2), text])
         segments = plan.segments
+        segments.prefixes = [each.movedim(0, 3) for each in given if each.ndim > 2]
+        if segments.prefixes and not self.shared_prefix:
+            raise NotImplementedError("a key-value prefix without the shared-prefix attention")
         segments.trained = None if text.requires_grad else len(packed) - len(text)
         segments.read, segments.levels = placed.read, placed.levels
         return packed

@@ -63,7 +63,7 @@ def choose_pass(model: PromptedModel, name: str, gradients: bool = True) -> None
     except BaseError:
         raise
     except FAILURES as error:
-        _raise_others(error)
+        raise_others(error)
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         raise BaseError(
             f"model.path: {name} ({kind}) cannot compute a short text{' and its gradients' * gradients} "
@@ -103,7 +103,7 @@ def _continues_texts(model: PromptedModel, rows: Sequence[Row]) -> bool:
         model.continues_texts = True
         found = model(vectors, plan).float().cpu()
     except FAILURES as error:
-        _raise_others(error)
+        raise_others(error)
         log.debug("labels do not continue a cache: %s", error)
         return False
     finally:
@@ -144,7 +144,7 @@ def how_it_generates(model: PromptedModel) -> Literal["padded", "alone", "recomp
             try:
                 found = torch.cat([_generated(model, ids, seen) for ids, seen in batches])
             except FAILURES as error:  # XLM's own preparation of inputs loses a position (5.23)
-                _raise_others(error)
+                raise_others(error)
                 log.debug("generating %s failed: %s", way, error)
                 continue
             if _apart(found, expected) <= tolerance:
@@ -236,7 +236,7 @@ def _needs_ids(base: PreTrainedModel, ids: Tensor, expected: Tensor) -> bool:
         embeddings[:, -1] *= 1.5  # some architectures find out the ids of embeddings that have one (Gemma 4, 5.23)
         found = base(inputs_embeds=embeddings, use_cache=False).logits
     except FAILURES as error:
-        _raise_others(error)
+        raise_others(error)
         return True
     return _apart(found[:, :-1], expected[:, :-1]) > TOLERANCE.get(base.dtype, ROUGH)
 
@@ -307,7 +307,7 @@ class _Reference:
                 nll = self._model(self._vectors, self._plan).float().cpu()
                 gradient = self._derive(nll)
         except FAILURES as error:
-            _raise_others(error)
+            raise_others(error)
             log.debug("the pass failed: %s", error)
             return False
         tolerance = TOLERANCE.get(self._model.base.dtype, ROUGH)
@@ -317,7 +317,7 @@ class _Reference:
         return apart <= tolerance and steeper <= TIMES * tolerance  # not so if either is not a number
 
 
-def _raise_others(error: Exception) -> None:
+def raise_others(error: Exception) -> None:
     """Raise what is not the architecture's: no memory, or a lost worker (gloo raises a plain RuntimeError)."""
     if isinstance(error, (torch.OutOfMemoryError, torch.distributed.DistError)) or "gloo/transport" in str(error):
         raise error

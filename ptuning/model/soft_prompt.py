@@ -26,11 +26,15 @@ from ptuning.errors import UserError
 from ptuning.paths import SCHEME
 from ptuning.redaction import last_name, redacted
 from ptuning.settings.data import Template
-from ptuning.settings.fields import Table
+from ptuning.settings.fields import Kind, Table
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "card.json"
 
 TENSOR = "prompt_embeddings"
+
+PEFT_TYPES: dict[Kind, str] = {"embedding": "PROMPT_TUNING", "kv": "PREFIX_TUNING"}
+READABLE = (*PEFT_TYPES.values(), "CARTRIDGE")
+"""PEFT's types that hold nothing but vectors; a cartridge is stored as a prefix."""
 
 VERSIONS = ("ptuning", "torch", "transformers", "deepspeed", "ray")
 
@@ -38,11 +42,11 @@ LARGEST = 1 << 30
 """Maximum size of a weights file in bytes."""
 
 PUBLIC_SETTINGS = {
-    "prompt": ("length", "init", "init_text"),
+    "prompt": ("kind", "length", "init", "init_text"),
     "train": (
         *("learning_rate", "optimizer", "weight_decay", "schedule", "warmup", "clip", "seed"),
         *("batch_size", "steps", "evaluate_every", "patience", "metric"),
-        *("objective", "text_weight", "class_weights", "starts"),
+        *("objective", "text_weight", "class_weights", "average_decay", "starts"),
     ),
 }
 """The settings in a card that every receiver of the soft prompt may know. An allow list: new settings are not public."""
@@ -68,8 +72,12 @@ class Card(Table):
     """The dtype of the base in training."""
     training_pass: Literal["shared-prefix", "concatenated"] | None = None
     """shared-prefix: computed once for all rows of a step; concatenated: with every row, where the base allows nothing else."""
+    kind: Kind = "embedding"
+    kv_shape: tuple[int, int, int] | None = None
+    """Layers, key heads and their width, of kind kv."""
     length: int
     width: int
+    """Of the base's embeddings."""
     template: Template | None = None
     max_new_tokens: int | None = None
     """Tokens of the longest training target, end token included."""
@@ -108,15 +116,15 @@ class Card(Table):
 
 @dataclass(frozen=True, eq=False)
 class SoftPrompt:
-    """Vectors `[P, H]` fp32 and their card."""
+    """Vectors fp32 and their card: `[P, H]`, or of kind kv `[P, layers, 2, heads, d]`."""
 
     vectors: Tensor
     card: Card
 
     def save(self, folder: str, *, layers: int = 0, heads: int = 0) -> None:
         """Write the folder atomically. `layers` and `heads` of the base are only needed for PEFT's config."""
-        adapter = {
-            "peft_type": "PROMPT_TUNING",
+        adapter: dict[str, Any] = {
+            "peft_type": PEFT_TYPES[self.card.kind],
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": self.card.base,
             "revision": self.card.revision,
@@ -126,9 +134,19 @@ class SoftPrompt:
             "num_transformer_submodules": 1,
             "num_attention_heads": heads,
             "num_layers": layers,
-            "prompt_tuning_init": "RANDOM",
         }
-        vectors = self.vectors.detach().float().cpu().contiguous()
+        if self.card.kv_shape:
+            layers, heads, width = self.card.kv_shape
+            adapter |= {
+                "num_layers": layers,
+                "num_attention_heads": heads,
+                "token_dim": heads * width,
+                "encoder_hidden_size": None,
+                "prefix_projection": False,
+            }
+        else:
+            adapter["prompt_tuning_init"] = "RANDOM"
+        vectors = self.vectors.detach().float().cpu().flatten(1).contiguous()
         storage.write_folder(
             folder,
             {
@@ -155,7 +173,7 @@ def versions() -> dict[str, str]:
 
 
 def load(folder: str) -> SoftPrompt:
-    """Read a soft prompt, or a PEFT prompt-tuning adapter made by another tool (its card is then mostly empty).
+    """Read a soft prompt, or a PEFT adapter of prompt or prefix tuning made by another tool (its card is then mostly empty).
 
     Raises:
         SoftPromptError, StorageError: the folder is not a soft prompt, is damaged, or its vectors are not finite.
@@ -176,7 +194,15 @@ def load(folder: str) -> SoftPrompt:
     if card is None:
         name = Path(folder.rstrip("/")).name
         base = str(adapter.get("base_model_name_or_path") or "unknown")
-        own = Card(name=name, base=base, length=len(vectors), width=vectors.shape[1], content_hash=content_hash(vectors))
+        own = Card(
+            name=name,
+            base=base,
+            kind="kv" if vectors.ndim > 2 else "embedding",
+            kv_shape=_kv_shape(vectors),
+            length=len(vectors),
+            width=vectors.shape[1] if vectors.ndim == 2 else 0,
+            content_hash=content_hash(vectors),
+        )
         return SoftPrompt(vectors, own)
     try:
         known = Card.model_validate_json(card)
@@ -184,7 +210,9 @@ def load(folder: str) -> SoftPrompt:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         raise SoftPromptError(f"{folder}: {CARD} is not valid ({where}: {problem['msg']}); use another copy") from None
-    if (known.length, known.width) != tuple(vectors.shape) or known.content_hash != content_hash(vectors):
+    shape = (known.length,) if known.kind == "kv" else (known.length, known.width)
+    matches = tuple(vectors.shape[: len(shape)]) == shape and _kv_shape(vectors) == known.kv_shape
+    if not matches or known.content_hash != content_hash(vectors):
         raise SoftPromptError(f"{folder}: the vectors do not match the card; use another copy of this folder")
     return SoftPrompt(vectors, known)
 
@@ -239,8 +267,15 @@ def _parse_adapter(folder: str, content: bytes) -> dict[str, Any]:
         raise SoftPromptError(
             f"{folder}: is not a soft prompt ({CONFIG} is not a PEFT config); choose another folder"
         ) from None
-    if kind != "PROMPT_TUNING":
-        raise SoftPromptError(f"{folder}: is a PEFT adapter of type {kind}, not PROMPT_TUNING; train a soft prompt instead")
+    if kind not in READABLE:
+        raise SoftPromptError(
+            f"{folder}: is a PEFT adapter of type {kind}, not {' or '.join(READABLE)}; train a soft prompt instead"
+        )
+    if adapter.get("prefix_projection"):
+        raise SoftPromptError(
+            f"{folder}: is prefix tuning with a projection (prefix_projection), whose network is not stored; "
+            "train it without one"
+        )
     return adapter
 
 
@@ -256,7 +291,18 @@ def _parse_weights(folder: str, content: bytes, adapter: dict[str, Any]) -> Tens
             f"{folder}: {WEIGHTS} must contain the single tensor {TENSOR}, not {sorted(tensors)}; use another copy"
         )
     vectors = tensors[TENSOR]
-    expected = (adapter.get("num_virtual_tokens"), adapter.get("token_dim"))
+    names = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
+    sizes: list[Any] = [adapter.get(name) for name in names]
+    length, width, layers, heads = sizes
+    prefix = adapter["peft_type"] != PEFT_TYPES["embedding"]
+    if prefix:
+        if not all(isinstance(each, int) and each > 0 for each in sizes) or width % heads:
+            raise SoftPromptError(
+                f"{folder}: {CONFIG} has no sizes of a key-value prefix (num_layers, num_attention_heads, token_dim); "
+                "use another copy"
+            )
+        width = layers * 2 * width
+    expected = (length, width)
     if vectors.ndim != 2 or tuple(vectors.shape) != expected or not vectors.is_floating_point() or not len(vectors):
         raise SoftPromptError(
             f"{folder}: {TENSOR} is {vectors.dtype} {tuple(vectors.shape)}, but {CONFIG} says {expected}; use another copy"
@@ -264,7 +310,12 @@ def _parse_weights(folder: str, content: bytes, adapter: dict[str, Any]) -> Tens
     vectors = vectors.float()
     if not bool(torch.isfinite(vectors).all()):
         raise SoftPromptError(f"{folder}: {TENSOR} is not finite; train it again with a lower learning rate")
-    return vectors
+    return vectors.unflatten(1, (layers, 2, heads, -1)) if prefix else vectors
+
+
+def _kv_shape(vectors: Tensor) -> tuple[int, int, int] | None:
+    """Layers, key heads and their width of a key-value prefix."""
+    return (vectors.shape[1], vectors.shape[3], vectors.shape[4]) if vectors.ndim > 2 else None
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -26,18 +26,24 @@ class SegmentGroup:
         parent: SegmentGroup | None,
         parent_rows: list[int] | None,
         tree: Sequence[int] | None = None,
+        given: bool = False,
     ) -> None:
-        """`tree`: every row is the same tree of tokens instead of a sequence. It gives the predecessor of each token within its
+        """`given`: the keys and values of its tokens are given (`TokenTree.prefixes`); the tokens themselves are not packed.
+
+        `tree`: every row is the same tree of tokens instead of a sequence. It gives the predecessor of each token within its
         row, -1 for the parent's last token. So a text has many continuations without a copy of its keys for each."""
         if min(lengths) < 1:
             raise ValueError("a segment needs at least one token")
         if tree is not None and (parent is None or {*lengths} != {len(tree)}):
             raise ValueError("a tree needs a parent, and every row must have as many tokens as the tree")
+        if given and (parent is not None or len(lengths) != 1):
+            raise ValueError("only a single root can have given keys and values")
         self.start = start
         self.lengths = lengths
         self.parent = parent
         self.parent_rows = parent_rows
         self.tree = tree
+        self.given = given
         self._masks: dict[tuple[int | None, int, torch.device], Mask] = {}
         self._placed: dict[tuple[str, torch.device], Tensor] = {}
 
@@ -47,7 +53,8 @@ class SegmentGroup:
 
     @cached_property
     def tokens(self) -> int:
-        return sum(self.lengths)
+        """Number of packed tokens."""
+        return 0 if self.given else sum(self.lengths)
 
     @cached_property
     def dense(self) -> bool:
@@ -183,6 +190,8 @@ class TokenTree:
         """Number of leading tokens, those of the soft prompts, whose inputs have a gradient; None: any may have one."""
         self.levels: Any = None
         """The calls of `cascade_attention` on the device of the current pass; None: this pass has none."""
+        self.prefixes: list[Tensor] = []
+        """Keys and values of each group that is `given`, `[layers, 2, heads, P, d]`, in the current pass."""
 
     def add(
         self,
@@ -190,13 +199,24 @@ class TokenTree:
         parent: SegmentGroup | None = None,
         parent_rows: list[int] | None = None,
         tree: Sequence[int] | None = None,
+        given: bool = False,
     ) -> SegmentGroup:
-        """Append R segments of the given lengths. `parent_rows`: the parent's row for each (None: row 0); `tree`: see
-        `SegmentGroup`."""
-        group = SegmentGroup(self.tokens, lengths, parent, parent_rows, tree)
+        """Append R segments of the given lengths. `parent_rows`: the parent's row for each (None: row 0); `tree` and `given`:
+        see `SegmentGroup`."""
+        group = SegmentGroup(self.tokens, lengths, parent, parent_rows, tree, given)
         self.groups.append(group)
         self.tokens += group.tokens
         return group
+
+    @property
+    def packed(self) -> list[SegmentGroup]:
+        """The groups whose tokens are packed."""
+        return [group for group in self.groups if not group.given]
+
+    @property
+    def given(self) -> list[SegmentGroup]:
+        """The groups whose keys and values are given, as in `prefixes`."""
+        return [group for group in self.groups if group.given]
 
     @property
     def longest(self) -> int:
@@ -207,14 +227,14 @@ class TokenTree:
         """`[N]` position of every token in its own sequence, which starts with its ancestors."""
         parts = [
             group.depths[:length] + offset
-            for group in self.groups
+            for group in self.packed
             for offset, length in zip(group.offsets, group.lengths, strict=True)
         ]
         return torch.cat(parts)
 
     def leaves(self, trees: bool = True) -> list[SegmentGroup]:
         """The groups that no other group continues. `trees`: rows that are trees count."""
-        groups = [group for group in self.groups if trees or group.tree is None]
+        groups = [group for group in self.packed if trees or group.tree is None]
         parents = {id(group.parent) for group in groups}
         return [group for group in groups if id(group) not in parents]
 

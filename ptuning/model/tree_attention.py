@@ -47,7 +47,7 @@ class _Padded(torch.autograd.Function):
 
 
 def _rows(packed: Tensor, groups: list[SegmentGroup]) -> dict[int, Tensor]:
-    """`[h, N, d]` packed -> `[R, h, T, d]` padded rows of every group, by the group's id.
+    """`[h, N, d]` packed -> `[R, h, T, d]` padded rows of every packed group, by the group's id.
 
     The backward pass of a single `split` is one concatenation. With one slice per group the backward pass would fill a whole
     `[h, N, d]` for each: quadratic in the number of slots.
@@ -167,12 +167,30 @@ def segment_attention(
         extras.append("a mask of its own")
     if extras:
         raise NotImplementedError(f"attention with {', '.join(extras)}")
+    prefixes = [each[layer_of(module)].to(key) for each in segments.prefixes] if segments.given else []
     if segments.levels and _cascades(query, key, value, segments, sliding_window, softcap, s_aux):
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+        if prefixes:
+            k, v = (torch.cat([*(each[at].transpose(0, 1) for each in prefixes), own]) for at, own in enumerate((k, v)))
         return cascade_attention.attention(q, k, v, segments.levels, scaling)[None], None
-    queries, keys, values = (_rows(packed[0], segments.groups) for packed in (query, key, value))
-    rows = [_attend(group, queries, keys, values, scaling, sliding_window, softcap, s_aux) for group in segments.groups]
+    queries, keys, values = (_rows(packed[0], segments.packed) for packed in (query, key, value))
+    for group, prefix in zip(segments.given, prefixes, strict=True):
+        keys[id(group)], values[id(group)] = (part[None] for part in prefix.unbind())
+    rows = [_attend(group, queries, keys, values, scaling, sliding_window, softcap, s_aux) for group in segments.packed]
     return torch.cat(rows)[None], None
+
+
+def layer_of(attention: nn.Module) -> int:
+    """The number of an attention's layer, as it names its layer in transformers' caches.
+
+    Raises:
+        NotImplementedError: it has none.
+    """
+    for name in ("layer_idx", "layer_id"):  # GPT-Neo has the second
+        layer = getattr(attention, name, None)
+        if isinstance(layer, int):
+            return layer
+    raise NotImplementedError("given keys and values for attention without the number of its layer")
 
 
 def _cascades(

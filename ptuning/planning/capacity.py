@@ -69,15 +69,16 @@ class TrainingPlan:
 HOLES = 1.5
 """Maximum fragmentation of glibc's heap, relative to the memory of a step (measured: 0.5 to 1.4; BENCHMARKS.md)."""
 
-STATES = 8
-"""Number of fp32 tensors of the size of a soft prompt: itself, the best version, two moments; in a step its gradient, its part
-of the tensor with the gradients of all slots, a copy of that part, and a clipped copy."""
+STATES = 9
+"""Number of fp32 tensors of the size of a soft prompt: itself, its average, the best version, two moments; in a step its
+gradient, its part of the tensor with the gradients of all slots, a copy of that part, and a clipped copy."""
 
 
 def step_flops(shape: BaseShape, work: Workload, recompute: bool = False) -> int:
     """FLOPs of a step on frozen weights: 2 forward and 2 backward per weight and token. Attention computes the scores again
     in its backward pass: 7 products instead of the forward's 2. `recompute`: the layers run forward once more."""
-    looked = work.slots * (work.length**2 + work.rows * work.fed_per_row * (work.length + work.fed_per_row))
+    own = 0 if work.kv else work.length**2
+    looked = work.slots * (own + work.rows * work.fed_per_row * (work.length + work.fed_per_row))
     layers = 6 if recompute else 4
     attention = (9 if recompute else 7) * 2 * shape.layers * shape.attention_width * looked
     read = (layers * shape.last + 4 * (work.compared or shape.vocabulary) * shape.width) * work.predictions
@@ -118,7 +119,13 @@ class Training:
     def work(self, slots: int) -> Workload:
         settings = self.settings
         return Workload(
-            slots, settings.length, settings.rows(self.machine.ranks), settings.tokens, settings.targets, settings.compared
+            slots,
+            settings.length,
+            settings.rows(self.machine.ranks),
+            settings.tokens,
+            settings.targets,
+            settings.compared,
+            settings.kv,
         )
 
     def plan(self, slots: int) -> TrainingPlan:
@@ -144,7 +151,7 @@ class Training:
             timeline.peak,
             found.peak,
             self._evaluated(slots, spread),
-            slots * settings.length * shape.width * 4 * STATES,
+            slots * settings.length * settings.vector_numbers(shape) * 4 * STATES,
             0 if machine.gpus else int(HOLES * found.peak),
             received,
             times[bound] if machine.gpus else sum(times.values()),
@@ -170,7 +177,7 @@ class Training:
 
     def _pass(self, slots: int, rows: int, targets: int) -> Timeline:
         """A pass without gradients."""
-        work = Workload(1, self.settings.length, rows, self.settings.tokens, targets)
+        work = Workload(1, self.settings.length, rows, self.settings.tokens, targets, kv=self.settings.kv)
         one = self._evaluation(work)
         return one.with_slots(self._evaluation(replace(work, slots=2)), slots) if slots > 1 else one
 
@@ -201,7 +208,7 @@ class ServingPlan:
     cache: int
     """Keys and values, as set by `serve.cache_mb`."""
     bank: int
-    """Rows of the bank of soft prompts: it starts with 1,024 and doubles."""
+    """Rows of the bank of soft prompts: it starts with 1,024 and doubles. Also the keys and values of key-value prefixes."""
     step: int
     """Activations of a step of 1,024 tokens."""
     room: int
@@ -237,6 +244,8 @@ def plan_serving(
     while vectors < resident * settings.length:
         vectors *= 2
     bank = vectors * shape.width * shape.itemsize
+    if "kv" in settings.kinds:  # beside the pages with the same numbers, which may be dropped
+        bank += resident * settings.length * shape.token_numbers * shape.itemsize
     room = machine.memory - machine.reserved - shape.bytes - bank - step
     page = PAGE * max(1, shape.token_numbers) * shape.itemsize  # a state space has no keys and values
     shared = settings.length // PAGE  # whole pages of a soft prompt are stored once

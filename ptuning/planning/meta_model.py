@@ -119,8 +119,10 @@ class MetaModel:
             shared = [0] * (work.targets - 2)
             labels = tuple((*shared, last, 0) for last in range(work.compared))
             target, objective = list(labels[0]), Objective(LabelTrie(labels), text=False)
-        plan = pack_targets(lengths, [[([0] * text, target)] * work.rows] * work.slots, [objective] * work.slots)
-        vectors = [torch.zeros(work.length, self.shape.width, device="meta", requires_grad=backward) for _ in lengths]
+        rows = [[([0] * text, target)] * work.rows] * work.slots
+        plan = pack_targets(lengths, rows, [objective] * work.slots, range(work.slots) if work.kv else ())
+        sizes = (work.length, *_prefix_sizes(self.model.base)) if work.kv else (work.length, self.shape.width)
+        vectors = [torch.zeros(*sizes, device="meta", requires_grad=backward) for _ in lengths]
         with (
             warnings.catch_warnings(),
             Recorder(self.model, self.shape.layers) as recorder,
@@ -133,6 +135,13 @@ class MetaModel:
             if backward:
                 nll.sum().backward()
         return recorder.timeline()
+
+
+def _prefix_sizes(base: Any) -> tuple[int, int, int, int]:
+    """Layers, 2, key heads and their width of a key-value prefix."""
+    config, sizes = base.config.get_text_config(), attention_sizes(base)
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    return len(sizes), 2, heads, sizes[0].keys // heads
 
 
 def _reason(error: Exception) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from ptuning.config import Experiment
 from ptuning.planning.zero3_simulator import Timeline
+from ptuning.settings.fields import Kind
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Workload:
     targets: int
     compared: int = 0
     """Token ids that a choice among labels compares; 0: every target token is predicted over the whole vocabulary."""
+    kv: bool = False
+    """The soft prompts are key-value prefixes: the base does not process their tokens."""
 
     @property
     def fed_per_row(self) -> int:
@@ -74,7 +77,7 @@ class Workload:
 
     @property
     def positions(self) -> int:
-        return self.slots * self.length + self.fed
+        return self.fed if self.kv else self.slots * self.length + self.fed
 
     @property
     def predictions(self) -> int:
@@ -132,6 +135,17 @@ class RunShape:
     offload: bool = False
     recompute: bool = False
     """Activations are computed again in the backward pass."""
+    kinds: tuple[Kind, ...] = ("embedding",)
+    """The kinds of soft prompt: the plan is for the one that needs most."""
+
+    @property
+    def kv(self) -> bool:
+        """No soft prompt is computed."""
+        return "embedding" not in self.kinds
+
+    def vector_numbers(self, shape: BaseShape) -> int:
+        """Elements of a virtual token."""
+        return max(shape.token_numbers, shape.width) if "kv" in self.kinds else shape.width
 
     @staticmethod
     def read(experiment: Experiment, tokens: int, targets: int) -> RunShape:
@@ -152,6 +166,7 @@ class RunShape:
             zero.node_copies,
             zero.offload,
             train.gradient_checkpointing,
+            (experiment.prompt.kind,),
         )
 
     @staticmethod

@@ -94,8 +94,8 @@ def inspect_version(registry: Registry, name: str, base_path: str | None) -> Ins
         parent_versions=[str(found) for found in registry.with_content(loaded.card.parent or "")],
         promotions=[move for move in moves if move.version == version.version],
         norms=norms(loaded.vectors, base),
-        nearest_words=nearest_words(loaded.vectors, base) if base else None,
-        missing=missing,
+        nearest_words=nearest_words(loaded.vectors, base) if base and loaded.card.kind == "embedding" else None,
+        missing="keys and values are not near to words" if loaded.card.kind == "kv" else missing,
     )
 
 
@@ -111,7 +111,7 @@ def _card_lines(card: Card) -> list[str]:
     fingerprint = (card.base_fingerprint or {}).get("weights", "unknown")
     lines = [
         f"base         {card.base} (weights {fingerprint[:12]})",
-        f"size         {card.length} virtual tokens of width {card.width}, {card.init or 'unknown'} at the start",
+        f"size         {card.length} virtual tokens {_width(card)}, {card.init or 'unknown'} at the start",
         f"content      {card.content_hash[:12]}",
     ]
     how = [*card.base_notes, *filter(None, (card.dtype, card.training_pass))]
@@ -123,6 +123,13 @@ def _card_lines(card: Card) -> list[str]:
     else:
         lines.append("template     unknown")
     return lines + [f"metric       {name.replace('_', ' ')} {value:.4f}" for name, value in card.metrics.items()]
+
+
+def _width(card: Card) -> str:
+    if card.kv_shape is None:
+        return f"of width {card.width}"
+    layers, heads, width = card.kv_shape
+    return f"as keys and values of {layers} layers, {heads} heads of width {width}"
 
 
 def _template_lines(template: Template) -> list[str]:
@@ -165,9 +172,10 @@ def similar(registry: Registry, reference: Reference) -> list[tuple[Version, flo
         fits = version.name != wanted.name and (version.fingerprint or {}).get("weights") == base
         if fits and (version.name not in chosen or CHAMPION in version.aliases):
             chosen[version.name] = version
-    own = retrieve(registry, wanted)[0].vectors.mean(0)
-    found = [
-        (version, float(torch.nn.functional.cosine_similarity(own, retrieve(registry, version)[0].vectors.mean(0), dim=0)))
-        for version in chosen.values()
-    ]
+    own = retrieve(registry, wanted)[0].vectors.mean(0).flatten()
+    found = []
+    for version in chosen.values():
+        other = retrieve(registry, version)[0].vectors.mean(0).flatten()
+        if len(other) == len(own):  # of the same kind
+            found.append((version, float(torch.nn.functional.cosine_similarity(own, other, dim=0))))
     return sorted(found, key=lambda pair: -pair[1])

@@ -96,6 +96,8 @@ def export_merged(registry: Registry, version: Version, folder: str, base_path: 
     loaded, _ = retrieve(registry, version)
     base = base_of(loaded.card, str(version), base_path)
     check_base(loaded, str(version), base)
+    if loaded.card.kind == "kv":
+        raise ExportError(f"{version}: is a key-value prefix, and a checkpoint has no place for keys and values; {OTHERWISE}")
     return write_merged(loaded, base, version.name, Path(folder).expanduser().absolute())
 
 

@@ -62,6 +62,7 @@ def describe(card: Card, files: dict[str, bytes]) -> dict[str, str]:
         "base": card.base,
         "revision": card.revision,
         **{f"base.{part}": value for part, value in (card.base_fingerprint or {}).items()},
+        "kind": card.kind,
         "length": str(card.length),
         "width": str(card.width),
         "metric": metric,

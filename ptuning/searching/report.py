@@ -10,7 +10,7 @@ from typing import Any
 
 from ptuning import storage
 from ptuning.config import Experiment
-from ptuning.searching.space import INIT, LENGTH, RATE, best_result, score
+from ptuning.searching.space import INIT, KIND, LENGTH, RATE, best_result, score
 from ptuning.searching.trial_store import TrialRecord, TrialStore
 from ptuning.tracking import plots
 from ptuning.tracking.tracker import Tracker
@@ -123,7 +123,8 @@ def write_report(experiment: Experiment, store: TrialStore, tracker: Tracker, fo
         best = best_result(experiment, entry.results, entry.values[LENGTH])
         assert best is not None
         values = entry.values
-        points.append((values[LENGTH], values[RATE], best["values"][experiment.metric], values[INIT]))
+        start = f"{values[KIND]}, {values[INIT]}" if KIND in values else values[INIT]
+        points.append((values[LENGTH], values[RATE], best["values"][experiment.metric], start))
     if points:
         best_so_far = {"best so far": [(int(row["trial_steps"]), row["best"]) for row in curve]}
         files["landscape.png"] = plots.landscape(points, experiment.metric, f"{experiment.name}: {len(points)} trials")

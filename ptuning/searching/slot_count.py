@@ -17,7 +17,7 @@ from ptuning.planning.capacity import Training
 from ptuning.planning.meta_model import MetaModel
 from ptuning.planning.workload import Machine, RunShape
 from ptuning.redaction import logger
-from ptuning.searching.space import LENGTH, trial_tables
+from ptuning.searching.space import INIT, KIND, LENGTH, kinds, trial_tables
 from ptuning.training.loop import Pack, step
 from ptuning.training.messages import StartRun
 
@@ -57,7 +57,7 @@ def _fitting(pack: Pack, experiment: Experiment, limit: int) -> int:
     split = pack.load_task(experiment).train
     size = pack.workers.size
     settings = RunShape.of_rows(experiment, split.lengths.tolist(), split.target_lengths.tolist())
-    settings = replace(settings, length=max(experiment.search.length))
+    settings = replace(settings, length=max(experiment.search.length), kinds=kinds(experiment))
     # The model that is there may be sharded, its meta_model is whole.
     dtype = next(pack.model.parameters()).dtype
     try:
@@ -80,7 +80,8 @@ def _seconds(pack: Pack, experiment: Experiment, size: int) -> float:
     tables = experiment.model_dump(mode="json")
     longest = max(experiment.search.length)
     for number in range(size):
-        measured = trial_tables(tables, f"measure-{number}", {LENGTH: longest, "prompt.init": "vocabulary"})
+        chosen = {KIND: min(kinds(experiment)), LENGTH: longest, INIT: "vocabulary"}  # embedding, which takes longer, or kv
+        measured = trial_tables(tables, f"measure-{number}", chosen)
         pack.attach(StartRun(Experiment.model_validate(measured), "/nonexistent/ptuning"))
     step(pack, lambda event: None)
     seconds = []

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptuning.config import PLACES, Experiment, ExperimentError, parse_experiment
+from ptuning.settings.fields import Kind
 from ptuning.settings.search import is_whole, takes_words
 
 Values = Mapping[str, Any]
 """One configuration: dotted keys of the experiment and their values."""
 Range = tuple[float, float]
 
-LENGTH, RATE, INIT = "prompt.length", "train.learning_rate", "prompt.init"
+KIND, LENGTH, RATE, INIT = "prompt.kind", "prompt.length", "train.learning_rate", "prompt.init"
 
 
 def choices(experiment: Experiment) -> dict[str, tuple[Any, ...]]:
@@ -23,7 +24,13 @@ def choices(experiment: Experiment) -> dict[str, tuple[Any, ...]]:
     search = experiment.search
     listed = {key: values for key, values in search.space.items() if len(values) > 2 or takes_words(key)}
     whole = {key: tuple(int(value) if is_whole(key) else value for value in values) for key, values in listed.items()}
-    return {LENGTH: search.length, INIT: search.init} | whole
+    kinds = {KIND: search.kind} if search.kind else {}
+    return {LENGTH: search.length, INIT: search.init} | kinds | whole
+
+
+def kinds(experiment: Experiment) -> tuple[Kind, ...]:
+    """The kinds of soft prompt that a search trains."""
+    return experiment.search.kind or (experiment.prompt.kind,)
 
 
 def ranges(experiment: Experiment) -> dict[str, Range]:

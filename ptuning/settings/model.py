@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from ptuning.settings.fields import Init, NonBlank, Positive, Table
+from ptuning.settings.fields import Init, Kind, NonBlank, Positive, Table
 
 
 class ModelConfig(Table):
@@ -25,14 +25,18 @@ class ModelConfig(Table):
 
 
 class PromptConfig(Table):
-    """The soft prompt's length and initialisation."""
+    """The soft prompt's kind, length and initialisation."""
 
+    kind: Kind = "embedding"
+    """embedding: vectors in front of the text's embeddings (prompt tuning, Lester et al. 2021); kv: keys and values of every
+    layer (prefix tuning, Li and Liang 2021), which act in more places, take more memory, and cost less compute."""
     length: Positive = 20
     """Virtual tokens (P)."""
     init: Init = "vocabulary"
     """random: normal, with the standard deviation of the base's embeddings; vocabulary: embeddings of frequent tokens; text:
     embeddings of init_text; labels: embeddings of the label words (Lester et al. 2021, section 3.2); soft-prompt: copied from
-    init_from (SPoT, Vu et al. 2022)."""
+    init_from (SPoT, Vu et al. 2022). kind = "kv" takes the keys and values that these embeddings have in the base; from a
+    kept soft prompt of kind embedding it begins as that soft prompt."""
     init_text: NonBlank | None = None
     """Text for init = "text"; repeated or truncated to the length."""
     init_from: NonBlank | None = None

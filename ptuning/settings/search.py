@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import ValidationError, field_validator
 
 from ptuning.errors import suggest
-from ptuning.settings.fields import Count, Init, Number, Positive, PositiveNumber, Table
+from ptuning.settings.fields import Count, Init, Kind, Number, Positive, PositiveNumber, Table
 from ptuning.settings.training import TrainConfig
 
 
@@ -16,6 +16,8 @@ class SearchConfig(Table):
 
     trials: Positive = 16
     """Number of configurations to try."""
+    kind: tuple[Kind, ...] | None = None
+    """Values of prompt.kind to choose from: soft prompts of both kinds train side by side. Default: prompt.kind alone."""
     length: tuple[Positive, ...] = (10, 20, 50, 100)
     """Values of prompt.length to choose from."""
     learning_rate: tuple[PositiveNumber, PositiveNumber] = (0.01, 1.0)
@@ -42,10 +44,10 @@ class SearchConfig(Table):
     seed: Count = 0
     """Seed of the search: it determines the configurations."""
 
-    @field_validator("length", "init")
+    @field_validator("kind", "length", "init")
     @classmethod
-    def _not_empty(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not values:
+    def _not_empty(cls, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        if values is not None and not values:
             raise ValueError("is empty; list at least one value")
         return values
 
@@ -100,7 +102,8 @@ class SearchConfig(Table):
 
 SEARCHABLE: dict[str, dict[str, type[Table]]] = {
     "train": dict.fromkeys(
-        ("weight_decay", "warmup", "batch_size", "patience", "clip", "text_weight", "optimizer", "schedule"), TrainConfig
+        ("weight_decay", "warmup", "batch_size", "patience", "clip", "text_weight", "average_decay", "optimizer", "schedule"),
+        TrainConfig,
     ),
 }
 """Settings that `search.space` may contain. Length and learning rate have keys of their own; steps are the budget."""

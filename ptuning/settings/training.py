@@ -12,6 +12,8 @@ from ptuning.settings.fields import Count, Metric, Number, Positive, PositiveNum
 TEXT_WEIGHT = 0.3
 """Measured (BENCHMARKS.md, "Labels as a choice"): it raises the accuracy of one-token labels and makes free generation produce
 them."""
+AVERAGE_DECAY = 0.95
+"""Measured (BENCHMARKS.md, "The average of the vectors")."""
 
 
 class TrainConfig(Table):
@@ -24,6 +26,9 @@ class TrainConfig(Table):
     """With objective = "choice": weight of an additional text objective. It makes unconstrained generation (PEFT's generate,
     merged checkpoints) produce the label, too. auto: 0.3 if every label is one token of the base, else 0, because learning to
     spell a label costs accuracy."""
+    average_decay: Annotated[float, Field(ge=0, lt=1, strict=True)] | Literal["auto"] = "auto"
+    """What is evaluated and kept is an exponential average of the vectors over the steps, with this decay (Polyak and Juditsky
+    1992); 0: the vectors of the last step. auto: 0.95, an average over about 20 steps, with objective = "choice", else 0."""
     class_weights: Literal["balanced"] | None = None
     """balanced: every label has the same weight in the loss, regardless of its number of rows. The predicted probabilities then
     assume that all labels are equally frequent."""
@@ -84,6 +89,12 @@ class TrainConfig(Table):
         if self.text_weight == "auto":
             return TEXT_WEIGHT if target_tokens <= 2 else 0.0
         return self.text_weight
+
+    def resolved_average_decay(self, objective: Literal["choice", "text"]) -> float:
+        """The decay of the average of the vectors; 0: none."""
+        if self.average_decay == "auto":
+            return AVERAGE_DECAY if objective == "choice" else 0.0
+        return self.average_decay
 
 
 class ZeroConfig(Table):

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ptuning.data.dataset import Split
 from ptuning.data.encoder import Encoder
+from ptuning.model.kv_prefix import caches_of
 from ptuning.model.limits import LOGITS, TOKENS, scored_tokens
-from ptuning.model.packing import pack_labels, pack_targets
+from ptuning.model.packing import kv_slots, pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.self_check import how_it_generates
 from ptuning.training import metrics
@@ -68,7 +69,7 @@ def label_scores(
     numbers = len(trie.nodes) * len(trie.ids)
     for rows, real in _passes(split, workers, len(sizes), len(trie.tokens), numbers, _scored_tokens(model)):
         inputs = [split.row(row)[0] for row in rows]
-        nll = model(soft_prompts, pack_labels(sizes, [inputs] * len(sizes), trie)).double().cpu()
+        nll = model(soft_prompts, pack_labels(sizes, [inputs] * len(sizes), trie, kv_slots(soft_prompts))).double().cpu()
         if real:
             scores[:, rows] = trie.label_logprobs(-nll.view(len(sizes), len(rows), -1))
     return workers.all_reduce(scores)
@@ -132,7 +133,7 @@ def _target_losses(model: PromptedModel, soft_prompts: Sequence[Tensor], split: 
     longest = int(split.lengths.max())
     for rows, real in _passes(split, workers, len(sizes), 0, longest * _vocabulary(model), _scored_tokens(model)):
         batch = [split.row(row) for row in rows]
-        plan = pack_targets(sizes, [batch] * len(sizes))
+        plan = pack_targets(sizes, [batch] * len(sizes), kv=kv_slots(soft_prompts))
         nll = model(soft_prompts, plan).double().cpu()
         if real:
             sums[:-1] += torch.stack([part.sum() for part in nll.split(plan.per_slot)])
@@ -192,15 +193,39 @@ def greedy(
     given = [soft_prompts] * len(inputs) if isinstance(soft_prompts, Tensor) else list(soft_prompts)
     how = how_it_generates(model)
     if how == "padded":
-        return _greedy(model, given, inputs, encoder, max_new_tokens, together)
+        return _by_kind(model, given, inputs, encoder, max_new_tokens, together)
     calls = max(Workers.current().all_gather(len(inputs))) if together else len(inputs)
     padding = [0] * (calls - len(inputs))
     rows = [(given[at], inputs[at]) for at in [*range(len(inputs)), *padding]]
-    if how == "recomputed":
-        texts = [_recomputed(model, soft_prompt, row, encoder, max_new_tokens, together) for soft_prompt, row in rows]
-    else:
-        texts = [_greedy(model, [soft_prompt], [row], encoder, max_new_tokens, together)[0] for soft_prompt, row in rows]
+    texts = []
+    for soft_prompt, row in rows:
+        if how == "recomputed" and soft_prompt.ndim == 2:
+            texts.append(_recomputed(model, soft_prompt, row, encoder, max_new_tokens, together))
+        else:
+            texts += _greedy(model, [soft_prompt], [row], encoder, max_new_tokens, together)
     return texts[: len(inputs)]
+
+
+def _by_kind(
+    model: PromptedModel,
+    soft_prompts: Sequence[Tensor],
+    inputs: Sequence[list[int]],
+    encoder: Encoder,
+    max_new_tokens: int,
+    together: bool,
+) -> list[str]:
+    """`_greedy` for soft prompts of several kinds: a batch has embeddings, or prefixes of one length."""
+    groups: dict[int, list[int]] = {}
+    for at, each in enumerate(soft_prompts):
+        groups.setdefault(len(each) if each.ndim > 2 else 0, []).append(at)
+    texts = [""] * len(inputs)
+    for rows in groups.values():
+        found = _greedy(
+            model, [soft_prompts[at] for at in rows], [inputs[at] for at in rows], encoder, max_new_tokens, together
+        )
+        for at, text in zip(rows, found, strict=True):
+            texts[at] = text
+    return texts
 
 
 def _recomputed(
@@ -229,8 +254,10 @@ def _greedy(
     max_new_tokens: int,
     together: bool,
 ) -> list[str]:
-    embed = model.base.get_input_embeddings()
     device = model.base.device
+    if soft_prompts[0].ndim > 2:
+        return _continued(model, soft_prompts, inputs, encoder, max_new_tokens, together)
+    embed = model.base.get_input_embeddings()
     # One call for all rows: a partitioned base gathers at every call, and workers may have different numbers of rows.
     text = embed(torch.tensor([token for ids in inputs for token in ids], device=device))
     texts = text.split([len(ids) for ids in inputs])
@@ -240,22 +267,54 @@ def _greedy(
     embeds = torch.stack([torch.cat([row.new_zeros(longest - len(row), row.shape[1]), row]) for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     ids_of_text = torch.tensor([[0] * (longest - len(ids)) + ids for ids in inputs], device=device)
-    ends = {encoder.end, encoder.tokenizer.eos_token_id, *model.ends}
-    with model.plain() as base:
+    with model.plain():
         # Ids, because not every architecture continues embeddings (Falcon-H1, 5.23).
         model.embedding.replace(embeds)
-        generating: Any = base  # its type has no generation
-        ids = generating.generate(
-            input_ids=ids_of_text,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=sorted(ends),
-            pad_token_id=encoder.end,
-            # transformers detects this itself only while an HfDeepSpeedConfig exists (generation/utils.py).
-            synced_gpus=together,
-        )
-    return [text.strip() for text in encoder.tokenizer.batch_decode(ids[:, longest:], skip_special_tokens=True)]
+        return _generated(model, ids_of_text, mask, encoder, max_new_tokens, together)
+
+
+def _continued(
+    model: PromptedModel,
+    prefixes: Sequence[Tensor],
+    inputs: Sequence[list[int]],
+    encoder: Encoder,
+    max_new_tokens: int,
+    together: bool,
+) -> list[str]:
+    """`_greedy` after key-value prefixes of one length: they are the cache that `generate` continues."""
+    device, length = model.base.device, len(prefixes[0])
+    longest = max(map(len, inputs))
+    # `generate` leaves out as many leading ids as the cache has tokens.
+    ids = torch.tensor([[0] * (length + longest - len(row)) + row for row in inputs], device=device)
+    mask = torch.tensor([[1] * length + [0] * (longest - len(row)) + [1] * len(row) for row in inputs], device=device)
+    cache = caches_of([each.to(device) for each in prefixes], model.base.dtype)
+    with model.plain():
+        return _generated(model, ids, mask, encoder, max_new_tokens, together, past_key_values=cache)
+
+
+def _generated(
+    model: PromptedModel,
+    ids: Tensor,
+    mask: Tensor,
+    encoder: Encoder,
+    max_new_tokens: int,
+    together: bool,
+    **more: Any,
+) -> list[str]:
+    ends = {encoder.end, encoder.tokenizer.eos_token_id, *model.ends}
+    generating: Any = model.base  # its type has no generation
+    made = generating.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=sorted(ends),
+        pad_token_id=encoder.end,
+        # transformers detects this itself only while an HfDeepSpeedConfig exists (generation/utils.py).
+        synced_gpus=together,
+        **more,
+    )
+    return [text.strip() for text in encoder.tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)]
 
 
 def _passes(split: Split, workers: Workers, slots: int, extra: int, logits: int, most: int) -> Iterator[tuple[list[int], bool]]:

@@ -22,6 +22,7 @@ from ptuning.config import Experiment
 from ptuning.data.task import Task
 from ptuning.errors import UserError
 from ptuning.model.base import Base
+from ptuning.model.kv_prefix import computed, kv_shape
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.soft_prompt import SoftPrompt
 from ptuning.training import checkpoint
@@ -84,7 +85,9 @@ class Pack:
         """Give a free slot to a run, from its newest checkpoint if it has one."""
         experiment = assignment.experiment
         task = self.load_task(experiment)
-        starts, parent = initial_starts(experiment, task, self.base, self.embed)
+        if experiment.prompt.kind == "kv":
+            kv_shape(self.model)  # before anything is computed: not every base takes one
+        starts, parent = initial_starts(experiment, task, self.base, self.embed, self.prefix)
         scale = SCALE if self.model.base.dtype == torch.float16 else 1.0
         slot = Slot(assignment, task, [vectors.to(self.model.base.device) for vectors in starts], scale)
         slot.parent = parent
@@ -105,6 +108,10 @@ class Pack:
         """Rows of the base's input embedding, `[n, H]` fp32, whole or sharded."""
         device = self.model.base.device
         return self.model.base.get_input_embeddings()(torch.tensor(ids, device=device)).float().cpu()
+
+    def prefix(self, embeddings: Tensor) -> Tensor:
+        """Keys and values of embeddings `[P, H]` in all layers, fp32."""
+        return computed(self.model, embeddings).cpu()
 
 
 def train(pack: Pack, source: Source, report: Report) -> None:
@@ -209,7 +216,7 @@ def evaluate_slots(pack: Pack, slots: list[Slot], split: Literal["validation", "
     for together in _sharing(slots, split):
         task = together[0].task
         text = split == "test" or together[0].experiment.metric != "loss"
-        vectors = [[slot.best_vectors] if split == "test" else [start.vectors for start in slot.starts] for slot in together]
+        vectors = [[slot.best_vectors] if split == "test" else [start.average for start in slot.starts] for slot in together]
         found = evaluate(
             pack.model,
             sum(vectors, []),
@@ -264,7 +271,7 @@ def finish(pack: Pack, slot: Slot, report: Report) -> None:
     """Read the test split once, with the best soft prompt; save the soft prompt; free the place."""
     pack.writer.wait(checkpoints(slot.folder))
     if not slot.best:
-        slot.best_vectors, slot.best_step = slot.vectors.clone(), slot.step
+        slot.best_vectors, slot.best_step = slot.starts[0].average.clone(), slot.step
     measured = {f"validation_{name}": value for name, value in slot.best.items()}
     tested: Evaluation | None = None
     if slot.task.test:

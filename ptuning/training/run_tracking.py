@@ -158,8 +158,10 @@ class Recorder:
             )
 
             with suppress(UserError):  # an embedding that is not found in the base's files; `prompts show` says so
-                words = nearest_words(soft_prompt.load(event.soft_prompt).vectors, self._base)
-                self._tracker.artifact_bytes(WORDS, plots.neighbours(words, event.run))
+                result = soft_prompt.load(event.soft_prompt)
+                if result.card.kind == "embedding":
+                    words = nearest_words(result.vectors, self._base)
+                    self._tracker.artifact_bytes(WORDS, plots.neighbours(words, event.run))
 
 
 def start_tracker(experiment: Experiment, folder: str, task: Task, base: Base) -> Tracker:

@@ -21,12 +21,15 @@ from ptuning.model.base import Base
 from ptuning.model.compatibility import check_base
 from ptuning.model.packing import Objective, TurnsRow
 from ptuning.model.prompted_model import PromptedModel
-from ptuning.model.soft_prompt import Card
+from ptuning.model.soft_prompt import Card, SoftPromptError
 from ptuning.settings.training import TrainConfig
 from ptuning.training.messages import Event, Finished, StartRun, event_fields, read_event
 from ptuning.training.starts import Start, rounds, survivors
 
 Array = NDArray[np.float32]
+
+SAMPLE = 64
+"""Tokens whose keys and values give the mean and deviation of random ones, at least."""
 
 
 class Slot:
@@ -39,7 +42,8 @@ class Slot:
         self.config: TrainConfig = self.experiment.train
         self.folder = assignment.folder
         self.task = task
-        self.starts = [Start(number, each, self.config, scale) for number, each in enumerate(starts)]
+        decay = self.config.resolved_average_decay(self.experiment.objective)
+        self.starts = [Start(number, each, self.config, scale, decay) for number, each in enumerate(starts)]
         self.order = BatchSampler(task.train.lengths, self.config.batch_size, self.config.seed)
         choice = self.experiment.objective == "choice"
         self.text_weight = self.config.resolved_text_weight(max(map(len, task.encoder.label_ids))) if choice else 0.0
@@ -69,7 +73,7 @@ class Slot:
 
     @property
     def vectors(self) -> Tensor:
-        """`[P, H]` of the remaining start; if there are several, of the first."""
+        """Those of the remaining start; if there are several, of the first."""
         return self.starts[0].vectors
 
     @property
@@ -123,7 +127,7 @@ class Slot:
         better = not self.best or self._is_better(measured)
         if better:
             self.best, self.best_step, self.since_best = measured, self.step, 0
-            self.best_vectors = self.starts[start].vectors.clone()
+            self.best_vectors = self.starts[start].average.clone()
         else:
             self.since_best += 1
         return better
@@ -196,20 +200,22 @@ def balanced_weights(task: Task) -> dict[tuple[int, ...], float]:
 
 
 def initial_starts(
-    experiment: Experiment, task: Task, base: Base, embed: initializers.Embed
+    experiment: Experiment, task: Task, base: Base, embed: initializers.Embed, prefix: initializers.Prefix
 ) -> tuple[list[Tensor], str | None]:
-    """The soft prompts before their first step, `[P, H]` fp32 each, and the content hash of the parent if there is one.
+    """The soft prompts before their first step, fp32, `[P, H]` or of kind kv `[P, layers, 2, heads, d]`, and the content hash
+    of the parent if there is one.
 
     The first is drawn with the run's seed, the others with different seeds. If `prompt.init` involves no random numbers (a
     text, a soft prompt of the same length), the others start from the vocabulary.
     """
-    first, parent = initial_vectors(experiment, task, base, embed)
+    first, parent = initial_vectors(experiment, task, base, embed, prefix)
     starts = [first]
     for number in range(1, experiment.train.starts):
-        again, _ = initial_vectors(experiment, task, base, embed, number)
+        again, _ = initial_vectors(experiment, task, base, embed, prefix, number)
         if torch.equal(again, first):
             frequent = task.train.frequent_tokens()
             again = initializers.vocabulary_rows(len(first), frequent, embed, _generator(experiment.train.seed, number))
+            again = prefix(again) if first.ndim > 2 else again
         starts.append(again)
     return starts, parent
 
@@ -220,17 +226,26 @@ def _generator(seed: int, start: int) -> torch.Generator:
 
 
 def initial_vectors(
-    experiment: Experiment, task: Task, base: Base, embed: initializers.Embed, start: int = 0
+    experiment: Experiment,
+    task: Task,
+    base: Base,
+    embed: initializers.Embed,
+    prefix: initializers.Prefix,
+    start: int = 0,
 ) -> tuple[Tensor, str | None]:
-    """The initial vectors of one start, `[P, H]` fp32, and the content hash of the parent if there is one."""
+    """The initial vectors of one start, as in `initial_starts`, and the content hash of the parent if there is one."""
     config = experiment.prompt
     generator = _generator(experiment.train.seed, start)
     frequent = task.train.frequent_tokens()
     tokenizer = task.encoder.tokenizer
     parent = None
+    kv = config.kind == "kv"
     if config.init == "random":
-        vectors = initializers.random_rows(config.length, embed(frequent), generator)
-    elif config.init == "vocabulary":
+        sample = embed(frequent)
+        if kv:
+            sample = prefix(initializers.vocabulary_rows(max(config.length, SAMPLE), frequent, embed, generator))
+        return initializers.random_rows(config.length, sample, generator), None
+    if config.init == "vocabulary":
         vectors = initializers.vocabulary_rows(config.length, frequent, embed, generator)
     elif config.init == "text":
         ids = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
@@ -242,9 +257,14 @@ def initial_vectors(
         folder = str(config.init_from)
         source = soft_prompt.load(folder)
         check_base(source, folder, base)
-        vectors = initializers.transferred_rows(config.length, source.vectors, frequent, embed, generator)
         parent = source.card.content_hash
-    return vectors, parent
+        if source.card.kind == "kv":
+            if not kv:
+                raise SoftPromptError(f'{folder}: is a key-value prefix; set prompt.kind = "kv", or choose another soft prompt')
+            others = prefix(initializers.vocabulary_rows(config.length, frequent, embed, generator))
+            return torch.cat([source.vectors[: config.length], others[len(source.vectors) :]]), parent
+        vectors = initializers.transferred_rows(config.length, source.vectors, frequent, embed, generator)
+    return prefix(vectors) if kv else vectors, parent
 
 
 def make_card(slot: Slot, base: Base, model: PromptedModel, measured: dict[str, float]) -> Card:
@@ -253,6 +273,7 @@ def make_card(slot: Slot, base: Base, model: PromptedModel, measured: dict[str, 
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
     tables = experiment.model_dump(mode="json")
     tables["train"] |= {"objective": experiment.objective, "text_weight": slot.text_weight}
+    tables["train"]["average_decay"] = experiment.train.resolved_average_decay(experiment.objective)
     return Card(
         name=experiment.name,
         base=base.name,
@@ -261,6 +282,8 @@ def make_card(slot: Slot, base: Base, model: PromptedModel, measured: dict[str, 
         base_notes=tuple(base.notes),
         dtype=str(model.base.dtype).removeprefix("torch."),
         training_pass="shared-prefix" if model.shared_prefix else "concatenated",
+        kind=experiment.prompt.kind,
+        kv_shape=model.kv_shape if experiment.prompt.kind == "kv" else None,
         length=experiment.prompt.length,
         width=base.width,
         template=task.encoder.template,

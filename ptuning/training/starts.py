@@ -27,19 +27,25 @@ SHARE = 0.2
 
 
 class Start:
-    """One start in training: its vectors `[P, H]`, fp32, on the base's device, and the moments of their optimiser. While it
-    trains, both are parts of the tensors of all starts (`optimizer.Together`)."""
+    """One start in training, on the base's device: its vectors, fp32, `[P, H]` or of a key-value prefix
+    `[P, layers, 2, heads, d]`, their average, and the moments of their optimiser. While it trains, they are parts of the
+    tensors of all starts (`optimizer.Together`)."""
 
-    def __init__(self, number: int, vectors: Tensor, config: TrainConfig, scale: float = 1.0) -> None:
+    def __init__(
+        self, number: int, vectors: Tensor, config: TrainConfig, scale: float = 1.0, average_decay: float = 0.0
+    ) -> None:
         self.number = number
         self.scale = scale
         """Factor of its loss in the backward pass. It only falls (`lower_scale`), so a run gives the same numbers again."""
         self.optimizer: str = config.optimizer
         self.weight_decay = config.weight_decay
         self.vectors = vectors.clone()
-        self.moments = RULES[self.optimizer].empty(self.vectors)
+        self.moments = RULES[self.optimizer].empty(self.vectors.flatten(1))
         self.updates = 0
         """Number of updates so far."""
+        self.average_decay = average_decay
+        self.average = self.vectors.clone()
+        """What is evaluated and kept: an exponential average of the vectors over the updates. Without one: the vectors."""
         self.loss = 0.0
         """Sum of its training losses since the last round: the criterion if there are no validation rows."""
 
@@ -53,6 +59,8 @@ class Start:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The complete state of the start, as tensors and JSON."""
         tensors = {"vectors": self.vectors, **{f"optimizer.{key}": value for key, value in self.moments.items()}}
+        if self.average_decay:
+            tensors["average"] = self.average
         return tensors, {
             "number": self.number,
             "optimizer": {"step": self.updates},
@@ -63,6 +71,7 @@ class Start:
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         self.vectors.copy_(tensors["vectors"])
+        self.average.copy_(tensors.get("average", self.vectors))  # none without an average, and in those of earlier versions
         found = {key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")}
         for key, into in self.moments.items():
             if key in found:  # not in those of earlier versions before the first step

@@ -59,8 +59,8 @@ class Outcome:
 @dataclass(frozen=True)
 class _Pass:
     plan: PackedBatch
-    spans: list[slice]
-    """Rows of the vectors that it reads."""
+    starts: list[int]
+    """Whose rows it has."""
     placed: PlacedBatch
     weights: Tensor
     """`[M + M']` factors of the losses of all predictions."""
@@ -75,8 +75,8 @@ class _Plan:
         self.members = members
         self._cascades = stepper.model.cascades
         self.packed: list[PackedBatch] = []
-        self.spans: list[list[slice]] = []
-        """Rows of the vectors that each pass reads."""
+        self.starts: list[list[int]] = []
+        """Whose rows each pass has."""
         tensors: list[Tensor] = []
         rows = {id(each.slot): each.slot.order.batch(each.step) for each in members}
         totals = [
@@ -86,7 +86,8 @@ class _Plan:
         for own in _divided(stepper.workers, members, rows):
             starts = [start for start, _ in own]
             batches = [[members[start].slot.task.train.row(int(row)) for row in part] for start, part in own]
-            plan = pack_targets([lengths[start] for start in starts], batches, [objectives[start] for start in starts])
+            kv = {at for at, start in enumerate(starts) if members[start].start.vectors.ndim > 2}
+            plan = pack_targets([lengths[start] for start in starts], batches, [objectives[start] for start in starts], kv)
             parts = [
                 members[start].slot.weights(many, batch, totals[start])
                 for start, many, batch in zip(starts, plan.per_slot, batches, strict=True)
@@ -94,7 +95,7 @@ class _Plan:
             kinds = [[text for text, _ in parts], [choices for _, choices in parts]]
             owners = [np.repeat(starts, [len(part) for part in kind]) for kind in kinds]
             self.packed.append(plan)
-            self.spans.append(_spans(lengths, starts))
+            self.starts.append(starts)
             tensors += plan.parts(self._cascades)
             tensors += [torch.from_numpy(np.concatenate([*kinds[0], *kinds[1]])), torch.from_numpy(np.concatenate(owners))]
         limits = [each.slot.config.clip or LARGEST for each in members]
@@ -111,8 +112,8 @@ class _Plan:
         """On the device: the passes, limits and scales of the starts, and what their optimisers need."""
         tensors = iter(self._parcel.send())
         passes = [
-            _Pass(plan, spans, plan.read_from(tensors, self._cascades), next(tensors), next(tensors))
-            for plan, spans in zip(self.packed, self.spans, strict=True)
+            _Pass(plan, starts, plan.read_from(tensors, self._cascades), next(tensors), next(tensors))
+            for plan, starts in zip(self.packed, self.starts, strict=True)
         ]
         return passes, next(tensors), next(tensors), list(tensors)
 
@@ -145,17 +146,17 @@ class Stepper:
         scaled = any(start.scale != 1 for start in starts)
         while True:
             losses = self._backward(together, passes, scales)
-            gradient, losses, news = self._reduce(together, losses, has_news)
-            gradient, norms = together.clipped(gradient / together.rows.spread(scales) if scaled else gradient, limits)
+            gradients, losses, news = self._reduce(together, losses, has_news)
+            gradients, norms = together.clipped(together.unscaled(gradients, scales) if scaled else gradients, limits)
             if not scaled:  # before the host waits for the results: a start that has failed leaves anyway
-                together.update(gradient, numbers)
+                together.update(gradients, numbers)
             found = torch.cat([losses, norms, news] if news is not None else [losses, norms]).tolist()
             results = found[: len(starts)], found[len(starts) : 2 * len(starts)]
             if not scaled or not lower_scales(starts, *results):
                 break
             scales = moved([torch.tensor([start.scale for start in starts])], self.device)[0]
         if scaled:
-            together.update(gradient, numbers)
+            together.update(gradients, numbers)
         sizes = [len(slot.starts) for slot in slots]
         told = bool(found[-1]) if news is not None else has_news()
         return Outcome(_split(results[0], sizes), _split(results[1], sizes), plan.tokens, told)
@@ -183,41 +184,28 @@ class Stepper:
 
     def _backward(self, together: Together, passes: Sequence[_Pass], scales: Tensor) -> Tensor:
         """Leave the gradients of this worker's rows in the vectors, times `scales` [K]; returns the losses `[K]`."""
-        vectors = together.vectors
-        vectors.grad = None
-        losses = torch.zeros(len(scales), device=vectors.device)
+        together.forget_gradients()
+        losses = torch.zeros(len(scales), device=self.device)
         for each in passes:
-            nll = self.model([vectors[span] for span in each.spans], each.plan, each.placed)
+            nll = self.model(together.soft_prompts(each.starts), each.plan, each.placed)
             # The starts' losses share no term: each keeps its own gradient.
             own = torch.zeros_like(losses).index_add(0, each.owners, nll * each.weights)
             own.backward(scales)
             losses += own.detach()
         return losses
 
-    def _reduce(self, together: Together, losses: Tensor, has_news: Callable[[], bool]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The sums over the workers, with one collective: gradient `[N, H]`, losses `[K]`, and, with several workers, whether
-        the first one has news."""
-        vectors = together.vectors
-        gradient = vectors.grad if vectors.grad is not None else torch.zeros_like(vectors)
-        vectors.grad = None
+    def _reduce(
+        self, together: Together, losses: Tensor, has_news: Callable[[], bool]
+    ) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """The sums over the workers, with one collective: gradients of each block, losses `[K]`, and, with several workers,
+        whether the first one has news."""
+        gradients = together.gradients()
         if self.workers.size == 1:
-            return gradient, losses, None
+            return gradients, losses, None
         [news] = moved([torch.tensor([float(self.workers.is_main and has_news())])], losses.device)
-        flat = self.workers.all_reduce(torch.cat([gradient.flatten(), losses, news]))
-        whole, losses, news = flat.split([gradient.numel(), len(losses), 1])
-        return whole.view_as(gradient), losses, news
-
-
-def _spans(lengths: Sequence[int], starts: Sequence[int]) -> list[slice]:
-    """The rows of some starts, ascending, as few slices."""
-    ends = [0, *itertools.accumulate(lengths)]
-    spans: list[slice] = []
-    for start in starts:
-        if spans and spans[-1].stop == ends[start]:
-            spans[-1] = slice(spans[-1].start, ends[start + 1])
-        else:
-            spans.append(slice(ends[start], ends[start + 1]))
-    return spans
+        flat = self.workers.all_reduce(torch.cat([*(each.flatten() for each in gradients), losses, news]))
+        *whole, losses, news = flat.split([*(each.numel() for each in gradients), len(losses), 1])
+        return [part.view_as(each) for part, each in zip(whole, gradients, strict=True)], losses, news
 
 
 def _split(values: list[float], sizes: Sequence[int]) -> list[list[float]]:

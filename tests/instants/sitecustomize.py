@@ -69,7 +69,7 @@ def prepare(train: ModuleType) -> None:
         return plan_targets(*arguments)
 
     def mid_way(self: Any, together: Any, *arguments: Any) -> Any:
-        hook = together.vectors.register_hook(lambda gradient: reached("backward", NOW["step"]))
+        hook = together.blocks[0].vectors.register_hook(lambda gradient: reached("backward", NOW["step"]))
         losses = backward(self, together, *arguments)
         hook.remove()
         return losses

@@ -130,11 +130,17 @@ def test_the_attention_of_gpus(recompute: bool, device: torch.device, monkeypatc
         lambda: pack_targets([3, 6], rows, [Objective(TRIE), Objective(TRIE, text=False)]),
         lambda: pack_labels([3, 6], [[[5, 6, 9], [7]], [[10] * 9]], TRIE),
     ]
-    for plan in plans:
+    prefix = torch.randn(4, 2, 2, 2, 8, generator=torch.Generator().manual_seed(1))
+    objectives = [Objective(TRIE, text=False), Objective(TRIE), Objective(TRIE)]
+    prefixed: list[Callable[[], Any]] = [
+        lambda: pack_targets([4, 3, 4], [*rows, rows[1]], objectives, [0, 2]),
+        lambda: pack_labels([4, 3, 4], [[[5, 6, 9], [7]], [[10] * 9], [[5]]], TRIE, [0, 2]),
+    ]
+    for plan, given in [*((plan, vectors) for plan in plans), *((plan, [prefix, vectors[0], -prefix]) for plan in prefixed)]:
         with counting():
-            found = passed(there, plan, vectors)
+            found = passed(there, plan, given)
             assert {"_flash_attention_forward"} < {name.partition(" ")[0] for _, name in DEVICE.places}
-        for one, two in zip(passed(here, plan, vectors), found, strict=True):
+        for one, two in zip(passed(here, plan, given), found, strict=True):
             assert float((one - two).norm() / one.norm()) < 1e-5
 
 
@@ -152,6 +158,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {"train__starts": 2, "train__class_weights": "balanced"},
     "adafactor": {"train__optimizer": "adafactor"},
     "text": {"train__objective": "text", "data__labels": None, "train__micro_batch_size": 4},
+    "kv": {"prompt__kind": "kv"},
 }
 
 
