@@ -98,15 +98,15 @@ def test_a_reload_reaches_both_replicas_and_ray_exports_the_metrics(tmp_path, en
         for _ in range(20):
             assert client.completions.create(model="late", prompt="a", max_tokens=2).model == "late:1"
         agents = [each for each in psutil.Process(world.command.process.pid).children(recursive=True) if listens(each)]
-        deadline = time.monotonic() + 60
-        while not (sent := [text for text in map(exported, ports(agents)) if "ray_ptuning_requests_total" in text]):
-            assert time.monotonic() < deadline, "Ray does not export them"
+        deadline, ours, text = time.monotonic() + 60, [], ""
+        while sum(each.value for each in ours) < 20:  # each replica reports for itself
+            assert time.monotonic() < deadline, f"Ray does not export them: {text}"
             time.sleep(1)
-        text = sent[0]
-        assert "ray_ptuning_kv_cache_usage_ratio" in text and "late" not in text
-        samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
-        ours = [each for each in samples if each.name == "ray_ptuning_requests_total"]
+            text = next((text for text in map(exported, ports(agents)) if "ray_ptuning_requests_total" in text), "")
+            samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
+            ours = [each for each in samples if each.name == "ray_ptuning_requests_total"]
         assert sum(each.value for each in ours) == 20 and {each.labels["deployment"] for each in ours} == {"replica"}
+        assert "ray_ptuning_kv_cache_usage_ratio" in text and "late" not in text
 
 
 def listens(process: psutil.Process) -> list[int]:

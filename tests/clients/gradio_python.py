@@ -7,7 +7,7 @@ from gradio_client import Client
 from server import KEY, LABELS, TEXT, URL, report
 
 for streaming in (False, True):
-    page = gradio.load_chat(URL, model="fruits", token=KEY, streaming=streaming)
+    page = gradio.load_chat(URL, model="fruits", token=KEY, file_types=None, streaming=streaming, api_name="chat")
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True)
     try:
         answer = Client(address, verbose=False).predict(TEXT, api_name="/chat")
