@@ -5,31 +5,28 @@
 # make demo   everything once: train, search, register, serve, ask; some minutes
 # make train  the first job: a soft prompt for sentiment on the built-in base
 # make docs   the documentation site, into build/site
+# make pictures   the pictures of the pages, from the output of the demo
 # make clean  remove everything that these made, except the results in runs/
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: test test-all fast lint demo train docs clean
-
-# What needs no cluster in a process for every core; then the rest, one after the other: a cluster has the machine for itself.
-# The seconds of every test are in build/*.xml.
-BESIDE := --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+.PHONY: test test-all fast lint demo train docs pictures clean
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not cluster and not nightly and not soak" $(BESIDE) --junitxml=build/tests.xml
-	$(BIN)/python -m pytest -m "cluster and not nightly and not soak" --junitxml=build/clusters.xml
+	$(BIN)/python tests/suite.py "not nightly and not soak"
 
 test-all: export PTUNING_BATCHES=200
+test-all: export PTUNING_EXAMPLES=50
+test-all: export PTUNING_STAYS=12
 test-all: export PTUNING_KILLS=3
 test-all: export PTUNING_RACES=10
 test-all: .venv/installed
-	$(BIN)/python -m pytest -m "not cluster and not soak" $(BESIDE) --junitxml=build/tests.xml
-	$(BIN)/python -m pytest -m "cluster and not soak" --junitxml=build/clusters.xml
+	$(BIN)/python tests/suite.py "not soak"
 
 fast: .venv/installed
-	$(BIN)/python -m pytest -m "fast and not nightly and not soak" $(BESIDE)
+	$(BIN)/python -m pytest -m "fast and not nightly and not soak" --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check
@@ -44,6 +41,9 @@ train: .venv/installed
 
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+
+pictures: .venv/installed
+	$(BIN)/python docs/pictures.py
 
 # torch comes first and alone: the pin matches a CPU build at hand (2.13.0+cpu), and nothing else can pull in another one.
 .venv/installed: pyproject.toml constraints.txt

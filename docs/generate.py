@@ -170,8 +170,8 @@ PYTHON: dict[str, tuple[str, ...]] = {
     "Results": ("training.result.TrainResult", "searching.result.SearchResult", "searching.result.Finalist",
                 "searching.result.Leaderboard"),
     "Soft prompts": ("inference.predictor.Predictor", "model.soft_prompt.SoftPrompt", "model.soft_prompt.Card"),
-    "Registry": ("api.Registry", "registry.registry.Version", "registry.gate.Promotion", "registry.inspection.Inspection",
-                 "serving.compare.Opinion"),
+    "Registry": ("registry_api.Registry", "registry.registry.Version", "registry.gate.Promotion",
+                 "registry.inspection.Inspection", "serving.compare.Opinion"),
     "Server": ("serving.server.Server",),
     "Errors": ("errors.UserError", "errors.RunFailed"),
 }  # fmt: skip

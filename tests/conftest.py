@@ -8,10 +8,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
+import gc
 import hashlib
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -418,6 +420,30 @@ def served_world(tmp_path_factory: pytest.TempPathFactory, endless_base: Path) -
         yield world
 
 
+gc.disable()  # until everything is imported: `ptuning.imports.quick_imports` says why
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+CLUSTER = re.compile(r"local_ray|served_world|finished_run|in_cluster|mark\.cluster")
+"""What a file with tests on a cluster says somewhere."""
+ONLY = re.compile(r"^pytestmark = (\[$.*?^\]|[^\n]*)", re.MULTILINE | re.DOTALL)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files without a test that is asked for are not imported: Ray, MLflow and the others take a core half a minute."""
+    marks = config.option.markexpr
+    if not collection_path.stem.startswith("test_") or not re.match(r"(not )?cluster and ", marks):
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    if marks.startswith("cluster"):
+        return not CLUSTER.search(text) or None
+    return any(CLUSTER.search(found) for found in ONLY.findall(text)) or None
+
+
 LONGEST = ("test_train", "test_registry", "test_engine", "test_model", "test_zero", "test_disclosure", "test_http_api")
 """Files without a cluster, by their seconds in build/tests.xml."""
 
@@ -437,6 +463,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {"local_ray", "served_world"} & asks[item]:
             item.add_marker("cluster")
+        if item.get_closest_marker("cluster") and not CLUSTER.search(item.path.read_text(encoding="utf-8")):
+            raise pytest.UsageError(f"{item.nodeid} needs a cluster: name its fixture in `CLUSTER` in conftest.py")
 
 
 @contextlib.contextmanager

@@ -48,8 +48,21 @@ DIRECTIONS = {
     "searching": {"model", "data", "tracking", "planning", "cluster", "training"},
     "serving": {"model", "data", "tracking", "registry", "inference", "cluster"},
     "display": {"training", "searching"},
-    "api": {"model", "tracking", "inference", "planning", "registry", "cluster", "training", "searching", "serving", "display"},
-    "cli": {"model", "tracking", "planning", "registry", "cluster", "training", "searching", "serving", "api"},
+    "registry_api": {"model", "tracking", "registry", "serving"},
+    "api": {
+        "registry_api",
+        "model",
+        "tracking",
+        "inference",
+        "planning",
+        "registry",
+        "cluster",
+        "training",
+        "searching",
+        "serving",
+        "display",
+    },
+    "cli": {"model", "tracking", "planning", "registry", "cluster", "training", "searching", "serving", "api", "registry_api"},
 }
 """The packages that each package may import, besides the foundation and the built-in base, which is data."""
 
@@ -78,6 +91,7 @@ OWNERS = {
         "training.event_queue",
         "training.ray_trainer",
         "training.run",
+        "training.run_execution",
     },
     "fastapi": {
         "serving.api",

@@ -15,6 +15,13 @@ from conftest import REPOSITORY
 from ptuning.errors import UserError
 
 TYPES = ["llama", "gpt2", "gemma2"]
+
+
+def also_nightly(*names: Any) -> list[Any]:
+    """Bases with peculiarities of their own; they are among those of `test_every_architecture`, too."""
+    return [pytest.param(*(name if isinstance(name, tuple) else (name,)), marks=pytest.mark.nightly) for name in names]
+
+
 SCRIPT = REPOSITORY / "jobs" / "architectures.py"
 
 
@@ -68,7 +75,7 @@ def test_a_right_base_is_right_and_a_broken_one_is_found(name):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", ["glm4v_moe", "minimax_m3_vl", "emu3"])
+@pytest.mark.parametrize("name", ["glm4v_moe", *also_nightly("minimax_m3_vl", "emu3")])
 def test_the_text_part_of_a_multimodal_base(name):
     """GLM-4V's text part has no class of its own, so an export holds the whole model, and its experts are stored one by one.
     transformers lists how they are joined for whole models only, also for MiniMax-M3. Emu 3's class is listed under the whole
@@ -85,7 +92,7 @@ def test_logits_that_a_whole_model_changes_are_refused():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", ["gemma4 e2b", "deepseek_v4", "mllama", "idefics3"])
+@pytest.mark.parametrize("name", ["mllama", "idefics3", *also_nightly("gemma4 e2b", "deepseek_v4")])
 def test_what_an_export_needs_more_than_rows_of_embedding_and_head(name):
     """Embeddings of each layer; routes of tokens; rows for tokens that are never predicted; a head without a bias whose states
     lie in all directions, so that no row could be unlikely everywhere."""
@@ -95,7 +102,12 @@ def test_what_an_export_needs_more_than_rows_of_embedding_and_head(name):
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("roberta", "recomputing"), ("deepseek_v4", "plain"), ("qwen4_exp_text", "plain"), ("llama", "paged")],
+    [
+        ("roberta", "recomputing"),
+        ("deepseek_v4", "plain"),
+        ("llama", "paged"),
+        *also_nightly(("qwen4_exp_text", "plain")),
+    ],
 )
 def test_how_a_base_is_served(name, kind):
     line = checked(name, "serve")
@@ -103,7 +115,9 @@ def test_how_a_base_is_served(name, kind):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", ["qwen3_next", "rwkv", "qwen3_vl_moe", "deepseek_v4", "phi4_multimodal", "qwen4_exp_text"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_next", "rwkv", "qwen3_vl_moe", *also_nightly("deepseek_v4", "phi4_multimodal", "qwen4_exp_text")]
+)
 def test_bases_are_partitioned_that_transformers_does_not_load_partitioned(name):
     """Qwen 3 Next reads a convolution's weight without calling it. RWKV cannot be built under `zero.Init`, Qwen 3-VL and
     DeepSeek V4 cannot be filled, and Phi 4 enters it while it is only described. How often Qwen 4 calls a norm depends on the

@@ -45,8 +45,11 @@ base = find_base(experiment.model)
 done = Run(PromptedModel(base.load(torch.float32)), base, Path(sys.argv[2]))(experiment)
 print(json.dumps([event.kind for event in done.events if event.kind != "step"]))
 print(json.dumps(sorted(done.result(experiment.name).card.versions)))
-from benchmarks import gpu
+"""
+
+BENCHMARK = """
 from types import SimpleNamespace
+from benchmarks import gpu
 arguments = SimpleNamespace(device="cpu", small=True, sizes=["1b"])
 for part in ("machine", "right", "waits"):
     print(json.dumps(gpu.run_part(part, arguments)))
@@ -62,14 +65,18 @@ def run(program: str, *arguments: str) -> list[str]:
 
 
 @pytest.mark.fast
-def test_training_and_the_first_parts_of_the_gpu_benchmark_need_torch_and_transformers(
-    toy_task: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_training_needs_torch_and_transformers(toy_task: SimpleNamespace, tmp_path: Path) -> None:
     tables = toy_task.experiment
     tables["train"] |= {"steps": 4, "evaluate_every": 2}
-    kinds, versions, *parts = [json.loads(line) for line in run(ROOMS, json.dumps(tables), str(tmp_path))]
+    kinds, versions = [json.loads(line) for line in run(ROOMS, json.dumps(tables), str(tmp_path))]
     assert kinds == ["start", "evaluation", "evaluation", "finished"]
     assert "torch" in versions and not {"ray", "deepspeed"} & set(versions)
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_the_first_parts_of_the_gpu_benchmark_need_torch_and_transformers() -> None:
+    parts = [json.loads(line) for line in run(BENCHMARK)]
     assert [part["part"] for part in parts] == ["machine", "right", "waits"]
     right = parts[1]["found"]
     assert right.pop("resumed") == {"adamw": True, "adafactor": True}

@@ -111,7 +111,7 @@ WRONG = [
         {"foo": 1},
         "foo: unknown key; known here: compute, data, model, name, prompt, search, serve, tracking, train, zero",
     ),
-    ({"model__lr2": 1}, "model.lr2: unknown key; known here: dtype, path, revision, trust_remote_code"),
+    ({"model__lr2": 1}, "model.lr2: unknown key; known here: dtype, path, quantization, revision, trust_remote_code"),
     # Keys of other tools and of other tables.
     ({"train__lr": 1}, "train.lr: unknown key; did you mean train.learning_rate?"),
     ({"lr": 1}, "lr: unknown key; did you mean train.learning_rate?"),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import generate
+import pictures
 import pytest
 import typer
 import yaml
@@ -340,8 +341,9 @@ def test_links_lead_somewhere(page: str) -> None:
         if str(file.relative_to(REPOSITORY)) in generated:
             continue
         assert file.is_file(), link
-        titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-        assert not anchor or anchor in map(slug, titles), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(slug, titles), link
 
 
 @pytest.mark.fast
@@ -376,6 +378,37 @@ def test_links_of_a_page_are_those_of_the_site() -> None:
         '[a](benchmarks.md#serving) [b](guides/gpu.md) c <img src="one-base.svg">\n'
     )
     assert generate.relink("[a](../../README.md)", "docs/guides/gpu.md", "guides/gpu.md") == "[a](../index.md)"
+
+
+PRINTED = """
+$ ptuning train a.toml
+train: 2 rows, 9 tokens
+
+$ ptuning serve a.toml
+  serving at http://127.0.0.1:1/v1
+
+Done in 3 s
+"""
+
+
+@pytest.mark.fast
+def test_terminal_pictures_show_what_was_printed() -> None:
+    said = pictures.commands(PRINTED)
+    assert said == {
+        "ptuning train a.toml": "train: 2 rows, 9 tokens",
+        "ptuning serve a.toml": "  serving at http://127.0.0.1:1/v1",
+    }
+    shown = "".join(xml.etree.ElementTree.fromstring(pictures.terminal(said, "a")).itertext()).replace("\xa0", " ")
+    assert all(words in shown for words in ("ptuning serve a.toml", "train: 2 rows, 9 tokens"))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("picture", sorted(pictures.PICTURES.glob("*.svg")), ids=lambda picture: picture.stem)
+def test_terminal_pictures_are_those_of_the_script(picture: Path) -> None:
+    text = picture.read_text(encoding="utf-8")
+    shown = "".join(xml.etree.ElementTree.fromstring(text).itertext()).replace("\xa0", " ")
+    assert any(f"$ {command}" in shown for command in pictures.PARTS[picture.stem]) and picture.stat().st_size < 50_000
+    assert not re.search(r"(?:href|src|url)\s*[=(]\s*[\"']?(?:https?:)?//", text), "nothing is fetched"
 
 
 @pytest.mark.fast

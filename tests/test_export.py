@@ -151,8 +151,9 @@ def test_merged_exports_of_every_architecture(
     assert drawn(tmp_path / "merged", 10_000, suppress=True) == 0
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["stories260K", pytest.param("tinystories-656k", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("model", ["stories260K", "tinystories-656k"])
 def test_no_virtual_token_is_ever_drawn(tmp_path: Path, assets: Path, model: str) -> None:
     base = find_base(ModelConfig(path=str(assets / "models" / model)))
     merged = write_merged(prompt_for(base, length=20), base, "toy", tmp_path / "merged")

@@ -40,7 +40,7 @@ from ptuning.searching.trial_store import TrialRecord
 from ptuning.training.messages import Event
 from ptuning.training.run import run_training
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 KILLS = int(os.environ.get("PTUNING_KILLS", "1"))
 """How often a driver is killed, and whether a worker is once more."""
@@ -320,6 +320,7 @@ def test_one_driver_per_run_and_a_killed_one_costs_at_most_one_interval(
 ) -> None:
     steps = 300 * (1 + KILLS)
     tables["compute"]["workers"] = 1
+    del tables["zero"]
     tables["train"] |= {"steps": steps}
     folder = tmp_path / "runs" / "toy"
     command = [sys.executable, "-m", "ptuning", "train", str(write_toml(tables))]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
+import queue
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ptuning.cluster import network_check
 from ptuning.cluster.failures import cause
+from ptuning.config import parse_experiment
+from ptuning.data.task import load_task
 from ptuning.errors import UserError
 from ptuning.inference import label_scorer
 from ptuning.inference.transformers_engine import TransformersEngine
@@ -24,7 +29,7 @@ from ptuning.inference.types import EngineConfig
 from ptuning.model import token_loss
 from ptuning.model.base import Base, computes_in_bfloat16, find_base
 from ptuning.model.label_trie import LabelTrie
-from ptuning.model.packing import pack_targets
+from ptuning.model.packing import PackedBatch, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.token_tree import TokenTree
 from ptuning.planning.capacity import step_flops
@@ -37,6 +42,7 @@ from ptuning.settings.model import ModelConfig
 from ptuning.settings.training import ZeroConfig
 from ptuning.training import base_loader, loop, zero
 from ptuning.training.distributed import Workers
+from ptuning.training.loop import Pack
 from ptuning.training.starts import LOWER
 
 pytestmark = pytest.mark.fast
@@ -78,19 +84,60 @@ def test_nodes_keep_copies_only_if_they_have_equally_many_workers(
     assert not node_copies_fit(16, 12, 8, 80_000)
 
 
-def test_a_size_that_does_not_fit_into_a_gpu_ends_the_measurement(toy_task: SimpleNamespace, monkeypatch: Any) -> None:
-    def seconds(pack: Any, experiment: Any, size: int) -> float:
-        if size > 4:
-            raise torch.OutOfMemoryError
-        return 1.0
+def _counting(rank: int, size: int, port: int, base: Base, tables: dict[str, Any], least: int, answer: Any) -> None:
+    """A worker; the last one's memory holds `least` soft prompts in a pass."""
+    own, forward = Workers(rank, size), PromptedModel.forward
 
-    monkeypatch.setattr(slot_count, "_seconds", seconds)
+    def limited(self: PromptedModel, soft_prompts: Any, plan: PackedBatch, *arguments: Any) -> torch.Tensor:
+        if rank == size - 1 and len(plan.per_slot) > least:
+            raise torch.OutOfMemoryError
+        return forward(self, soft_prompts, plan, *arguments)
+
+    PromptedModel.forward = limited  # type: ignore[method-assign]
+    try:
+        if size > 1:
+            torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+        pack = Pack(PromptedModel(base.load(torch.float32)), base, own, lambda experiment: load_task(experiment, base), 99)
+        try:
+            found: Any = slot_count.count_slots(pack, parse_experiment(tables))
+        except UserError as error:
+            found = str(error)
+        assert not pack.slots and pack.news_pending
+        answer.put((rank, own.all_gather(found)))  # the workers are still together
+    finally:
+        PromptedModel.forward = forward  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("size", "least", "expected"), [(1, 4, 4), (1, 0, None), (2, 1, 2), (2, 0, None)])
+def test_all_workers_agree_on_the_slots_that_fit_into_every_gpu(
+    size: int, least: int, expected: int | None, base: Base, toy_task: SimpleNamespace, monkeypatch: Any
+) -> None:
+    """Of two workers, each computes half of the soft prompts."""
     monkeypatch.setattr(slot_count, "_fitting", lambda pack, experiment, most: most)
-    task = experiment(toy_task, search={"trials": 16})
-    alone: Any = SimpleNamespace(workers=Workers(), slots=[1, 2], news_pending=False)
-    assert slot_count.count_slots(alone, task) == 4 and not alone.slots and alone.news_pending
-    with pytest.raises(torch.OutOfMemoryError):  # the other worker waits inside the step
-        slot_count.count_slots(SimpleNamespace(workers=Workers(0, 2)), task)  # type: ignore[arg-type]
+    monkeypatch.setattr(slot_count, "GAIN", 1e-9)
+    tables = {**toy_task.experiment, "search": {"trials": 16}}
+    answers: Any = multiprocessing.get_context("fork").Queue() if size > 1 else queue.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (size, port, base, tables, least, answers)
+    if size == 1:
+        _counting(0, *arguments)
+    else:
+        torch.set_num_threads(1)  # the processes are forked, and threads do not survive that
+        processes = [
+            multiprocessing.get_context("fork").Process(target=_counting, args=(rank, *arguments)) for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+    found = [answers.get(timeout=120) for _ in range(size)]
+    if size > 1:
+        for process in processes:
+            process.join(30)
+    refused = "search.slots: not even one soft prompt fits into the memory of a worker"
+    for _, each in found:
+        assert len(each) == size
+        assert all(count == expected if expected else str(count).startswith(refused) for count in each), each
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,17 @@ def test_a_replica_has_a_gpu_or_sees_none(
         server._check_resources(experiment(toy_task, serve={"replicas": 3, "gpus_per_replica": 1.0}))
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize(("gpus", "given", "environment"), [(0, None, None), (2, 1, None), (2, 0, ray_trainer.WITHOUT_GPUS)])
+def test_gpus_are_hidden_from_workers_that_ask_for_none(
+    toy_task: SimpleNamespace, machine: Any, tmp_path: Any, gpus: int, given: int | None, environment: Any
+) -> None:
+    machine(gpus)
+    tried = experiment(toy_task, **({} if given is None else {"compute__gpus_per_worker": given}))
+    trainer = ray_trainer.make_trainer(tried, str(tmp_path), ray_trainer.scale(tried), print, {"events": None})
+    assert trainer.run_config.worker_runtime_env == (environment or {})
+
+
 SCRIPT = """
 import json, os, sys
 import ray
@@ -114,6 +125,7 @@ for gpus in (None, 0):
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_workers_without_gpus_see_none(toy_task: SimpleNamespace, tmp_path: Any) -> None:

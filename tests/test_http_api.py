@@ -69,8 +69,8 @@ LABELS = Template(input="Text: {text}\nKind:", target=" {label}", labels=("fruit
 FREE = Template(input="Text: {text}\nKind:", target=" {answer}")
 PAIR = Template(input="A: {first} B: {second}\nKind:", target=" {label}", labels=("fruit", "tool"))
 KEY, ADMIN = "inference-key-0123456789", "admin-key-0123456789"
-EXAMPLES = int(os.environ.get("PTUNING_EXAMPLES", "50"))
-"""Requests that schemathesis invents per operation."""
+EXAMPLES = int(os.environ.get("PTUNING_EXAMPLES", "20"))
+"""Requests that schemathesis invents per operation; `make test-all` has 50."""
 
 
 def publish_soft_prompt(registry: Registry, base_folder: Path, folder: Path, name: str, seed: int, **card: Any) -> str:

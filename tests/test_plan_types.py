@@ -168,11 +168,11 @@ def test_a_search_starts_whatever_can_be_planned(
     workers = SimpleNamespace(size=1, all_gather=lambda value: [value], broadcast=lambda value: value)
     pack: Any = SimpleNamespace(
         load_task=lambda experiment: SimpleNamespace(train=rows), workers=workers, model=model,
-        base=SimpleNamespace(config=tiny_config("llama")),
+        base=SimpleNamespace(config=tiny_config("llama"), stored_in=None),
     )  # fmt: skip
     monkeypatch.setattr(PromptedModel, "forward", failing)
     monkeypatch.setattr(slot_count, "_room", lambda workers: 1)
-    monkeypatch.setattr(slot_count, "_seconds", lambda pack, experiment, size: 1.0)
+    monkeypatch.setattr(slot_count, "_measured", lambda pack, experiment, size: 1.0)
     if not built:
         monkeypatch.setattr(meta_model, "PromptedModel", failing)
     assert slot_count.count_slots(pack, experiment) == (3 if slots == 3 else 1)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.racing import race
 from test_soft_prompt import make
 from test_tracking import free_port, migrated, new_database, server
 
@@ -375,23 +376,6 @@ def test_a_parent_from_the_registry_is_pinned_in_the_runs_folder(
         written = parse_experiment(toy_task.experiment)
         with pytest.raises(UserError, match=message):
             bring_parent(written, pin_parent(written, str(tmp_path / "run")), base)
-
-
-def race(uri: str, name: str, version: int, tries: int, barrier: Any, results: Any) -> None:
-    """One of two promoters: both begin every try with the same view, and each wants its own version."""
-    ledger = PromotionLog(Registry(uri), name)
-    for attempt in range(tries):
-        seen = ledger.state()
-        barrier.wait()
-        try:
-            ledger.promote(2 * attempt + version, seen)
-            won = True
-        except MovedMeanwhile:
-            won = False
-        barrier.wait()
-        alias = ledger.registry.client.get_registered_model(name).aliases.get("champion")
-        results.put((attempt, version, won, alias and int(alias)))
-        barrier.wait()
 
 
 RACES = int(os.environ.get("PTUNING_RACES", "3"))

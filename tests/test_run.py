@@ -19,11 +19,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ptuning import storage
+from ptuning.cluster.local_paths import absolute
 from ptuning.config import Experiment, parse_experiment
 from ptuning.errors import RunFailed, UserError
 from ptuning.model import soft_prompt
 from ptuning.training import ray_trainer
-from ptuning.training import run as training_run
 from ptuning.training.messages import Event, Loaded, Stepped
 from ptuning.training.run import run_training
 
@@ -94,7 +94,7 @@ def test_train_gives_a_soft_prompt_and_an_mlflow_run_that_holds_everything(finis
 
 @pytest.mark.nightly
 def test_a_cluster_that_is_gone_is_not_waited_for(tables: dict[str, Any]) -> None:
-    imports = "import ray; from ptuning.config import Experiment; from ptuning.training.run import start_ray"
+    imports = "import ray; from ptuning.config import Experiment; from ptuning.cluster.connection import start_ray"
     start = imports + "; start_ray(Experiment.model_validate({tables}))"
     with tempfile.TemporaryDirectory() as folder:  # short, sockets lie in it
         (Path(folder) / "ray").mkdir()
@@ -153,7 +153,7 @@ def test_experiments_travel_with_absolute_paths(
     monkeypatch.chdir(tmp_path)
     tables["data"]["train"] = "toy/train.jsonl"
     tables["compute"]["storage"] = "runs"
-    resolved: Experiment = training_run.absolute(parse_experiment(tables))
+    resolved: Experiment = absolute(parse_experiment(tables))
     assert resolved.data.train == str(tmp_path / "toy/train.jsonl") and resolved.compute.storage == str(tmp_path / "runs")
 
 

@@ -118,6 +118,7 @@ def test_a_search_under_asha_tests_and_tracks_its_winner(
     in_cluster: None, tables: dict[str, Any], write_toml: Callable[..., Path]
 ) -> None:
     tables["compute"]["workers"] = 1
+    del tables["zero"]
     space = ['search.space.train.optimizer=["adamw", "adafactor"]', "search.space.train.clip=[0.5, 2.0]"]
     done = CliRunner().invoke(app, ["search", str(write_toml(tables)), *space, "--json"])
     assert done.exit_code == 0, (done.stderr, done.exception)

@@ -675,6 +675,7 @@ def test_the_doctor_goes_to_the_cluster(cluster: SimpleNamespace, write_toml: Wr
     assert nobody.returncode == 1 and "no response" in nobody.stderr
 
 
+@pytest.mark.nightly
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_failing_job_gives_its_exit_code(cluster: SimpleNamespace, write_toml: Write) -> None:

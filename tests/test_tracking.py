@@ -342,6 +342,7 @@ def test_server_down_at_start_killed_and_back(tmp_path: Path) -> None:
     uri = f"http://127.0.0.1:{port}"
     folder = tmp_path / "server"
     folder.mkdir()
+    shutil.copy(migrated(), folder / "server.db")
     tracker = track(tmp_path, uri=uri)
     tracker.params({"lr": 0.1})
     steps = iter(range(1, 10_000))

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,9 +44,17 @@ from ptuning.training.slot import Slot, learning_rate
 pytestmark = pytest.mark.fast
 
 
+EXAMPLES = int(os.environ.get("PTUNING_STAYS", "6"))
+"""Random joins and leaves of law 4; `make test-all` has 12."""
+
+
 @pytest.fixture(scope="module")
-def base(tiny_base_folder: Path) -> Base:
-    return find_base(ModelConfig(path=str(tiny_base_folder)))
+def base(tiny_base_folder: Path, request: pytest.FixtureRequest) -> Base:
+    return find_base(ModelConfig(path=str(tiny_base_folder), quantization=getattr(request, "param", None)))
+
+
+STORED = pytest.mark.parametrize("base", [None, "int8"], indirect=True, ids=["plain", "int8"])
+"""The base as it is, and stored in 8 bits."""
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +109,19 @@ def test_labels_of_one_token_are_learned_as_text_too_and_the_card_says_so(
     assert public is not None and public["train"]["text_weight"] == weight
 
 
+@STORED
 def test_law_2_only_the_soft_prompt_moves(run: Any, toy_task: SimpleNamespace, model: PromptedModel) -> None:
     before = weights_hash(model.base)
     done = run()(experiment(toy_task))
     assert weights_hash(model.base) == before
     assert all(parameter.grad is None for parameter in model.base.parameters())
     assert len(done.of("step")) == 20
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, Any]:
+    """Vectors, metrics and curve of runs that were not killed; filled by the first test with these changes."""
+    return {}
 
 
 @pytest.mark.parametrize(
@@ -123,22 +139,37 @@ def test_law_2_only_the_soft_prompt_moves(run: Any, toy_task: SimpleNamespace, m
 )
 @pytest.mark.parametrize("killed_at", [1, 7, 20, *(pytest.param(step, marks=pytest.mark.nightly) for step in (3, 10, 13))])
 def test_law_5_killed_and_resumed_is_bit_identical(
-    run: Any, toy_task: SimpleNamespace, killed_at: int, changes: dict[str, Any]
+    run: Any, toy_task: SimpleNamespace, undisturbed: dict[str, Any], killed_at: int, changes: dict[str, Any]
 ) -> None:
     every = 1 if "train__starts" in changes else 5
     task = experiment(toy_task, **{"train__checkpoint_every": every, **changes})
-    whole = run("whole")(task)
+    if str(changes) not in undisturbed:
+        done = run("whole")(task)
+        curve = {event.step: event.values["loss"] for event in done.of("step")}
+        undisturbed[str(changes)] = done.result("toy").vectors, done.of("finished")[0].values, curve
+    vectors, values, whole = undisturbed[str(changes)]
     interrupted = run("interrupted")
     with pytest.raises(Killed):
         interrupted(task, stop_after=killed_at)
     resumed = run("interrupted")(task)
-    assert torch.equal(whole.result("toy").vectors, resumed.result("toy").vectors)
-    assert whole.of("finished")[0].values == resumed.of("finished")[0].values
+    assert torch.equal(vectors, resumed.result("toy").vectors)
+    assert values == resumed.of("finished")[0].values
     # It repeats at most one checkpoint interval, and no point of the curve is lost.
     first = resumed.of("start")[0].step
     assert killed_at - first <= 5
     curve = {event.step: event.values["loss"] for event in interrupted.of("step") + resumed.of("step")}
-    assert curve == {event.step: event.values["loss"] for event in whole.of("step")}
+    assert curve == whole
+
+
+@pytest.mark.parametrize("base", ["int8", "fp8"], indirect=True)
+def test_law_5_over_a_base_stored_in_8_bits(run: Any, toy_task: SimpleNamespace) -> None:
+    task = experiment(toy_task, train__checkpoint_every=5)
+    whole = run("whole")(task)
+    with pytest.raises(Killed):
+        run("interrupted")(task, stop_after=7)
+    resumed = run("interrupted")(task)
+    assert torch.equal(whole.result("toy").vectors, resumed.result("toy").vectors)
+    assert whole.of("finished")[0].values == resumed.of("finished")[0].values
 
 
 def test_law_5_killed_while_finishing(run: Any, toy_task: SimpleNamespace) -> None:
@@ -179,6 +210,7 @@ def test_events_that_the_driver_has_recorded_are_not_kept(run: Any, toy_task: Si
     assert [event.step for event in again.of("step")] == list(range(5, 21))
 
 
+@STORED
 def test_law_4_packing_changes_nothing(run: Any, toy_task: SimpleNamespace) -> None:
     trials = [
         experiment(
@@ -194,12 +226,12 @@ def test_law_4_packing_changes_nothing(run: Any, toy_task: SimpleNamespace) -> N
         )
         for index, (length, init, rate, steps, optimizer, more) in enumerate(
             [
-                (4, "vocabulary", 0.05, 50, "adamw", {}),
-                (1, "random", 0.01, 20, "adamw", {"train__objective": "text"}),
-                (9, "labels", 0.3, 35, "adafactor", {"train__text_weight": 0.5}),
-                (3, "vocabulary", 0.05, 30, "adamw", {"train__text_weight": 0}),
-                (6, "vocabulary", 0.1, 50, "adamw", {"train__starts": 4}),
-                (2, "random", 0.02, 10, "adamw", {"train__class_weights": "balanced"}),
+                (4, "vocabulary", 0.05, 25, "adamw", {}),
+                (1, "random", 0.01, 10, "adamw", {"train__objective": "text"}),
+                (9, "labels", 0.3, 17, "adafactor", {"train__text_weight": 0.5}),
+                (3, "vocabulary", 0.05, 15, "adamw", {"train__text_weight": 0}),
+                (6, "vocabulary", 0.1, 25, "adamw", {"train__starts": 4}),
+                (2, "random", 0.02, 5, "adamw", {"train__class_weights": "balanced"}),
             ]
         )
     ]
@@ -216,7 +248,7 @@ def trained_alone() -> dict[str, torch.Tensor]:
     return {}
 
 
-@hypothesis.settings(max_examples=12, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(max_examples=EXAMPLES, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 30)), min_size=5, max_size=5))
 def test_law_4_whoever_joins_and_leaves(
     run: Any, toy_task: SimpleNamespace, trained_alone: dict[str, torch.Tensor], stays: list[tuple[int, int]]

@@ -22,6 +22,7 @@ from conftest import weights_hash
 
 from ptuning.config import parse_experiment
 from ptuning.data.task import load_task
+from ptuning.imports import load_deepspeed
 from ptuning.model import soft_prompt
 from ptuning.model.base import find_base
 from ptuning.model.packing import pack_targets
@@ -218,7 +219,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> An
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, str(folder), tables), nprocs=2)
+    load_deepspeed()
+    from ptuning.training import base_loader, zero  # noqa: F401  # what both would import, each for ten seconds
+
+    torch.multiprocessing.start_processes(work, (port, str(folder), tables), nprocs=2, start_method="fork")
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     tensors = [load_file(folder / f"rank{rank}.safetensors") for rank in (0, 1)]
     return folder, tables, ranks, tensors

@@ -18,6 +18,7 @@ from torch import Tensor
 from ptuning.errors import UserError
 from ptuning.model.base import find_base
 from ptuning.model.packing import Row, pack_targets
+from ptuning.settings.fields import EightBits
 from ptuning.settings.model import ModelConfig
 from ptuning.settings.training import ZeroConfig
 from ptuning.training import base_loader
@@ -30,7 +31,13 @@ class SharedFailed(RuntimeError):
     """A process failed; the message is its error's first line."""
 
 
-def gradients_of_two(folder: Path, soft_prompts: Sequence[Tensor], rows: Sequence[Sequence[Row]], work: Path) -> list[Tensor]:
+def gradients_of_two(
+    folder: Path,
+    soft_prompts: Sequence[Tensor],
+    rows: Sequence[Sequence[Row]],
+    work: Path,
+    quantization: EightBits | None = None,
+) -> list[Tensor]:
     """The gradient of each soft prompt for the sum of its rows' losses; each process computes every second row.
 
     The processes are forked: importing everything again would take ten seconds for each.
@@ -39,7 +46,8 @@ def gradients_of_two(folder: Path, soft_prompts: Sequence[Tensor], rows: Sequenc
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (port, folder, [each.detach() for each in soft_prompts], rows, work)
+    model = ModelConfig(path=str(folder), quantization=quantization)
+    arguments = (port, model, [each.detach() for each in soft_prompts], rows, work)
     started = [context.Process(target=_work, args=(rank, *arguments)) for rank in range(2)]
     for process in started:
         process.start()
@@ -62,7 +70,9 @@ def gradients_of_two(folder: Path, soft_prompts: Sequence[Tensor], rows: Sequenc
     return [found[str(k)] for k in range(len(soft_prompts))]
 
 
-def _work(rank: int, port: int, folder: Path, vectors: Sequence[Tensor], rows: Sequence[Sequence[Row]], work: Path) -> None:
+def _work(
+    rank: int, port: int, model: ModelConfig, vectors: Sequence[Tensor], rows: Sequence[Sequence[Row]], work: Path
+) -> None:
     os.environ |= {
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
@@ -70,11 +80,11 @@ def _work(rank: int, port: int, folder: Path, vectors: Sequence[Tensor], rows: S
     try:
         dist.init_process_group("gloo", rank=rank, world_size=2)
         workers = Workers.current()
-        base = find_base(ModelConfig(path=str(folder)))
-        model = base_loader.load(base, ZeroConfig(stage=3, persistent_below=50), torch.float32)
+        base = find_base(model)
+        shared = base_loader.load(base, ZeroConfig(stage=3, persistent_below=50), torch.float32)
         prompts = [each.clone().requires_grad_() for each in vectors]
         plan = pack_targets([len(each) for each in prompts], [batch[rank::2] for batch in rows])
-        model(prompts, plan).sum().backward()
+        shared(prompts, plan).sum().backward()
         gradients = {str(k): workers.all_reduce(each.grad) for k, each in enumerate(prompts) if each.grad is not None}
         if rank == 0:
             safetensors.torch.save_file(gradients, work / "zero.safetensors")

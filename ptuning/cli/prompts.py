@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ptuning import api
 from ptuning.cli.options import BaseOption, Json, Storage, Tracking, busy, fail, non_blank, table
 from ptuning.errors import UserError
+from ptuning.registry_api import Registry, single_version
 from ptuning.settings.data import Template, check_input
 from ptuning.settings.fields import MARGIN
 
@@ -39,7 +39,7 @@ def list_(storage: Storage = None, tracking: Tracking = None, as_json: Json = Fa
     """
     with _sentences():
         with busy("reading the registry"):
-            rows = [_row(version) for version in api.Registry(storage, tracking).list()]
+            rows = [_row(version) for version in Registry(storage, tracking).list()]
         if not rows:
             typer.echo("no soft prompts yet; publish one with: ptuning train EXPERIMENT --register NAME", err=True)
         lines = [list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)]
@@ -56,7 +56,7 @@ def show(
     """
     with _sentences():
         with busy("reading the soft prompt and its base's words"):
-            shown = api.Registry(storage, tracking).inspect(name, base=base)
+            shown = Registry(storage, tracking).inspect(name, base=base)
         _say(shown.as_json(), str(shown), as_json)
 
 
@@ -87,7 +87,7 @@ def import_(
         check_name(name)
         template = _template(input_, target, labels) or _ask_template(locate(source))
         with busy("importing"):
-            version = api.Registry(storage, tracking).add(source, name, base=base, template=template)
+            version = Registry(storage, tracking).add(source, name, base=base, template=template)
         _say(_row(version), f"imported as {version}; make it champion with: ptuning prompts promote {version}", as_json)
 
 
@@ -110,7 +110,7 @@ def export(
     """
     with _sentences():
         with busy("exporting"):
-            registry = api.Registry(storage, tracking)
+            registry = Registry(storage, tracking)
             if format_ == "peft":
                 version = registry.export(name, folder)
             else:
@@ -140,7 +140,7 @@ def promote(
     """
     with _sentences():
         with busy("checking"):
-            done = api.Registry(storage, tracking).promote(name, number, margin=margin, force=force, base=base)
+            done = Registry(storage, tracking).promote(name, number, margin=margin, force=force, base=base)
         facts = {"name": done.version.name, "champion": done.version.version}
         before = f", before it was {done.previous}" if done.previous else ""
         line = f"{done.version} is champion{before}" if done.moved else f"{done.version} is champion already"
@@ -162,7 +162,7 @@ def rollback(
     """
     with _sentences():
         with busy("rolling back"):
-            champion = api.Registry(storage, tracking).rollback(name)
+            champion = Registry(storage, tracking).rollback(name)
         _say({"name": name, "champion": champion}, f"{name}:{champion} is champion again", as_json)
 
 
@@ -181,12 +181,12 @@ def delete(
     Example: ptuning prompts delete sentiment:1 --yes
     """
     with _sentences():
-        reference = api.single_version(name)
+        reference = single_version(name)
         if not yes:
             if not sys.stdin.isatty():
                 raise UserError(f"{reference}: deleting asks for confirmation, and there is no terminal; repeat it with --yes")
             typer.confirm(f"Delete {reference}?", abort=True)
-        version = api.Registry(storage, tracking).delete(name)
+        version = Registry(storage, tracking).delete(name)
         _say({"deleted": str(version)}, f"{version} is deleted; its run {version.run_id} stays", as_json)
 
 
@@ -200,7 +200,7 @@ def similar(name: Name, storage: Storage = None, tracking: Tracking = None, as_j
     """
     with _sentences():
         with busy("comparing"):
-            found = api.Registry(storage, tracking).similar(name)
+            found = Registry(storage, tracking).similar(name)
         rows = [{"name": str(version), "cosine": round(cosine, 4)} for version, cosine in found]
         if not rows:
             typer.echo("no other soft prompt of this base", err=True)

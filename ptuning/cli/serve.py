@@ -19,6 +19,7 @@ from ptuning.cli.options import BaseOption, ExperimentArgument, Json, Overrides,
 from ptuning.config import read_experiment
 from ptuning.errors import UserError
 from ptuning.redaction import redact
+from ptuning.registry_api import Registry
 
 KEY = "PTUNING_API_KEY"
 
@@ -138,7 +139,7 @@ def compare(
     """
     try:
         with busy("asking"):
-            opinions = api.Registry(storage, tracking).compare(name, text, base=base)
+            opinions = Registry(storage, tracking).compare(name, text, base=base)
     except UserError as error:
         fail(str(error), 2)
     if as_json:

@@ -20,12 +20,14 @@ from ptuning import environment
 from ptuning.errors import BaseError, UserError
 from ptuning.model.base_folder import check_folder, find_folder
 from ptuning.model.decoder import TEXT_PART, check_decoder, has_text_part, is_multimodal, whole_class
+from ptuning.model.eight_bits import store
 from ptuning.model.fingerprint import Fingerprint, config_hash, tokenizer_fingerprint, weights_hash
 from ptuning.model.integer_weights import METHODS, plain_tensors
 from ptuning.model.quantization import WHOLE, dequantized, loading_settings, take_quantization
 from ptuning.model.safetensors_files import StoredTensor, stored_tensors, weights_name
 from ptuning.model.stored_names import check_stored
 from ptuning.model.text_head import is_converted
+from ptuning.settings.fields import EightBits
 from ptuning.settings.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class Base:
     """Expressions that turn stored names into those of the model (`key_mapping`), if its text part is loaded alone."""
     quantization: dict[str, Any] | None = None
     """The settings by which transformers dequantises the files; None for plain weights."""
+    stored_in: EightBits | None = None
+    """How linear layers are stored in memory; None: in the dtype of the base."""
 
     @property
     def notes(self) -> list[str]:
@@ -63,13 +67,14 @@ class Base:
         return [
             *(["the text part of a multimodal checkpoint"] if self.multimodal else []),
             *([f"dequantised from {method}"] if method else []),
+            *([f"stored in {self.stored_in}"] if self.stored_in else []),
         ]
 
     @property
     def loaded_whole(self) -> bool:
         """Whether every worker has to load the whole base before it can be partitioned."""
         quantised = self.quantization is not None and self.quantization["quant_method"] in WHOLE
-        return quantised or is_converted(self.config)
+        return quantised or is_converted(self.config) or self.stored_in is not None
 
     @property
     def width(self) -> int:
@@ -121,12 +126,23 @@ class Base:
                 return sum(parameter.numel() for parameter in model.parameters())
         return sum(math.prod(tensor.shape) for tensor in self.tensors)
 
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Of all parameters, as they are in memory."""
+        if not self.stored_in:
+            return self.numbers * dtype.itemsize
+        model = self._meta_model(dtype)
+        if model is None:
+            return self.numbers * dtype.itemsize
+        store(model, self.stored_in, self.name)
+        return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
     @cached_property
     def fingerprint(self) -> Fingerprint:
         return Fingerprint(
             config=config_hash(self.folder),
             tokenizer=tokenizer_fingerprint(self.tokenizer),
             weights=weights_hash(self.folder),
+            quantization=self.stored_in,
         )
 
     def dtype(self, wanted: str) -> torch.dtype:
@@ -167,7 +183,7 @@ class Base:
             trust_remote_code=self.trust_remote_code,
             output_loading_info=True,
             key_mapping=self.renamed,
-            device_map=self._device_map(device),
+            device_map=None if self.stored_in else self._device_map(device),
         )
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
@@ -177,7 +193,10 @@ class Base:
             model._weight_conversions = None  # type: ignore[assignment]  # not a module
         if self.quantization:
             model = dequantized(model, self.quantization["quant_method"], dtype)
-            moving: Any = model  # some were dequantised on the CPU
+        if self.stored_in:
+            store(model, self.stored_in, self.name)
+        if self.quantization or self.stored_in:
+            moving: Any = model  # what was done on the CPU
             model = moving if device is None else moving.to(device)
         return model
 
@@ -217,7 +236,7 @@ class Base:
             check_stored(self.name, model, self.plain_tensors, self.renamed)
         return model is not None
 
-    def _meta_model(self) -> PreTrainedModel | None:
+    def _meta_model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel | None:
         """The model without memory; None if it is the base's own code."""
         try:
             kind: Any = AutoModelForCausalLM._model_mapping[type(self.config)]
@@ -226,7 +245,8 @@ class Base:
         config = self.config.get_text_config() if kind.config_class is not type(self.config) else self.config
         with torch.device("meta"):
             model: PreTrainedModel = kind(copy.deepcopy(config))
-        return model
+        loaded: Any = model
+        return loaded.to(dtype)
 
     def _loading_config(self) -> PretrainedConfig:
         """The config with what transformers needs for these files."""
@@ -272,6 +292,7 @@ def find_base(config: ModelConfig) -> Base:
         multimodal=is_multimodal(described),
         renamed=dict(TEXT_PART) if has_text_part(described) else None,
         quantization=quantization,
+        stored_in=config.quantization,
     )
     _ = base.plain_tensors
     return base

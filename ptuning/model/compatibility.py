@@ -23,7 +23,7 @@ def check_base(soft_prompt: SoftPrompt, label: str, base: Base) -> None:
     Raises:
         SoftPromptError: names both bases and the difference.
     """
-    check_made_for(soft_prompt, label, base.width, base.name, base.fingerprint.model_dump())
+    check_made_for(soft_prompt, label, base.width, base.name, base.fingerprint.parts())
 
 
 def check_made_for(soft_prompt: SoftPrompt, folder: str, width: int, base: str, fingerprint: dict[str, str] | None) -> None:
@@ -39,10 +39,15 @@ def check_made_for(soft_prompt: SoftPrompt, folder: str, width: int, base: str, 
         )
     if card.base_fingerprint is None or fingerprint is None:
         return
-    differ = [part for part, value in fingerprint.items() if card.base_fingerprint.get(part) != value]
+    parts = {**fingerprint, "quantization": ""}
+    differ = [part for part in parts if card.base_fingerprint.get(part) != fingerprint.get(part)]
+    if differ == ["quantization"]:
+        theirs, ours = (each.get("quantization", "plain") for each in (card.base_fingerprint, fingerprint))
+        fix = f'set model.quantization = "{theirs}"' if theirs != "plain" else "leave out model.quantization"
+        raise SoftPromptError(f"{folder}: was trained on {card.base} stored in {theirs}, but {base} is {ours}; {fix}")
     if differ:
         ours = ", ".join(f"{part} {card.base_fingerprint.get(part, '?')[:12]}" for part in differ)
-        theirs = ", ".join(f"{part} {fingerprint[part][:12]}" for part in differ)
+        theirs = ", ".join(f"{part} {fingerprint.get(part, '?')[:12]}" for part in differ)
         raise SoftPromptError(
             f"{folder}: was made for {card.base} ({ours}), but {base} has {theirs}; use the base it was made for"
         )
@@ -58,7 +63,7 @@ def base_of(card: Card, name: str, path: str | None = None) -> Base:
         raise BaseError(f"{name}: its base is unknown; name it with --base")
     revision = card.revision if path is None else None
     try:
-        return find_base(ModelConfig(path=path or card.base, revision=revision))
+        return find_base(ModelConfig(path=path or card.base, revision=revision, quantization=card.quantization))
     except BaseError as error:
         reason = str(error).removeprefix("model.path: ")
         raise BaseError(f"{name}: {reason}, or name it with --base") from None

@@ -35,11 +35,17 @@ SAMPLE = 4096
 
 
 class Fingerprint(Table):
-    """SHA-256 hashes that identify a base. They do not depend on the dtype or partitioning it is loaded with."""
+    """SHA-256 hashes that identify a base, and how it is stored in memory if that is in 8 bits. They do not depend on its dtype
+    or partitioning."""
 
     config: str
     tokenizer: str
     weights: str
+    quantization: str | None = None
+
+    def parts(self) -> dict[str, str]:
+        """As plain data."""
+        return self.model_dump(exclude_none=True)
 
 
 def weights_hash(folder: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptuning.model.eight_bits import EightBitLinear
 from ptuning.model.tree_attention import tree_of
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
@@ -36,7 +37,7 @@ class FirstLayer:
             return
         attention.register_forward_pre_hook(self._enter, with_kwargs=True)
         for name, module in attention.named_modules():
-            if name in PROJECTIONS and type(module) is nn.Linear:
+            if name in PROJECTIONS and type(module) in (nn.Linear, EightBitLinear):
                 self.numbers += sum(parameter.numel() for parameter in module.parameters())
                 self._limit(module)
 
@@ -49,8 +50,8 @@ class FirstLayer:
         self._trained = segments.trained if segments and self.active else None
 
     def _project(self, module: nn.Linear, hidden: Tensor) -> Tensor:
-        linear = nn.functional.linear  # looked up at every call, because DeepSpeed and `zero` replace it
+        linear = type(module).forward
         if self._trained is None or not (torch.is_grad_enabled() and hidden.requires_grad):
-            return linear(hidden, module.weight, module.bias)
+            return linear(module, hidden)
         parts = hidden[:, : self._trained], hidden[:, self._trained :].detach()
-        return torch.cat([linear(part, module.weight, module.bias) for part in parts], 1)
+        return torch.cat([linear(module, part) for part in parts], 1)

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ptuning.model.eight_bits import EightBitLinear
+
 TOKENWISE = ("norm", "mlp", "feedforward", "ffn", "moe", "expert", "router", "dropout", "activation")
 """Parts of the names of classes that process each token by itself."""
 
@@ -161,7 +163,7 @@ class PackedLayers:
             module.register_forward_pre_hook(self._enter, with_kwargs=True)
             module.register_forward_hook(self._leave)
             for inner in module.modules():
-                if type(inner) is nn.Linear or isinstance(inner, Conv1D):
+                if type(inner) in (nn.Linear, EightBitLinear) or isinstance(inner, Conv1D):
                     inner.register_forward_pre_hook(self._once)
                     inner.register_forward_hook(self._spread)
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import safetensors
 import safetensors.torch
@@ -26,7 +26,7 @@ from ptuning.errors import UserError
 from ptuning.paths import SCHEME
 from ptuning.redaction import last_name, redacted
 from ptuning.settings.data import Template
-from ptuning.settings.fields import Kind, Table
+from ptuning.settings.fields import EightBits, Kind, Table
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "card.json"
 
@@ -65,9 +65,10 @@ class Card(Table):
     """The base as named in the experiment."""
     revision: str | None = None
     base_fingerprint: dict[str, str] | None = None
-    """SHA-256 of the base's config, tokenizer and weights; None if unknown (made by another tool)."""
+    """SHA-256 of the base's config, tokenizer and weights, and `quantization` if it was stored in 8 bits; None if unknown (made
+    by another tool)."""
     base_notes: tuple[str, ...] = ()
-    """How the base differs from its files: only its text part is loaded, or it is dequantised."""
+    """How the base differs from its files: only its text part is loaded, it is dequantised, or stored in 8 bits."""
     dtype: str | None = None
     """The dtype of the base in training."""
     training_pass: Literal["shared-prefix", "concatenated"] | None = None
@@ -102,6 +103,12 @@ class Card(Table):
     def _without_passwords(cls, value: Any) -> Any:
         """Also applied to cards that are read: cards of earlier versions may contain passwords."""
         return redacted(value)
+
+    @property
+    def quantization(self) -> EightBits | None:
+        """How the base was stored."""
+        known = (self.base_fingerprint or {}).get("quantization")
+        return cast(EightBits, known) if known in get_args(EightBits) else None
 
     def public(self) -> Card:
         """The card for receivers of the soft prompt: no paths, and only the settings that determined the vectors."""

@@ -88,7 +88,7 @@ def step_flops(shape: BaseShape, work: Workload, recompute: bool = False) -> int
 def sharing(shape: BaseShape, settings: RunShape, machine: Machine) -> Sharing:
     """How `zero.derive_config` partitions a base on such a machine."""
     free = machine.memory - machine.reserved
-    whole = shape.numbers * shape.itemsize
+    whole = shape.units * shape.itemsize
     copy = node_copies_fit(whole, machine.ranks, machine.per_node, free)
     if settings.copies is not None:
         copy = settings.copies and nodes_are_even(machine.ranks, machine.per_node)
@@ -97,7 +97,7 @@ def sharing(shape: BaseShape, settings: RunShape, machine: Machine) -> Sharing:
     return Sharing(
         machine.ranks,
         live,
-        prefetch_numbers(shape.numbers, shape.layers, live),
+        prefetch_numbers(shape.units, shape.layers, live),
         settings.persistent,
         machine.per_node if copy else 0,
         1 if machine.gpus else 2,

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ptuning.model.attention_sizes import attention_sizes, unused
+from ptuning.model.eight_bits import units
 from ptuning.planning.workload import BaseShape, Workload
 from ptuning.planning.zero3_simulator import Moment, Timeline
 
@@ -55,25 +56,25 @@ def timeline_by_formula(
     layer = whole // max(1, shape.layers) + largest
     hidden = tokens * shape.width * shape.itemsize
     if not backward:
-        return _moments(base, uses, [layer + 2 * hidden] * len(uses), None)
+        return _moments(base, uses, [layer + 2 * hidden] * len(uses), None, shape.itemsize)
     if recompute:
         steady = hidden * shape.layers + layer + largest
-        return _moments(base, uses, [steady] * len(uses), [steady] * len(uses))
+        return _moments(base, uses, [steady] * len(uses), [steady] * len(uses), shape.itemsize)
     growing, total = [], 0
     for use in uses:
         total += use.kept + apart * per_layer // len(uses)
         growing.append(total + largest)
-    return _moments(base, uses, growing, [size + largest for size in growing])
+    return _moments(base, uses, growing, [size + largest for size in growing], shape.itemsize)
 
 
-def _moments(base: nn.Module, uses: list[_Use], forward: list[int], backward: list[int] | None) -> Timeline:
+def _moments(base: nn.Module, uses: list[_Use], forward: list[int], backward: list[int] | None, itemsize: int) -> Timeline:
     moments = []
     for use, peak in zip(uses, forward, strict=True):
         moments += [Moment("fetch", use.tensors, peak), Moment("release", use.tensors, peak)]
     if backward:
         for use, peak in zip(reversed(uses), reversed(backward), strict=True):
             moments += [Moment("fetch", use.tensors, peak, False), Moment("release", use.tensors, peak, False)]
-    return Timeline(tuple(parameter.numel() for parameter in base.parameters()), tuple(moments))
+    return Timeline(tuple(units(parameter, itemsize) for parameter in base.parameters()), tuple(moments))
 
 
 def _kept(module: nn.Module, parameter: Tensor, base: nn.Module, shape: BaseShape, work: Workload, tokens: int) -> int:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from ptuning.errors import BaseError
 from ptuning.model.attention_sizes import attention_sizes, paged_numbers, token_numbers
 from ptuning.model.decoder import check_decoder
+from ptuning.model.eight_bits import store, units
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packing import Objective, pack_targets
 from ptuning.model.prompted_model import PromptedModel
@@ -25,6 +26,7 @@ from ptuning.planning.recorder import Recorder, fused_attention
 from ptuning.planning.workload import BaseShape, Workload
 from ptuning.planning.zero3_simulator import Timeline
 from ptuning.redaction import logger
+from ptuning.settings.fields import EightBits
 
 log = logger(__name__)
 
@@ -54,11 +56,22 @@ class MetaModel:
         BaseError: its code does not run without weights, or it cannot recompute activations.
     """
 
-    def __init__(self, config: PretrainedConfig, dtype: torch.dtype, *, checkpoint_gradients: bool = False) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        *,
+        checkpoint_gradients: bool = False,
+        quantization: EightBits | None = None,
+    ) -> None:
         try:
             with torch.device("meta"):
                 base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                if quantization:
+                    store(base, quantization, config.model_type)
             self.model = PromptedModel(base)
+        except BaseError:
+            raise
         except Exception as error:  # the base's own code, with any config
             raise BaseError(
                 f"{config.model_type}: cannot be planned ({_reason(error)}); correct the config, or choose another base"
@@ -71,6 +84,7 @@ class MetaModel:
                     f"train.gradient_checkpointing: {type(base).__name__} does not support it; set it to false"
                 ) from None
         self.recomputes = checkpoint_gradients
+        self.quantization = quantization
         self.shape = _shape(self.model, dtype)
         self.estimated: str | None = None
         """Why a pass could not be replayed and its activations are an estimate; None: all passes were replayed."""
@@ -125,7 +139,7 @@ class MetaModel:
         vectors = [torch.zeros(*sizes, device="meta", requires_grad=backward) for _ in lengths]
         with (
             warnings.catch_warnings(),
-            Recorder(self.model, self.shape.layers) as recorder,
+            Recorder(self.model, self.shape.layers, self.shape.itemsize) as recorder,
             fused_attention(),
             torch.set_grad_enabled(backward),
         ):
@@ -157,6 +171,7 @@ def _shape(model: PromptedModel, dtype: torch.dtype) -> BaseShape:
     layers = int(base.config.get_text_config().num_hidden_layers)
     return BaseShape(
         numbers=sum(parameter.numel() for parameter in base.parameters()),
+        units=sum(units(parameter, dtype.itemsize) for parameter in base.parameters()),
         embedding=embedding.numel(),
         head=0 if head is embedding else head.numel(),
         last=model.last_layer.numbers,

@@ -55,9 +55,9 @@ def _with_tensors_kept(
     shape: BaseShape, plain: RunShape, machine: Machine, fits: Callable[[RunShape], bool]
 ) -> Iterator[RunShape]:
     """The ways that fit: without and with a copy per node, each with as many tensors kept whole as fit besides."""
-    live = plain.live or max(10_000_000, LAYERS * shape.numbers // shape.layers)
+    live = plain.live or max(10_000_000, LAYERS * shape.units // shape.layers)
     for copies in (False, True) if nodes_are_even(machine.ranks, machine.per_node) else (False,):
-        ways = [replace(plain, live=live, copies=copies, whole=part * shape.numbers // PARTS) for part in range(PARTS + 1)]
+        ways = [replace(plain, live=live, copies=copies, whole=part * shape.units // PARTS) for part in range(PARTS + 1)]
         low, high = -1, PARTS
         while low < high:
             middle = (low + high + 1) // 2
@@ -86,7 +86,7 @@ def describe(shape: BaseShape, way: RunShape, machine: Machine) -> str:
     if way.offload:
         line += ", in CPU memory"
     if way.whole:
-        line += f"; each keeps {way.whole / shape.numbers:.0%} of it whole"
+        line += f"; each keeps {way.whole / shape.units:.0%} of it whole"
     if way.copies:
         line += "; a copy on each node"
     return line

@@ -69,7 +69,12 @@ def make_plan(
             f"data.max_tokens: {settings.length} virtual tokens and {settings.tokens} of text exceed the {context} positions "
             f"of the base; set it to at most {context - settings.length}"
         )
-    meta_model = MetaModel(described, dtype, checkpoint_gradients=experiment.train.gradient_checkpointing)
+    meta_model = MetaModel(
+        described,
+        dtype,
+        checkpoint_gradients=experiment.train.gradient_checkpointing,
+        quantization=experiment.model.quantization,
+    )
     wanted = settings
     settings = place(meta_model.shape, wanted, machine, meta_model.training, meta_model.evaluation)
     training = _training(meta_model, settings, machine)
@@ -87,7 +92,7 @@ def make_plan(
     found = Estimate(
         experiment.name,
         config or experiment.model.path,
-        str(dtype).removeprefix("torch."),
+        ", ".join([str(dtype).removeprefix("torch."), *filter(None, [experiment.model.quantization])]),
         meta_model.shape,
         machine,
         settings,
@@ -147,7 +152,8 @@ def _more_for_training(meta_model: MetaModel, dtype: torch.dtype, settings: RunS
     ways = [("train.micro_batch_size=1", meta_model, small)]
     recomputing = meta_model
     try:
-        recomputing = MetaModel(meta_model.model.base.config, dtype, checkpoint_gradients=True)
+        config = meta_model.model.base.config
+        recomputing = MetaModel(config, dtype, checkpoint_gradients=True, quantization=meta_model.quantization)
         ways += [
             ("train.gradient_checkpointing=true", recomputing, settings),
             ("train.gradient_checkpointing=true train.micro_batch_size=1", recomputing, small),

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ptuning.model import cpu_attention
+from ptuning.model.eight_bits import units
 from ptuning.model.leaf_modules import leaf_modules
 from ptuning.planning.zero3_simulator import Moment, Timeline
 
@@ -62,12 +63,13 @@ def fused_attention() -> Iterator[None]:
 class Recorder(TorchDispatchMode):
     """Counts the bytes of live storages, and records the moments of a pass."""
 
-    def __init__(self, model: nn.Module, layers: int) -> None:
-        """`layers`: number of decoder layers, whose leaf modules are gathered as one."""
+    def __init__(self, model: nn.Module, layers: int, itemsize: int) -> None:
+        """`layers`: number of decoder layers, whose leaf modules are gathered as one; `itemsize`: bytes of an element in the
+        compute dtype."""
         super().__init__()
         self._live = self._peak = 0
         self._tensors = {id(parameter): number for number, parameter in enumerate(model.parameters())}
-        self._sizes = tuple(parameter.numel() for parameter in model.parameters())
+        self._sizes = tuple(units(parameter, itemsize) for parameter in model.parameters())
         # The base's own tensors are counted elsewhere, and they outlive the pass.
         self._known = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
         self._moments: list[Moment] = []

@@ -17,8 +17,10 @@ class BaseShape:
 
     numbers: int
     """All parameters; tied ones count once."""
+    units: int
+    """Elements of the compute dtype that take the memory of all parameters: fewer where some are stored in 8 bits."""
     embedding: int
-    """Of these, in the input embedding."""
+    """Of the parameters, in the input embedding."""
     head: int
     """Of these, in the output head; 0 where it is tied to the embedding."""
     last: int
@@ -46,7 +48,7 @@ class BaseShape:
 
     @property
     def bytes(self) -> int:
-        return self.numbers * self.itemsize + self.buffers
+        return self.units * self.itemsize + self.buffers
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ class Moment:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A pass: its moments in order, and the number of elements of each parameter by its index in the moments."""
+    """A pass: its moments in order, and the size of each parameter by its index in the moments, in elements of the compute
+    dtype."""
 
     sizes: tuple[int, ...]
     moments: tuple[Moment, ...]

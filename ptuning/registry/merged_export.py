@@ -27,6 +27,7 @@ from ptuning.data.encoder import Encoder
 from ptuning.imports import load_deepspeed
 from ptuning.model.base import Base, listed_ends
 from ptuning.model.compatibility import base_of, check_base, next_logits
+from ptuning.model.eight_bits import restored
 from ptuning.model.input_embedding import InputEmbedding
 from ptuning.model.safetensors_files import STORED_DTYPES, stored_tensors
 from ptuning.model.self_check import find_input
@@ -65,6 +66,8 @@ class Merged:
     """The tokenizer puts the virtual tokens in front of every text."""
     chat: bool
     """There is a chat template."""
+    quantization: str | None = None
+    """The base was stored in 8 bits: the weights are those that it means."""
 
     def facts(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,6 +75,8 @@ class Merged:
     def lines(self, name: str, folder: str) -> list[str]:
         """The report as lines of text."""
         lines = [f"{name} merged into {folder}: {self.tokens} virtual tokens, vocabulary {self.vocabulary}"]
+        if self.quantization:
+            lines.append(f"its weights are those that the base stored in {self.quantization} means, in the dtype of its files")
         if self.untied:
             lines.append("the output head is no longer tied to the embedding; engines that always tie them cannot load it")
         if not self.suppression.safe:
@@ -112,6 +117,7 @@ def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Mer
     tokens = [f"<|{name}:{place}|>" for place in range(len(vectors))]
     whole = not is_listed(base.config)
     model = _load_whole(base, dtype, name) if whole else base.load(dtype).eval()
+    restored(model)
     texts = [list(plain(text)["input_ids"]) for text in PROBES]
     with merging(name, type(model).__name__):
         feeding = find_input(model)
@@ -145,12 +151,12 @@ def write_merged(loaded: SoftPrompt, base: Base, name: str, folder: Path) -> Mer
             _copy_processors(base.folder, temporary)
         check_written(kind, temporary, dtype, rows, found, ids, name, base.trust_remote_code)
         prepends = prepends and _prepends(AutoTokenizer.from_pretrained(temporary), plain, ids)
-    return Merged(len(tokens), found.shape[1], untied, guarded, prepends, chat)
+    return Merged(len(tokens), found.shape[1], untied, guarded, prepends, chat, base.stored_in)
 
 
 def _load_whole(base: Base, dtype: torch.dtype, name: str) -> PreTrainedModel:
     """The whole multimodal model: transformers has no class that could load its text part alone."""
-    if base.quantization:
+    if base.quantization or base.stored_in:
         raise ExportError(f"{name}: the text part of {base.name} is quantised and cannot be written alone; {OTHERWISE}")
     return base.load_whole(dtype).eval()
 

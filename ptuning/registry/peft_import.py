@@ -86,6 +86,7 @@ def find_named_base(loaded: SoftPrompt, source: str, base: str | None) -> Base:
     wanted = ModelConfig(
         path=str(local.absolute()) if path != "builtin" and local.is_dir() else path,
         revision=loaded.card.revision if base is None else None,
+        quantization=loaded.card.quantization,
     )
     try:
         found = find_base(wanted)
@@ -107,7 +108,7 @@ def new_card(loaded: SoftPrompt, folder: str, name: str, base: Base, template: T
             "name": name,
             "base": base.name,
             "revision": base.revision,
-            "base_fingerprint": base.fingerprint.model_dump(),
+            "base_fingerprint": base.fingerprint.parts(),
             "template": template,
         }
     )

@@ -110,7 +110,7 @@ class Version:
     @property
     def fingerprint(self) -> dict[str, str] | None:
         """Fingerprint of its base; None if unknown."""
-        parts = {part: self.tag(f"base.{part}") for part in ("config", "tokenizer", "weights")}
+        parts = {part: self.tag(f"base.{part}") for part in ("config", "tokenizer", "weights", "quantization")}
         return {part: value for part, value in parts.items() if value} or None
 
 

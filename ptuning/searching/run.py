@@ -22,7 +22,7 @@ from ptuning.searching import space
 from ptuning.searching.monitor import Show
 from ptuning.searching.result import SearchResult
 from ptuning.searching.tuning import SPARE, Search
-from ptuning.training.run import Run, Say, execute_run
+from ptuning.training.run_execution import Run, Say, execute_run
 
 
 def run_search(

@@ -16,12 +16,10 @@ from ptuning.inference.predictor import NEW_TOKENS
 from ptuning.inference.sampling import Token
 from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import End, EngineConfig, Request, ResidentPrompt
-from ptuning.model.base import find_base
-from ptuning.model.compatibility import check_base
+from ptuning.model.compatibility import base_of, check_base
 from ptuning.model.soft_prompt import SoftPrompt
 from ptuning.registry.publish import retrieve
 from ptuning.registry.registry import Registry, RegistryError
-from ptuning.settings.model import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def compare(registry: Registry, name: str, text: str, base_path: str | None = No
     card = newest.card
     if card.template is None:
         raise RegistryError(f"{versions[-1]}: has no template; import it again with --input and --target")
-    base = find_base(ModelConfig(path=base_path or card.base, revision=None if base_path else card.revision))
+    base = base_of(card, str(versions[-1]), base_path)
     check_base(newest, str(versions[-1]), base)
     engine = TransformersEngine(base.load(torch.float32), base.ends, EngineConfig(context=base.context, name=base.name))
     try:

@@ -120,7 +120,7 @@ class ServedModels:
         self._engine = engine
         self._registry = registry
         self._only = frozenset(only)
-        self._folder = storage.join(folder, base.fingerprint.weights[:16])
+        self._folder = storage.join(folder, "-".join([base.fingerprint.weights[:16], *filter(None, [base.stored_in])]))
         self._lock = threading.Lock()
         self._loaded: dict[_Entry, Served] = {}
         self._retry: dict[_Entry, float] = {}
@@ -197,14 +197,14 @@ class ServedModels:
             return self._apply(champions, dict.fromkeys(wanted))
 
     def _entry(self, version: Version) -> _Entry:
-        ours, theirs = self._base.fingerprint.model_dump(), version.fingerprint or {}
+        ours, theirs = self._base.fingerprint.parts(), version.fingerprint
         return _Entry(
             version.name,
             version.version,
             version.created_ms,
             version.tag("content_hash") or "",
             version.tag("card_hash") or "",
-            all(ours.get(part) == value for part, value in theirs.items()),
+            theirs is None or all(ours.get(part) == theirs.get(part) for part in {**theirs, "quantization": ""}),
         )
 
     def _apply(self, champions: Mapping[str, _Entry], entries: Mapping[_Entry, Version | None]) -> bool:

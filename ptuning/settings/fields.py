@@ -26,6 +26,7 @@ def _non_blank(text: str) -> str:
 NonBlank = Annotated[str, AfterValidator(_non_blank)]
 """A path, address, URI or name. A blank one could be taken for the working folder or `/`."""
 
+EightBits = Literal["int8", "fp8"]
 Kind = Literal["embedding", "kv"]
 Init = Literal["random", "vocabulary", "text", "labels", "soft-prompt"]
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from ptuning.settings.fields import Init, Kind, NonBlank, Positive, Table
+from ptuning.settings.fields import EightBits, Init, Kind, NonBlank, Positive, Table
 
 
 class ModelConfig(Table):
@@ -20,6 +20,11 @@ class ModelConfig(Table):
     """auto: bfloat16 for a base mostly stored in 16 bits or fewer if the hardware computes in bfloat16, else float32. float16:
     for GPUs without bfloat16 (V100, T4, RTX 20). Its range is small: a base whose activations exceed it is refused, and losses
     are scaled in training. Soft prompts and optimizers are float32 in any case."""
+    quantization: EightBits | None = None
+    """Store the weights of linear layers in 8 bits, with one scale per output: int8, or fp8 (e4m3, less accurate). They take
+    half the memory of bfloat16, and ZeRO-3 gathers half; activations keep model.dtype. The input embedding, the output head and
+    experts that are one tensor stay as they are. Every worker loads the base in model.dtype before it is stored so. A soft
+    prompt fits the base only as it was stored in training."""
     trust_remote_code: bool = False
     """Run Python code that ships with the base. Only for bases whose authors you trust with this machine."""
 

@@ -58,6 +58,11 @@ def load(
     return model
 
 
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether the base is divided among the workers, which then have to compute every pass together."""
+    return any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
+
+
 def sharding(model: nn.Module) -> BaseShare:
     """Bytes of the base that this rank holds, and bytes of the whole base."""
     held = whole = 0

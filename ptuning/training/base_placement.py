@@ -71,7 +71,10 @@ def _planned(experiment: Experiment, base: Base, task: Task, scaling: Any, slots
         return partitioned, f"base: partitioned over {workers} workers, because a node does not tell its memory"
     try:
         meta_model = MetaModel(
-            base.config, _dtype(base, experiment, scaling.use_gpu), checkpoint_gradients=experiment.train.gradient_checkpointing
+            base.config,
+            _dtype(base, experiment, scaling.use_gpu),
+            checkpoint_gradients=experiment.train.gradient_checkpointing,
+            quantization=base.stored_in,
         )
     except BaseError as error:
         log.warning("the memory of %s cannot be planned: %s", base.name, error)

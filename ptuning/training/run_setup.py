@@ -76,7 +76,7 @@ def run_contents(experiment: Experiment, base: Base, task: Task) -> dict[str, st
     """What is at the places that an experiment names (`PLACES`), as hashes."""
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
     found = {f"data.{name}": split.fingerprint for name, split in splits.items() if split}
-    found["model.path"] = json_hash(base.fingerprint.model_dump())
+    found["model.path"] = json_hash(base.fingerprint.parts())
     if experiment.prompt.init_from:
         found["prompt.init_from"] = soft_prompt.load(experiment.prompt.init_from).card.content_hash
     return found

@@ -173,7 +173,7 @@ def start_tracker(experiment: Experiment, folder: str, task: Task, base: Base) -
     leftovers.start()  # what earlier runs could not send
     tracker = open_tracker(experiment, experiment.name, experiment.name)
     tracker.params(experiment.model_dump(mode="json", include={"model", "prompt", "data", "train", "zero", "compute"}))
-    tracker.tags(provenance.provenance() | {f"base.{part}": value for part, value in base.fingerprint.model_dump().items()})
+    tracker.tags(provenance.provenance() | {f"base.{part}": value for part, value in base.fingerprint.parts().items()})
     tracker.json("experiment.json", experiment.model_dump(mode="json"))
     contexts: tuple[Literal["training", "validation", "test"], ...] = ("training", "validation", "test")
     for split, context in zip((task.train, task.validation, task.test), contexts, strict=True):

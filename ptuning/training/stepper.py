@@ -137,7 +137,7 @@ class Stepper:
 
     def step(self, slots: Sequence[Slot], has_news: Callable[[], bool]) -> Outcome:
         """One update of every slot, on the global batch that the workers share."""
-        members = [Member(slot, start, slot.step, start.updates, start.scale) for slot in slots for start in slot.starts]
+        members = _members(slots)
         starts = [each.start for each in members]
         together = self._joined(starts)
         plan = self._plan(together, members)
@@ -160,6 +160,18 @@ class Stepper:
         sizes = [len(slot.starts) for slot in slots]
         told = bool(found[-1]) if news is not None else has_news()
         return Outcome(_split(results[0], sizes), _split(results[1], sizes), plan.tokens, told)
+
+    def rehearse(self, slots: Sequence[Slot]) -> None:
+        """The passes of the next step on this worker alone, without its update. A partitioned base needs all workers.
+
+        Raises:
+            torch.OutOfMemoryError: they do not fit into this worker's memory.
+        """
+        members = _members(slots)
+        together = self._joined([each.start for each in members])
+        passes, _, scales, _ = self._plan(together, members).send()
+        self._backward(together, passes, scales)
+        together.forget_gradients()
 
     def _joined(self, starts: Sequence[Start]) -> Together:
         """The tensor of these starts."""
@@ -206,6 +218,10 @@ class Stepper:
         flat = self.workers.all_reduce(torch.cat([*(each.flatten() for each in gradients), losses, news]))
         *whole, losses, news = flat.split([*(each.numel() for each in gradients), len(losses), 1])
         return [part.view_as(each) for part, each in zip(whole, gradients, strict=True)], losses, news
+
+
+def _members(slots: Sequence[Slot]) -> list[Member]:
+    return [Member(slot, start, slot.step, start.updates, start.scale) for slot in slots for start in slot.starts]
 
 
 def _split(values: list[float], sizes: Sequence[int]) -> list[list[float]]:

@@ -63,7 +63,7 @@ def derive_config(zero: ZeroConfig, base: Base, dtype: torch.dtype, micro_batch:
     parameters = base.numbers
     layers = max(1, int(getattr(base.config.get_text_config(), "num_hidden_layers", 1)))
     workers, local, even = _workers()
-    free, whole = _free(local), parameters * dtype.itemsize
+    free, whole = _free(local), base.bytes(dtype)
     # Each rank divides the workers by its own node's number: with nodes of several sizes, DeepSpeed would fail or wait forever.
     copies = even and node_copies_fit(whole, workers, local, free)
     if zero.node_copies is not None:
@@ -166,7 +166,8 @@ def _keep(model: PromptedModel, zero: ZeroConfig) -> None:
     (stage3_model_persistence_threshold, 0.19) counts also those of other bases in this process."""
     parameters: list[Any] = list(model.parameters())
     late = next((at for at, each in enumerate(parameters) if each is model.base.get_input_embeddings().weight), -1)
-    sizes = [each.ds_numel for each in parameters]
+    itemsize = model.base.dtype.itemsize
+    sizes = [-(-each.ds_numel * each.ds_tensor.element_size() // itemsize) for each in parameters]
     kept = kept_whole(sizes, zero.persistent_below, zero.persistent_parameters or 0, late)
     for at, parameter in enumerate(parameters):
         parameter.ds_persist = at in kept

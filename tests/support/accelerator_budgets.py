@@ -108,7 +108,10 @@ def test_a_step_of_training_costs_the_same_for_any_slots_and_rows(
 SAMPLINGS = {"greedy": Sampling(), "top_p with log-probabilities": Sampling(1.0, 0.9, seed=0, top=2)}
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
+@pytest.mark.parametrize(
+    "sampling",
+    [pytest.param(SAMPLINGS[name], id=name, marks=[pytest.mark.nightly] * (name == "greedy")) for name in SAMPLINGS],
+)
 def test_a_step_of_generation_costs_the_same_for_any_requests(sampling: Sampling, base: Base, device: torch.device) -> None:
     """Three waits: for transformers' mask of packed rows, for the tokens with their log-probabilities, and for the tokens that
     transformers reads again. With calls per request there were 3.5 L R more kernels, and 2 L + 4 waits, or 3 R more with

@@ -202,7 +202,7 @@ ENGINES = {"paged": ("llama_tied_gqa", 3), "window": ("gemma3", 1), "plain": ("f
 SMALL = EngineConfig(running=6, waiting=40, batch_tokens=48, cache_bytes=1 << 20, context=128)
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("kind", ["paged", "plain", pytest.param("window", marks=pytest.mark.nightly)])
 def test_an_engine_answers(kind: str, device: torch.device) -> None:
     """Greedy and sampled text, log-probabilities and labels, while soft prompts come and leave."""
     answers = []
