@@ -243,7 +243,7 @@ def overload(world: SimpleNamespace, seconds: float, share: float, tokens: int =
     good = answered(load, began, ended)
     refused = [each for each in load.told if each.status == 429]
     slowest = max(each.seconds for each in load.good())
-    until(lambda: idle(world, 4), 20, "it does not recover")
+    until(lambda: idle(world), 20, "it does not recover")
     recovered = middle([ask(world, tokens).seconds for _ in range(5)])
     after_it, _ = at_best()
     print(
