@@ -192,6 +192,27 @@ def python_reference() -> str:
     return "\n".join([*lines, ""])
 
 
+def metrics_reference() -> str:
+    """The metrics of a server, from their definitions."""
+    from ptuning.serving.metrics import DEFINITIONS
+
+    lines = [
+        "# Metrics",
+        "",
+        "This page is generated from the code. `/metrics` of a server contains these metrics of all its replicas; "
+        "[Serve](../guides/serving.md#metrics) explains how to scrape and show them. Every series but `ptuning_replicas` has "
+        "the label `replica`. The label `model` is the version that answers, as `sentiment:3`; `none` if the request named no "
+        "known one; `other` for versions beyond `serve.metrics_models`.",
+        "",
+        "| metric | type | labels | meaning |",
+        "|---|---|---|---|",
+    ]
+    for each in DEFINITIONS:
+        labels = ", ".join(f"`{label}`" for label in each.labels)
+        lines.append(f"| `{each.name}` | {each.kind} | {labels} | {_cell(each.text)} |")
+    return "\n".join([*lines, ""])
+
+
 # -- text ---------------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +233,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "reference/experiment.md": experiment_reference,
     "reference/cli.md": command_reference,
     "reference/python.md": python_reference,
+    "reference/metrics.md": metrics_reference,
 }
 
 

@@ -486,6 +486,11 @@ def worker_killed(when: Callable[[], bool]) -> Iterator[None]:
     assert killed
 
 
+def shared_memory() -> set[str]:
+    """What is in shared memory, but for that of Python's multiprocessing: neither Ray nor a run uses it, tests beside do."""
+    return {path.name for path in Path("/dev/shm").iterdir() if not path.name.startswith(("sem.mp-", "psm_"))}
+
+
 def title(process: psutil.Process) -> str:
     """What a process calls itself; nothing if it has gone."""
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
-from conftest import REPOSITORY
+from conftest import REPOSITORY, shared_memory
 from serving_load import Told, tell
 from test_http_api import ADMIN, KEY, fill_storage, settings
 from test_tracking import free_port
@@ -38,7 +37,7 @@ class Command:
     def said(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")
 
-    def wait(self, words: str, seconds: float = 120) -> None:
+    def wait(self, words: str, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while words not in self.said:
             assert self.process.poll() is None, self.said
@@ -55,13 +54,13 @@ class Command:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, base: Path, replicas: int = 2) -> Iterator[SimpleNamespace]:
+def serving(folder: Path, base: Path, replicas: int = 2, refresh_s: float = 0.3) -> Iterator[SimpleNamespace]:
     """`ptuning serve` with replicas, keys, and a registry that changes while it runs."""
-    shared = set(os.listdir("/dev/shm"))
+    shared = shared_memory()
     registry = fill_storage(folder / "runs", base)
     (folder / "keys").write_text(f"{KEY}\n{ADMIN} admin\n", encoding="utf-8")
     tables = settings(
-        folder / "runs", base, refresh_s=0.3, running=8, waiting=24, cache_mb=16, replicas=replicas, cpus_per_replica=0.5,
+        folder / "runs", base, refresh_s=refresh_s, running=8, waiting=24, cache_mb=16, replicas=replicas, cpus_per_replica=0.5,
         keys=str(folder / "keys"),
     )  # fmt: skip
     lines = [f"name = {json.dumps(tables['name'])}"]
@@ -99,7 +98,8 @@ def processes(world: SimpleNamespace, kind: str) -> list[psutil.Process]:
 
 
 def metrics(world: SimpleNamespace) -> str:
-    asked = urllib.request.Request(f"http://127.0.0.1:{world.port}/metrics", headers={"authorization": f"Bearer {ADMIN}"})
+    url = world.url.removesuffix("/v1") + "/metrics"
+    asked = urllib.request.Request(url, headers={"authorization": f"Bearer {ADMIN}"})
     with urllib.request.urlopen(asked, timeout=20) as response:
         return str(response.read().decode())
 
@@ -114,17 +114,18 @@ def until(condition: Callable[[], bool], seconds: float, what: str) -> float:
 
 
 def both_answer(world: SimpleNamespace, seconds: float = 60) -> float:
-    """Wait until two replicas answer; Serve's router asks either."""
-    seen: set[str] = set()
+    """Wait until two replicas answer."""
 
     def look() -> bool:
         with contextlib.suppress(OSError):
-            seen.update(re.findall(r'ptuning_busy\{replica="(\w+)"\}', metrics(world)))
-        return len(seen) >= 2
+            return len(re.findall(r"^ptuning_requests_running\{", metrics(world), re.MULTILINE)) >= 2
+        return False
 
     return until(look, seconds, "two replicas do not answer")
 
 
-def idle(world: SimpleNamespace, looks: int = 12) -> bool:
-    """No replica has anything to do; one look sees one of them."""
-    return all(re.search(r"ptuning_busy\{.*\} 0\.0", metrics(world)) for _ in range(looks))
+def idle(world: SimpleNamespace) -> bool:
+    """No replica has anything to do."""
+    names = "ptuning_requests_running|ptuning_requests_waiting|ptuning_rows_waiting"
+    numbers = re.findall(rf"^(?:{names})\{{.*\}} (\S+)$", metrics(world), re.MULTILINE)
+    return len(numbers) >= 3 and not any(map(float, numbers))

@@ -86,6 +86,7 @@ OWNERS = {
         "searching.trial",
         "searching.tuning",
         "serving.deployment",
+        "serving.ray_metrics",
         "serving.server",
         "training.event_queue",
         "training.ray_trainer",

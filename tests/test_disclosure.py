@@ -306,7 +306,7 @@ REFUSALS: dict[str, tuple[int, Case]] = {
     "/v1/models/NAME broken": (500, while_(failing("models.find"), sent("GET", "/v1/models/fruits"))),
     "/metrics without a key": (401, sent("GET", "/metrics", key=None)),
     "/metrics with a client's key": (403, sent("GET", "/metrics")),
-    "/metrics broken": (500, while_(failing("metrics.text"), sent("GET", "/metrics", key=ADMIN))),
+    "/metrics broken": (500, while_(failing("metrics.collect"), sent("GET", "/metrics", key=ADMIN))),
     "reload without a key": (401, sent("POST", "/v1/admin/reload", key=None)),
     "reload with a client's key": (403, sent("POST", "/v1/admin/reload")),
     "reload GET": (405, sent("GET", "/v1/admin/reload", key=ADMIN)),
@@ -563,12 +563,12 @@ def with_an_admin_key(world: SimpleNamespace, folder: Path) -> None:
     series = set(re.findall(rb"^(\w+)\{", content, re.MULTILINE))
     assert status == 200 and all(name.startswith(b"ptuning_") for name in series)
     labels = set(re.findall(rb'(\w+)="', content))
-    assert labels == {b"replica", b"model", b"route", b"status", b"kind", b"le"}
+    assert labels == {b"replica", b"model", b"route", b"status", b"finish_reason", b"le"}
     check_public(
         f"{headers} {re.sub(r'^# .*$|^ptuning_', '', content.decode(), flags=re.MULTILINE)}".replace("soft_prompt", ""), world
     )
     answer = json.loads(ask(world.url, "POST", "/v1/admin/reload", key=ADMIN)[2])
-    assert set(answer) == {"changed", "served", "refused"}
+    assert set(answer) == {"changed", "served", "refused", "replicas"}
     check_public(str(answer), world)
 
 

@@ -41,7 +41,7 @@ WRITTEN = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "do
 PAGES = tuple(
     dict.fromkeys([*WALK, "CONTRIBUTING.md", "cluster/README.md", *WRITTEN, "SECURITY.md", "BENCHMARKS.md", "CHANGELOG.md"])
 )
-LANGUAGES = {"sh", "console", "csv", "python", "text", "toml"}
+LANGUAGES = {"sh", "console", "csv", "python", "text", "toml", "yaml"}
 
 ELSEWHERE = {
     "make demo": "test_demo.py::test_a_demo_that_is_interrupted_leaves_nothing",
@@ -270,6 +270,11 @@ def test_python_names_what_the_package_has() -> None:
 def test_toml_is_toml() -> None:
     for fence in (fence for page in PAGES for fence in fences(page) if fence.language == "toml"):
         tomllib.loads(fence.text)
+
+
+@pytest.mark.fast
+def test_yaml_is_yaml() -> None:
+    assert all(yaml.safe_load(fence.text) for page in PAGES for fence in fences(page) if fence.language == "yaml")
 
 
 @pytest.mark.fast

@@ -287,9 +287,8 @@ def test_virtual_tokens_are_never_generated(world):
     warm = engine.kind == "vllm"
     hot = Request(text(random.Random(6), 5), None, 100, Sampling(temperature=2.0 if warm else 1e6, seed=1), ignore_end=True)
     tokens = answer(engine, hot)
-    assert (
-        len(set(tokens)) > (5 if warm else 50) and max(tokens) < engine.vocabulary
-    )  # nearly uniform if hot, and all of them below
+    assert len(set(tokens)) > (5 if warm else 50), "nearly uniform if hot"
+    assert max(tokens) < engine.vocabulary
     if warm:
         with pytest.raises(RequestError, match="temperature is 2.1, and vLLM takes at most 2; lower it"):
             engine.check(Request([5], None, 1, Sampling(temperature=2.1)))

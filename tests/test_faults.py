@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from conftest import REPOSITORY
+from conftest import REPOSITORY, shared_memory
 
 from ptuning import storage
 from ptuning.config import parse_experiment
@@ -88,8 +88,7 @@ def traces() -> dict[str, set[str]]:
     groups = {key for key, each in ray.util.placement_group_table().items() if each["state"] != "REMOVED"}
     free, whole = ray.available_resources(), ray.cluster_resources()
     taken = {kind for kind in ("CPU", "GPU") if free.get(kind, 0) < whole.get(kind, 0)}
-    shared = {path.name for path in Path("/dev/shm").iterdir()}
-    return {"processes": processes, "ports": ports, "placement groups": groups, "taken": taken, "/dev/shm": shared}
+    return {"processes": processes, "ports": ports, "placement groups": groups, "taken": taken, "/dev/shm": shared_memory()}
 
 
 def plan(*instants: tuple[str, int, int, str]) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from conftest import shared_memory
 from ray.serve.generated.serve_pb2 import ASGIRequest
 from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 from serving_load import Load, Told, crowd, middle, tell
@@ -242,7 +243,7 @@ def overload(world: SimpleNamespace, seconds: float, share: float, tokens: int =
     good = answered(load, began, ended)
     refused = [each for each in load.told if each.status == 429]
     slowest = max(each.seconds for each in load.good())
-    until(lambda: idle(world, 4), 20, "it does not recover")
+    until(lambda: idle(world), 20, "it does not recover")
     recovered = middle([ask(world, tokens).seconds for _ in range(5)])
     after_it, _ = at_best()
     print(
@@ -325,7 +326,7 @@ def test_stopping_under_load_fails_nobody(world):
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections may linger, listeners may not
         probe.bind(("127.0.0.1", world.port))
-    until(lambda: set(os.listdir("/dev/shm")) <= world.shared, 10, f"left in /dev/shm: {os.listdir('/dev/shm')}")
+    until(lambda: shared_memory() <= world.shared, 10, f"left in /dev/shm: {shared_memory()}")
     keys = [key.encode() for key in (KEY, ADMIN)]
     logs = [world.folder / "serve.log", *(path for path in session.rglob("*") if path.is_file())]
     assert len(logs) > 10 and not [path for path in logs if any(key in path.read_bytes() for key in keys)], "a key in a log"
@@ -404,7 +405,7 @@ def test_soak(tmp_path, base):  # noqa: C901, one story
         assert last["ServeReplica fds"] <= first["ServeReplica fds"] + 40
         assert last["ServeReplica MiB"] <= first["ServeReplica MiB"] + 150
         left = world.command.stop()
-        assert not left and set(os.listdir("/dev/shm")) <= world.shared
+        assert not left and shared_memory() <= world.shared
 
 
 def streamed(told: Told) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,13 +16,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import yaml
 from conftest import REPOSITORY, toy_rows
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from ray.serve.schema import ServeDeploySchema
-from serving_world import idle, processes, until
-from test_http_api import GOOD, HOSTILE, KEY, LABELS, chat, publish_soft_prompt, raw
+from serving_world import both_answer, idle, metrics, processes, serving, until
+from test_http_api import ADMIN, GOOD, HOSTILE, KEY, LABELS, chat, publish_soft_prompt, raw
 
 from ptuning.registry.promotions import PromotionLog
 
@@ -51,6 +54,79 @@ def client(world: SimpleNamespace) -> Iterator[OpenAI]:
 def ready(world: SimpleNamespace) -> dict[str, Any]:
     with urllib.request.urlopen(f"http://127.0.0.1:{world.port}/readyz", timeout=20) as response:
         return dict(json.load(response))
+
+
+def test_all_replicas_are_in_every_scrape(client, world):
+    """Whichever replica is asked: every scrape has all requests, once, and a reload reaches both."""
+    both_answer(world)
+
+    def counted() -> dict[str, float]:
+        """Replica -> its answers so far."""
+        families = list(text_string_to_metric_families(metrics(world)))
+        samples = [sample for family in families for sample in family.samples]
+        series = [(sample.name, *sorted(sample.labels.items())) for sample in samples]
+        assert len(series) == len(set(series)), "a series occurs twice"
+        (many,) = [sample.value for sample in samples if sample.name == "ptuning_replicas"]
+        mine = [each for each in samples if each.name == "ptuning_requests_total" and each.labels["status"] == "200"]
+        found = {each.labels["replica"]: 0.0 for each in samples if "replica" in each.labels}
+        for each in mine:
+            found[each.labels["replica"]] += each.value
+        assert len(found) == many == 2
+        return found
+
+    before = counted()
+    with ThreadPoolExecutor(8) as pool:
+        for turn in range(1, 20):
+            list(pool.map(lambda number: client.completions.create(model="raw", prompt="a", max_tokens=4), range(16)))
+            scrapes = [counted() for _ in range(4)]
+            assert all(sum(each.values()) - sum(before.values()) == 16 * turn for each in scrapes), (before, scrapes)
+            if all(scrapes[-1][replica] > before[replica] for replica in before):
+                break
+    assert all(scrapes[-1][replica] > before[replica] for replica in before), "one replica has answered everything"
+    told = client.post("/admin/reload", cast_to=object, options={"headers": {"authorization": f"Bearer {ADMIN}"}})
+    assert told["replicas"] == 2 and "fruits" in told["served"]
+
+
+@pytest.mark.nightly
+def test_a_reload_reaches_both_replicas_and_ray_exports_the_metrics(tmp_path, endless_base):
+    """Both know a new version at once, though neither looks by itself; Ray's port has numbers, and no names."""
+    with serving(tmp_path, endless_base, refresh_s=3600) as world, OpenAI(base_url=world.url, api_key=KEY) as client:
+        both_answer(world)
+        publish_soft_prompt(world.registry, world.base, tmp_path / "scratch", "late", 9, template=None, max_new_tokens=None)
+        told = client.post("/admin/reload", cast_to=object, options={"headers": {"authorization": f"Bearer {ADMIN}"}})
+        assert told["changed"] and told["replicas"] == 2 and "late:1" in told["served"]
+        for _ in range(20):
+            assert client.completions.create(model="late", prompt="a", max_tokens=2).model == "late:1"
+        agents = [each for each in psutil.Process(world.command.process.pid).children(recursive=True) if listens(each)]
+        deadline, ours, text = time.monotonic() + 60, [], ""
+        while sum(each.value for each in ours) < 20:  # each replica reports for itself
+            assert time.monotonic() < deadline, f"Ray does not export them: {text}"
+            time.sleep(1)
+            text = next((text for text in map(exported, ports(agents)) if "ray_ptuning_requests_total" in text), "")
+            samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
+            ours = [each for each in samples if each.name == "ray_ptuning_requests_total"]
+        assert sum(each.value for each in ours) == 20 and {each.labels["deployment"] for each in ours} == {"replica"}
+        assert "ray_ptuning_kv_cache_usage_ratio" in text and "late" not in text
+
+
+def listens(process: psutil.Process) -> list[int]:
+    """The TCP ports at which a process listens."""
+    with contextlib.suppress(psutil.Error):
+        return [each.laddr.port for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+    return []
+
+
+def ports(candidates: list[psutil.Process]) -> list[int]:
+    return [port for each in candidates if "ray::" not in " ".join(each.cmdline()) for port in listens(each)]
+
+
+def exported(port: int) -> str:
+    """What a port of this machine answers to Prometheus; nothing, if it is another one."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as response:
+            return str(response.read().decode())
+    except Exception:
+        return ""
 
 
 def test_the_stock_client_through_the_proxy(client, world):

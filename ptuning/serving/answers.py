@@ -106,15 +106,18 @@ class ChunkChoice(Shape):
     logprobs: ChatLogprobs | None = None
 
 
-class Envelope(Shape):
-    """Fields of every answer."""
+class Head(Shape):
+    """Fields of every answer, and of every chunk of a stream."""
 
     id: str
     created: int
     model: str
     system_fingerprint: str
-    answered_by: Answered
     usage: Usage | None = None
+
+
+class Envelope(Head):
+    answered_by: Answered
 
 
 class Completion(Envelope):
@@ -127,15 +130,9 @@ class ChatCompletion(Envelope):
     choices: list[ChatChoice]
 
 
-class Chunk(Shape):
-    """Fields of every chunk of a stream. Only the first one names who answers."""
-
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
+class Chunk(Head):
     answered_by: Answered | None = None
-    usage: Usage | None = None
+    """Only in the first chunk of a stream."""
 
 
 class CompletionChunk(Chunk):

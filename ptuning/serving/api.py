@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from ptuning.inference.types import EngineBusy
-from ptuning.serving.answers import Usage
 from ptuning.serving.classification import classify
 from ptuning.serving.completion import Generation, GenerationRequest, Piece
 from ptuning.serving.http_request import BUSY, REFUSED, ApiError, Asked, as_api_error, authorize, drain, read_body
+from ptuning.serving.metrics import REQUESTS
 from ptuning.serving.protocol import Body, ChatRequest, ClassifyRequest, CompletionRequest
 from ptuning.serving.questions import Questions
 from ptuning.serving.replies import ChatReply, CompletionReply, json_response, merged, usage
+from ptuning.serving.request_record import Record, record_of
 from ptuning.serving.response_items import ResponsesReply, ResponsesRequest
 from ptuning.serving.served_models import Served
 from ptuning.serving.service import Service
@@ -44,73 +44,65 @@ class Api:
     async def classify(self, request: Request) -> Response:
         return await self._handle(request, "classify", ClassifyRequest, self._classify)
 
-    async def _complete(self, body: CompletionRequest, served: Served, began: float) -> Response:
+    async def _complete(self, body: CompletionRequest, served: Served, record: Record) -> Response:
         questions = await self._questions.completion(body, served)
         reply = CompletionReply(served, self._base, told(questions), body.stream_options)
-        return await self._reply(body, served, questions, reply, began)
+        return await self._reply(body, served, questions, reply, record)
 
-    async def _chat(self, body: ChatRequest, served: Served, began: float) -> Response:
+    async def _chat(self, body: ChatRequest, served: Served, record: Record) -> Response:
         questions = await self._questions.chat(body, served)
         reply = ChatReply(served, self._base, told(questions), body.stream_options, questions[0].form.tool)
-        return await self._reply(body, served, questions, reply, began)
+        return await self._reply(body, served, questions, reply, record)
 
-    async def _respond(self, body: ResponsesRequest, served: Served, began: float) -> Response:
+    async def _respond(self, body: ResponsesRequest, served: Served, record: Record) -> Response:
         chat = body.as_chat()
         questions = await self._questions.chat(chat, served)
         reply = ResponsesReply(served, self._base, told(questions), body, questions[0].form.tool)
-        return await self._reply(chat, served, questions, reply, began)
+        return await self._reply(chat, served, questions, reply, record)
 
-    async def _classify(self, body: ClassifyRequest, served: Served, began: float) -> Response:
-        answer = await classify(body, served, self._base, self._engine, self._limits)
-        assert answer.usage is not None
-        self._count(served, answer.usage, began, began)
-        return json_response(answer)
+    async def _classify(self, body: ClassifyRequest, served: Served, record: Record) -> Response:
+        return json_response(await classify(body, served, self._base, self._engine, self._limits, record))
 
     async def _reply(
-        self, body: Body, served: Served, questions: list[GenerationRequest], reply: CompletionReply, began: float
+        self, body: Body, served: Served, questions: list[GenerationRequest], reply: CompletionReply, record: Record
     ) -> Response:
         n = body.n or 1
         answers: list[Generation] = []
+        record.answers, record.n = answers, n
         try:
             for question in questions:
                 for number in range(n):
                     first = answers[-number] if number else None
                     answers.append(Generation(self._engine, question, number, first))
             if body.stream:
-                events = self._stream(served, answers, reply, began, n)
+                events = self._stream(served, answers, reply, record)
                 answers = []  # the stream closes them
                 return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
             pieces: list[list[Piece]] = [[] for _ in answers]
-            started = 0.0
             async with asyncio.timeout(self._limits.deadline_s):
                 async for index, piece in merged(answers):
-                    started = started or time.monotonic()
                     pieces[index].append(piece)
-            spent = usage(served, answers, n)
-            self._count(served, spent, began, started)
-            return json_response(reply.whole(pieces, spent))
+            return json_response(reply.whole(pieces, usage(served, answers, n)))
         finally:
             for answer in answers:
                 answer.close()
 
     async def _stream(
-        self, served: Served, answers: list[Generation], reply: CompletionReply, began: float, n: int
+        self, served: Served, answers: list[Generation], reply: CompletionReply, record: Record
     ) -> AsyncIterator[bytes]:
         """Server-sent events. If the client disconnects, the generator is closed, and with it the answers."""
-        first = 0.0
         try:
             async with asyncio.timeout(self._limits.deadline_s):
                 if opening := reply.begin():
                     yield opening
                 async for index, piece in merged(answers):
-                    first = first or time.monotonic()
-                    if sent := reply.chunk(index, piece, usage(served, answers, n) if reply.continuous else None):
+                    if sent := reply.chunk(index, piece, usage(served, answers, record.n) if reply.continuous else None):
                         yield sent
-            spent = usage(served, answers, n)
-            self._count(served, spent, began, first)
-            yield reply.end(spent)
+            yield reply.end(usage(served, answers, record.n))
         except Exception as error:  # the status is already sent, so the error is sent as an event
-            yield reply.failed(as_api_error(error).body)
+            told = as_api_error(error)
+            record.failed = told.status
+            yield reply.failed(told.body)
         finally:
             for answer in answers:
                 answer.close()
@@ -120,40 +112,33 @@ class Api:
         request: Request,
         route: str,
         shape: type[Asked],
-        answer: Callable[[Asked, Served, float], Awaitable[Response]],
+        answer: Callable[[Asked, Served, Record], Awaitable[Response]],
     ) -> Response:
         """What every request goes through."""
-        began, model = time.monotonic(), "none"
+        record = record_of(request)
+        record.route = route
         try:
             if self._service.draining:
                 raise ApiError(503, "this server is stopping; ask again in a moment", "server_error", retry_after="1")
             authorize(request, self._service.keys, "inference")
             spared = request.headers.get(REFUSED, "")
             if spared.isdigit() and len(spared) < 7:
-                self._service.metrics.answered(model, route, 429, int(spared))
+                self._service.metrics.add(REQUESTS, int(spared), "none", route, "429")
             if route != "classify" and self._engine.full:  # before the body is read: refusing must be cheap
                 refusal = as_api_error(EngineBusy("all places are taken; ask again later"))
                 refusal.headers[BUSY] = "1"
                 raise refusal
             body = await read_body(request, shape, self._limits)
             served = self._service.models.find(body.model)  # type: ignore[attr-defined]  # every request type has it
-            model = served.id
-            response = await answer(body, served, began)
+            record.served = served
+            response = await answer(body, served, record)
         except Exception as error:  # any error must become a response in OpenAI's format
             response = as_api_error(error).response()
             if not await drain(request, self._limits):
                 # Closed explicitly instead of by the keep-alive timer: bytes that arrive after the answer stop that timer for
                 # good (uvicorn 0.54, data_received), and the client could keep the connection open for ever.
                 response.headers["connection"] = "close"
-        self._service.metrics.answered(model, route, response.status_code)
         return response
-
-    def _count(self, served: Served, spent: Usage, began: float, first: float) -> None:
-        now, metrics = time.monotonic(), self._service.metrics
-        cached = spent.prompt_tokens_details.cached_tokens
-        metrics.tokens(served.id, prompt=spent.prompt_tokens, completion=spent.completion_tokens, cached=cached)
-        if spent.completion_tokens:
-            metrics.timing(served.id, first - began, now - began, spent.completion_tokens)
 
 
 def told(questions: list[GenerationRequest]) -> bool:

@@ -18,9 +18,10 @@ from ptuning.serving.api import Api
 from ptuning.serving.http_request import NEUTRAL, REQUEST_ID, ApiError, as_api_error, unknown_route
 from ptuning.serving.neutral import described
 from ptuning.serving.protocol import ChatRequest, ClassifyRequest, CompletionRequest
+from ptuning.serving.request_record import Recorded
 from ptuning.serving.response_items import ResponsesRequest
 from ptuning.serving.service import Service
-from ptuning.serving.status import Status
+from ptuning.serving.status import Replicas, Status
 
 ID = b"x-request-id"
 _PRINTABLE = re.compile(rb"[\w.:/+=@-]{1,128}")
@@ -28,10 +29,10 @@ _PRINTABLE = re.compile(rb"[\w.:/+=@-]{1,128}")
 BEARER = {"type": "http", "scheme": "bearer", "description": "An API key. A server without keys answers without one."}
 
 
-def build_app(service: Service) -> FastAPI:
-    """The application over a service."""
+def build_app(service: Service, replicas: Replicas | None = None) -> FastAPI:
+    """The application over a service. `replicas`: how all of them are reached; None: there is one."""
     app = FastAPI(title="ptuning", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
-    api, status = Api(service), Status(service)
+    api, status = Api(service), Status(service, replicas)
     shapes: list[type[BaseModel]] = [answers.CompletionChunk, answers.ChatChunk, answers.ResponseEvent]
     locked: dict[str, Any] = {"security": [{"bearer": []}]}
 
@@ -61,7 +62,7 @@ def build_app(service: Service) -> FastAPI:
         app.get(path, responses={503: {"description": "not yet"}})(status.readyz)
     routes: dict[str, str] = {route.path: min(route.methods) for route in app.routes if hasattr(route, "methods")}  # type: ignore[attr-defined]
 
-    app.add_middleware(_Counted, service=service)
+    app.add_middleware(Recorded, service=service)
     app.add_middleware(_Identified)
     if service.limits.cors_origins and service.keys:
         app.add_middleware(
@@ -100,24 +101,6 @@ def build_app(service: Service) -> FastAPI:
 
 def _errors() -> dict[int | str, dict[str, Any]]:
     return {status: {"model": answers.ErrorBody} for status in (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)}
-
-
-class _Counted:
-    """Counts open requests until the last byte of their answer. Requests that a stopping replica refuses do not count."""
-
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app = app
-        self._service = service
-
-    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        if self._service.draining or scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        self._service.open += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._service.open -= 1
 
 
 class _Identified:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import time
 
 from ptuning.inference.engine import Engine
 from ptuning.inference.inputs import fields_of, row_ids
+from ptuning.inference.jobs import Timed
 from ptuning.inference.label_scorer import LABEL_TOKENS, probabilities
 from ptuning.inference.types import RequestError
 from ptuning.model.label_trie import LabelTrie
 from ptuning.serving.answers import Classification, Label, PromptDetails, Usage
 from ptuning.serving.protocol import ClassifyRequest, Conversation
 from ptuning.serving.replies import envelope
+from ptuning.serving.request_record import Record
 from ptuning.serving.served_models import Served
 from ptuning.settings.running import ServeConfig
 
 
-async def classify(body: ClassifyRequest, served: Served, base: str, engine: Engine, limits: ServeConfig) -> Classification:
-    """The answer to a request.
+async def classify(
+    body: ClassifyRequest, served: Served, base: str, engine: Engine, limits: ServeConfig, record: Record
+) -> Classification:
+    """The answer to a request; what it took is in the record.
 
     Raises:
         UserError: it cannot be answered.
@@ -35,20 +39,21 @@ async def classify(body: ClassifyRequest, served: Served, base: str, engine: Eng
         return [row_ids(encoder, fields_of(encoder, text), encoder.input_room, body.truncate) for text in texts]
 
     rows = await asyncio.to_thread(encode)
-    scores = await _scores(served, rows, encoder.label_trie, engine, limits.deadline_s)
+    scores = await _scores(served, rows, encoder.label_trie, engine, limits.deadline_s, record)
     data = []
     for index, each in enumerate(scores):
         shares = probabilities(each, served.labels)
         label = max(shares, key=lambda name: shares[name])
         data.append(Label(index=index, label=label, probability=shares[label], probabilities=shares))
-    tokens = sum(map(len, rows))
+    record.prompts = [len(row) for row in rows]
+    tokens = sum(record.prompts)
     details = PromptDetails(virtual_tokens=served.length * len(rows))
     spent = Usage(prompt_tokens=tokens, total_tokens=tokens, prompt_tokens_details=details)
     return Classification(**envelope(served, base, "classify"), data=data, usage=spent)
 
 
 async def _scores(
-    served: Served, rows: list[list[int]], trie: LabelTrie, engine: Engine, deadline_s: float
+    served: Served, rows: list[list[int]], trie: LabelTrie, engine: Engine, deadline_s: float, record: Record
 ) -> list[list[float]]:
     """Log-probabilities of the labels after rows, one pass at a time, so that generation continues in between."""
     portions: list[list[list[int]]] = []
@@ -59,11 +64,13 @@ async def _scores(
             portions.append([])
             tokens = len(row) + len(trie.tokens)
         portions[-1].append(row)
-    futures: list[Any] = []
+    futures: list[Timed[list[list[float]]]] = []
+    begun = time.monotonic()
     try:
         async with asyncio.timeout(deadline_s):
             futures += [engine.choose(served.handle, portion, trie) for portion in portions]
             found = [await asyncio.wrap_future(future) for future in futures]
+        record.queued_s = max(0.0, futures[0].began - begun)
     finally:
         for future in futures:
             future.cancel()

@@ -10,6 +10,7 @@ included, not the one with the most likely first token.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Literal
 
 from ptuning.inference.engine import Engine
 from ptuning.inference.grammar import Grammar
+from ptuning.inference.jobs import Timed
 from ptuning.inference.label_scorer import draw_label
 from ptuning.inference.sampling import Sampling, Token
 from ptuning.inference.types import AnswerFailed, End, Request, ResidentPrompt
@@ -64,10 +66,19 @@ class Generation:
         self.prompt_tokens = len(question.ids)
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self.finish: Literal["stop", "length", "error"] | None = None
+        """How it ended; None: it has not, or was closed before."""
+        self.first = 0.0
+        """When its first token came, by `time.monotonic`; 0: none has."""
+        self.intervals: list[float] = []
+        """Seconds between its tokens; none for labels, whose tokens come at once."""
+        self.queued_s: float | None = None
+        """Seconds until its first step."""
+        self._begun = time.monotonic()
         self._engine = engine
         self._question = question
         self._id: str | None = None
-        self._scores: Future[list[list[float]]] | None = None
+        self._scores: Timed[list[list[float]]] | None = None
         self._echoed: Future[list[Token]] | None = None
         self._events: asyncio.Queue[Token | End] = asyncio.Queue()
         sampling = question.sampling
@@ -117,6 +128,15 @@ class Generation:
         Raises:
             AnswerFailed: the engine failed.
         """
+        try:
+            async for piece in self._pieces():
+                self.finish = piece.finish or self.finish
+                yield piece
+        except Exception:
+            self.finish = "error"
+            raise
+
+    async def _pieces(self) -> AsyncIterator[Piece]:
         question, choice = self._question, self._question.form.choice
         if question.echo is not None:
             yield Piece(question.echo, await self._prompt())
@@ -150,7 +170,8 @@ class Generation:
         told, front = self._sampling.top is not None, len(self._question.echo or "")
         text = TextStream(tokenizer, self._question.stops, self._question.strip)
         waiting: list[TokenText] = []
-        async for event in self._tokens():
+        events = self._tokens()
+        async for event in events:
             if isinstance(event, Token):
                 self.completion_tokens += 1
                 if event.id in ends:
@@ -161,19 +182,30 @@ class Generation:
                     waiting.append(token_text(tokenizer, event, text.added, before, text.rest))
                 if text.stopped:
                     self.close()
+                    await self._read_end(events)
                     yield Piece(new, tuple(token for token in waiting if token.offset < front + len(text.text)), "stop")
                     return
                 if new:
                     yield Piece(new, tuple(waiting))
                     waiting = []
             elif event.reason in ("stop", "length"):
-                self.cached_tokens = max(0, event.cached - self._question.served.length)
+                self._note(event)
                 rest = text.flush()
                 if waiting and text.added:  # of a character that is not complete
                     waiting[-1] = replace(waiting[-1], text=waiting[-1].text + text.added)
                 yield Piece(rest, tuple(waiting), "stop" if text.stopped else event.reason)
             else:
                 raise AnswerFailed(event.message or "the answer was cancelled")
+
+    async def _read_end(self, events: AsyncIterator[Token | End]) -> None:
+        """Tokens that were generated before the engine heard of the stop string do not count."""
+        async for event in events:
+            if isinstance(event, End):
+                self._note(event)
+
+    def _note(self, end: End) -> None:
+        self.cached_tokens = max(0, end.cached - self._question.served.length)
+        self.queued_s = self.queued_s if end.queued_s is None else end.queued_s
 
     async def _written(self, choice: Choice, texts: tuple[str, ...]) -> AsyncIterator[Piece]:
         """A choice that the client is sent as another text, as a whole. The log-probabilities are those of its own tokens."""
@@ -198,8 +230,13 @@ class Generation:
             for event in self._label(choice, *await self._chosen(choice)):
                 yield event
             return
+        before = 0.0
         while True:
             event = await self._events.get()
+            now = time.monotonic()
+            if before and isinstance(event, Token):
+                self.intervals.append(now - before)
+            before, self.first = now, self.first or now
             yield event
             if isinstance(event, End):
                 return
@@ -207,8 +244,10 @@ class Generation:
     async def _chosen(self, choice: Choice) -> tuple[int, list[float]]:
         """The chosen text, and the log-probabilities of all of them."""
         if self._scores is None:
+            self.first = time.monotonic()
             return 0, [0.0]
         (scores,) = await asyncio.wrap_future(self._scores)
+        self.first, self.queued_s = time.monotonic(), max(0.0, self._scores.began - self._begun)
         own = [scores[at] for at in choice.places]
         return draw_label(own, self._sampling), own
 
@@ -225,5 +264,5 @@ class Generation:
         yield End("stop")
 
 
-def _choose(engine: Engine, question: GenerationRequest, choice: Choice) -> Future[list[list[float]]] | None:
+def _choose(engine: Engine, question: GenerationRequest, choice: Choice) -> Timed[list[list[float]]] | None:
     return engine.choose(question.served.handle, [question.ids], choice.trie) if choice.trie else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -15,10 +16,14 @@ from ptuning.cluster.local_paths import absolute
 from ptuning.config import Experiment, read_experiment
 from ptuning.serving.app import build_app
 from ptuning.serving.auth import Scope, check_address, check_origins, read_keys
-from ptuning.serving.service import Service
+from ptuning.serving.ray_metrics import RayMetrics
+from ptuning.serving.service import Reloaded, Service
+from ptuning.serving.status import Method
 from ptuning.settings.running import ServeConfig
 
 DEPLOYMENT = "replica"
+REPLICAS_S = 20.0
+"""Seconds in which all replicas must answer a request for their metrics, or to check the registry."""
 
 
 @serve.ingress()
@@ -26,21 +31,38 @@ class Replica:
     """A replica: one copy of the base with all soft prompts."""
 
     def __init__(self, experiment: dict[str, Any], keys: dict[str, Scope]) -> None:
-        self._id = serve.get_replica_context().replica_id.unique_id
-        self._service = Service(Experiment.model_validate(experiment), keys, self._id)
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._service = Service(Experiment.model_validate(experiment), keys, replica)
+        self._exported = RayMetrics(self._service.metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._service)
+        return build_app(self._service, self._replicas)
+
+    async def _replicas(self, method: Method) -> list[Any]:
+        """Call a method of every replica that runs, this one included."""
+        return list(await self._handle.broadcast(method).results_async(timeout_s=REPLICAS_S))
+
+    @cached_property
+    def _handle(self) -> Any:
+        return serve.get_deployment_handle(DEPLOYMENT, serve.get_replica_context().app_name)
+
+    def collect(self) -> list[Any]:
+        """The metrics of this replica."""
+        return list(self._service.metrics.collect())
+
+    def reload(self) -> Reloaded:
+        """Check the registry now."""
+        return self._service.reload()
 
     async def check_health(self) -> None:
         """Health check of Serve; if it raises, the replica is replaced."""
         if not self._service.alive:
             raise RuntimeError("the engine has stopped")
 
-    async def drain(self) -> tuple[str, int]:
-        """Refuse new requests (503). Returns the id of this replica and the number of requests in flight."""
+    async def drain(self) -> int:
+        """Refuse new requests (503). Returns the number of requests in flight."""
         self._service.draining = True
-        return self._id, self._service.open
+        return self._service.open
 
     def state(self) -> dict[str, Any]:
         """The served versions, and the refused ones with reasons."""
@@ -49,9 +71,9 @@ class Replica:
         return {"served": served, "refused": dict(models.refused)}
 
     def __del__(self) -> None:
-        service = getattr(self, "_service", None)
-        if service:
-            service.close()
+        for part in ("_exported", "_service"):
+            if made := getattr(self, part, None):
+                made.close()
 
 
 def gpus_per_replica(limits: ServeConfig) -> float:

@@ -33,7 +33,7 @@ from ptuning.config import Experiment
 from ptuning.errors import TrackingError, UserError
 from ptuning.redaction import logger
 from ptuning.serving.auth import Scope, check_address, check_origins, is_loopback, read_keys
-from ptuning.serving.deployment import DEPLOYMENT, application, gpus_per_replica
+from ptuning.serving.deployment import application, gpus_per_replica
 from ptuning.tracking.client import database, obeyed, tracking_uri
 from ptuning.tracking.database import check_database
 
@@ -183,20 +183,16 @@ def _drain(handle: Any, most_s: float) -> None:
     """Make every replica refuse new requests with 503 and complete those in flight.
 
     Deleting the application also completes them, but then Serve's proxies answer 404 (2.60), which clients treat as their own
-    error and do not retry. The handle calls the replica with the fewest requests, so the calls reach all replicas until the
-    last is idle.
+    error and do not retry.
     """
-    left: dict[str, int] = {}
     until = time.monotonic() + most_s
     while time.monotonic() < until:
         try:
-            replica, left_there = handle.drain.remote().result(timeout_s=5)
-            states: Any = serve.status().applications[APPLICATION].deployments[DEPLOYMENT].replica_states
+            left = handle.broadcast("drain").results(timeout_s=5)
         except Exception as error:  # a replica that is replaced, or a controller that starts again
             log.debug("a replica was not reached: %s", error)
         else:
-            left[replica] = left_there
-            if len(left) >= states.get("RUNNING", 0) and not any(left.values()):
+            if not any(left):
                 break
         time.sleep(0.05)
     time.sleep(FLUSH)

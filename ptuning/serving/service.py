@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ptuning import storage
@@ -14,12 +15,25 @@ from ptuning.inference.types import End, EngineConfig, Request
 from ptuning.model.base import find_base
 from ptuning.redaction import logger
 from ptuning.registry.registry import Registry
+from ptuning.serving import metrics
 from ptuning.serving.auth import Scope
 from ptuning.serving.metrics import Metrics
 from ptuning.serving.served_models import ServedModels
 from ptuning.tracking.client import tracking_uri
 
 log = logger(__name__)
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """What a replica serves after it has checked the registry."""
+
+    reached: bool
+    """The registry has responded."""
+    changed: bool
+    served: frozenset[str]
+    refused: dict[str, str]
+    """Versions with reasons."""
 
 
 class Service:
@@ -47,18 +61,22 @@ class Service:
         registry = Registry(tracking_uri(experiment))
         cache = storage.join(store, "served") if storage.is_local(store) else str(Path.home() / ".cache" / "ptuning" / "served")
         self.models = ServedModels(self.base, self.engine, registry, cache, self.limits.soft_prompts)
-        self.metrics = Metrics(replica)
+        self.metrics = Metrics(replica, self.limits.metrics_models)
+        engine, models = self.engine, self.models
         self.metrics.watch(
             {
-                "busy": ("Requests that run or wait, and texts that wait for labels.", lambda: self.engine.busy),
-                "soft_prompts": ("Resident soft prompts.", lambda: self.engine.residents),
-                "soft_prompt_bytes": ("Memory of the resident soft prompts.", lambda: self.engine.resident_bytes),
-                "refused": ("Versions that failed a check.", lambda: len(self.models.refused)),
-                "registry_read_seconds": ("When the registry was last read, in Unix seconds.", lambda: self.models.looked),
-                "steps_total": ("Steps of the engine.", lambda: self.engine.stats.steps),
-                "batched_total": ("Requests in all steps together: divided by the steps, the batch.", self._batched),
-                "prompt_tokens_total": ("Tokens of text and soft prompts that requests began with.", self._prompted),
-                "cached_tokens_total": ("Of these, tokens that were found in the cache.", self._cached),
+                metrics.RUNNING: lambda: engine.load.running,
+                metrics.WAITING: lambda: engine.load.waiting,
+                metrics.ROWS: lambda: engine.load.waiting_rows,
+                metrics.CACHE: lambda: engine.load.cache_used,
+                metrics.STEPS: lambda: engine.stats.steps,
+                metrics.STEP_REQUESTS: lambda: engine.stats.batched,
+                metrics.QUERIES: lambda: engine.stats.prompt_tokens,
+                metrics.HITS: lambda: engine.stats.cached_tokens,
+                metrics.SOFT_PROMPTS: lambda: engine.residents,
+                metrics.BYTES: lambda: engine.resident_bytes,
+                metrics.REFUSED: lambda: len(models.refused),
+                metrics.REGISTRY: lambda: models.looked,
             }
         )
         self.ready = False
@@ -79,6 +97,15 @@ class Service:
     def alive(self) -> bool:
         """False if this replica must be replaced."""
         return self.engine.alive and self._watcher.is_alive()
+
+    def reload(self) -> Reloaded:
+        """Check the registry now."""
+        try:
+            changed, reached = self.models.sync(), True
+        except UserError as error:
+            log.warning("the registry does not respond, the served versions stay: %s", error)
+            changed, reached = False, False
+        return Reloaded(reached, changed, frozenset(self.models.names), dict(self.models.refused))
 
     def close(self) -> None:
         """Stop at once."""
@@ -101,12 +128,3 @@ class Service:
                 log.error("no soft prompts are served until the registry responds")
         except Exception:  # no error must end the thread: the next poll may succeed
             log.exception("the served versions could not be updated")
-
-    def _batched(self) -> float:
-        return self.engine.stats.batched
-
-    def _prompted(self) -> float:
-        return self.engine.stats.prompt_tokens
-
-    def _cached(self) -> float:
-        return self.engine.stats.cached_tokens

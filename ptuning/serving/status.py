@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from ptuning.errors import UserError
-from ptuning.redaction import logger
 from ptuning.serving.answers import Model, Models
-from ptuning.serving.http_request import ApiError, as_api_error, authorize, request_id
+from ptuning.serving.http_request import ApiError, as_api_error, authorize
+from ptuning.serving.metrics import CONTENT_TYPE, exposition
 from ptuning.serving.replies import json_response
 from ptuning.serving.served_models import Served, UnknownModel
-from ptuning.serving.service import Service
+from ptuning.serving.service import Reloaded, Service
 
-log = logger(__name__)
+Method = Literal["collect", "reload"]
+Replicas = Callable[[Method], Awaitable[list[Any]]]
+"""Calls a method of every replica: `collect` returns its metrics, `reload` a `Reloaded`. May raise TimeoutError."""
 
 
 class Status:
     """The routes of one replica that ask for no answer."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, replicas: Replicas | None = None) -> None:
+        """`replicas`: how all of them are reached; None: there is one."""
         self._service = service
+        self._replicas = replicas or self._alone
+
+    async def _alone(self, method: Method) -> list[Any]:
+        return [await asyncio.to_thread(self._service.metrics.collect if method == "collect" else self._service.reload)]
+
+    async def _all(self, method: Method) -> list[Any]:
+        try:
+            return await self._replicas(method)
+        except TimeoutError:
+            message = "a replica does not respond; ask again in a moment"
+            raise ApiError(503, message, "server_error", retry_after="5") from None
 
     async def models(self, request: Request) -> Response:
         authorize(request, self._service.keys, "inference")
@@ -52,20 +67,25 @@ class Status:
         )
 
     async def reload(self, request: Request) -> Response:
-        """Check the registry now; returns the served and the refused versions."""
+        """All replicas check the registry now; returns the versions that all of them serve, and those that one has refused."""
         authorize(request, self._service.keys, "admin")
-        try:
-            changed = await asyncio.to_thread(self._service.models.sync)
-        except UserError as error:
-            log.warning("request %s: the registry does not respond, the served versions stay: %s", request_id(), error)
+        found: list[Reloaded] = await self._all("reload")
+        if not all(each.reached for each in found):
             message = "the registry does not respond, the served versions stay; see the server's log"
-            return ApiError(503, message, "server_error", retry_after="5").response()
-        models = self._service.models
-        return JSONResponse({"changed": changed, "served": sorted(models.names), "refused": dict(models.refused)})
+            raise ApiError(503, message, "server_error", retry_after="5")
+        refused: dict[str, str] = {}
+        for each in found:
+            refused |= each.refused
+        served = frozenset.intersection(*(each.served for each in found))
+        changed = any(each.changed for each in found)
+        told = {"changed": changed, "served": sorted(served), "refused": refused, "replicas": len(found)}
+        return JSONResponse(told)
 
     async def metrics(self, request: Request) -> Response:
+        """The metrics of all replicas."""
         authorize(request, self._service.keys, "admin")
-        return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
+        found = await self._all("collect")
+        return Response(await asyncio.to_thread(exposition, found), media_type=CONTENT_TYPE)
 
     async def livez(self) -> Response:
         return JSONResponse({"alive": self._service.alive}, 200 if self._service.alive else 503)

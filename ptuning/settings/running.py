@@ -59,6 +59,8 @@ class ServeConfig(Table):
     """Maximum size of a request body in KiB. Larger ones are answered with 413."""
     deadline_s: PositiveNumber = 120.0
     """Seconds after which an answer is aborted. Clients cannot extend it."""
+    metrics_models: Positive = 100
+    """Maximum versions with series of their own in /metrics. Further ones count as "other"."""
     drain_s: PositiveNumber = 30.0
     """Seconds that a stopping replica waits for requests in flight."""
 

@@ -41,6 +41,9 @@ CLIENTS = {
     "openai_node": Client("openai (Node)", "openai_node.mjs", ("openai",), quick=False),
     "instructor": Client("instructor", "instructor_python.py", ("instructor",)),
     "langchain": Client("LangChain", "langchain_python.py", ("langchain-openai",)),
+    "langchain_node": Client(
+        "LangChain.js", "langchain_node.mjs", ("@langchain/openai", "@langchain/core", "zod"), quick=False
+    ),
     "pydantic_ai": Client("pydantic-ai", "pydantic_ai_python.py", ("pydantic-ai-slim[openai]",)),
     "openai_agents": Client("OpenAI Agents", "openai_agents_python.py", ("openai-agents",)),
     "ai_sdk": Client("Vercel AI SDK", "ai_sdk_node.mjs", ("ai", "@ai-sdk/openai", "zod"), quick=False),
@@ -50,6 +53,7 @@ CLIENTS = {
     "haystack": Client("Haystack", "haystack_python.py", ("haystack-ai",)),
     "inspect": Client("Inspect", "inspect_python.py", ("inspect-ai", "openai")),
     "lm_eval": Client("lm-evaluation-harness", "lm_eval_python.py", ("lm-eval[api]", "transformers"), quick=False),
+    "gradio": Client("Gradio", "gradio_python.py", ("gradio", "openai"), quick=False),
     "guidellm": Client("GuideLLM", "guidellm_python.py", ("guidellm",), quick=False),
     "aiperf": Client("AIPerf", "aiperf_python.py", ("aiperf",), quick=False),
 }
