@@ -52,7 +52,7 @@ def base_in(folder: Path, tokenizer: PreTrainedTokenizerFast, architecture: str,
 
 def prompt_for(base: Base, template: Template | None = TEMPLATE, length: int = 5) -> SoftPrompt:
     vectors = torch.randn(length, base.width, generator=torch.Generator().manual_seed(1)) * 0.3
-    fingerprint = base.fingerprint.model_dump()
+    fingerprint = base.fingerprint.parts()
     return make(vectors, base=base.name, base_fingerprint=fingerprint, template=template, max_new_tokens=7)
 
 

@@ -319,7 +319,6 @@ def test_one_driver_per_run_and_a_killed_one_costs_at_most_one_interval(
 ) -> None:
     steps = 300 * (1 + KILLS)
     tables["compute"]["workers"] = 1
-    del tables["zero"]
     tables["train"] |= {"steps": steps}
     folder = tmp_path / "runs" / "toy"
     command = [sys.executable, "-m", "ptuning", "train", str(write_toml(tables))]

@@ -81,7 +81,7 @@ def publish_soft_prompt(registry: Registry, base_folder: Path, folder: Path, nam
     noise = torch.randn(4, base.width, generator=torch.Generator().manual_seed(seed)) * 0.02
     about = {
         "base": str(base_folder),
-        "base_fingerprint": base.fingerprint.model_dump(),
+        "base_fingerprint": base.fingerprint.parts(),
         "template": LABELS,
         "max_new_tokens": 4,
     }
@@ -671,7 +671,7 @@ def test_what_diverges_or_is_damaged_is_refused(tmp_path, tiny_tokenizer):
         assert catalogue.sync() and catalogue.find("gpt2").handle is None and alike not in catalogue.names
         assert catalogue.refused[alike].endswith("has the name of the base on this server; publish it under another name")
         enormous = torch.full((4, 32), 3e38) * torch.tensor([1.0, -1.0]).repeat(16)
-        about = {"base": str(folder), "base_fingerprint": base.fingerprint.model_dump(), "template": LABELS}
+        about = {"base": str(folder), "base_fingerprint": base.fingerprint.parts(), "template": LABELS}
         make(enormous, **about).save(str(tmp_path / "enormous"), layers=2, heads=4)
         assert str(put(registry, "task", str(tmp_path / "enormous"))) == "task:2"
         publish_soft_prompt(registry, folder, tmp_path / "scratch", "task", 3)

@@ -54,7 +54,7 @@ def shelf(store: Path, registry: Registry, tmp_path: Path, tiny_base_folder: Pat
     base = find_base(ModelConfig(path=str(tiny_base_folder)))
     mine = {
         "base": str(tiny_base_folder),
-        "base_fingerprint": base.fingerprint.model_dump(),
+        "base_fingerprint": base.fingerprint.parts(),
         "template": Template(input="Text: {text}\nKind:", target=" {label}", labels=("fruit", "tool")),
     }
     first = put(registry, "toy", prompt(tmp_path, 1, **mine))
@@ -306,7 +306,7 @@ def test_a_storage_folder_that_mlflow_would_take_for_another_is_refused(
 def test_the_commands_on_a_server(http: str, tmp_path: Path, tiny_base_folder: Path) -> None:  # noqa: F811
     where = ("--tracking", http)
     base = find_base(ModelConfig(path=str(tiny_base_folder)))
-    mine = {"base": str(tiny_base_folder), "base_fingerprint": base.fingerprint.model_dump()}
+    mine = {"base": str(tiny_base_folder), "base_fingerprint": base.fingerprint.parts()}
     for seed in (1, 2):
         source = prompt(tmp_path, seed, **mine)
         assert answer("import", source, "--name", "served", *where)["version"] == seed

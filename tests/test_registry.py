@@ -314,7 +314,7 @@ def test_the_gate(registry: Registry, tmp_path: Path, tiny_base_folder: Path) ->
     base = find_base(ModelConfig(path=str(tiny_base_folder)))
     mine = {
         "base": str(tiny_base_folder),
-        "base_fingerprint": base.fingerprint.model_dump(),
+        "base_fingerprint": base.fingerprint.parts(),
         "template": Template(input="Text: {text}\nKind:", target=" {label}", labels=("fruit", "tool")),
     }
     put(registry, "toy", prompt(tmp_path, 1, **mine))
@@ -348,7 +348,7 @@ def test_a_parent_from_the_registry_is_pinned_in_the_runs_folder(
     registry: Registry, store: Path, tmp_path: Path, toy_task: Any, tiny_base_folder: Path
 ) -> None:
     base = find_base(ModelConfig(path=str(tiny_base_folder)))
-    own = {"base_fingerprint": base.fingerprint.model_dump()}
+    own = {"base_fingerprint": base.fingerprint.parts()}
     put(registry, "toy", prompt(tmp_path, 1, **own))
     put(registry, "toy", prompt(tmp_path, 2, **own))
     put(registry, "foreign", prompt(tmp_path, 3))

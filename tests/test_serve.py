@@ -117,7 +117,7 @@ def listens(process: psutil.Process) -> list[int]:
 
 
 def ports(candidates: list[psutil.Process]) -> list[int]:
-    return [port for each in candidates if "ray::" not in " ".join(each.cmdline()) for port in listens(each)]
+    return [port for each in candidates for port in listens(each)]
 
 
 def exported(port: int) -> str:

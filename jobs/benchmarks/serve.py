@@ -262,7 +262,7 @@ def put(bench: Bench, runs: Path, name: str, vectors: Tensor) -> None:
     card = Card(
         name=name,
         base="builtin",
-        base_fingerprint=bench.base.fingerprint.model_dump(),
+        base_fingerprint=bench.base.fingerprint.parts(),
         length=len(vectors),
         width=vectors.shape[1],
         content_hash=content_hash(vectors),
