@@ -106,7 +106,7 @@ def test_a_reload_reaches_both_replicas_and_ray_exports_the_metrics(tmp_path, en
             samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
             ours = [each for each in samples if each.name == "ray_ptuning_requests_total"]
         assert sum(each.value for each in ours) == 20 and {each.labels["deployment"] for each in ours} == {"replica"}
-        assert "ray_ptuning_kv_cache_usage_ratio" in text and "late" not in text
+        assert "ray_ptuning_kv_cache_usage_ratio" in text and '"late' not in text
 
 
 def listens(process: psutil.Process) -> list[int]:
