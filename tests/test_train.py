@@ -451,12 +451,13 @@ def test_initial_vectors_are_deterministic_in_the_seed(run: Any, toy_task: Simpl
     pack = run().pack
     text = {"prompt__init_text": "fruit or tool"} if init == "text" else {}
 
-    def vectors(seed: int) -> torch.Tensor:
-        task = experiment(toy_task, prompt__init=init, train__seed=seed, prompt__length=7, **text)
-        return training_slot.initial_vectors(task, load_task(task, base), base, pack.embed)[0]
+    def vectors(seed: int, kind: str) -> torch.Tensor:
+        task = experiment(toy_task, prompt__init=init, prompt__kind=kind, train__seed=seed, prompt__length=7, **text)
+        return training_slot.initial_vectors(task, load_task(task, base), base, pack.embed, pack.prefix)[0]
 
-    assert torch.equal(vectors(0), vectors(0)) and vectors(0).shape == (7, base.width)
-    assert torch.equal(vectors(0), vectors(1)) == (init == "text")
+    for kind, shape in (("embedding", (7, base.width)), ("kv", (7, 2, 2, 2, 8))):
+        assert torch.equal(vectors(0, kind), vectors(0, kind)) and vectors(0, kind).shape == shape
+        assert torch.equal(vectors(0, kind), vectors(1, kind)) == (init == "text")
 
 
 def test_a_soft_prompt_starts_from_another_one(run: Any, toy_task: SimpleNamespace) -> None:

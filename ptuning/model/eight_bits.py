@@ -5,8 +5,9 @@ computed in that, so a row's result depends on that row alone, and the gradient 
 plain tensors, so ZeRO-3 partitions and gathers bytes.
 
 Not the layers of libraries: the weights of torchao (0.18) are a class of tensor that cannot be flattened, as ZeRO-3 does, and
-those of bitsandbytes (0.50) are not filled under `zero.Init`. The input embedding and the output head stay as they are: soft
-prompts are compared with rows of the one, and labels select rows of the other. So do experts that are one tensor together.
+those of bitsandbytes (0.50) are not known to work under `zero.Init` (DeepSpeed#5660). The input embedding and the output head
+stay as they are: soft prompts are compared with rows of the one, and labels select rows of the other. So do experts that are
+one tensor together.
 
 Shapes: I inputs and O outputs of a linear layer.
 """
