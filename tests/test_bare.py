@@ -31,7 +31,8 @@ ROOMS = """
 import ptuning.model, ptuning.data, ptuning.inference, ptuning.planning
 for room in (ptuning.model, ptuning.data, ptuning.inference, ptuning.planning):
     for module in pkgutil.iter_modules(room.__path__, room.__name__ + "."):
-        importlib.import_module(module.name)
+        if module.name.rpartition(".")[2] not in ("vllm_rows", "vllm_sampling"):  # only vLLM's own processes import them
+            importlib.import_module(module.name)
 
 import torch
 from support.training import Run

@@ -154,8 +154,8 @@ def test_labels_have_the_scores_of_rows_of_their_own(name: str, monkeypatch: pyt
     embedding: Any = reference.get_input_embeddings()
     for prompt, rows in zip(prompts, texts, strict=True):
         for text in rows:
-            for at, node in enumerate(TRIE.nodes):
-                ids = torch.tensor([*text, *TRIE._beginning(at)])
+            for node in TRIE.nodes:
+                ids = torch.tensor([*text, *TRIE.beginning(node)])
                 with torch.no_grad():
                     logits = reference(inputs_embeds=torch.cat([prompt, embedding(ids)])[None], use_cache=False).logits[0, -1]
                 expected.append(-torch.log_softmax(logits[list(node.children)], -1))
