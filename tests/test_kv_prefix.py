@@ -70,7 +70,7 @@ def by_cache(model: PromptedModel, prefix: Tensor, rows: list[tuple[list[int], l
     with model.plain() as base:
         for source, target in rows:
             ids = torch.tensor([source + target])
-            logits = base(input_ids=ids, past_key_values=cache_of(prefix, 1, torch.float32), use_cache=True).logits[0]
+            logits = base(input_ids=ids, past_key_values=cache_of([prefix], torch.float32), use_cache=True).logits[0]
             found.append(cross_entropy(logits[len(source) - 1 : -1], ids[0, len(source) :], reduction="none"))
     return torch.cat(found)
 
@@ -350,7 +350,7 @@ def generated(model: PromptedModel, prefix: Tensor | None, ids: list[int], new: 
     """Greedy tokens by transformers alone."""
     made: list[int] = []
     with model.plain() as plain, torch.no_grad():
-        cache = cache_of(prefix, 1, torch.float32) if prefix is not None else None
+        cache = cache_of([prefix], torch.float32) if prefix is not None else None
         step = torch.tensor([ids])
         for _ in range(new):
             out = plain(input_ids=step, past_key_values=cache, use_cache=True)

@@ -76,7 +76,7 @@ def next_logits(model: PreTrainedModel, vectors: Tensor | None, ids: Tensor, fee
     if vectors is not None and vectors.ndim > 2:
         from ptuning.model.kv_prefix import cache_of  # the code of models: a driver only checks fingerprints
 
-        cache = cache_of(vectors.to(model.device), 1, model.dtype)
+        cache = cache_of([vectors.to(model.device)], model.dtype)
         seen = ids.new_ones(1, len(vectors) + ids.shape[1])
         return model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True).logits[0, -1]
     rows = model.get_input_embeddings()(ids)

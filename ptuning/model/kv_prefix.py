@@ -10,6 +10,7 @@ Shapes: P virtual tokens, T tokens, H width; a prefix is `[P, layers, 2, heads, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,25 +36,11 @@ class KVShape(NamedTuple):
     width: int
     """d of a key head."""
 
-    @property
-    def numbers(self) -> int:
-        """Of one virtual token."""
-        return self.layers * 2 * self.heads * self.width
 
-
-def cache_of(prefix: Tensor, rows: int, dtype: torch.dtype) -> DynamicCache:
-    """A prefix as the cache of transformers' own passes, for `rows` rows."""
+def cache_of(prefixes: Sequence[Tensor], dtype: torch.dtype) -> DynamicCache:
+    """Prefixes of one length as the cache of transformers' own passes, each for a row."""
     cache = DynamicCache()
-    for layer, (keys, values) in enumerate(prefix.to(dtype).permute(1, 2, 3, 0, 4)):
-        cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
-    return cache
-
-
-def caches_of(prefixes: list[Tensor], dtype: torch.dtype) -> DynamicCache:
-    """The same for prefixes of one length, each for a row."""
-    cache = DynamicCache()
-    stacked = torch.stack(prefixes).to(dtype).permute(2, 3, 0, 4, 1, 5)
-    for layer, (keys, values) in enumerate(stacked):
+    for layer, (keys, values) in enumerate(torch.stack([*prefixes]).to(dtype).permute(2, 3, 0, 4, 1, 5)):
         cache.update(keys, values, layer)
     return cache
 
@@ -119,7 +106,7 @@ def _by_cache(model: PromptedModel, prefix: Tensor) -> Tensor:
     with model.plain() as base:
         for source, target in ROWS:
             ids = torch.tensor([source + target], device=base.device)
-            cache = cache_of(prefix.to(base.device), 1, base.dtype)
+            cache = cache_of([prefix.to(base.device)], base.dtype)
             seen = torch.ones(1, LENGTH + ids.shape[1], dtype=torch.long, device=base.device)
             logits = base(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True).logits[0]
             found.append(cross_entropy(logits[len(source) - 1 : -1].float(), ids[0, len(source) :], reduction="none"))

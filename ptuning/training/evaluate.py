@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ptuning.data.dataset import Split
 from ptuning.data.encoder import Encoder
-from ptuning.model.kv_prefix import caches_of
+from ptuning.model.kv_prefix import cache_of
 from ptuning.model.limits import LOGITS, TOKENS, scored_tokens
 from ptuning.model.packing import kv_slots, pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
@@ -287,7 +287,7 @@ def _continued(
     # `generate` leaves out as many leading ids as the cache has tokens.
     ids = torch.tensor([[0] * (length + longest - len(row)) + row for row in inputs], device=device)
     mask = torch.tensor([[1] * length + [0] * (longest - len(row)) + [1] * len(row) for row in inputs], device=device)
-    cache = caches_of([each.to(device) for each in prefixes], model.base.dtype)
+    cache = cache_of([each.to(device) for each in prefixes], model.base.dtype)
     with model.plain():
         return _generated(model, ids, mask, encoder, max_new_tokens, together, past_key_values=cache)
 
