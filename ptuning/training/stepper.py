@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ptuning.model.packing import PackedBatch, PlacedBatch, pack_targets
+from ptuning.model.packing import PackedBatch, PlacedBatch, kv_slots, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.transfer import Parcel, moved
 from ptuning.training.distributed import Workers
@@ -86,7 +86,7 @@ class _Plan:
         for own in _divided(stepper.workers, members, rows):
             starts = [start for start, _ in own]
             batches = [[members[start].slot.task.train.row(int(row)) for row in part] for start, part in own]
-            kv = {at for at, start in enumerate(starts) if members[start].start.vectors.ndim > 2}
+            kv = kv_slots([members[start].start.vectors for start in starts])
             plan = pack_targets([lengths[start] for start in starts], batches, [objectives[start] for start in starts], kv)
             parts = [
                 members[start].slot.weights(many, batch, totals[start])
