@@ -10,20 +10,20 @@ import glob
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError, field_validator, model_validator
 
 from ptuning.errors import UserError, suggest
 from ptuning.paths import is_path
 from ptuning.redaction import redact
-from ptuning.settings.data import DataConfig
+from ptuning.settings.data import TEACHER_FILES, DataConfig
 from ptuning.settings.fields import CLASSIFICATION_METRICS, GENERATION_METRICS, NAME, Metric, NonBlank, Table
 from ptuning.settings.messages import sentence, takes_text
 from ptuning.settings.model import ModelConfig, PromptConfig
 from ptuning.settings.running import ComputeConfig, ServeConfig, TrackingConfig
 from ptuning.settings.search import SearchConfig
-from ptuning.settings.training import TrainConfig, ZeroConfig
+from ptuning.settings.training import Objective, TrainConfig, ZeroConfig
 
 PLACES = ("model.path", "prompt.init_from", "data.train", "data.validation", "data.test")
 """Settings that name a place. Two runs with the same content there are the same run, wherever it is."""
@@ -86,8 +86,9 @@ class Experiment(Table):
         for key, value in (("objective", self.train.objective == "choice"), ("class_weights", self.train.class_weights)):
             if value and not labels:
                 raise ValueError(f"train.{key}: needs data.labels; list them")
-        if self.train.text_weight not in ("auto", 0) and self.objective == "text":
-            raise ValueError('train.text_weight: has no effect with the objective "text"; set it to 0')
+        self._check_teacher()
+        if self.train.text_weight not in ("auto", 0) and self.objective != "choice":
+            raise ValueError(f'train.text_weight: has no effect with the objective "{self.objective}"; set it to 0')
         allowed = CLASSIFICATION_METRICS if labels else GENERATION_METRICS
         if self.train.metric not in (None, *allowed):
             task = "classification" if labels else "generation"
@@ -103,17 +104,36 @@ class Experiment(Table):
             )
         return self
 
+    def _check_teacher(self) -> None:
+        """Raises:
+        ValueError: only one of the teacher and its objective is set, or what has no effect with them.
+        """
+        if self.train.objective == "distill" and not self.data.teacher:
+            raise ValueError('train.objective: "distill" needs data.teacher, the text whose effect is learned; set it')
+        if not self.data.teacher:
+            return
+        if self.objective != "distill":
+            raise ValueError(f'data.teacher: has no effect with the objective "{self.objective}"; leave one of them out')
+        if self.train.class_weights:
+            raise ValueError("train.class_weights: has no effect on what a teacher says; leave it out")
+
     @property
-    def objective(self) -> Literal["choice", "text"]:
+    def objective(self) -> Objective:
         """The objective of training, "auto" resolved."""
         if self.train.objective == "auto":
-            return "choice" if self.data.labels else "text"
+            return "distill" if self.data.teacher else "choice" if self.data.labels else "text"
         return self.train.objective
+
+    @property
+    def chooses(self) -> bool:
+        """Training compares labels, not all tokens of the vocabulary."""
+        return self.objective == "choice" or (self.objective == "distill" and bool(self.data.labels))
 
     @property
     def metric(self) -> Metric:
         """The validation metric that selects the best step."""
-        return self.train.metric or ("accuracy" if self.data.labels else "loss")
+        usual: Metric = "accuracy" if self.data.labels and self.objective != "distill" else "loss"
+        return self.train.metric or usual
 
 
 def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -139,6 +159,8 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     found = {split: _beside(source, path.parent) for split, source in experiment.data.sources()}
     if experiment.data.chat_template_file:
         found["chat_template"] = _beside(experiment.data.chat_template_file, path.parent)
+    if experiment.data.teacher:
+        found["teacher"] = _teacher(experiment.data.teacher, path.parent)
     return experiment.model_copy(update={"data": experiment.data.model_copy(update=found)})
 
 
@@ -150,6 +172,24 @@ def _beside(source: str | Sequence[str], folder: Path) -> str | tuple[str, ...]:
     if not is_path(source) or source.startswith("~") or path.is_absolute() or _exists(path) or not _exists(folder / path):
         return source
     return str(folder / path)
+
+
+def _teacher(given: str, folder: Path) -> str:
+    """The text of `data.teacher`, which may be in a file. It is a part of the experiment, not a place.
+
+    Raises:
+        ExperimentError: there is no such file, or it is not a text.
+    """
+    if not given.endswith(TEACHER_FILES) or "\n" in given:
+        return given
+    try:
+        text = Path(str(_beside(given, folder))).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ExperimentError(f"data.teacher: {given} cannot be read ({reason}); give a text, or a file with one") from None
+    if not text.strip():
+        raise ExperimentError(f"data.teacher: {given} is empty; write the text into it")
+    return text
 
 
 def _exists(path: Path) -> bool:

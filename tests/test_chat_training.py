@@ -26,7 +26,8 @@ from ptuning.settings.model import ModelConfig
 from ptuning.settings.training import ZeroConfig
 from ptuning.training import base_loader
 from ptuning.training.distributed import Workers
-from ptuning.training.evaluate import greedy, label_scores
+from ptuning.training.evaluate import label_scores
+from ptuning.training.generation import Greedy
 
 pytestmark = pytest.mark.fast
 
@@ -154,7 +155,7 @@ def test_generated_text_ends_with_the_turn(base: Base, folder: Path) -> None:
         head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
         head.bias[end] = 24.0
     task = load_task(parse_experiment(tables(plain, conversations(2))), plain)
-    assert greedy(model, torch.zeros(4, 32), [task.train.row(0)[0]], task.encoder, 6) == [""]
+    assert Greedy(model, task.encoder, 6).texts(torch.zeros(4, 32), [task.train.row(0)[0]]) == [""]
 
 
 def test_a_base_without_a_chat_template_needs_one(folder: Path) -> None:

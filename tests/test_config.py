@@ -451,6 +451,7 @@ def test_what_names_something_is_not_blank(key, blank, tmp_path):
 def test_the_keys_that_name_something_are_known():
     assert set(named_by_text(Experiment)) - TEXT == {
         *("name", "model.path", "model.revision", "prompt.init_text", "prompt.init_from", "data.train", "data.validation"),
+        "data.teacher",
         *("data.test", "data.references", "data.chat_template", "data.system", "serve.host", "serve.keys"),
         *(
             "serve.soft_prompts",

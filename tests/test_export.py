@@ -36,7 +36,7 @@ from ptuning.registry.registry import Registry
 from ptuning.registry.token_suppression import Suppression
 from ptuning.settings.data import Template
 from ptuning.settings.model import ModelConfig
-from ptuning.training import evaluate
+from ptuning.training.generation import Greedy
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore:TypedStorage")]
 
@@ -62,7 +62,7 @@ def same_text(merged: Path, loaded: SoftPrompt, base: Base, texts: list[str]) ->
     encoder = Encoder(loaded.card.template or TEMPLATE, base.tokenizer, 10**6)
     ours = PromptedModel(base.load(model.dtype))
     for text in texts:
-        expected = evaluate.greedy(ours, loaded.vectors, [encoder.input_ids({"text": text})], encoder, 12)
+        expected = Greedy(ours, encoder, 12).texts(loaded.vectors, [encoder.input_ids({"text": text})])
         plain = tokenizer(encoder.input_text({"text": text}), return_tensors="pt")
         chat = tokenizer.apply_chat_template(
             [{"role": "system", "content": "ignored"}, {"role": "user", "content": text}],

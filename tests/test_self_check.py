@@ -30,7 +30,7 @@ from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.self_check import choose_pass, find_input
 from ptuning.model.token_tree import TokenTree
 from ptuning.settings.data import Template
-from ptuning.training.evaluate import greedy
+from ptuning.training.generation import Greedy
 
 pytestmark = pytest.mark.fast
 
@@ -265,7 +265,8 @@ def test_evaluation_generates_what_the_base_computes(name: str, how: str) -> Non
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="2")
     (vectors,) = (prompt.detach() for prompt in soft_prompts([4]))
     inputs = [[9, 8, 7], [21] * 9]
-    texts = greedy(model, vectors, inputs, Encoder(Template(input="{text}", target="{text}"), tokenizer, 100), 5)
+    encoder = Encoder(Template(input="{text}", target="{text}"), tokenizer, 100)
+    texts = Greedy(model, encoder, 5).texts(vectors, inputs)
     assert model.generates == how
     reference = tiny(name)
     embedding: Any = reference.get_input_embeddings()

@@ -33,7 +33,8 @@ from ptuning.planning.zero3_simulator import Sharing, gather, prefetch_numbers
 from ptuning.settings.model import ModelConfig
 from ptuning.settings.training import ZeroConfig
 from ptuning.training.distributed import Workers
-from ptuning.training.evaluate import evaluate, generate_rows, greedy
+from ptuning.training.evaluate import evaluate, generate_rows
+from ptuning.training.generation import Greedy
 from ptuning.training.loop import Pack, train
 from ptuning.training.messages import Event, StartRun, event_fields
 
@@ -51,6 +52,7 @@ OTHERWISE = {
     "both": {"text_weight": 0.3, "class_weights": "balanced"},
     "starts": {"starts": 3},
     "kv": {"kind": "kv"},
+    "distill": {"teacher": "sort "},
 }
 """What else is trained by two workers and by one: settings of [train], and the kind of soft prompt.
 Shorter: half a second for every step of two workers."""
@@ -122,9 +124,10 @@ def run_pack(workers: Workers, model: PromptedModel, base: Any, tables: dict[str
 
 def changed(tables: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     shorter = {"steps": 8, "evaluate_every": 4, "micro_batch_size": 5, "checkpoint_every": 4}
-    train = {key: value for key, value in settings.items() if key != "kind"}
-    kind = {"kind": settings.get("kind", "embedding")}
-    return {**tables, "prompt": {**tables["prompt"], **kind}, "train": {**tables["train"], **shorter, **train}}
+    train = {key: value for key, value in settings.items() if key not in ("kind", "teacher")}
+    kind, teacher = {"kind": settings.get("kind", "embedding")}, {"teacher": settings.get("teacher")}
+    data = {**tables["data"], **teacher}
+    return {**tables, "data": data, "prompt": {**tables["prompt"], **kind}, "train": {**tables["train"], **shorter, **train}}
 
 
 def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:
@@ -167,9 +170,9 @@ def work(rank: int, port: int, folder: str, tables: dict[str, Any]) -> None:
     vectors = [vector.detach() for vector in prompts(base.width)]
     found["evaluations"] = [each.metrics for each in evaluate(model, vectors, task.test, task.encoder, workers)]
     inputs = [task.test.row(index)[0] for index in range(6)]
-    found["greedy"] = [text for vector in vectors for text in greedy(model, vector, inputs, task.encoder, 8)]
+    found["greedy"] = [text for vector in vectors for text in Greedy(model, task.encoder, 8).texts(vector, inputs)]
     # The first rank's texts end sooner: it must not leave the other alone in the middle of a layer.
-    found["together"] = greedy(model, vectors[0], inputs[rank:], task.encoder, (1, 8)[rank], together=True)
+    found["together"] = Greedy(model, task.encoder, (1, 8)[rank], together=True).texts(vectors[0], inputs[rank:])
     found["texts"] = generate_rows(model, vectors, task.test, task.encoder, workers, 4)
     tensors["gradients_after_generation"] = gradients(model, base.width, workers)
     found["hash_after"] = weights_hash(model.base)
@@ -372,7 +375,7 @@ def test_evaluation_and_generation_do_not_depend_on_sharding(pair: Any, alone: A
     vectors = [vector.detach() for vector in prompts(base.width)]
     expected = evaluate(model, vectors, task.test, task.encoder, Workers())
     inputs = [task.test.row(index)[0] for index in range(6)]
-    texts = [text for vector in vectors for text in greedy(model, vector, inputs, task.encoder, 8)]
+    texts = [text for vector in vectors for text in Greedy(model, task.encoder, 8).texts(vector, inputs)]
     for rank in pair[2]:
         for found, each in zip(rank["evaluations"], expected, strict=True):
             assert found == pytest.approx(each.metrics, rel=1e-5)
@@ -387,7 +390,7 @@ def test_workers_whose_texts_end_at_different_tokens_wait_for_each_other(pair: A
     inputs = [task.test.row(index)[0] for index in range(6)]
     vectors = prompts(base.width)[0].detach()
     for rank, longest in enumerate((1, 8)):
-        assert ranks[rank]["together"] == greedy(model, vectors, inputs[rank:], task.encoder, longest)
+        assert ranks[rank]["together"] == Greedy(model, task.encoder, longest).texts(vectors, inputs[rank:])
 
 
 def test_weights_that_are_not_the_files_are_refused(alone: Any, tmp_path: Path, tiny_base_folder: Path) -> None:

@@ -28,7 +28,7 @@ from ptuning.model.packing import pack_labels
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.settings.template import fill, template_fields
 from ptuning.training import metrics
-from ptuning.training.evaluate import greedy
+from ptuning.training.generation import Greedy
 
 WRITTEN = Path(__file__).with_name("text_prompts.json")
 ROWS_TO_CHOOSE = 200
@@ -143,7 +143,7 @@ def measure(model: PromptedModel, base: Base, task: Task, split: Split, fields: 
     if not labels:
         texts: dict[int, str] = {}
         for rows in parts:
-            found = greedy(model, before, [inputs[row] for row in rows], task.encoder, task.max_new_tokens)
+            found = Greedy(model, task.encoder, task.max_new_tokens).texts(before, [inputs[row] for row in rows])
             texts |= {row: text.split("\n")[0] for row, text in zip(rows, found, strict=True)}
         references = list(split.rows["references"][: len(inputs)])
         return metrics.generation([texts[row] for row in range(len(inputs))], references)["rouge_l"]

@@ -32,7 +32,7 @@ from ptuning.planning.meta_model import MetaModel, read_config
 from ptuning.planning.workload import Workload
 from ptuning.registry.merged_export import write_merged
 from ptuning.settings.data import Template
-from ptuning.training.evaluate import greedy
+from ptuning.training.generation import Greedy
 
 
 def accepted(subject: Subject) -> None:
@@ -86,7 +86,7 @@ def text(subject: Subject) -> None:
     encoder = Encoder(Template(input="{text}", target="{text}"), subject.base.tokenizer, CONTEXT)
     for name, lengths in (("", (9,)), ("padded rows: ", (4, 11, 23))):
         inputs = [ids(length, length) for length in lengths]
-        got = greedy(model, vectors, inputs, encoder, NEW)
+        got = Greedy(model, encoder, NEW).texts(vectors, inputs)
 
         def difference(reference: Reference, inputs: list[list[int]] = inputs, got: list[str] = got, name: str = name) -> str:
             for source, found in zip(inputs, got, strict=True):

@@ -11,18 +11,18 @@ from transformers import PreTrainedTokenizerBase
 
 from ptuning.data.chat_text import ASKED, ChatError, ChatText
 from ptuning.data.conversations import MESSAGES, Message, read
-from ptuning.data.encoder import Encoder, Example, UnusableRow
+from ptuning.data.encoder import Encoder, Example, Teacher, UnusableRow
 from ptuning.errors import DataError
 from ptuning.settings.data import Template
 
 
-def make_encoder(template: Template, tokenizer: PreTrainedTokenizerBase, limit: int) -> Encoder:
-    """The encoder of a template.
+def make_encoder(template: Template, tokenizer: PreTrainedTokenizerBase, limit: int, teacher: Teacher | None = None) -> Encoder:
+    """The encoder of a template. `teacher`: reads the rows of a task, too.
 
     Raises:
         DataError: the tokenizer or the chat template cannot be used.
     """
-    return (ChatEncoder if template.is_chat else Encoder)(template, tokenizer, limit)
+    return (ChatEncoder if template.is_chat else Encoder)(template, tokenizer, limit, teacher)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +64,11 @@ class ChatEncoder(Encoder):
         messages, room = read(fields[MESSAGES]), self.input_room if room is None else room
         return self.chat.ids(self._shortened(messages, room))
 
-    def examples(self, rows: Sequence[Mapping[str, object]]) -> Iterator[Example | DataError]:
+    def examples(self, rows: Sequence[Mapping[str, object]], answered: bool = True) -> Iterator[Example | DataError]:
         for row in rows:
             try:
-                yield self._example(read(row[MESSAGES]))
+                messages = read(row[MESSAGES])
+                yield self._example(messages) if answered else self._question(messages)
             except DataError as error:
                 yield error
 
@@ -100,7 +101,23 @@ class ChatEncoder(Encoder):
             raise ChatError('the chat template writes an answer differently after fewer messages; set data.truncate = "error"')
         ids = short.input_ids
         earlier = self._earlier(before, ids) if self.template.loss == "all" else []
-        return Example(ids, target, label, found.text, found.answer_text, cut, tuple(earlier))
+        return self._asked(Example(ids, target, label, found.text, found.answer_text, cut, tuple(earlier)), before)
+
+    def _question(self, messages: list[Message]) -> Example:
+        """A conversation that waits for an answer."""
+        room = self.input_room if self.template.labels else self.limit - 1
+        kept = self._shortened(messages, room)
+        return self._asked(Example(self.chat.ids(kept), [], -1, self.chat.text(messages), "", cut=kept is not messages), kept)
+
+    def _asked(self, example: Example, before: list[Message]) -> Example:
+        """An example whose answer follows these messages, as a teacher reads it, too: its text is a system message."""
+        if self.teacher is None:
+            return example
+        system = self.template.system or ""
+        if before[0]["role"] in ("system", "developer"):
+            system, before = before[0]["content"], before[1:]
+        text = f"{self.teacher.before(chr(10) * 2)}{system}" if system else self.teacher.text.rstrip()
+        return self._taught(example, self.chat.ids([{"role": "system", "content": text}, *before]))
 
     def _earlier(self, messages: list[Message], ids: list[int]) -> list[int]:
         """The places in `ids` of the answers before the last one that are trained, each with the end of its turn."""

@@ -22,21 +22,22 @@ from ptuning.settings.label_values import canonical
 from ptuning.settings.template import fill, template_fields
 
 
-def training_texts(config: DataConfig, template: Template, chat: ChatRows | None) -> dict[str, Texts]:
+def training_texts(config: DataConfig, template: Template, chat: ChatRows | None, answered: bool = True) -> dict[str, Texts]:
     """The rows of `data.train` by split: "train", and those that a fraction takes from them.
 
     Equal inputs stay together. With labels, every label has the same fraction in every split, as far as whole rows allow; at
-    least one input of every label is trained on. `template`, `chat`: how a row becomes text (`TaskTemplate`).
+    least one input of every label is trained on. `template`, `chat`: how a row becomes text (`TaskTemplate`); `answered`: the
+    rows have targets.
 
     Raises:
         DataError: the source is invalid, or too small for the fractions.
     """
-    columns = Columns.of_template(template, config.references, chat)
+    columns = Columns.of_template(template, config.references if answered else None, chat, answered)
     texts = read_source(config.train, columns)
     shares = {"test": config.held_out, "validation": config.validation_share}
     if not any(shares.values()):
         return {"train": texts}
-    reading = _Reading(template, chat, str(config.split_seed))
+    reading = _Reading(template, chat, str(config.split_seed), answered)
 
     @cache
     def parts() -> list[str]:
@@ -74,11 +75,20 @@ class _Reading:
     template: Template
     chat: ChatRows | None
     seed: str
+    answered: bool = True
 
     @property
     def key(self) -> list[Any]:
         template = self.template
-        return [template.input, template.target, template.defaults, bool(template.labels), bool(self.chat), self.seed]
+        return [
+            template.input,
+            template.target,
+            template.defaults,
+            bool(template.labels),
+            bool(self.chat),
+            self.seed,
+            self.answered,
+        ]
 
     def digest(self, row: Mapping[str, Any]) -> bytes:
         """Of the input, which is the same for equal inputs."""
@@ -87,7 +97,7 @@ class _Reading:
 
     def label(self, row: Mapping[str, Any]) -> str:
         """The same for all rows without labels."""
-        if not self.template.labels:
+        if not (self.template.labels and self.answered):
             return ""
         if self.chat:
             return canonical(answer_of(read(row[MESSAGES])).strip())

@@ -7,7 +7,7 @@ tokens of training.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
 import transformers
@@ -21,11 +21,26 @@ from ptuning.model.fingerprint import json_hash, tokenizer_fingerprint
 from ptuning.model.label_trie import LabelTrie, nested_labels
 from ptuning.settings.data import Template
 from ptuning.settings.label_values import canonical, spellings
-from ptuning.settings.template import fill, template_fields
+from ptuning.settings.template import fill, literal, template_fields
 
 
 class UnusableRow(DataError):
     """A row that cannot be used. In the train split it is dropped and counted, elsewhere it is an error."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The text that a teacher reads in front of every input."""
+
+    text: str
+    limit: int
+    """Maximum tokens of its text, input and answer."""
+    answer: int
+    """Of these, maximum tokens of an answer that it gives itself."""
+
+    def before(self, text: str) -> str:
+        """Its text in front of another one: white space separates them."""
+        return self.text if self.text[-1:].isspace() else f"{self.text}{text}"
 
 
 @dataclass(frozen=True)
@@ -34,9 +49,9 @@ class Example:
 
     input_ids: list[int]
     target_ids: list[int]
-    """With the end token."""
+    """With the end token; empty for a row without an answer."""
     label: int
-    """-1 without labels."""
+    """-1 without labels or an answer."""
     text: str
     """The whole input, even if its ids were truncated."""
     target_text: str
@@ -46,6 +61,8 @@ class Example:
     """Places in `input_ids` that are predicted, too: earlier answers of a conversation."""
     blank: bool = False
     """All fields of the input are blank."""
+    teacher_ids: list[int] = field(default_factory=list)
+    """The input as a teacher reads it, with its text; empty without one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +77,8 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     limit: int
     """Maximum tokens of input + target: the base's context minus the soft prompt, or the template's max_tokens if smaller."""
+    teacher: Teacher | None = None
+    """Who reads the rows, too."""
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
@@ -97,7 +116,8 @@ class Encoder:
         """SHA-256 of everything that determines the tokens of a row."""
         template = self.template.model_dump(include=set(Template.model_fields))
         tokenizer = tokenizer_fingerprint(self.tokenizer)
-        return json_hash([FORMAT, transformers.__version__, template, self.limit, tokenizer])
+        teacher = asdict(self.teacher) if self.teacher else None
+        return json_hash([FORMAT, transformers.__version__, template, self.limit, tokenizer, teacher])
 
     @property
     def input_room(self) -> int:
@@ -109,21 +129,44 @@ class Encoder:
         """The token that ends a target."""
         return int(self.tokenizer.eos_token_id)
 
-    def examples(self, rows: Sequence[Mapping[str, object]]) -> Iterator[Example | DataError]:
-        """Every row as token ids, or the reason why it cannot be used."""
+    def examples(self, rows: Sequence[Mapping[str, object]], answered: bool = True) -> Iterator[Example | DataError]:
+        """Every row as token ids, or the reason why it cannot be used. `answered`: the rows have targets."""
         names = template_fields(self.template.input)
-        target_ids = [] if self.template.labels else self._targets(rows)
+        target_ids = self._targets(rows) if answered and not self.template.labels else [[] for _ in rows]
         for at, (row, whole) in enumerate(zip(rows, self._inputs(rows), strict=True)):
             try:
-                label = self.label_of(row)
+                label = self.label_of(row) if answered else -1
                 target = target_ids[at] if label < 0 else self.label_ids[label]
-                ids = self._fit(row, whole, self.limit - len(target) if label < 0 else self.input_room)
+                room = self.input_room if self.template.labels else self.limit - max(1, len(target))
+                ids, read = self._fit(row, whole, room)
                 blank = not any(str(row[name]).strip() for name in names)
-                yield Example(
-                    ids, target, label, self.input_text(row), self.target_text(row), cut=ids is not whole, blank=blank
-                )
+                written = self.target_text(row) if answered else ""
+                found = Example(ids, target, label, self.input_text(row), written, cut=ids is not whole, blank=blank)
+                yield self._taught(found, self._teacher_encoder.input_ids(read)) if self.teacher else found
             except DataError as error:
                 yield error
+
+    @cached_property
+    def _teacher_encoder(self) -> Encoder:
+        """The same rows after the teacher's text, as one text."""
+        assert self.teacher
+        whole = literal(self.teacher.before("\n")) + self.template.input
+        return replace(self, template=self.template.model_copy(update={"input": whole}), teacher=None)
+
+    def _taught(self, example: Example, ids: list[int]) -> Example:
+        """An example with the ids that the teacher reads.
+
+        Raises:
+            UnusableRow: they do not fit.
+        """
+        assert self.teacher
+        answer = max(map(len, self.label_ids), default=0) or len(example.target_ids) or self.teacher.answer
+        if len(ids) + answer > self.teacher.limit:
+            raise UnusableRow(
+                f"the text of data.teacher and the input have {len(ids)} tokens, of {self.teacher.limit} that fit, {answer} of "
+                "them for the answer; shorten one of them"
+            )
+        return replace(example, teacher_ids=ids)
 
     def input_ids(self, fields: Mapping[str, object]) -> list[int]:
         """The whole input with the special tokens that the tokenizer prepends, without those that it appends."""
@@ -132,6 +175,10 @@ class Encoder:
     def target_ids(self, fields: Mapping[str, object]) -> list[int]:
         """The target and the end token."""
         return self._targets([fields])[0]
+
+    def texts_of(self, answers: Sequence[list[int]]) -> list[str]:
+        """Generated answers as stripped texts, without special tokens."""
+        return [text.strip() for text in self.tokenizer.batch_decode(list(answers), skip_special_tokens=True)]
 
     def input_text(self, fields: Mapping[str, object]) -> str:
         return fill(self.template.input, self._texts(fields, self.template.input))
@@ -146,7 +193,7 @@ class Encoder:
         Raises:
             DataError: the input does not fit, or no text would be left.
         """
-        return self._fit(fields, self.input_ids(fields), self.input_room if room is None else room)
+        return self._fit(fields, self.input_ids(fields), self.input_room if room is None else room)[0]
 
     def label_of(self, fields: Mapping[str, object]) -> int:
         """The index of the row's label in the template's labels; -1 if the template has none.
@@ -236,33 +283,35 @@ class Encoder:
         # verbose=False: no warning about texts longer than the base's context; they are truncated or refused later.
         return self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
 
-    def _fit(self, fields: Mapping[str, object], ids: list[int], room: int) -> list[int]:
-        """`ids` (the whole input) if they fit, else the ids after truncating the longest field as little as possible."""
+    def _fit(self, fields: Mapping[str, object], ids: list[int], room: int) -> tuple[list[int], Mapping[str, object]]:
+        """`ids` (the whole input) and `fields` if they fit, else both after truncating the longest field as little as
+        possible."""
         front = len(self._added[0])
         if len(ids) <= front:
             raise UnusableRow("the input has no text; fill the row or remove it")
         if len(ids) <= room:
-            return ids
+            return ids, fields
         size = f"the input has {len(ids)} tokens, {room} fit (limit {self.limit}, {self.limit - room} for the target)"
         if self.template.truncate == "error":
             raise DataError(f'{size}; shorten the text, raise data.max_tokens or set data.truncate = "right"')
         texts = self._texts(fields, self.template.input)
         longest = max(texts, key=lambda field: len(texts[field]), default=None)
         best: list[int] = []
+        read: Mapping[str, object] = fields
         # Binary search over the number of kept characters: fewer than low fit, more than high do not.
         low, high = 0, len(texts[longest]) - 1 if longest else -1
         while low <= high:
             kept = (low + high) // 2
-            cut = self._cut(texts, str(longest), kept)
+            shorter = self._cut(texts, str(longest), kept)
+            cut = self.input_ids(shorter)
             if len(cut) <= room:
-                best, low = cut, kept + 1
+                best, read, low = cut, shorter, kept + 1
             else:
                 high = kept - 1
         if len(best) <= front:
             raise UnusableRow(f"{size}, and truncating a field is not enough; shorten the row, the template or the soft prompt")
-        return best
+        return best, read
 
-    def _cut(self, texts: dict[str, str], field: str, kept: int) -> list[int]:
+    def _cut(self, texts: dict[str, str], field: str, kept: int) -> dict[str, str]:
         text = texts[field]
-        part = text[:kept] if self.template.truncate == "right" else text[len(text) - kept :]
-        return self._inputs([{**texts, field: part}])[0]
+        return {**texts, field: text[:kept] if self.template.truncate == "right" else text[len(text) - kept :]}

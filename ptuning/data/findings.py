@@ -20,6 +20,7 @@ def describe_split(split: Split, limit: int) -> str:
     notes = [f"{split.name}: {len(split.lengths)} rows, {int(split.lengths.sum())} tokens"]
     notes += [f"{split.cut} cut to {limit} tokens"] if split.cut else []
     notes += [f"{split.dropped} dropped"] if split.dropped else []
+    notes += [] if split.answered else ["without answers: the teacher's are used"]
     notes += split.notes if split.name == "train" or split.notes else ()
     return ", ".join(notes)
 
@@ -43,7 +44,7 @@ def warnings(train: Split, others: Sequence[Split], labels: Sequence[str]) -> It
     for split in others:
         if many := leaked(train, split):
             yield f"{many} of the training rows also occur in {split.name}; its metrics are too optimistic"
-    if labels:
+    if labels and train.answered:
         yield from _of_labels(train, labels)
 
 
@@ -56,7 +57,7 @@ def _of_split(split: Split, labels: Sequence[str]) -> Iterator[str]:
         return
     if blank := int(pc.sum(split.rows.with_format("arrow")["blank"][:]).as_py()):
         yield f"{blank} of {rows} rows of {split.name} have an input without text"
-    if labels:
+    if labels and split.answered:
         contradictory = pc.sum(table.filter(pc.greater(table["labels"], 1))["rows"]).as_py()
         if contradictory:
             yield f"{contradictory} of {rows} rows of {split.name} have the same input as a row with another label"

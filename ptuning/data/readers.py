@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, Any, Protocol
 
 import pyarrow as pa
@@ -78,9 +78,14 @@ class Columns:
         return Columns(tuple(sorted(set(names))))
 
     @staticmethod
-    def of_template(template: Template, references: str | None = None, chat: RowReader | None = None) -> Columns:
+    def of_template(
+        template: Template, references: str | None = None, chat: RowReader | None = None, answered: bool = True
+    ) -> Columns:
         """What a template reads. `references`: a column with further correct answers to free text; `chat`: makes the fields of
-        a conversation."""
+        a conversation; `answered`: also the target."""
+        if not answered:
+            asked = Columns(chat.fields, chat=chat) if chat else Columns.of(template_fields(template.input))
+            return replace(asked, defaults=template.defaults)
         if chat:
             return Columns(chat.fields, free=template.labels is None, references=references, chat=chat)
         target = tuple(template_fields(template.target))

@@ -11,7 +11,7 @@ from ptuning.data.conversations import MESSAGES, answer_of, read
 from ptuning.data.division import training_texts
 from ptuning.data.readers import Columns
 from ptuning.data.sources import read_source, shown
-from ptuning.data.task_template import conversations
+from ptuning.data.task_template import TaskTemplate, conversations, has_answers
 from ptuning.errors import DataError
 from ptuning.settings.label_values import canonical, ordered
 
@@ -32,7 +32,9 @@ def resolved(experiment: Experiment) -> tuple[Experiment, list[str]]:
         lines.append(f"data.labels: {len(labels)} found: {', '.join(labels[:20])}{', ...' if len(labels) > 20 else ''}")
     epochs = experiment.train.epochs
     if epochs is not None:
-        rows = len(training_texts(experiment.data, experiment.data, conversations(experiment.data))["train"].rows)
+        found = TaskTemplate(experiment.data, conversations(experiment.data))
+        answered = not experiment.data.teacher or has_answers(experiment.data.train, found)
+        rows = len(training_texts(experiment.data, found.template, found.rows, answered)["train"].rows)
         steps = max(1, math.ceil(epochs * rows / experiment.train.batch_size - 1e-9))
         experiment = _changed(experiment, "train", epochs=None, steps=steps)
         lines.append(f"train.epochs: {epochs:g} of {rows} rows are {steps} steps")

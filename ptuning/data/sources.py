@@ -39,7 +39,7 @@ from ptuning.model.fingerprint import json_hash
 from ptuning.redaction import first_line
 from ptuning.settings.fields import NAME
 
-FORMAT = 3
+FORMAT = 4
 """Incremented when the same source would be stored or tokenised differently; older cache files are then ignored."""
 
 REFERENCES = "\ue000references"

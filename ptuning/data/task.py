@@ -9,10 +9,10 @@ from ptuning.config import Experiment, ExperimentError
 from ptuning.data.chat_encoder import make_encoder
 from ptuning.data.dataset import Split, load_split
 from ptuning.data.division import training_texts
-from ptuning.data.encoder import Encoder
+from ptuning.data.encoder import Encoder, Teacher
 from ptuning.data.findings import describe_split, of_template, warnings
 from ptuning.data.sources import first_row
-from ptuning.data.task_template import task_template
+from ptuning.data.task_template import has_answers, task_template
 from ptuning.errors import DataError
 from ptuning.model.base import Base
 
@@ -55,11 +55,21 @@ def load_task(experiment: Experiment, base: Base) -> Task:
             f"{base.name}; set it to at most {room}"
         )
     found = task_template(config, base.tokenizer, base.name)
-    encoder = make_encoder(found.template, base.tokenizer, min(config.max_tokens or room, room))
-    texts = training_texts(config, found.template, found.rows)
+    teacher = Teacher(config.teacher, base.context, config.teacher_tokens) if config.teacher else None
+    encoder = make_encoder(found.template, base.tokenizer, min(config.max_tokens or room, room), teacher)
+    answered = {source: teacher is None or has_answers(source, found) for _, source in config.sources()}
+    texts = training_texts(config, found.template, found.rows, answered[config.train])
     sources = {**dict.fromkeys(texts, config.train), **dict(config.sources())}
     splits = {
-        name: load_split(name, source, encoder, found.rows, references=config.references, texts=texts.get(name))
+        name: load_split(
+            name,
+            source,
+            encoder,
+            found.rows,
+            references=config.references if answered[source] else None,
+            texts=texts.get(name),
+            answered=answered[source],
+        )
         for name, source in sources.items()
     }
     if len(base.tokenizer) > base.vocabulary:

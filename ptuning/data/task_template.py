@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from ptuning.data.chat_encoder import chat_template_of
-from ptuning.data.conversations import KNOWN, ChatRows, pairs, recognise
+from ptuning.data.conversations import KNOWN, MESSAGES, ChatRows, pairs, read, recognise
+from ptuning.data.row import look_up
 from ptuning.data.sources import first_row, shown
 from ptuning.errors import DataError
 from ptuning.paths import locate
 from ptuning.settings.data import DataConfig, Template
+from ptuning.settings.template import template_fields
 
 LARGEST = 1 << 20
 """Maximum size of a chat template in bytes."""
@@ -58,6 +61,22 @@ def task_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase, base: 
     if "strftime_now" in jinja and "date_string" not in (config.chat_template_kwargs or {}):
         note += '; the template may write the date of today, fix it with data.chat_template_kwargs.date_string = "26 Jul 2024"'
     return TaskTemplate(Template(**{**values, "chat_template": jinja}), found, note)
+
+
+def has_answers(source: str | Sequence[str], found: TaskTemplate) -> bool:
+    """Whether the first row of a source has what a target needs, or ends with an answer.
+
+    Raises:
+        DataError: the source is missing, unreadable or broken.
+    """
+    row = first_row(source, found.rows.columns if found.rows else template_fields(found.template.target))
+    if found.rows:
+        return read(found.rows.texts(row)[MESSAGES])[-1]["role"] == "assistant"
+    try:
+        values = [look_up(row, name) for name in template_fields(found.template.target)]
+    except KeyError:
+        return False
+    return all(value is not None and value != "" for value in values)
 
 
 def conversations(config: DataConfig) -> ChatRows | None:

@@ -19,7 +19,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Label = tuple[int, ...]
@@ -136,6 +138,17 @@ class LabelTrie:
         padded = torch.nn.functional.pad(edge_logprobs.double(), (0, 1))
         sums = padded[..., self._path_edges.to(padded.device)].sum(-1)
         return sums - sums.logsumexp(-1, keepdim=True)  # removes the rounding of float32: they sum to 1
+
+    def edge_shares(self, label_shares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Probabilities of labels `[..., L]` -> of the labels behind each edge `[..., E]`."""
+        return label_shares @ self._behind
+
+    @cached_property
+    def _behind(self) -> NDArray[np.float64]:
+        """`[L, E]`, 1 where a label is behind an edge."""
+        found = np.zeros((len(self.labels), len(self.edges) + 1))
+        np.put_along_axis(found, self._path_edges.numpy(), 1.0, axis=1)
+        return found[:, :-1]
 
     def token_logprobs(self, label_logprobs: Sequence[float], chosen: int) -> list[dict[int, float]]:
         """For each token of label `chosen`: its alternatives and itself, with log-probabilities given the tokens before."""

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ptuning.model.cascade_attention import Level, levels
@@ -66,6 +68,19 @@ class Choices:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """Shares of other tokens in predictions over the vocabulary: the loss of such a prediction is the cross-entropy to a
+    distribution instead of the target alone."""
+
+    of: Tensor
+    """`[S]` number of the prediction (of M)."""
+    ids: Tensor
+    """`[S]` a token."""
+    shares: Tensor
+    """`[S]` its probability, fp32. Those of a prediction sum to 1."""
+
+
+@dataclass(frozen=True)
 class PlacedBatch:
     """What a pass reads of a `PackedBatch`, on the device that computes it."""
 
@@ -83,6 +98,7 @@ class PlacedBatch:
     columns: Tensor
     hidden: Tensor
     chosen: Tensor
+    candidates: Candidates | None
     levels: list[Level] | None
     """The calls of `cascade_attention`."""
 
@@ -98,6 +114,7 @@ class PackedBatch:
     targets: Tensor
     per_slot: list[int]
     choices: Choices | None = None
+    candidates: Candidates | None = None
     read: Tensor | None = None
     """`[U]` packed positions at which the last layer is computed; None: at `kept`."""
 
@@ -133,14 +150,17 @@ class PackedBatch:
         own = [row[choices.at], choices.ids, choices.columns, choices.hidden, choices.chosen] if choices else [none] * 5
         read = kept if self.read is None else self.read
         fixed = [self.tokens, self.segments.positions(), kept, read, self.targets, row[self.at], *own]
+        if self.candidates:
+            fixed += [self.candidates.of, self.candidates.ids, self.candidates.shares]
         return [*fixed, *(tensor for level in self.levels for tensor in level.tensors)] if cascade else fixed
 
     def read_from(self, tensors: Iterator[Tensor], cascade: bool) -> PlacedBatch:
         """The batch whose `parts` these are on a device."""
         tokens, positions, kept, read, targets, rows, at, ids, columns, hidden, chosen = itertools.islice(tensors, 11)
+        candidates = Candidates(*itertools.islice(tensors, 3)) if self.candidates else None
         found = [level.with_tensors(tensors) for level in self.levels] if cascade else None
         order = None if len(self.at) == len(self.kept) else rows
-        return PlacedBatch(tokens, positions, kept, read, targets, order, at, ids, columns, hidden, chosen, found)
+        return PlacedBatch(tokens, positions, kept, read, targets, order, at, ids, columns, hidden, chosen, candidates, found)
 
     def split(self, nll: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The result of the pass for each slot: losses of the text's tokens, and of the choices."""
@@ -156,6 +176,12 @@ class Objective:
 
     trie: LabelTrie | None = None
     text: bool = True
+    all_labels: bool = False
+    """All choices of the trie are predicted after every row, as by `pack_labels`, not only those of its label."""
+
+
+TokenShares = tuple[NDArray[np.int64], NDArray[np.float32]]
+"""The C most likely tokens at each of T places, `[T, C]`, and their probabilities, which sum to 1."""
 
 
 class _Packer:
@@ -170,10 +196,25 @@ class _Packer:
         self.targets: list[int] = []
         self.per_slot: list[int] = []
         self.choices = _ChoicePacker()
+        self.candidates: list[Candidates] = []
+
+    def share(self, first: int, rows: Sequence[TokenShares]) -> None:
+        """The predictions from number `first` on are those of these rows' targets, and have candidates."""
+        for ids, shares in rows:
+            of = torch.arange(first, first + len(ids)).repeat_interleave(ids.shape[1])
+            self.candidates.append(Candidates(of, torch.from_numpy(ids).flatten(), torch.from_numpy(shares).flatten()))
+            first += len(ids)
 
     def plan(self) -> PackedBatch:
+        parts = [(each.of, each.ids, each.shares) for each in self.candidates]
         return PackedBatch(
-            self.segments, _ids(self.tokens), _ids(self.at), _ids(self.targets), self.per_slot, self.choices.choices()
+            self.segments,
+            _ids(self.tokens),
+            _ids(self.at),
+            _ids(self.targets),
+            self.per_slot,
+            self.choices.choices(),
+            Candidates(*(torch.cat(kind) for kind in zip(*parts, strict=True))) if parts else None,
         )
 
 
@@ -232,20 +273,27 @@ def pack_targets(
     batches: Sequence[Sequence[TurnsRow]],
     objectives: Sequence[Objective] | None = None,
     kv: Collection[int] = (),
+    shares: Sequence[Sequence[TokenShares] | None] | None = None,
 ) -> PackedBatch:
     """The pass that predicts every row's target, for training and for evaluation by loss.
 
     `lengths` [K] are the lengths of the soft prompts, `batches[k]` the rows of slot k, `objectives[k]` what is predicted for
-    them (default: all tokens of the targets), `kv` the slots whose soft prompts are key-value prefixes. Tokens after a row's
-    last prediction are not fed.
+    them (default: all tokens of the targets), `kv` the slots whose soft prompts are key-value prefixes, `shares[k]` the
+    candidates at every token of the targets of slot k, whose objective is their text. Tokens after a row's last prediction are
+    not fed.
     """
     packer = _Packer(lengths, kv)
-    for root, rows, objective in zip(packer.roots, batches, objectives or [Objective()] * len(lengths), strict=True):
+    objectives, shares = objectives or [Objective()] * len(lengths), shares or [None] * len(lengths)
+    for root, rows, objective, own in zip(packer.roots, batches, objectives, shares, strict=True):
         before = len(packer.at)
         if not all(row[0] and row[1] for row in rows):
             raise ValueError("a row needs at least one input and one target token")
-        if rows:
+        if rows and objective.all_labels and objective.trie:
+            _add_labels(packer, root, [row[0] for row in rows], objective.trie)
+        elif rows:
             _add_targets(packer, root, rows, objective)
+        if own:
+            packer.share(before, own)
         packer.per_slot.append(len(packer.at) - before)
         packer.choices.end_slot()
     return packer.plan()

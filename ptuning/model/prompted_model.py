@@ -29,7 +29,7 @@ from ptuning.model.label_cache import has_trees, label_logits
 from ptuning.model.last_layer import LastLayer
 from ptuning.model.output_head import OutputHead
 from ptuning.model.packed_layers import Layout, PackedLayers
-from ptuning.model.packing import PackedBatch, PlacedBatch
+from ptuning.model.packing import Candidates, PackedBatch, PlacedBatch
 from ptuning.model.token_loss import token_nll
 from ptuning.model.tree_attention import ATTENTION, tree_mask
 
@@ -136,7 +136,8 @@ class PromptedModel(nn.Module):
             logits = self._logits(packed, plan, placed)
         parts = []
         if len(plan.at) or not choices:
-            parts.append(token_nll(logits if placed.rows is None else logits.index_select(0, placed.rows), placed.targets))
+            nll = token_nll(logits if placed.rows is None else logits.index_select(0, placed.rows), placed.targets)
+            parts.append(nll if placed.candidates is None else nll + _other_tokens(logits, placed, placed.candidates))
         if choices:
             parts.append(choice_nll(logits.index_select(0, placed.choice_rows).float(), placed))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -220,6 +221,14 @@ class PromptedModel(nn.Module):
 def _selected(logits: Tensor, places: Tensor) -> Tensor:
     """Logits `[M, V or U]` at flat places `[M]` of `[B, T, V or U]`, unless they are that already (`OutputHead.at`)."""
     return logits[0] if logits.shape[:2] == (1, len(places)) else logits.flatten(0, 1).index_select(0, places)
+
+
+def _other_tokens(logits: Tensor, placed: PlacedBatch, candidates: Candidates) -> Tensor:
+    """What has to be added to the negative log-likelihoods of the targets, `[M]` fp32, so that they are cross-entropies to the
+    candidates: sum of share * (logit of the target - logit of the candidate). The sum over the vocabulary is the same."""
+    rows = candidates.of if placed.rows is None else placed.rows[candidates.of]
+    apart = logits[rows, placed.targets[candidates.of]].float() - logits[rows, candidates.ids].float()
+    return torch.zeros(len(placed.targets), device=logits.device).index_add(0, candidates.of, candidates.shares * apart)
 
 
 def choice_nll(logits: Tensor, choices: PlacedBatch) -> Tensor:

@@ -192,7 +192,7 @@ class RunShape:
 def compared(experiment: Experiment, targets: int) -> int:
     """Token ids that a step compares if it only chooses among labels: a tree with n leaves has fewer than 2n edges. `targets`:
     tokens of the longest label."""
-    only = experiment.objective == "choice" and not experiment.train.resolved_text_weight(targets)
+    only = experiment.chooses and (experiment.objective == "distill" or not experiment.train.resolved_text_weight(targets))
     return 2 * len(experiment.data.labels or ()) if only else 0
 
 

@@ -17,6 +17,13 @@ AUTO = ("auto",)
 """`data.labels` until the labels are found in the training rows. A list of one label is refused otherwise."""
 
 
+ANSWER = "{answer}"
+"""`data.target` for rows whose answers a teacher gives."""
+
+TEACHER_FILES = (".txt", ".md")
+"""Ends of a `data.teacher` that names a file."""
+
+
 RESERVED = frozenset(
     {
         *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
@@ -242,6 +249,14 @@ class DataConfig(Template):
     references: NonBlank | None = None
     """Column with further correct answers to free text, a text or a list of texts per row. Only metrics use them."""
 
+    teacher: NonBlank | None = None
+    """Text whose effect the soft prompt shall have (`train.objective = "distill"`): an instruction, examples, or a file that
+    contains them (.txt, .md). The base that reads it in front of a row's input, in a conversation as a system message, is the
+    teacher. Rows need no labels or answers: where they have none, the teacher's are used. Without labels and `target`, the
+    target is {answer}."""
+    teacher_tokens: Positive = 64
+    """Maximum tokens of the teacher's answer to a row without one, if there are no labels."""
+
     messages: MessagesConfig | None = None
     """Conversations in other columns: { column = "dialog", role = "from", content = "value" }. Recognised without it:
     `messages` and `conversations` with role/content or from/value, and `prompt` with `completion`."""
@@ -255,6 +270,13 @@ class DataConfig(Template):
             if isinstance(share, int | float) and 0 < share < 1:
                 return {**tables, "held_out": float(share)}
         return tables
+
+    @model_validator(mode="before")
+    @classmethod
+    def _answers_may_be_the_teachers(cls, tables: Any) -> Any:
+        given = tables if isinstance(tables, Mapping) else {}
+        free = given.get("teacher") and given.get("input") and not given.get("labels")
+        return {**given, "target": ANSWER} if free and not given.get("target") else tables
 
     @field_validator("input")
     @classmethod
@@ -271,6 +293,8 @@ class DataConfig(Template):
             raise ValueError(
                 f"test: {self.held_out:g} and data.validation = {self.validation_share:g} leave no training rows; lower one"
             )
+        if self.teacher and self.loss == "all":
+            raise ValueError('loss: "all" has no meaning with a teacher, who gives the last answer; leave it out')
         if self.references and self.labels:
             raise ValueError("references: is only used without labels; leave it out")
         values = [value for value, _ in self.label_values] if self.label_values else list(self.labels or ())

@@ -85,6 +85,11 @@ def in_braces(name: str) -> str:
     return "{" + re.sub(r"([{}|\\])", r"\\\1", name) + "}"
 
 
+def literal(text: str) -> str:
+    """The template that is this text for every row."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
 def template_fields(template: str) -> list[str]:
     """The names of a template's fields in order of appearance, each once.
 

@@ -16,19 +16,24 @@ AVERAGE_DECAY = 0.95
 """Measured (BENCHMARKS.md, "The average of the vectors")."""
 
 
+Objective = Literal["choice", "text", "distill"]
+
+
 class TrainConfig(Table):
     """Training of one soft prompt."""
 
-    objective: Literal["auto", "choice", "text"] = "auto"
+    objective: Literal["auto"] | Objective = "auto"
     """choice: cross-entropy over the labels, as evaluation and serving read them; text: cross-entropy of every target token
-    over the whole vocabulary, as in PEFT; auto: choice if there are labels, else text."""
+    over the whole vocabulary, as in PEFT; distill: cross-entropy to the distribution of the base behind `data.teacher`, over
+    the labels, or over the vocabulary at every token of the answer; auto: distill with a teacher, else choice if there are
+    labels, else text."""
     text_weight: Annotated[float, Field(ge=0, le=1, strict=True)] | Literal["auto"] = "auto"
     """With objective = "choice": weight of an additional text objective. It makes unconstrained generation (PEFT's generate,
     merged checkpoints) produce the label, too. auto: 0.3 if every label is one token of the base, else 0, because learning to
     spell a label costs accuracy."""
     average_decay: Annotated[float, Field(ge=0, lt=1, strict=True)] | Literal["auto"] = "auto"
     """What is evaluated and kept is an exponential average of the vectors over the steps, with this decay (Polyak and Juditsky
-    1992); 0: the vectors of the last step. auto: 0.95, an average over about 20 steps, with objective = "choice", else 0."""
+    1992); 0: the vectors of the last step. auto: 0.95, an average over about 20 steps, if labels are compared, else 0."""
     class_weights: Literal["balanced"] | None = None
     """balanced: every label has the same weight in the loss, regardless of its number of rows. The predicted probabilities then
     assume that all labels are equally frequent."""
@@ -58,8 +63,8 @@ class TrainConfig(Table):
     patience: Positive | None = None
     """Stop after this many evaluations in a row without improvement."""
     metric: Metric | None = None
-    """Validation metric that selects the best step. Default: accuracy if there are labels, else loss. Between accuracies that
-    differ by less than a standard error from the highest, the loss decides."""
+    """Validation metric that selects the best step. Default: accuracy if there are labels and no teacher, else loss. Between
+    accuracies that differ by less than a standard error from the highest, the loss decides."""
     clip: Number = 1.0
     """Maximum gradient norm of a soft prompt; 0 disables clipping."""
     checkpoint_every: Positive = 20
@@ -90,10 +95,10 @@ class TrainConfig(Table):
             return TEXT_WEIGHT if target_tokens <= 2 else 0.0
         return self.text_weight
 
-    def resolved_average_decay(self, objective: Literal["choice", "text"]) -> float:
-        """The decay of the average of the vectors; 0: none."""
+    def resolved_average_decay(self, chooses: bool) -> float:
+        """The decay of the average of the vectors; 0: none. `chooses`: labels are compared."""
         if self.average_decay == "auto":
-            return AVERAGE_DECAY if objective == "choice" else 0.0
+            return AVERAGE_DECAY if chooses else 0.0
         return self.average_decay
 
 

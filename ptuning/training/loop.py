@@ -43,6 +43,7 @@ from ptuning.training.messages import (
 from ptuning.training.slot import Slot, checkpoints, initial_starts, learning_rate, make_card
 from ptuning.training.starts import SCALE
 from ptuning.training.stepper import Stepper
+from ptuning.training.teacher import Teacher
 
 Each = TypeVar("Each")
 
@@ -75,6 +76,7 @@ class Pack:
         than a small step."""
         self.slots: list[Slot] = []
         self.stepper = Stepper(model, workers)
+        self.teacher = Teacher(model, workers, self.embed)
         self.writer = checkpoint.Writer()
 
     @property
@@ -87,6 +89,8 @@ class Pack:
         task = self.load_task(experiment)
         if experiment.prompt.kind == "kv":
             kv_shape(self.model)  # before anything is computed: not every base takes one
+        if experiment.objective == "distill":
+            task = self.teacher.teach(task, experiment)
         starts, parent = initial_starts(experiment, task, self.base, self.embed, self.prefix)
         scale = SCALE if self.model.base.dtype == torch.float16 else 1.0
         slot = Slot(assignment, task, [vectors.to(self.model.base.device) for vectors in starts], scale)
@@ -277,6 +281,9 @@ def finish(pack: Pack, slot: Slot, report: Report) -> None:
     if slot.task.test:
         [[tested]] = evaluate_slots(pack, [slot], "test")
         measured |= {f"test_{name}": value for name, value in tested.metrics.items()}
+    train = slot.task.train
+    if train.teaching:  # what the soft prompt replaces
+        measured["teacher_tokens"] = len(train.teacher_row(0)) - len(train.row(0)[0])
     peak_bytes = pack.workers.all_gather(_peak_memory())
     if pack.workers.is_main:  # all workers hold the same vectors
         config = pack.base.config.get_text_config()

@@ -90,6 +90,23 @@ def classification(scores: np.ndarray, truth: np.ndarray) -> Classification:
     }
 
 
+def agreement(scores: np.ndarray, teacher: np.ndarray, truth: np.ndarray | None) -> dict[str, float]:
+    """How close distributions over labels are to a teacher's, log-probabilities `[n, L]` both: `agreement`, the fraction of
+    rows with the same choice, and `divergence`, the mean Kullback-Leibler divergence from the teacher in nats; with true labels
+    `[n]` also `teacher_accuracy`."""
+    chosen = teacher.argmax(axis=1)
+    divergence = cross_entropy(scores, teacher) - cross_entropy(teacher, teacher)
+    found = {"agreement": float((scores.argmax(axis=1) == chosen).mean()), "divergence": divergence}
+    return found | ({"teacher_accuracy": float((chosen == truth).mean())} if truth is not None else {})
+
+
+def cross_entropy(scores: np.ndarray, teacher: np.ndarray) -> float:
+    """Mean cross-entropy of distributions over labels to a teacher's in nats: what distilling minimises. `[n, L]`
+    log-probabilities both."""
+    shares = np.exp(teacher)
+    return float(-np.where(shares > 0, shares * scores, 0).sum(axis=1).mean())
+
+
 def reliability(confidence: np.ndarray, right: np.ndarray) -> list[Bin]:
     """Accuracy of predictions by confidence, in `BINS` equal intervals of 0 to 1; empty ones are left out.
 

@@ -19,7 +19,7 @@ from ptuning.data.task import Task
 from ptuning.model import initializers, soft_prompt
 from ptuning.model.base import Base
 from ptuning.model.compatibility import check_base
-from ptuning.model.packing import Objective, TurnsRow
+from ptuning.model.packing import Objective, TokenShares, TurnsRow
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.soft_prompt import Card, SoftPromptError
 from ptuning.settings.training import TrainConfig
@@ -42,13 +42,16 @@ class Slot:
         self.config: TrainConfig = self.experiment.train
         self.folder = assignment.folder
         self.task = task
-        decay = self.config.resolved_average_decay(self.experiment.objective)
+        decay = self.config.resolved_average_decay(self.experiment.chooses)
         self.starts = [Start(number, each, self.config, scale, decay) for number, each in enumerate(starts)]
         self.order = BatchSampler(task.train.lengths, self.config.batch_size, self.config.seed)
-        choice = self.experiment.objective == "choice"
-        self.text_weight = self.config.resolved_text_weight(max(map(len, task.encoder.label_ids))) if choice else 0.0
+        chooses, distills = self.experiment.chooses, self.experiment.objective == "distill"
+        longest = max(map(len, task.encoder.label_ids), default=0)
+        self.text_weight = self.config.resolved_text_weight(longest) if chooses and not distills else 0.0
         """Weight of the text objective in addition to the choice."""
-        self.objective = Objective(task.encoder.label_trie if choice else None, text=not choice or self.text_weight > 0)
+        self.objective = Objective(
+            task.encoder.label_trie if chooses else None, not chooses or self.text_weight > 0, all_labels=chooses and distills
+        )
         self.class_weights = balanced_weights(task) if self.config.class_weights else None
         self.step = 0
         self.best: dict[str, float] = {}
@@ -90,15 +93,30 @@ class Slot:
     def checkpoint_due(self) -> bool:
         return self.step % self.config.checkpoint_every == 0
 
-    def weights(self, predictions: int, rows: Sequence[TurnsRow], totals: tuple[int, int]) -> tuple[Array, Array]:
-        """The factors of the negative log-likelihoods in the loss of the global batch, fp32: of this worker's `predictions`
-        over the whole vocabulary, and of its choices for `rows`. `totals`: target tokens and rows of the whole batch.
+    def shares(self, numbers: NDArray[np.int64]) -> list[TokenShares] | None:
+        """What the teacher says at every token of the targets of these rows of the training split; None: they have a target
+        alone."""
+        teaching = self.task.train.teaching
+        found = teaching.tokens if teaching else None
+        return [each for row in numbers if (each := found[int(row)]) is not None] if found else None
 
-        Text: the mean over tokens. Choice: the mean over rows of -log p(label), weighted by class weights if there are any.
+    def weights(
+        self, predictions: int, numbers: NDArray[np.int64], rows: Sequence[TurnsRow], totals: tuple[int, int]
+    ) -> tuple[Array, Array]:
+        """The factors of the negative log-likelihoods in the loss of the global batch, fp32: of this worker's `predictions`
+        over the whole vocabulary, and of its choices for `rows`, which have these numbers in the training split. `totals`:
+        target tokens and rows of the whole batch.
+
+        Text: the mean over tokens. Choice: the mean over rows of -log p(label), weighted by class weights if there are any;
+        with a teacher of -log p of every label, weighted by the teacher's p.
         """
         per_token, per_row = (np.float32(1) / np.float32(total) for total in totals)
         if self.objective.trie is None:
             return np.full(predictions, per_token), np.empty(0, np.float32)
+        teaching = self.task.train.teaching
+        if teaching is not None and teaching.labels is not None:
+            shares = self.objective.trie.edge_shares(np.exp(teaching.labels[numbers]))
+            return np.empty(0, np.float32), shares.astype(np.float32).flatten() * per_row
         paths, classes = self.objective.trie.paths, self.class_weights
         choices = [
             np.full(len(paths[tuple(target)]), per_row * np.float32(classes[tuple(target)] if classes else 1))
@@ -273,7 +291,7 @@ def make_card(slot: Slot, base: Base, model: PromptedModel, measured: dict[str, 
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
     tables = experiment.model_dump(mode="json")
     tables["train"] |= {"objective": experiment.objective, "text_weight": slot.text_weight}
-    tables["train"]["average_decay"] = experiment.train.resolved_average_decay(experiment.objective)
+    tables["train"]["average_decay"] = experiment.train.resolved_average_decay(experiment.chooses)
     return Card(
         name=experiment.name,
         base=base.name,

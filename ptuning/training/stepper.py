@@ -87,10 +87,13 @@ class _Plan:
             starts = [start for start, _ in own]
             batches = [[members[start].slot.task.train.row(int(row)) for row in part] for start, part in own]
             kv = kv_slots([members[start].start.vectors for start in starts])
-            plan = pack_targets([lengths[start] for start in starts], batches, [objectives[start] for start in starts], kv)
+            shares = [members[start].slot.shares(part) for start, part in own]
+            plan = pack_targets(
+                [lengths[start] for start in starts], batches, [objectives[start] for start in starts], kv, shares
+            )
             parts = [
-                members[start].slot.weights(many, batch, totals[start])
-                for start, many, batch in zip(starts, plan.per_slot, batches, strict=True)
+                members[start].slot.weights(many, part, batch, totals[start])
+                for (start, part), many, batch in zip(own, plan.per_slot, batches, strict=True)
             ]
             kinds = [[text for text, _ in parts], [choices for _, choices in parts]]
             owners = [np.repeat(starts, [len(part) for part in kind]) for kind in kinds]

@@ -30,7 +30,8 @@ from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packing import Objective, pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.self_check import choose_pass
-from ptuning.training import evaluate
+from ptuning.training import generation
+from ptuning.training.generation import Greedy
 from support.accelerator import DEVICE, counting
 from support.training import Killed, Run, experiment
 
@@ -159,6 +160,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adafactor": {"train__optimizer": "adafactor"},
     "text": {"train__objective": "text", "data__labels": None, "train__micro_batch_size": 4},
     "kv": {"prompt__kind": "kv"},
+    "distill": {"data__teacher": "sort "},
+    "distill text": {"data__teacher": "sort ", "data__labels": None},
 }
 
 
@@ -187,12 +190,12 @@ def test_training_and_what_was_killed(
 def test_greedy_text(
     models: dict[str, PromptedModel], base: Base, toy_task: SimpleNamespace, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "how_it_generates", lambda model: way)
+    monkeypatch.setattr(generation, "how_it_generates", lambda model: way)
     encoder = load_task(experiment(toy_task), base).encoder
     vectors = drawn((4,), base.width)[0]
     inputs = [[5, 6, 7], [9] * 8, [40, 41]]
     here, there = (
-        evaluate.greedy(model, vectors.to(model.base.device), inputs, encoder, 5) for model in (models["cpu"], models["there"])
+        Greedy(model, encoder, 5).texts(vectors.to(model.base.device), inputs) for model in (models["cpu"], models["there"])
     )
     assert here == there and len(here) == 3
 
