@@ -153,14 +153,24 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         raise ExperimentError(f"{path}: cannot be read ({error}); give a TOML file") from None
     except tomllib.TOMLDecodeError as error:
         raise ExperimentError(f"{path}: is not valid TOML ({error}); correct the file") from None
+    return experiment_of(tables, overrides, str(path), path.parent)
+
+
+def experiment_of(tables: dict[str, Any], overrides: Sequence[str], source: str, folder: str | Path = ".") -> Experiment:
+    """The experiment of plain tables, which are changed by overrides. `source` names them in messages; files that are not in
+    the working folder may be in `folder`.
+
+    Raises:
+        ExperimentError: an override or the experiment as a whole is wrong.
+    """
     for override in overrides:
         _apply(tables, override)
-    experiment = parse_experiment(tables, str(path))
-    found = {split: _beside(source, path.parent) for split, source in experiment.data.sources()}
+    experiment, folder = parse_experiment(tables, source), Path(folder)
+    found = {split: _beside(source, folder) for split, source in experiment.data.sources()}
     if experiment.data.chat_template_file:
-        found["chat_template"] = _beside(experiment.data.chat_template_file, path.parent)
+        found["chat_template"] = _beside(experiment.data.chat_template_file, folder)
     if experiment.data.teacher:
-        found["teacher"] = _teacher(experiment.data.teacher, path.parent)
+        found["teacher"] = _teacher(experiment.data.teacher, folder)
     return experiment.model_copy(update={"data": experiment.data.model_copy(update=found)})
 
 

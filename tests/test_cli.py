@@ -187,7 +187,15 @@ def test_shells_complete_commands(typed: str, completed: str) -> None:
     assert done.stdout.split() == [completed], done
 
 
-TEXT = {"ask [TEXT]", "compare --text", "prompts import --input", "prompts import --target", "prompts import --labels"}
+TEXT = {
+    "compress --input",
+    "compress --labels",
+    "ask [TEXT]",
+    "compare --text",
+    "prompts import --input",
+    "prompts import --target",
+    "prompts import --labels",
+}
 """What is text and may be blank."""
 
 

@@ -16,6 +16,7 @@ from conftest import tiny_base
 from support.training import Run, experiment
 from torch import Tensor
 
+from ptuning.cli.compress import compression
 from ptuning.config import Experiment, ExperimentError, parse_experiment, read_experiment
 from ptuning.data.task import Task, describe_task, load_task
 from ptuning.errors import DataError
@@ -301,3 +302,18 @@ def test_measures_of_agreement() -> None:
     found = metrics.agreement(scores, teacher, np.array([1, 2]))
     assert found == pytest.approx({"agreement": 0.5, "divergence": np.log(2) / 2, "teacher_accuracy": 0.5})
     assert "teacher_accuracy" not in metrics.agreement(scores, teacher, None)
+
+
+def test_the_command_makes_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rules.md").write_text("Be kind.\n")
+    monkeypatch.chdir(tmp_path)
+    made = compression("rules.md", "a.jsonl", "{text}\nKind:", "fruit, tool", "builtin", 7, ["name=b", "train.steps=5"])
+    assert (made.name, made.train.steps, made.prompt.length, made.objective) == ("b", 5, 7, "distill")
+    assert made.data.teacher == "Be kind.\n" and made.data.validation == 0.1 and made.metric == "loss"
+    assert (made.data.target, made.data.labels) == (" {label}", ("fruit", "tool"))
+    assert compression("a", "a.jsonl", "{text}\n", "x,y", "builtin", 7, []).data.target == "{label}"
+    assert compression("a", "a.jsonl", "{text}\n", "", "builtin", 7, []).data.target == "{answer}"
+    talk = compression("a", "a.jsonl", "", "x,y", "builtin", 7, [])
+    assert talk.data.is_chat and talk.data.labels == ("x", "y")
+    with pytest.raises(ExperimentError, match="compress: data.input: contains no field of the row"):
+        compression("a", "a.jsonl", "text", "", "builtin", 7, [])

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 WALK = (
     "README.md",
     "docs/getting-started.md",
-    *(f"docs/guides/{name}.md" for name in ("data", "search", "registry", "serving", "python", "cluster", "gpu")),
+    *(f"docs/guides/{name}.md" for name in ("data", "search", "distill", "registry", "serving", "python", "cluster", "gpu")),
 )
 """The pages for users, in the order of the site. What one machine can do of them is run, in this order."""
 WRITTEN = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md"))
@@ -71,6 +71,7 @@ SMALL = {
     "train": ("train.steps=2", "train.evaluate_every=2", "compute.workers=1"),
     "search": ("train.steps=2", "train.evaluate_every=2", "compute.workers=1", "search.trials=2", "search.slots=2",
                "search.finalists=1", "search.seeds=1"),
+    "compress": ("train.steps=2", "train.evaluate_every=2", "compute.workers=1"),
 }  # fmt: skip
 """What is appended so that an hour takes half a minute; and to the built-in task, its first rows only."""
 FEW = tuple(f"data.{split}=few-{split}.jsonl" for split in ("train", "validation", "test"))

@@ -709,22 +709,24 @@ def test_the_last_good_set_outlives_the_registry(world, tiny_base_folder, tmp_pa
 def test_compare_asks_everybody_the_same(world, client, tmp_path):
     """What the command says of a version is what the server says; a version for another base is named, not asked."""
     registry, _ = fill_empty(tmp_path / "runs"), (tmp_path / "scratch").mkdir()
-    written = {"prompt": {"init": "text", "init_text": "Text: sort"}}
+    written = {"prompt": {"init": "text", "init_text": "Text: sort"}, "data": {"teacher": "sort " * 20}}
     other = {"config": "0" * 64, "tokenizer": "0" * 64, "weights": "0" * 64}
     for seed, card in ((1, {"experiment": written}), (2, {"base_fingerprint": other}), (2, {})):
         publish_soft_prompt(registry, world.base, tmp_path / "scratch", "fruits", seed, **card)
     command = ["compare", "fruits", "--text", "the old hammer", "--storage", str(tmp_path / "runs")]
     done = CliRunner().invoke(app, [*command, "--json"])
     assert done.exit_code == 0, done.output
-    base, text, first, stranger, third = json.loads(done.stdout)["opinions"]
+    base, text, teacher, first, stranger, third = json.loads(done.stdout)["opinions"]
     assert (base["who"], text["who"]) == ("the base alone", "the text 'Text: sort'")
+    assert teacher["who"] == f"the text '{'sort ' * 12}...'" and stranger["tokens"] == 0
+    assert first["tokens"] - base["tokens"] == 12 and teacher["tokens"] > base["tokens"] + 20 and teacher["seconds"] > 0
     assert first["who"] == "fruits:1" and stranger["who"] == "fruits:2" and "made for" in stranger["answer"]
     for mine, model in ((first, "fruits:1"), (third, "fruits:2")):
         (served,) = classify(client, ["the old hammer"], model)["data"]
         assert mine["answer"] == served["label"]
         assert mine["probability"] == pytest.approx(served["probability"], abs=1e-4)
     lines = CliRunner().invoke(app, command).stdout.splitlines()
-    assert len(lines) == 5 and lines[2].startswith("fruits:1 ")
+    assert len(lines) == 6 and lines[3].startswith("fruits:1 ") and re.search(r" \d+ tokens, \d+ ms$", lines[3])
     wrong = CliRunner().invoke(app, ["compare", "nobody", "--text", "x", "--storage", str(tmp_path / "runs")])
     assert wrong.exit_code == 2 and wrong.stderr.startswith("ptuning: nobody: no soft prompt of this name")
 

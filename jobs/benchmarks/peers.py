@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,8 @@ class Learned:
     best: float
     test: float
     seconds: float
+    end: dict[str, float] = field(default_factory=dict)
+    """All metrics at the end, of a soft prompt of ours."""
 
 
 @dataclass(frozen=True)

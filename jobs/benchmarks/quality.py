@@ -76,7 +76,7 @@ def soft_prompts(experiment: Experiment, base: Base, model: PromptedModel, task:
         assert isinstance(happened[-1], Finished)
         end = happened[-1].values
         best = end[f"validation_{experiment.metric}"]
-        found.append(Learned(experiment.train.learning_rate, curve, best, end[f"test_{metric}"], seconds))
+        found.append(Learned(experiment.train.learning_rate, curve, best, end[f"test_{metric}"], seconds, end))
     return found
 
 

@@ -6,21 +6,18 @@ import atexit
 import json
 import logging
 import os
-import shlex
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from ptuning import api, environment, sys_path
-from ptuning.cli import doctor, jobs, plan, serve
-from ptuning.cli.options import ExperimentArgument, Json, Overrides, busy, check_register, fail, finish, non_blank
+from ptuning.cli import compress, doctor, jobs, plan, serve
+from ptuning.cli.options import ExperimentArgument, Json, Overrides, busy, check_register, ended, fail, finish, non_blank
 from ptuning.cli.prompts import prompts
 from ptuning.config import Experiment, read_experiment
-from ptuning.errors import RunFailed, UserError
+from ptuning.errors import UserError
 from ptuning.redaction import redact, redacted
 
 app = typer.Typer(
@@ -61,7 +58,7 @@ def train(
     """
     settings = _read(experiment, overrides)
     check_register(register)
-    with _ended("train", experiment, overrides, settings):
+    with ended(["train", experiment, *(overrides or [])], settings):
         with busy("starting"):
             api.prepare("train", settings)
         result = api.train(settings, resume=resume, register=register)
@@ -89,13 +86,14 @@ def search(
     """
     settings = _read(experiment, overrides)
     check_register(register)
-    with _ended("search", experiment, overrides, settings):
+    with ended(["search", experiment, *(overrides or [])], settings):
         with busy("starting"):
             api.prepare("search", settings)
         result = api.search(settings, resume=resume, register=register)
     finish(result.as_json(), as_json)
 
 
+app.command()(compress.compress)
 app.command()(serve.serve)
 app.command()(serve.ask)
 app.command()(serve.compare)
@@ -157,27 +155,6 @@ def _leave(code: list[int]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code[0])
-
-
-@contextmanager
-def _ended(command: str, experiment: str, overrides: list[str] | None, settings: Experiment) -> Iterator[None]:
-    """How a run that does not reach its end leaves the command: a sentence and an exit code."""
-    try:
-        yield
-    except RunFailed as error:
-        fail(str(error), 1)
-    except UserError as error:
-        fail(str(error), 2)
-    except KeyboardInterrupt:
-        _stopped(command, experiment, overrides, settings)
-
-
-def _stopped(command: str, experiment: str, overrides: list[str] | None, settings: Experiment) -> NoReturn:
-    """Say how to go on: what was stopped before it began has nothing to resume."""
-    from ptuning.training.run_setup import has_begun
-
-    resume = ["--resume"] if has_begun(settings) else []
-    fail(f"stopped; continue with: {shlex.join(['ptuning', command, experiment, *(overrides or []), *resume])}", 130)
 
 
 def _read(path: str, overrides: list[str] | None) -> Experiment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ptuning.errors import UserError
+from ptuning.config import Experiment
+from ptuning.errors import RunFailed, UserError
 from ptuning.redaction import redact, redacted
 from ptuning.settings.fields import EMPTY
 
@@ -65,6 +67,24 @@ def busy(what: str) -> Iterator[None]:
 
     with Console(stderr=True).status(what):
         yield
+
+
+@contextmanager
+def ended(command: Sequence[str], settings: Experiment) -> Iterator[None]:
+    """How a run that does not reach its end leaves the command: a sentence and an exit code. `command`: the words after
+    `ptuning` that start it."""
+    try:
+        yield
+    except RunFailed as error:
+        fail(str(error), 1)
+    except UserError as error:
+        fail(str(error), 2)
+    except KeyboardInterrupt:
+        from ptuning.training.run_setup import has_begun
+
+        # What was stopped before it began has nothing to resume.
+        resume = ["--resume"] if has_begun(settings) else []
+        fail(f"stopped; continue with: {shlex.join(['ptuning', *command, *resume])}", 130)
 
 
 def check_register(name: str | None) -> None:

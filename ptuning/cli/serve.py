@@ -146,7 +146,8 @@ def compare(
         typer.echo(json.dumps({"opinions": [vars(opinion) for opinion in opinions]}))
         return
     answers = [each.answer if each.probability is None else f"{each.answer}  {each.probability:.3f}" for each in opinions]
-    typer.echo(table([(each.who, answer) for each, answer in zip(opinions, answers, strict=True)]))
+    costs = [f"{each.tokens} tokens, {1000 * each.seconds:.0f} ms" if each.tokens else "" for each in opinions]
+    typer.echo(table([(each.who, *rest) for each, *rest in zip(opinions, answers, costs, strict=True)]))
 
 
 def _say(line: str) -> None:

@@ -111,13 +111,15 @@ class ChatEncoder(Encoder):
 
     def _asked(self, example: Example, before: list[Message]) -> Example:
         """An example whose answer follows these messages, as a teacher reads it, too: its text is a system message."""
-        if self.teacher is None:
-            return example
-        system = self.template.system or ""
-        if before[0]["role"] in ("system", "developer"):
-            system, before = before[0]["content"], before[1:]
+        return self._taught(example, self.teacher_ids({MESSAGES: before})) if self.teacher else example
+
+    def teacher_ids(self, fields: Mapping[str, object]) -> list[int]:
+        assert self.teacher
+        messages, system = read(fields[MESSAGES]), self.template.system or ""
+        if messages[0]["role"] in ("system", "developer"):
+            system, messages = messages[0]["content"], messages[1:]
         text = f"{self.teacher.before(chr(10) * 2)}{system}" if system else self.teacher.text.rstrip()
-        return self._taught(example, self.chat.ids([{"role": "system", "content": text}, *before]))
+        return self.chat.ids([{"role": "system", "content": text}, *messages])
 
     def _earlier(self, messages: list[Message], ids: list[int]) -> list[int]:
         """The places in `ids` of the answers before the last one that are trained, each with the end of its turn."""

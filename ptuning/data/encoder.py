@@ -142,9 +142,13 @@ class Encoder:
                 blank = not any(str(row[name]).strip() for name in names)
                 written = self.target_text(row) if answered else ""
                 found = Example(ids, target, label, self.input_text(row), written, cut=ids is not whole, blank=blank)
-                yield self._taught(found, self._teacher_encoder.input_ids(read)) if self.teacher else found
+                yield self._taught(found, self.teacher_ids(read)) if self.teacher else found
             except DataError as error:
                 yield error
+
+    def teacher_ids(self, fields: Mapping[str, object]) -> list[int]:
+        """The whole input as the teacher reads it."""
+        return self._teacher_encoder.input_ids(fields)
 
     @cached_property
     def _teacher_encoder(self) -> Encoder:

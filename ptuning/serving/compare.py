@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
 
 from ptuning.data.chat_encoder import make_encoder
-from ptuning.data.encoder import Encoder
+from ptuning.data.encoder import Encoder, Teacher
 from ptuning.errors import UserError
 from ptuning.inference.engine import Engine
 from ptuning.inference.inputs import fields_of, row_ids
@@ -21,6 +22,9 @@ from ptuning.model.soft_prompt import SoftPrompt
 from ptuning.registry.publish import retrieve
 from ptuning.registry.registry import Registry, RegistryError
 
+SHOWN = 60
+"""Characters of a text that a name shows."""
+
 
 @dataclass(frozen=True)
 class Opinion:
@@ -30,6 +34,10 @@ class Opinion:
     answer: str
     probability: float | None = None
     """Probability among the labels; None for free text."""
+    tokens: int = 0
+    """Tokens that the base has read for it, virtual ones included; 0: it was not asked."""
+    seconds: float = 0.0
+    """Until the answer was complete. Nothing of the prompt was in the engine's cache."""
 
 
 def compare(registry: Registry, name: str, text: str, base_path: str | None = None) -> list[Opinion]:
@@ -57,12 +65,16 @@ def compare(registry: Registry, name: str, text: str, base_path: str | None = No
         encoder = make_encoder(card.template, base.tokenizer, engine.longest - longest)
         new = card.max_new_tokens or NEW_TOKENS
         room = encoder.input_room if encoder.label_ids else encoder.limit - new
-        ids = row_ids(encoder, fields_of(encoder, text), room, truncate=False)
+        fields = fields_of(encoder, text)
+        ids = row_ids(encoder, fields, room, truncate=False)
+        _ask(engine, encoder, "", [encoder.end], None, 1)  # the first question of an engine takes longer
         opinions = [_ask(engine, encoder, "the base alone", ids, None, new)]
-        written = _written(loaded)
-        if written:
+        for written in _setting(loaded, "prompt", "init_text"):
             front: list[int] = base.tokenizer(written, add_special_tokens=False)["input_ids"]
-            opinions.append(_ask(engine, encoder, f"the text {written!r}", [*front, *ids], None, new))
+            opinions.append(_ask(engine, encoder, _named(written), [*front, *ids], None, new))
+        for written in _setting(loaded, "data", "teacher"):
+            taught = make_encoder(card.template, base.tokenizer, engine.longest, Teacher(written, engine.longest, new))
+            opinions.append(_ask(engine, encoder, _named(written), taught.teacher_ids(fields), None, new))
         for who, soft_prompt in loaded.items():
             try:
                 check_base(soft_prompt, who, base)
@@ -76,22 +88,27 @@ def compare(registry: Registry, name: str, text: str, base_path: str | None = No
         engine.close()
 
 
-def _written(loaded: dict[str, SoftPrompt]) -> str | None:
-    """The texts that soft prompts were initialised from, the oldest first."""
-    prompts = ((soft_prompt.card.experiment or {}).get("prompt") or {} for soft_prompt in loaded.values())
-    return next((prompt["init_text"] for prompt in prompts if prompt.get("init_text")), None)
+def _setting(loaded: dict[str, SoftPrompt], table: str, key: str) -> list[str]:
+    """The texts that were set for soft prompts, the oldest first, each once."""
+    tables = ((soft_prompt.card.experiment or {}).get(table) or {} for soft_prompt in loaded.values())
+    return list(dict.fromkeys(each[key] for each in tables if each.get(key)))
+
+
+def _named(written: str) -> str:
+    return f"the text {written if len(written) <= SHOWN else written[:SHOWN] + '...'!r}"
 
 
 def _ask(engine: Engine, encoder: Encoder, who: str, ids: list[int], handle: ResidentPrompt | None, new: int) -> Opinion:
     labels = encoder.template.labels
+    began, tokens = time.perf_counter(), len(ids) + (len(handle.ids) if handle else 0)
     if labels:
         (scores,) = engine.choose(handle, [ids], encoder.label_trie).result()
         shares = probabilities(scores, labels)
         label = max(shares, key=lambda each: shares[each])
-        return Opinion(who, label, shares[label])
+        return Opinion(who, label, shares[label], tokens, time.perf_counter() - began)
     events = list(engine.generate(Request(ids, handle, new, ends=(encoder.end,))))
     end = events[-1]
     if isinstance(end, End) and end.reason == "failed":
         return Opinion(who, f"({end.message})")
-    tokens = [event.id for event in events if isinstance(event, Token) and event.id != encoder.end]
-    return Opinion(who, str(encoder.tokenizer.decode(tokens, skip_special_tokens=True)).strip())
+    made = [event.id for event in events if isinstance(event, Token) and event.id != encoder.end]
+    return Opinion(who, encoder.texts_of([made])[0], None, tokens, time.perf_counter() - began)

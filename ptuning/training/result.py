@@ -26,8 +26,8 @@ PLOTS = "plots"
 """Folder of the pictures among the artifacts of a run."""
 
 HEADLINES = (
-    *("test_accuracy", "test_macro_f1", "test_rouge_l", "test_bleu", "test_loss"),
-    *("validation_accuracy", "validation_loss"),
+    *("test_accuracy", "test_agreement", "test_macro_f1", "test_rouge_l", "test_bleu", "test_loss"),
+    *("validation_agreement", "validation_accuracy", "validation_loss"),
 )
 """The metrics that are reported first, in this order."""
 
@@ -124,6 +124,8 @@ def describe(plain: Mapping[str, Any]) -> str:
         f"{plain['name']}: {', '.join(numbers[:3]) or 'trained'} after {plain['steps']} steps in {plain['seconds']:.0f} s; "
         f"soft prompt in {plain['soft_prompt']}, MLflow run {plain['run_id'] or 'not shipped yet'}"
     )
+    if tokens := plain["metrics"].get("teacher_tokens"):
+        line += f"; it takes the place of {tokens:.0f} tokens of text"
     if name := plain.get("registered"):
         line += f"; registered as {name}, make it champion with: ptuning prompts promote {name}"
     return f"{_winner(plain)}; {line}" if "winner" in plain else line
