@@ -137,11 +137,16 @@ def distill(arguments: argparse.Namespace) -> None:
             results.append(found)
             kept = statistics.fmean(found["accuracy"]) / found["teacher"]
             slow, quick = found["seconds"]
-            print(
-                f"| {found['task']}, {found['kind']} | {found['tokens']} | {found['teacher']:.3f} "
-                f"| {spread(found['accuracy'])} | {kept:.1%} | {spread(found['agreement'])} | {quick / slow:.2f} of {1000 * slow:.0f} ms |",
-                flush=True,
-            )
+            cells = [
+                f"{found['task']}, {found['kind']}",
+                str(found["tokens"]),
+                f"{found['teacher']:.3f}",
+                spread(found["accuracy"]),
+                f"{kept:.1%}",
+                spread(found["agreement"]),
+                f"{quick / slow:.2f} of {1000 * slow:.0f} ms",
+            ]
+            print(f"| {' | '.join(cells)} |", flush=True)
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(results, indent=1), encoding="utf-8")
 
