@@ -397,18 +397,21 @@ def in_cluster(local_ray: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
 
 
+def save_endless_base(folder: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> Path:
+    """A base that never ends an answer by itself, with room for long ones: what is in flight stays in flight."""
+    model = tiny_base("llama", vocab_size=len(tokenizer), max_position_embeddings=2048, **changes)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[tokenizer.eos_token_id] = 0
+    model.save_pretrained(folder)
+    roomy = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map)
+    roomy.model_max_length = 2048
+    roomy.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def endless_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A base that never ends an answer by itself, with room for long ones: what is in flight stays in flight."""
-    folder = tmp_path_factory.mktemp("endless") / "endless"
-    model = tiny_base("llama", vocab_size=len(tiny_tokenizer), max_position_embeddings=2048)
-    with torch.no_grad():
-        model.get_output_embeddings().weight[tiny_tokenizer.eos_token_id] = 0
-    model.save_pretrained(folder)
-    tokenizer = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer, **tiny_tokenizer.special_tokens_map)
-    tokenizer.model_max_length = 2048
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_endless_base(tmp_path_factory.mktemp("endless") / "endless", tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -54,14 +54,14 @@ class Command:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, base: Path, replicas: int = 2, refresh_s: float = 0.3) -> Iterator[SimpleNamespace]:
-    """`ptuning serve` with replicas, keys, and a registry that changes while it runs."""
+def serving(folder: Path, base: Path, replicas: int = 2, refresh_s: float = 0.3, **more: Any) -> Iterator[SimpleNamespace]:
+    """`ptuning serve` with replicas, keys, and a registry that changes while it runs. `more`: settings of [serve]."""
     shared = shared_memory()
     registry = fill_storage(folder / "runs", base)
     (folder / "keys").write_text(f"{KEY}\n{ADMIN} admin\n", encoding="utf-8")
     tables = settings(
         folder / "runs", base, refresh_s=refresh_s, running=8, waiting=24, cache_mb=16, replicas=replicas, cpus_per_replica=0.5,
-        keys=str(folder / "keys"),
+        keys=str(folder / "keys"), **more,
     )  # fmt: skip
     lines = [f"name = {json.dumps(tables['name'])}"]
     for table in ("model", "data", "serve", "compute"):

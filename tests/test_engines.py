@@ -22,6 +22,7 @@ from support.engines import (
     END,
     ENGINES,
     PATIENCE,
+    RANKS,
     World,
     answer,
     changed_reference,
@@ -47,7 +48,7 @@ VLLM = [
     pytest.mark.filterwarnings("ignore"),  # of vLLM and what it imports
     pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed: make test-vllm"),
 ]
-KINDS = [pytest.param(kind, marks=VLLM if kind == "vllm" else ()) for kind in ENGINES]
+KINDS = [pytest.param(kind, marks=VLLM if kind in RANKS else ()) for kind in ENGINES]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -405,14 +406,14 @@ def test_a_stopped_engine_says_so(kind, tmp_path, tiny_tokenizer):
     handle = world.add(4, 1)
     engine.submit(Request([5] * 10, handle, 100, ignore_end=True), (sink := queue.SimpleQueue()).put)
     trie = LabelTrie(((7, END), (8, END)))
-    if kind == "vllm":  # its core dies
+    if kind in RANKS:  # its core dies
         future = engine.choose(handle, [[5, 6]] * 40, trie)
         started = [each for each in psutil.Process().children(recursive=True) if each not in before]
         children = [each for each in started if "VLLM::" in " ".join(each.cmdline())]
         for child in children:
             if "EngineCore" in " ".join(child.cmdline()):
                 child.kill()
-        assert len(children) == 2
+        assert len(children) == 1 + RANKS[kind]
         with pytest.raises(AnswerFailed):
             future.result(PATIENCE)
     else:
@@ -426,7 +427,7 @@ def test_a_stopped_engine_says_so(kind, tmp_path, tiny_tokenizer):
         engine.submit(Request([5], None, 1), print)
     with pytest.raises(EngineStopped):
         engine.choose(None, [[5]], trie)
-    if kind == "vllm":
+    if kind in RANKS:
         engine.close()
         psutil.wait_procs(children, timeout=20)
         assert not [child for child in children if child.is_running()], "vLLM's processes are left"

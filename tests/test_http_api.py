@@ -73,19 +73,21 @@ EXAMPLES = int(os.environ.get("PTUNING_EXAMPLES", "20"))
 """Requests that schemathesis invents per operation; `make test-all` has 50."""
 
 
-def publish_soft_prompt(registry: Registry, base_folder: Path, folder: Path, name: str, seed: int, **card: Any) -> str:
+def publish_soft_prompt(
+    registry: Registry, base_folder: Path, folder: Path, name: str, seed: int, noise: float = 0.02, **card: Any
+) -> str:
     """A soft prompt that begins with the embeddings of the word that tells the taught base its task, then noise."""
     base = find_base(ModelConfig(path=str(base_folder)))
     embed = base.load(torch.float32).get_input_embeddings()
     rows = embed(torch.tensor(base.tokenizer("Text: sort").input_ids)).detach()
-    noise = torch.randn(4, base.width, generator=torch.Generator().manual_seed(seed)) * 0.02
+    random = torch.randn(4, base.width, generator=torch.Generator().manual_seed(seed)) * noise
     about = {
         "base": str(base_folder),
         "base_fingerprint": base.fingerprint.parts(),
         "template": LABELS,
         "max_new_tokens": 4,
     }
-    vectors = torch.cat([rows, noise])
+    vectors = torch.cat([rows, random])
     made = make(vectors, **{**about, "length": len(vectors), "width": base.width, **card})
     path = folder / f"{name}-{seed}-{time.monotonic_ns()}"
     made.save(str(path), layers=2, heads=4)

@@ -68,6 +68,9 @@ ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other one has no place for `vllm_sampling`
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads
     "VLLM_CONFIGURE_LOGGING": "0",
+    # On a CPU it would bind the ranks of every replica to the same cores, and refuse more ranks than there are memory nodes.
+    # Without, a rank has the threads that OMP_NUM_THREADS says; Ray sets it to the CPUs of a replica.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
 
@@ -102,7 +105,7 @@ class VllmEngine(Engine):
             self._end_loop()
             log.debug("vLLM did not start", exc_info=True)
             raise UserError(
-                f"model.path: vLLM does not run {config.name} with these settings ({first_line(error)}); "
+                f"model.path: vLLM does not run {config.name} with these settings ({_reason(error)}); "
                 "set serve.engine=transformers"
             ) from error
 
@@ -333,3 +336,9 @@ class VllmEngine(Engine):
             async for output in self._outputs(job.handle, prompt_ids(job.handle, [first]), params):
                 tokens += [token or Token(0, math.nan) for token in tokens_of(output, job.top)]
         return tokens
+
+
+def _reason(error: Exception) -> str:
+    """What vLLM says of itself; of an error in a process of its own it says nothing."""
+    reason = first_line(error)
+    return "its process failed; its log says why" if "root cause above" in reason else reason

@@ -22,6 +22,8 @@ from ptuning.serving.status import Method
 from ptuning.settings.running import ServeConfig
 
 DEPLOYMENT = "replica"
+HEALTH_S = 2.0
+"""Seconds between two health checks. A replica whose engine has stopped is replaced after three of them (Ray 2.60)."""
 REPLICAS_S = 20.0
 """Seconds in which all replicas must answer a request for their metrics, or to check the registry."""
 
@@ -115,6 +117,7 @@ def application(experiment: Experiment, keys: Mapping[str, Scope], surge: int = 
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         graceful_shutdown_timeout_s=limits.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=HEALTH_S,
         max_constructor_retry_count=2,
         max_surge_percent=surge,
         logging_config=LoggingConfig(enable_access_log=False),

@@ -24,8 +24,10 @@ SMALL = EngineConfig(running=6, waiting=40, batch_tokens=48, cache_bytes=1 << 20
 PATIENCE = 60
 """Seconds for an answer on a busy machine."""
 
-ENGINES = ("paged", "plain", "vllm")
-SHAPES = {"paged": "llama_tied_gqa", "plain": "gpt_neo", "vllm": "llama_tied_gqa"}
+RANKS = {"vllm": 1, "vllm-2": 2}
+"""Tensor-parallel ranks of vLLM."""
+ENGINES = ("paged", "plain", *RANKS)
+SHAPES = {"plain": "gpt_neo"}
 PIECES = {"vocab_size": 330}
 """More than the tokenizer has, and not as many as vLLM's padded rows."""
 WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -56,16 +58,18 @@ class World:
 
 def open_world(kind: str, folder: Path, tokenizer: PreTrainedTokenizerBase, config: EngineConfig = SMALL) -> World:
     """A world of an engine in `ENGINES`. `folder`: an empty one, for vLLM, which loads its base itself."""
-    changes = PIECES | (WIDE if kind == "vllm" else {})
-    base = tiny_base(SHAPES[kind], attention=None, **changes)
-    if kind == "vllm":
+    ranks = RANKS.get(kind)
+    shape, changes = SHAPES.get(kind, "llama_tied_gqa"), PIECES | (WIDE if ranks else {})
+    base = tiny_base(shape, attention=None, **changes)
+    if ranks:
         from ptuning.inference.vllm_engine import VllmEngine
 
         base.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        engine: Engine = VllmEngine(find_base(ModelConfig(path=str(folder))), torch.float32, config, rows=256)
+        found = find_base(ModelConfig(path=str(folder)))
+        engine: Engine = VllmEngine(found, torch.float32, config, rows=256, parallel=ranks)
     else:
-        engine = TransformersEngine(tiny_base(SHAPES[kind], attention=None, **changes), END, config)
+        engine = TransformersEngine(tiny_base(shape, attention=None, **changes), END, config)
         assert engine.kind == kind
     return World(engine, base)
 
