@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from ptuning.cli.app import app
 from ptuning.model.packing import pack_targets
 from ptuning.model.prompted_model import PromptedModel
-from ptuning.planning.capacity import Training, TrainingPlan
+from ptuning.planning.capacity import ServingPlan, Training, TrainingPlan, plan_serving
 from ptuning.planning.meta_model import MetaModel, read_config
 from ptuning.planning.placement import FILLED, place
 from ptuning.planning.workload import Machine, RunShape, Workload
@@ -199,6 +199,7 @@ def test_the_command_plans_without_weights(toy_task: SimpleNamespace, write_toml
     assert code == 0 and found["slots"] == 32 and found["training"]["received"] == found["packed"]["received"]
     code, out, _ = invoke("plan", experiment, "--gpus", "2", "--tokens", "20", "--gpu-memory", "4")
     assert code == 0 and "slots that fit: 32" in out and "requests at once" in out
+    assert "soft prompts, vLLM" in out and "1,024 in serve.rows = 4,096" in out
     code, _, error = invoke("plan", experiment, "--gpus", "2")
     assert code == 2 and error.endswith("without a tokenizer rows cannot be counted; give --tokens")
 
@@ -221,6 +222,30 @@ def test_what_does_not_fit_says_what_would(toy_task: SimpleNamespace, write_toml
     code, out, _ = invoke("plan", *common, "2.8")
     assert code == 1 and "GPUs of 2.8 GB each would be enough, with train.gradient_checkpointing=true" in out
     assert "does not fit: serving: a replica needs 3.0 GB on one GPU; use a larger one" in out
+
+
+@pytest.mark.fast
+def test_capacity_of_both_engines_for_8_billion_parameters() -> None:
+    """vLLM has a row per virtual token, of 4,096 numbers in bfloat16, divided among its ranks."""
+
+    def plan(memory: int = 80 * GB, parallel: int = 1, kind: str = "embedding", resident: int = 1) -> ServingPlan:
+        rows = RunShape(length=100, tokens=200, targets=4, batch=8, kinds=(kind,))
+        return plan_serving(
+            large.shape, rows, Machine(1, memory, 1, GB, 1e12, True), large.evaluation,
+            cache=4 * GB, running=32, resident=resident, new=4, rows=4096, parallel=parallel,
+        )  # fmt: skip
+
+    large = MetaModel(read_config(SHAPES / "llama-8b.json"), torch.bfloat16)
+    one, two = plan().vllm, plan(parallel=2).vllm
+    assert one and two and (one.resident, one.bytes, two.bytes) == (40, 4096 * 4096 * 2, 4096 * 4096)
+    more = plan(memory=81 * GB).vllm
+    assert more and more.most_rows - one.most_rows == pytest.approx(GB / 8192, abs=1)
+    assert two.most_rows == pytest.approx(2 * one.most_rows + large.shape.bytes / 8192, abs=2)
+    for kind in ("embedding", "kv"):
+        found = plan(kind=kind)
+        at_most, beyond = (plan(kind=kind, resident=found.resident + extra) for extra in (0, 1))
+        assert at_most.peak <= 80 * GB < beyond.peak
+    assert plan(kind="kv").vllm is None and plan(kind="kv").resident < plan().resident
 
 
 @pytest.mark.fast

@@ -66,6 +66,8 @@ class TrainingPlan:
         return self.needed - self.reserved - self.share
 
 
+MOST_RESIDENT = 10**7
+"""More soft prompts than this are not counted."""
 HOLES = 1.5
 """Maximum fragmentation of glibc's heap, relative to the memory of a step (measured: 0.5 to 1.4; BENCHMARKS.md)."""
 
@@ -200,6 +202,21 @@ def _most(limit: int, fits: Callable[[int], bool]) -> int:
 
 
 @dataclass(frozen=True)
+class VllmRows:
+    """Soft prompts that vLLM serves: it reserves rows for their virtual tokens when it starts."""
+
+    rows: int
+    """As set by `serve.rows`."""
+    bytes: int
+    """Of these rows, on each of the `serve.tensor_parallel` ranks."""
+    resident: int
+    """Soft prompts of this length that the rows hold."""
+    most_rows: int
+    """Rows that fit beside the rest; negative if not even the rest fits."""
+    most_resident: int
+
+
+@dataclass(frozen=True)
 class ServingPlan:
     """One replica: memory in bytes, and requests. A replica holds the whole base on one rank."""
 
@@ -217,6 +234,10 @@ class ServingPlan:
     """Number of requests with `length + tokens + new` positions that fit into the cache."""
     most_running: int
     """The same if the cache uses all available memory."""
+    resident: int
+    """Soft prompts of this kind and length that fit beside the rest, with transformers."""
+    vllm: VllmRows | None
+    """The same with vLLM; None: it does not serve this kind."""
 
     @property
     def peak(self) -> int:
@@ -233,20 +254,30 @@ def plan_serving(
     running: int,
     resident: int,
     new: int,
+    rows: int,
+    parallel: int,
 ) -> ServingPlan:
-    """A replica that generates up to `new` tokens, with `resident` soft prompts, all in use."""
+    """A replica that generates up to `new` tokens, with `resident` soft prompts, all in use. `rows`, `parallel`: rows and
+    ranks of vLLM."""
     positions = settings.tokens
     # The tokens of a step may belong to one prefill or to many; logits are computed for every running request.
-    rows = max(1, STEP_TOKENS // positions)
-    step = evaluation(Workload(1, settings.length, rows, positions + 1, 1)).peak
+    together = max(1, STEP_TOKENS // positions)
+    step = evaluation(Workload(1, settings.length, together, positions + 1, 1)).peak
     step += running * shape.vocabulary * (shape.itemsize + 4 + 4)
-    vectors = 1024
-    while vectors < resident * settings.length:
-        vectors *= 2
-    bank = vectors * shape.width * shape.itemsize
-    if "kv" in settings.kinds:  # beside the pages with the same numbers, which may be dropped
-        bank += resident * settings.length * shape.token_numbers * shape.itemsize
-    room = machine.memory - machine.reserved - shape.bytes - bank - step
+    kv = "kv" in settings.kinds
+
+    def bank_of(many: int) -> int:
+        vectors = 1024
+        while vectors < many * settings.length:
+            vectors *= 2
+        found = vectors * shape.width * shape.itemsize
+        if kv:  # beside the pages with the same numbers, which may be dropped
+            found += many * settings.length * shape.token_numbers * shape.itemsize
+        return found
+
+    bank = bank_of(resident)
+    beside = machine.memory - machine.reserved - shape.bytes - step
+    room = beside - bank
     page = PAGE * max(1, shape.token_numbers) * shape.itemsize  # a state space has no keys and values
     shared = settings.length // PAGE  # whole pages of a soft prompt are stored once
     each = -(-(settings.length - shared * PAGE + positions + new) // PAGE)
@@ -255,5 +286,21 @@ def plan_serving(
         return max(0, (size // page - resident * shared) // each)
 
     return ServingPlan(
-        machine.reserved, shape.bytes, cache, bank, step, room, min(running, fitting(cache)), fitting(max(0, room))
+        machine.reserved,
+        shape.bytes,
+        cache,
+        bank,
+        step,
+        room,
+        min(running, fitting(cache)),
+        fitting(max(0, room)),
+        _most(MOST_RESIDENT, lambda many: bank_of(many) <= beside - cache),
+        None if kv else _vllm_rows(shape, settings.length, rows, parallel, beside + shape.bytes - cache),
     )
+
+
+def _vllm_rows(shape: BaseShape, length: int, rows: int, parallel: int, memory: int) -> VllmRows:
+    """`memory`: bytes on each rank for its parts of the base and of the rows."""
+    row = shape.width * shape.itemsize / parallel
+    most = int((memory - shape.bytes / parallel) // row)
+    return VllmRows(rows, int(rows * row), rows // length, most, max(0, most) // length)

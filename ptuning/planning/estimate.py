@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ptuning.planning.capacity import ServingPlan, TrainingPlan
+from ptuning.planning.capacity import ServingPlan, TrainingPlan, VllmRows
 from ptuning.planning.workload import BaseShape, Machine, RunShape
 
 
@@ -104,6 +104,8 @@ def _describe(found: Estimate) -> str:
     if found.serves:
         row("  requests at once", str(serving.running))
         row("  with serve.cache_mb at most", f"{max(0, serving.room) >> 20:,}: {serving.most_running:,} requests")
+        row("  soft prompts, transformers", f"{serving.resident:,} fit")
+        row("  soft prompts, vLLM", *_vllm(serving.vllm))
     if found.estimated:
         lines.append(
             f"activations are estimated, as the pass of this base cannot be replayed without values ({found.estimated})"
@@ -112,6 +114,13 @@ def _describe(found: Estimate) -> str:
     for line in found.advice:
         lines.append(f"does not fit: {line}")
     return "\n".join(lines)
+
+
+def _vllm(found: VllmRows | None) -> list[str]:
+    if found is None:
+        return ["none of this kind"]
+    told = [f"{found.resident:,} in serve.rows = {found.rows:,} ({_gb(found.bytes)})"]
+    return told + ([f"  at most {found.most_rows:,}: {found.most_resident:,}"] if found.most_rows > found.rows else [])
 
 
 def _gb(size: float) -> str:

@@ -88,6 +88,8 @@ def make_plan(
         running=experiment.serve.running,
         resident=max(1, len(experiment.serve.soft_prompts)),
         new=max(settings.targets, settings.new_tokens),
+        rows=experiment.serve.rows,
+        parallel=experiment.serve.tensor_parallel,
     )
     found = Estimate(
         experiment.name,
