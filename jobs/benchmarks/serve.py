@@ -7,6 +7,7 @@ residents   throughput with 1 and with 1,000 resident soft prompts
 curve       latency, first token and time per token over the requests per second, for all of them and the bare base
 http        what Serve and HTTP add to the engine, and latencies under an open-loop load from this process
 accuracy    a trained soft prompt's accuracy through HTTP against its training report
+engines     transformers against vLLM, where it is installed; only if asked for
 
 All sides share base, dtype, threads and requests, run interleaved, and must agree on every token before they are timed.
 """
@@ -38,6 +39,7 @@ from torch import Tensor
 
 from benchmarks.answering import CLIENTS, LENGTH, REQUESTS, ROUNDS, Answers, Bench, Peft, Static, drive
 from benchmarks.curve import curve, picture
+from benchmarks.engines import engines
 from benchmarks.measuring import in_turns, interval, write
 from ptuning import storage
 from ptuning.data.readers import Columns
@@ -332,6 +334,8 @@ PARTS = {
     "http": http,
     "accuracy": accuracy,
 }
+ASKED = {"engines": engines}
+"""Parts that need what is not always installed."""
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -339,7 +343,7 @@ def serve(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     results: dict[str, Any] = {"threads": arguments.threads, "load": [os.getloadavg()[0]]}
     for part in arguments.parts or list(PARTS):
-        results[part] = PARTS[part]()
+        results[part] = (PARTS | ASKED)[part]()
         print(f"{part}", *(f"  {name}: {value}" for name, value in results[part].items()), sep="\n", flush=True)
     results["load"].append(os.getloadavg()[0])
     write(arguments.out, results, {"curve": picture(results["curve"])} if "curve" in results else {})
@@ -348,7 +352,7 @@ def serve(arguments: argparse.Namespace) -> None:
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The command `serve`."""
     command = commands.add_parser("serve", help=serve.__doc__)
-    command.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
+    command.add_argument("parts", nargs="*", choices=[*PARTS, *ASKED, []], help=f"default: all but {', '.join(ASKED)}")
     command.add_argument("--threads", type=int, default=1)
     command.add_argument("--out", help="file for the raw numbers (JSON)")
     command.set_defaults(run=serve)
