@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ptuning.registry.inspection import Inspection
     from ptuning.registry.merged_export import Merged
     from ptuning.registry.registry import Reference, Version
+    from ptuning.registry.vllm_export import VllmExport
     from ptuning.serving.compare import Opinion
 
 
@@ -147,6 +148,16 @@ class Registry:
 
         version = self.get(reference)
         return version, merged_export.export_merged(self._registry, version, folder, base)
+
+    def export_vllm(self, references: Sequence[str], folder: str, *, base: str | None = None) -> VllmExport:
+        """Write soft prompts and their base as one plain checkpoint for `vllm serve` to a new folder.
+
+        Raises:
+            UserError: one is damaged or for another base, or the architecture cannot be merged, or vLLM cannot load it.
+        """
+        from ptuning.registry.vllm_export import export_for_vllm
+
+        return export_for_vllm(self._registry, [self.get(each) for each in references], folder, base)
 
     def inspect(self, reference: str, *, base: str | None = None) -> Inspection:
         """Card, lineage, promotions, and the words nearest to every virtual token. Print it to read it.

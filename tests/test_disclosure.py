@@ -32,6 +32,7 @@ from ptuning.model.soft_prompt import Card
 from ptuning.registry.merged_export import export_merged
 from ptuning.registry.publish import describe, fetch, publish, retrieve
 from ptuning.registry.registry import Registry, RegistryError, Version
+from ptuning.registry.vllm_export import export_for_vllm
 from ptuning.serving import answers, neutral, protocol
 from ptuning.serving.app import build_app
 from ptuning.serving.served_models import ServedModels
@@ -504,12 +505,14 @@ def test_a_run_goes_on_under_another_password(world: SimpleNamespace, tmp_path: 
 
 
 def exported(world: SimpleNamespace, folder: Path) -> dict[str, Any]:
-    """The card and the config of an export, and the card of a merged one."""
+    """The card and the config of an export, and the cards of a merged one and of one for vLLM."""
     version = world.registry.find("spam:1")
     fetch(world.registry, version, str(folder / "peft"))
     export_merged(world.registry, version, str(folder / "merged"))
+    export_for_vllm(world.registry, [version], str(folder / "vllm"))
     return {path: json.loads((folder / path).read_text()) for path in ("peft/card.json", "peft/adapter_config.json")} | {
-        "merged": json.loads((folder / "merged" / "soft_prompt_card.json").read_text())
+        "merged": json.loads((folder / "merged" / "soft_prompt_card.json").read_text()),
+        "vllm": json.loads((folder / "vllm" / "soft_prompts.json").read_text())["spam"]["card"],
     }
 
 

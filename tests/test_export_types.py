@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ptuning.model.base import Base, find_base
 from ptuning.model.compatibility import next_logits
 from ptuning.model.soft_prompt import SoftPrompt
-from ptuning.registry import merged_export, token_suppression
+from ptuning.registry import merged_checkpoint, token_suppression
 from ptuning.registry.merged_check import ExportError
 from ptuning.registry.merged_export import write_merged
 from ptuning.settings.model import ModelConfig
@@ -112,7 +112,7 @@ def test_what_is_loaded_otherwise_is_refused_before_it_has_its_name(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, change: Any, message: str
 ) -> None:
     base = base_in(tmp_path / "base", tiny_tokenizer, "llama")
-    save = merged_export._save
+    save = merged_checkpoint._save
 
     def damage(model: Any, folder: Path, untied: bool) -> None:
         save(model, folder, untied)
@@ -121,7 +121,7 @@ def test_what_is_loaded_otherwise_is_refused_before_it_has_its_name(
         change(weights)
         save_file(weights, file, {"format": "pt"})
 
-    monkeypatch.setattr(merged_export, "_save", damage)
+    monkeypatch.setattr(merged_checkpoint, "_save", damage)
     with pytest.raises(ExportError, match=f"toy: {message}.*; export the adapter instead$") as refused:
         write_merged(prompt_for(base), base, "toy", tmp_path / "merged")
     assert "\n" not in str(refused.value)

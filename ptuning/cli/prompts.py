@@ -93,11 +93,20 @@ def import_(
 
 @prompts.command()
 def export(
-    name: Name,
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME...", callback=non_blank, help="A soft prompt: name, name:3 or name@champion. For vllm also several."
+        ),
+    ],
     folder: Annotated[str, typer.Argument(metavar="FOLDER", callback=non_blank, help="A new folder.")],
     format_: Annotated[
-        Literal["peft", "merged"],
-        typer.Option("--format", help="peft: the artefact; merged: base and soft prompt as one plain checkpoint."),
+        Literal["peft", "merged", "vllm"],
+        typer.Option(
+            "--format",
+            help="peft: the artefact; merged: base and soft prompt as one plain checkpoint; vllm: the same for vllm serve, "
+            "also with several soft prompts.",
+        ),
     ] = "peft",
     base: BaseOption = None,
     storage: Storage = None,
@@ -109,16 +118,24 @@ def export(
     Example: ptuning prompts export sentiment:1 plain --format merged
     """
     with _sentences():
+        name, *more = names
+        if more and format_ != "vllm":
+            raise UserError(f"{more[0]}: --format {format_} writes one soft prompt; export it by itself, or use --format vllm")
         with busy("exporting"):
             registry = Registry(storage, tracking)
-            if format_ == "peft":
-                version = registry.export(name, folder)
-            else:
+            if format_ == "vllm":
+                written = registry.export_vllm(names, folder, base=base)
+            elif format_ == "merged":
                 version, merged = registry.export_merged(name, folder, base=base)
-        if format_ == "peft":
+            else:
+                version = registry.export(name, folder)
+        if format_ == "vllm":
+            _say(written.facts(), "\n".join(written.lines()), as_json)
+        elif format_ == "merged":
+            facts = {"name": str(version), "folder": folder, **merged.facts()}
+            _say(facts, "\n".join(merged.lines(str(version), folder)), as_json)
+        else:
             _say({"name": str(version), "folder": folder}, f"{version} written to {folder}; PEFT loads it", as_json)
-            return
-        _say({"name": str(version), "folder": folder, **merged.facts()}, "\n".join(merged.lines(str(version), folder)), as_json)
 
 
 @prompts.command()

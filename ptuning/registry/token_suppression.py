@@ -18,6 +18,7 @@ Shapes: n states, H width, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,16 +72,33 @@ class Suppression:
 
 
 @torch.no_grad()
-def hidden_states(model: PreTrainedModel, feeding: InputEmbedding, vectors: Tensor, front: list[int], words: int) -> States:
+def hidden_states(
+    model: PreTrainedModel, feeding: InputEmbedding, soft_prompts: Sequence[Tensor], front: list[int], words: int
+) -> States:
     """States at random texts and at texts that the base generates at high and low temperature, with and without the soft
-    prompt.
+    prompts. Their number does not depend on that of the soft prompts.
 
     States at the virtual tokens themselves are left out: nothing is generated there.
 
     Args:
+        soft_prompts: vectors `[P, H]`.
         front: special tokens that every text begins with.
         words: ids below this one are the base's own tokens.
     """
+    fit: list[Tensor] = []
+    trial: list[Tensor] = []
+    for vectors in soft_prompts:
+        found = _with_and_without(model, feeding, vectors, front, words)
+        for each, part in ((fit, slice(HELD, None)), (trial, slice(HELD))):
+            states = torch.cat([states[part].flatten(0, 1) for states in found])
+            each.append(states[torch.isfinite(states).all(1)][:: len(soft_prompts)])
+    return States(torch.cat(fit), torch.cat(trial))
+
+
+def _with_and_without(
+    model: PreTrainedModel, feeding: InputEmbedding, vectors: Tensor, front: list[int], words: int
+) -> list[Tensor]:
+    """`[TEXTS, n, H]` each."""
     generator = torch.Generator().manual_seed(0)
     prompt = vectors.to(model.dtype)[None].expand(TEXTS, -1, -1)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
@@ -95,9 +113,7 @@ def hidden_states(model: PreTrainedModel, feeding: InputEmbedding, vectors: Tens
             _write(model, feeding, prompt, first, words, length, temperature, generator, cached=False)
             for temperature in (HOT, 1.0)
         ]
-    found = [_behind(model, feeding, start, ids) for ids in texts for start in (prompt, prompt[:, :0])]
-    fit, trial = (torch.cat([states[part].flatten(0, 1) for states in found]) for part in (slice(HELD, None), slice(HELD)))
-    return States(fit[torch.isfinite(fit).all(1)], trial[torch.isfinite(trial).all(1)])
+    return [_behind(model, feeding, start, ids) for ids in texts for start in (prompt, prompt[:, :0])]
 
 
 def _write(
