@@ -1,7 +1,8 @@
 # make test   the suite that every commit has to pass, in a virtual environment made for it
 # make test-all   and what is marked nightly: further faults of a kind, and what takes minutes
 # make fast   what needs no Ray and no process groups, in 90 s
-# make test-vllm   the tests of the engine with vLLM, on the CPU, in an environment of its own; some minutes
+# make test-vllm   the tests of the engine with vLLM, on the CPU, in an environment of its own; a quarter of an hour
+# make test-lowest   the fast tests of the engine, with the lowest versions that pyproject.toml allows; some minutes
 # make lint   ruff, formatting, types
 # make demo   everything once: train, search, register, serve, ask; some minutes
 # make train  the first job: a soft prompt for sentiment on the built-in base
@@ -13,7 +14,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: test test-all test-vllm fast lint demo train docs pictures clean
+.PHONY: test test-all test-vllm test-lowest fast lint demo train docs pictures clean
 
 test: .venv/installed
 	$(BIN)/python tests/suite.py "not nightly and not soak"
@@ -30,7 +31,13 @@ fast: .venv/installed
 	$(BIN)/python -m pytest -m "fast and not nightly and not soak" --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 test-vllm: .venv-vllm/installed
-	.venv-vllm/bin/python -m pytest tests/test_engines.py -m "not soak" -k vllm
+	.venv-vllm/bin/python -m pytest tests/test_engines.py tests/test_serve_vllm.py tests/test_export_vllm.py -m "not soak" -k vllm
+
+# What an old library warns of is not an error here.
+test-lowest: .venv-lowest/installed
+	.venv-lowest/bin/python -m pytest -m "fast and not nightly and not soak" -o "filterwarnings=default" tests/test_bare.py \
+		tests/test_config.py tests/test_engine.py tests/test_engines.py tests/test_http_api.py tests/test_model.py \
+		tests/test_registry.py tests/test_sampling.py tests/test_soft_prompt.py
 
 lint: .venv/installed
 	$(BIN)/ruff check
@@ -65,10 +72,18 @@ pictures: .venv/installed
 	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
+.venv-lowest/installed: pyproject.toml tests/lowest_versions.py
+	rm -rf .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) tests/lowest_versions.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --quiet -c .venv-lowest/constraints.txt torch
+	.venv-lowest/bin/python -m pip install --quiet -c .venv-lowest/constraints.txt -e '.[test]'
+	touch $@
+
 .venv/installed-docs: .venv/installed
 	$(PIP) install -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-lowest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
