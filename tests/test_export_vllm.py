@@ -207,6 +207,11 @@ def ask(url: str, route: str, **question: Any) -> Any:
         return json.load(response)
 
 
+def whole(text: str) -> str:
+    """A text without the bytes of a character that is not complete: vLLM does not return them."""
+    return text.strip().rstrip("\N{REPLACEMENT CHARACTER}")
+
+
 @pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
@@ -216,23 +221,23 @@ def test_a_plain_vllm_serves_them_all(world, tmp_path):
     written = world.written
     listed = json.loads((world.folder / "vllm" / LIST).read_text(encoding="utf-8"))
     questions = [(name, text) for text in TEXTS for name in TEMPLATES]
-    right = {each: expected(world, *each) for each in questions}
+    right = {each: whole(expected(world, *each)) for each in questions}
     virtual = range(len(world.base.tokenizer), written.vocabulary)
 
     def told(url: str, name: str, text: str) -> str:
         if name in written.chat:
             choice = {"soft_prompt": name}
             answer = ask(url, "chat/completions", messages=messages(name, text), chat_template_kwargs=choice)
-            return str(answer["choices"][0]["message"]["content"]).strip()
+            return whole(answer["choices"][0]["message"]["content"])
         answer = ask(url, "completions", prompt=listed[name]["prefix"] + text, add_special_tokens=False)
-        return str(answer["choices"][0]["text"]).strip()
+        return whole(answer["choices"][0]["text"])
 
     with vllm_serve(written, tmp_path) as url:
         with ThreadPoolExecutor(8) as clients:
             found = list(clients.map(lambda each: told(url, *each), questions * 2))
         assert found == [right[each] for each in questions * 2]
         default = ask(url, "chat/completions", messages=messages("kind", TEXTS[0]))  # of the command line
-        assert default["choices"][0]["message"]["content"].strip() == right["kind", TEXTS[0]]
+        assert whole(default["choices"][0]["message"]["content"]) == right["kind", TEXTS[0]]
         with pytest.raises(urllib.error.HTTPError) as refused:
             ask(url, "chat/completions", messages=messages("kind", "a"), chat_template_kwargs={"soft_prompt": "nobody"})
         assert refused.value.code == 400 and b"soft_prompt has to be one of kind, pair, talk" in refused.value.read()
