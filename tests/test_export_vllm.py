@@ -43,7 +43,7 @@ from ptuning.registry.merged_check import ExportError
 from ptuning.registry.vllm_export import LIST, VllmExport, export_for_vllm, write_for_vllm
 from ptuning.settings.data import Template
 from ptuning.settings.model import ModelConfig
-from ptuning.training import evaluate
+from ptuning.training.generation import Greedy
 
 TEMPLATES: dict[str, Template | None] = {
     "kind": Template(input="Text: {text}\nKind:", target=" {label}", labels=("fruit", "tool")),
@@ -105,7 +105,7 @@ def encoded(base: Base, name: str, text: str) -> list[int]:
 def expected(world: SimpleNamespace, name: str, text: str) -> str:
     """What ptuning's own pass generates."""
     model, vectors = PromptedModel(world.base.load(torch.float32)), world.loaded[name].vectors
-    (told,) = evaluate.greedy(model, vectors, [encoded(world.base, name, text)], encoder_of(world.base, name), NEW)
+    (told,) = Greedy(model, encoder_of(world.base, name), NEW).texts(vectors, [encoded(world.base, name, text)])
     return told
 
 
