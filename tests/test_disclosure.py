@@ -376,7 +376,12 @@ def test_who_looks_after_a_server_learns_numbers_only(world: SimpleNamespace, mo
     """Health routes answer machines: fixed keys, no text."""
     assert ask(world.url, "GET", "/livez", key=None)[2] == b'{"alive":true}'
     ready = json.loads(ask(world.url, "GET", "/readyz", key=None)[2])
-    assert ready == {"ready": True, "soft_prompts": world.service.engine.residents, "refused": 2}
+    assert ready == {
+        "ready": True,
+        "soft_prompts": world.service.models.versions,
+        "refused": 2,
+        "resident": world.service.engine.residents,
+    }
     draining(world, monkeypatch)
     status, headers, content = ask(world.url, "GET", "/readyz", key=None)
     assert status == 503 and json.loads(content) == ready | {"ready": False}

@@ -757,3 +757,34 @@ def test_openapi_holds_against_invention(world):
         holds()
         tried += 1
     assert tried >= 7
+
+
+def health(world: SimpleNamespace) -> dict[str, Any]:
+    with urllib.request.urlopen(world.url.removesuffix("/v1") + "/readyz") as response:
+        found: dict[str, Any] = json.load(response)
+        return found
+
+
+def test_soft_prompts_that_do_not_all_fit_into_memory(client, world):
+    """Answered as before, from memory or from disk; health and metrics tell how many are there."""
+    models, texts = ["fruits:1", "fruits:2"], ["the old hammer", "a plum"]
+    residency = world.service.models.residency
+    before = {model: classify(client, texts, model)["data"] for model in models}
+    ready = health(world)
+    assert ready["resident"] == ready["soft_prompts"] == world.service.models.versions
+    brought, one = residency.brought, world.service.models.find("fruits:1").prompt.bytes
+    residency.limit = one
+    try:
+        for _ in range(3):
+            for model in models:
+                assert classify(client, texts, model)["data"] == before[model]
+                assert health(world)["resident"] == 1
+        assert residency.brought >= brought + 5
+        collected = {sample.name: sample.value for metric in world.service.metrics.collect() for sample in metric.samples}
+        assert collected["ptuning_soft_prompts_read_total"] >= 5 and collected["ptuning_soft_prompts"] == 1
+        assert collected["ptuning_served_versions"] == world.service.models.versions
+    finally:
+        residency.limit = None
+        for name in world.service.models.names:
+            if name != world.service.models.base_id and ":" in name:
+                client.completions.create(model=name, prompt="a", max_tokens=1, extra_body={"constrain": False})

@@ -147,6 +147,11 @@ class Engine(ABC):
         self._residents.release(handle)
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a number of a resident soft prompt."""
+        return self._bank.itemsize
+
+    @property
     def residents(self) -> int:
         return len(self._residents)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ptuning.inference.types import RequestError
+from ptuning.inference.types import NoRoom, RequestError
 
 
 class ReservedRows:
@@ -23,6 +23,10 @@ class ReservedRows:
     @property
     def resident_bytes(self) -> int:
         return self._many * self._width * self._dtype.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        return self._dtype.itemsize
 
     def add(self, vectors: Tensor) -> range:
         if vectors.ndim > 2:
@@ -56,7 +60,7 @@ class ReservedRows:
             row = taken + self._taken[taken]
         if self._many - row >= length:
             return row
-        raise RequestError(
+        raise NoRoom(
             f"{sum(self._taken.values())} of {self._many} rows for virtual tokens are taken, and {length} are needed; raise "
             "serve.rows, or name fewer soft prompts in serve.soft_prompts"
         )

@@ -17,12 +17,17 @@ class Bank(Protocol):
     def resident_bytes(self) -> int:
         """Memory that they take."""
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+
     def add(self, vectors: Tensor) -> range:
         """Store a soft prompt, `[P, H]` or a key-value prefix `[P, layers, 2, heads, d]`; returns its ids.
 
         Raises:
             ValueError: it does not fit this base, or is not finite in the base's dtype.
-            RequestError: there is no room for it, or this engine does not compute its kind.
+            RequestError: this engine does not compute its kind.
+            NoRoom: there is no room for it.
         """
 
     def remove(self, ids: range) -> None:

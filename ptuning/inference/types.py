@@ -16,6 +16,10 @@ class RequestError(UserError):
     """A request that is not valid."""
 
 
+class NoRoom(RequestError):
+    """There is no room for a further soft prompt."""
+
+
 class EngineBusy(RuntimeError):
     """Too many requests are running or waiting; retry later."""
 

@@ -100,6 +100,10 @@ class VirtualTokens(nn.Module):
         tensors = [self._bank.vectors, *self._prefixes.values()]
         return sum(each.numel() * each.element_size() for each in tensors)
 
+    @property
+    def itemsize(self) -> int:
+        return self.weight.element_size()
+
     def add(self, vectors: Tensor) -> range:
         """Make a soft prompt resident, `[P, H]` or a key-value prefix `[P, layers, 2, heads, d]`; returns its ids.
 

@@ -131,7 +131,8 @@ class Api:
             body = await read_body(request, shape, self._limits)
             served = self._service.models.find(body.model)  # type: ignore[attr-defined]  # every request type has it
             record.served = served
-            response = await answer(body, served, record)
+            async with self._service.models.held(served):  # what it starts in the engine is held there
+                response = await answer(body, served, record)
         except Exception as error:  # any error must become a response in OpenAI's format
             response = as_api_error(error).response()
             if not await drain(request, self._limits):

@@ -79,7 +79,9 @@ STEPS = _counter("engine_steps", "Steps of generation.")
 STEP_REQUESTS = _counter("engine_step_requests", "Requests in all steps together: divided by the steps, the mean batch.")
 QUERIES = _counter("prefix_cache_queries", "Tokens, virtual ones included, that were looked up in the key-value cache.")
 HITS = _counter("prefix_cache_hits", "Of these, tokens that were found.")
+SERVED = _gauge("served_versions", "Versions of soft prompts that are served, in memory or not.")
 SOFT_PROMPTS = _gauge("soft_prompts", "Resident soft prompts.")
+BROUGHT = _counter("soft_prompts_read", "How often a soft prompt that had left the memory was read from disk again.")
 BYTES = _gauge("soft_prompt_bytes", "Memory of the resident soft prompts.")
 REFUSED = _gauge("refused_versions", "Versions that failed a check.")
 REGISTRY = _gauge("registry_read_timestamp_seconds", "When the registry was last read, in Unix seconds.")
@@ -89,7 +91,22 @@ OBSERVED = (
     *(REQUESTS, LATENCY, FIRST, BETWEEN, QUEUE, PROMPT, GENERATED),
     *(PROMPT_TOKENS, CACHED_TOKENS, GENERATION_TOKENS, ANSWERS),
 )
-READ = (RUNNING, WAITING, ROWS, CACHE, STEPS, STEP_REQUESTS, QUERIES, HITS, SOFT_PROMPTS, BYTES, REFUSED, REGISTRY)
+READ = (
+    RUNNING,
+    WAITING,
+    ROWS,
+    CACHE,
+    STEPS,
+    STEP_REQUESTS,
+    QUERIES,
+    HITS,
+    SERVED,
+    SOFT_PROMPTS,
+    BROUGHT,
+    BYTES,
+    REFUSED,
+    REGISTRY,
+)
 """Evaluated when they are read."""
 DEFINITIONS = (*OBSERVED, *READ, REPLICAS)
 

@@ -40,7 +40,7 @@ DONE = b"data: [DONE]\n\n"
 
 def envelope(served: Served, base: str, prefix: str) -> dict[str, Any]:
     """Fields of every response: its id, its time, and the version that answered."""
-    soft_prompt = served.id if served.handle else None
+    soft_prompt = served.id if served.prompt else None
     answered = Answered(soft_prompt=soft_prompt, content_hash=served.content_hash, base=base)
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",

@@ -15,6 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -35,6 +36,7 @@ from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
 from ptuning.redaction import last_name, logger, placeless, redact
 from ptuning.registry.publish import retrieve
 from ptuning.registry.registry import CHAMPION, Registry, Version
+from ptuning.serving.residency import Residency, Resident
 from ptuning.settings.data import Template
 from ptuning.tracking.client import OFFLINE
 
@@ -54,14 +56,14 @@ class UnknownModel(UserError):
 
 @dataclass(frozen=True)
 class Served:
-    """The entry that answers under a name. `handle` None: the bare base."""
+    """The entry that answers under a name. `prompt` None: the bare base."""
 
     id: str
     created: int
     """Unix seconds."""
     raw: Encoder
     """For text without a template."""
-    handle: ResidentPrompt | None = None
+    prompt: Resident | None = None
     card: Card | None = None
     encoder: Encoder | None = None
     """For rows of the template; None without one."""
@@ -84,8 +86,16 @@ class Served:
             return ()
 
     @property
+    def handle(self) -> ResidentPrompt | None:
+        """Its soft prompt in the engine. Only while it is held (`ServedModels.held`); None: the bare base."""
+        if self.prompt is None:
+            return None
+        assert self.prompt.handle, f"{self.id} is not in memory"
+        return self.prompt.handle
+
+    @property
     def length(self) -> int:
-        return len(self.handle.ids) if self.handle else 0
+        return self.prompt.length if self.prompt else 0
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -93,7 +103,7 @@ class Served:
 
     @property
     def content_hash(self) -> str | None:
-        return self.handle.content_hash if self.handle else None
+        return self.prompt.content_hash if self.prompt else None
 
 
 @dataclass(frozen=True)
@@ -115,9 +125,19 @@ class _Entry:
 class ServedModels:
     """The served names of one replica. `find` may be called from any thread, `sync` from one at a time."""
 
-    def __init__(self, base: Base, engine: Engine, registry: Registry, folder: str, only: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        base: Base,
+        engine: Engine,
+        registry: Registry,
+        folder: str,
+        only: Iterable[str] = (),
+        resident_bytes: int | None = None,
+    ) -> None:
+        """`only`: the names to serve; none: all. `resident_bytes`: the limit of `Residency`."""
         self._base = base
         self._engine = engine
+        self.residency = Residency(engine, resident_bytes)
         self._registry = registry
         self._only = frozenset(only)
         self._folder = storage.join(folder, "-".join([base.fingerprint.weights[:16], *filter(None, [base.stored_in])]))
@@ -156,6 +176,15 @@ class ServedModels:
                 f"there is no such model; the names are {', '.join(listed)}{more}, and versions are written name:3; {hint}"
             )
         return served
+
+    def held(self, served: Served) -> AbstractAsyncContextManager[None]:
+        """Keep the soft prompt of an entry in memory, so that it can be asked."""
+        return self.residency.held(served.prompt)
+
+    @property
+    def versions(self) -> int:
+        """Number of versions that are served."""
+        return len(self._loaded)
 
     def sync(self) -> bool:
         """Update the served set from the registry; True if anything changed.
@@ -244,8 +273,8 @@ class ServedModels:
             return False
         self._publish()
         for served in gone:
-            assert served.handle is not None
-            self._engine.remove(served.handle)
+            assert served.prompt is not None
+            self.residency.leave(served.prompt)
         return True
 
     def _public(self, entry: _Entry, error: Exception) -> str:
@@ -294,14 +323,17 @@ class ServedModels:
         encoder = make_encoder(card.template, base.tokenizer, room) if card.template else None
         if encoder is not None and card.template is not None and card.template.labels:
             self._engine.check_room(card.length, 1, max(map(len, encoder.label_ids)))
-        handle = self._engine.add(loaded.vectors, card.content_hash)
+        prompt = self.residency.admit(card.content_hash, loaded.vectors, lambda: self._bytes(entry, version).vectors)
         try:
-            self._smoke_test(entry, handle)
+            assert prompt.handle
+            self._smoke_test(entry, prompt.handle)
         except BaseException:
-            self._engine.remove(handle)
+            self.residency.leave(prompt)
             raise
+        finally:
+            self.residency.release(prompt)
         raw = Encoder(RAW, base.tokenizer, room)
-        return Served(str(entry), entry.created_ms // 1000, raw, handle, card, encoder)
+        return Served(str(entry), entry.created_ms // 1000, raw, prompt, card, encoder)
 
     def _bytes(self, entry: _Entry, version: Version | None) -> SoftPrompt:
         folder = storage.join(self._folder, f"{entry.content_hash}-{entry.card_hash[:16]}")

@@ -60,7 +60,10 @@ class Service:
         store = experiment.compute.storage
         registry = Registry(tracking_uri(experiment))
         cache = storage.join(store, "served") if storage.is_local(store) else str(Path.home() / ".cache" / "ptuning" / "served")
-        self.models = ServedModels(self.base, self.engine, registry, cache, self.limits.soft_prompts)
+        limit = self.limits.resident_mb
+        self.models = ServedModels(
+            self.base, self.engine, registry, cache, self.limits.soft_prompts, limit << 20 if limit else None
+        )
         self.metrics = Metrics(replica, self.limits.metrics_models)
         engine, models = self.engine, self.models
         self.metrics.watch(
@@ -73,7 +76,9 @@ class Service:
                 metrics.STEP_REQUESTS: lambda: engine.stats.batched,
                 metrics.QUERIES: lambda: engine.stats.prompt_tokens,
                 metrics.HITS: lambda: engine.stats.cached_tokens,
+                metrics.SERVED: lambda: models.versions,
                 metrics.SOFT_PROMPTS: lambda: engine.residents,
+                metrics.BROUGHT: lambda: models.residency.brought,
                 metrics.BYTES: lambda: engine.resident_bytes,
                 metrics.REFUSED: lambda: len(models.refused),
                 metrics.REGISTRY: lambda: models.looked,

@@ -58,7 +58,7 @@ class Status:
             created=served.created,
             owned_by="ptuning",
             max_model_len=self._service.engine.longest - served.length,
-            soft_prompt=served.id if served.handle else None,
+            soft_prompt=served.id if served.prompt else None,
             content_hash=served.content_hash,
             length=served.length or None,
             labels=list(served.labels) or None,
@@ -94,5 +94,7 @@ class Status:
         """Ready: the base is loaded, a test generation has succeeded, and the engine is running."""
         service = self._service
         ready = service.ready and service.alive and not service.draining
-        known = {"ready": ready, "soft_prompts": service.engine.residents, "refused": len(service.models.refused)}
+        models = service.models
+        known = {"ready": ready, "soft_prompts": models.versions, "refused": len(models.refused)}
+        known |= {"resident": len(models.residency)}
         return JSONResponse(known, 200 if ready else 503)

@@ -50,6 +50,9 @@ class ServeConfig(Table):
     """Maximum requests that wait in a replica. Further ones are answered with 429."""
     cache_mb: Positive = 512
     """Size of a replica's key-value cache in MB."""
+    resident_mb: Positive | None = None
+    """Memory of a replica's soft prompts in MB. Above it the least used leave, and are read from disk when they are asked.
+    Default: no limit (with vllm `rows`)."""
     max_new_tokens: Positive = 1024
     """Maximum tokens of one answer."""
     max_answers: Positive = 16
