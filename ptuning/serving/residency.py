@@ -137,7 +137,8 @@ class Residency:
             self.used += resident.bytes
 
     def _make_room(self, bytes_: int) -> None:
-        """Let the least used leave until so many bytes fit. If all others are in use, they exceed the limit for a moment."""
+        """Let the least used leave until that number of bytes fits. If all others are in use, they exceed the limit for a
+        moment."""
         while self.limit is not None and self.used + bytes_ > self.limit and self._evict():
             pass
 
