@@ -15,9 +15,9 @@ from typing import Any
 from pydantic import ValidationError, field_validator, model_validator
 
 from ptuning.errors import UserError, suggest
-from ptuning.paths import is_path
+from ptuning.paths import is_path, locate
 from ptuning.redaction import redact
-from ptuning.settings.data import TEACHER_FILES, DataConfig
+from ptuning.settings.data import DataConfig
 from ptuning.settings.fields import CLASSIFICATION_METRICS, GENERATION_METRICS, NAME, Metric, NonBlank, Table
 from ptuning.settings.messages import sentence, takes_text
 from ptuning.settings.model import ModelConfig, PromptConfig
@@ -142,6 +142,15 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     Raises:
         ExperimentError: the file, an override or the experiment as a whole is wrong.
     """
+    return with_texts(read_settings(path, overrides))
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """As `read_experiment`, but a text that is in a file is still the name of the file.
+
+    Raises:
+        ExperimentError: the file, an override or the experiment as a whole is wrong.
+    """
     path = Path(path)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -153,10 +162,10 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         raise ExperimentError(f"{path}: cannot be read ({error}); give a TOML file") from None
     except tomllib.TOMLDecodeError as error:
         raise ExperimentError(f"{path}: is not valid TOML ({error}); correct the file") from None
-    return experiment_of(tables, overrides, str(path), path.parent)
+    return changed_experiment(tables, overrides, str(path), path.parent)
 
 
-def experiment_of(tables: dict[str, Any], overrides: Sequence[str], source: str, folder: str | Path = ".") -> Experiment:
+def changed_experiment(tables: dict[str, Any], overrides: Sequence[str], source: str, folder: str | Path = ".") -> Experiment:
     """The experiment of plain tables, which are changed by overrides. `source` names them in messages; files that are not in
     the working folder may be in `folder`.
 
@@ -167,11 +176,29 @@ def experiment_of(tables: dict[str, Any], overrides: Sequence[str], source: str,
         _apply(tables, override)
     experiment, folder = parse_experiment(tables, source), Path(folder)
     found = {split: _beside(source, folder) for split, source in experiment.data.sources()}
-    if experiment.data.chat_template_file:
-        found["chat_template"] = _beside(experiment.data.chat_template_file, folder)
-    if experiment.data.teacher:
-        found["teacher"] = _teacher(experiment.data.teacher, folder)
+    for key, file in (("chat_template", experiment.data.chat_template_file), ("teacher", experiment.data.teacher_file)):
+        if file:
+            found[key] = _beside(file, folder)
     return experiment.model_copy(update={"data": experiment.data.model_copy(update=found)})
+
+
+def with_texts(experiment: Experiment) -> Experiment:
+    """The experiment with the text of `data.teacher`, if that names a file: the text is a part of it, the file is not.
+
+    Raises:
+        ExperimentError: there is no such file, or it is not a text.
+    """
+    given = experiment.data.teacher_file
+    if given is None:
+        return experiment
+    try:
+        text = locate(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ExperimentError(f"data.teacher: {given} cannot be read ({reason}); give a text, or a file with one") from None
+    if not text.strip():
+        raise ExperimentError(f"data.teacher: {given} is empty; write the text into it")
+    return experiment.model_copy(update={"data": experiment.data.model_copy(update={"teacher": text})})
 
 
 def _beside(source: str | Sequence[str], folder: Path) -> str | tuple[str, ...]:
@@ -182,24 +209,6 @@ def _beside(source: str | Sequence[str], folder: Path) -> str | tuple[str, ...]:
     if not is_path(source) or source.startswith("~") or path.is_absolute() or _exists(path) or not _exists(folder / path):
         return source
     return str(folder / path)
-
-
-def _teacher(given: str, folder: Path) -> str:
-    """The text of `data.teacher`, which may be in a file. It is a part of the experiment, not a place.
-
-    Raises:
-        ExperimentError: there is no such file, or it is not a text.
-    """
-    if not given.endswith(TEACHER_FILES) or "\n" in given:
-        return given
-    try:
-        text = Path(str(_beside(given, folder))).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ExperimentError(f"data.teacher: {given} cannot be read ({reason}); give a text, or a file with one") from None
-    if not text.strip():
-        raise ExperimentError(f"data.teacher: {given} is empty; write the text into it")
-    return text
 
 
 def _exists(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from support.training import Run, experiment
 from torch import Tensor
 
 from ptuning.cli.compress import compression
+from ptuning.cluster.job_package import build_package
 from ptuning.config import Experiment, ExperimentError, parse_experiment, read_experiment
 from ptuning.data.task import Task, describe_task, load_task
 from ptuning.errors import DataError
@@ -278,7 +280,30 @@ def test_a_text_in_a_file_is_a_part_of_the_experiment(unanswered: SimpleNamespac
         (tmp_path / "empty.md").write_text(" \n")
         with pytest.raises(ExperimentError) as refused:
             read_experiment(file, [f"data.teacher={given}"])
-        assert f"data.teacher: {given} {said}" in str(refused.value)
+        assert re.search(rf"data.teacher: \S*{re.escape(given)} {re.escape(said)}", str(refused.value))
+
+
+def test_a_job_takes_the_file_along(unanswered: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rules.txt").write_text("Sort them.\n")
+    tables = {**unanswered.experiment, "compute": {"storage": "s3://bucket/runs"}, "tracking": {"uri": "http://mlflow:5000"}}
+    tables["data"]["teacher"] = str(tmp_path / "rules.txt")
+    file = tmp_path / "a.toml"
+    file.write_text(
+        "".join(
+            f"{key} = {json.dumps(value)}\n"
+            if isinstance(value, str)
+            else f"[{key}]\n" + "".join(f"{name} = {json.dumps(each)}\n" for name, each in value.items())
+            for key, value in tables.items()
+        )
+    )
+    job = build_package("train", str(file), [], shared=[], env=[], here={})
+    [named] = [each for each in job.overrides if each.startswith("data.teacher=")]
+    assert re.fullmatch(r"data.teacher=shipped:rules-[0-9a-f]{12}\.txt", named)
+    (there := tmp_path / "job").mkdir()
+    job.pack(there)
+    (tmp_path / "rules.txt").unlink()
+    monkeypatch.chdir(there)
+    assert read_experiment(job.experiment_name, job.overrides).data.teacher == "Sort them.\n"
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ from test_tracking import free_port
 from typer.testing import CliRunner
 
 from ptuning.cli.app import app
-from ptuning.cluster import job_package
-from ptuning.cluster.job_package import JobPackage
+from ptuning.cluster import job_files, job_package
+from ptuning.cluster.job_files import JobPackage
 from ptuning.cluster.local_paths import absolute
 from ptuning.config import read_experiment
 from ptuning.data.readers import Columns
@@ -246,7 +246,7 @@ def test_what_the_cluster_cannot_have_is_refused(desk: SimpleNamespace, override
 @fast
 def test_large_files_are_refused_and_shared_ones_stay(desk: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     with (desk.base / "model.safetensors").open("ab") as weights:
-        weights.truncate(job_package.LIMIT + 1)  # takes no space
+        weights.truncate(job_files.LIMIT + 1)  # takes no space
     with pytest.raises(UserError) as refused:
         desk.collect()
     assert str(refused.value).startswith("model.path: base (100 MB), with the other files 100 MB, is too large to upload")

@@ -8,7 +8,7 @@ import typer
 
 from ptuning import api
 from ptuning.cli.options import Json, Overrides, busy, check_register, ended, fail, finish, non_blank
-from ptuning.config import Experiment, experiment_of
+from ptuning.config import Experiment, changed_experiment, with_texts
 from ptuning.errors import UserError
 
 HELD_OUT = 0.1
@@ -74,4 +74,4 @@ def compression(text: str, rows: str, template: str, labels: str, base: str, len
         if template:
             data["target"] = "{label}" if template[-1].isspace() else " {label}"
     tables = {"name": "compressed", "model": {"path": base}, "prompt": {"length": length}, "data": data}
-    return experiment_of(tables, overrides, "compress")
+    return with_texts(changed_experiment(tables, overrides, "compress"))

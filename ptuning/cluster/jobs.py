@@ -31,7 +31,8 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from ptuning.cluster.job_package import JobPackage, Kind
+from ptuning.cluster.job_files import JobPackage
+from ptuning.cluster.job_package import Kind
 from ptuning.errors import UserError, suggest
 
 KIND = "ptuning"

@@ -327,6 +327,12 @@ class DataConfig(Template):
         given = self.chat_template
         return None if given is None or "{" in given or "\n" in given else given
 
+    @property
+    def teacher_file(self) -> str | None:
+        """The file that `teacher` names; None: it is the text itself, or not set."""
+        given = self.teacher
+        return given if given and given.endswith(TEACHER_FILES) and "\n" not in given else None
+
     def sources(self) -> Iterator[tuple[str, str | Sequence[str]]]:
         """The splits that are read from files or data sets of their own, and where from."""
         for split in SPLITS:
