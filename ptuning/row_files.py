@@ -11,6 +11,7 @@ from ptuning.errors import DataError
 from ptuning.paths import SCHEME, locate
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+ALIASES = {".jsonlines": ".jsonl", ".jl": ".jsonl", ".tab": ".tsv", ".feather": ".arrow"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz", ".zip": "zip"}
 
 KNOWN = "give a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, or hub:org/name:split"
@@ -25,6 +26,7 @@ def kind_of(name: str) -> tuple[str, str | None] | None:
     path = Path(name.lower())
     compression = COMPRESSIONS.get(path.suffix)
     kind = path.with_suffix("").suffix if compression else path.suffix
+    kind = ALIASES.get(kind, kind)
     if kind not in KINDS or (compression and kind in (".parquet", ".arrow")):
         return None
     return kind, compression

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -23,6 +24,10 @@ from ptuning.redaction import redact
 
 MANIFEST = "manifest.json"
 
+GOOGLE = re.compile(r"gc?s://")
+RETRY = 30
+"""Seconds for which Google's client repeats a call. Its default (Arrow 25.0) is 15 minutes, also without any credentials."""
+
 LEAST = 20_000_000
 """Free bytes that a run needs at its beginning: for the tracking store, checkpoints and records."""
 
@@ -34,6 +39,8 @@ class StorageError(UserError):
 def resolve(storage: str) -> tuple[fs.FileSystem, str]:
     """The file system of a folder or URI (`s3://...`), and the path in it. Local paths become absolute."""
     try:
+        if GOOGLE.match(storage) and "retry_limit_seconds=" not in storage:
+            storage += f"{'&' if '?' in storage else '?'}retry_limit_seconds={RETRY}"
         if "://" in storage:
             return fs.FileSystem.from_uri(storage)
     except (OSError, ValueError) as error:

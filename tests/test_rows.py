@@ -129,6 +129,14 @@ FILES: dict[str, bytes] = {
     "t.jsonl.zip": zipped({"t.jsonl": as_jsonl(ROWS), "__MACOSX/t": b"?"}),
     "columns.json": json.dumps(BY_COLUMNS).encode(),  # pandas.DataFrame.to_json()
     "columns-pretty.json": json.dumps(BY_COLUMNS, indent=1).encode(),
+    "lists.json": json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}).encode(),
+    "lists-pretty.json": json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}, indent=1).encode(),
+    "split.json": json.dumps({"columns": [*ROWS[0]], "index": [0, 1, 2], "data": [[*row.values()] for row in ROWS]}).encode(),
+    "index.json": json.dumps({str(at): row for at, row in enumerate(ROWS)}).encode(),
+    "t.jsonlines": as_jsonl(ROWS),
+    "t.jl.gz": gzip.compress(as_jsonl(ROWS)),
+    "t.tab": as_csv(ROWS, "\t"),
+    "t.feather": arrow(ROWS),
     "T.CSV": as_csv(ROWS),
     "t.arrow": arrow(ROWS),
 }
@@ -209,6 +217,8 @@ def test_sentences_about_json(load: Callable[..., Split], content: bytes, what: 
 
 
 def test_one_row_with_objects_is_not_a_table(load: Callable[..., Split]) -> None:
+    split = load(jsonl("lists.jsonl", [{"a": ["one"], "b": ["fruit", "tool"]}]), input="{a[0]}", target="{b[0]}")
+    assert split.rows["text"][:] == ["one"]
     for row in ({"a": {"x": "one", "y": "fruit"}}, {"a": {"0": "one", "y": "fruit"}}):
         jsonl("t.jsonl", [row])
         (first,) = {"x", "0"} & set(row["a"])
@@ -342,6 +352,8 @@ def test_every_name_survives_the_braces(name: str, default: str | None, before: 
         ({"answers": {"text": ["a", "b"]}}, "answers.text[0]", "a"),
         ({"answers": {"text": ["a", "b"]}}, "answers[text][-1]", "b"),
         ({"answers": {"text": ["a", "b"]}}, "answers['text'][1]", "b"),
+        ({"answers": {"text": ["a", "b"]}}, "answers.text.1", "b"),
+        ({"turns": [{"value": "hi"}]}, "turns.0.value", "hi"),
         ({"a.b": "exact", "a": {"b": "nested"}}, "a.b", "exact"),
         ({"a.b": {"c": "x"}, "a": {"b": {"c": "y"}}}, "a.b.c", "x"),
         ({"a": {"b.c": "x"}}, "a.b.c", "x"),
@@ -356,7 +368,7 @@ def test_values_inside_columns(row: Any, name: str, value: Any) -> None:
     assert look_up(pa_row, name) == value
 
 
-@pytest.mark.parametrize("name", ["a.c", "a.b[2]", "a.b.c", "b", "a[0]", "a.b[x]", "a.", "a.b["])
+@pytest.mark.parametrize("name", ["a.c", "a.b[2]", "a.b.2", "a.b.-1", "a.b.c", "b", "a[0]", "a.b[x]", "a.", "a.b["])
 def test_what_is_not_there_is_missing(name: str) -> None:
     with pytest.raises(KeyError):
         look_up({"a": {"b": ["x"]}}, name)
@@ -450,6 +462,9 @@ def test_a_column_that_is_spelled_as_elsewhere_is_said() -> None:
         assert line == (
             f"{written} in the template is plain text, but the rows have a column 'subject'; write {{subject}} for its value"
         )
+    for written in ("{{ row.subject }}", '{{ item["subject"] }}'):
+        (line,) = of_template(Template(**KIND | {"input": f"{written}: {{text}}"}), lambda: row)
+        assert line.startswith(written) and line.endswith("write {subject} for its value")
     for fine in ("<subject>{subject}</subject> {text}", "{{ object }} <b>{text}</b>", "<text> {text}"):
         assert not list(of_template(Template(**KIND | {"input": fine}), lambda: row))
 
@@ -636,6 +651,8 @@ def test_trials_do_not_train_on_the_test_rows() -> None:
          "validation: 1.5 is not a fraction of the training rows; write a number between 0 and 1, such as 0.1, or a file"),
         ({"validation": 0},
          "validation: 0 is not a fraction of the training rows; write a number between 0 and 1, such as 0.1, or a file"),
+        ({"validation": "0.1"}, "validation: '0.1' is a text; write the fraction as a number, 0.1, without quotes"),
+        ({"test": "10 %"}, "test: '10 %' is a text; write the fraction as a number, 0.1, without quotes"),
         ({"validation": True}, "validation: is not a file (got True); give a path, or a list of paths, in quotes"),
         ({"validation": 0.5, "test": 0.5}, "test: 0.5 and data.validation = 0.5 leave no training rows; lower one"),
         ({"train": 0.5}, "train: is not a file (got 0.5); give a path, or a list of paths, in quotes"),

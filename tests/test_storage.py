@@ -176,3 +176,17 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
         checkpoint.save(folder, 20, {"v": torch.ones(1000)}, {"step": 20})
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_google_is_not_asked_for_a_quarter_of_an_hour() -> None:
+    """Arrow's client would repeat for 15 minutes that there are no credentials. What it was made with is what it pickles."""
+
+    def seconds(uri: str) -> float:
+        system, path = storage.resolve(uri)
+        assert path == "bucket/a"
+        return next(
+            float(each["retry_time_limit"].total_seconds()) for each in system.__reduce__()[1] if isinstance(each, dict)
+        )
+
+    assert seconds("gs://bucket/a") == seconds("gcs://bucket/a?scheme=https") == storage.RETRY
+    assert seconds("gs://bucket/a?retry_limit_seconds=90") == 90

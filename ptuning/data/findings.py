@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import pyarrow as pa
@@ -10,6 +11,9 @@ import pyarrow.compute as pc
 from ptuning.data.dataset import Split, leaked
 from ptuning.settings.data import Template
 from ptuning.settings.template import in_braces, literal_names
+
+_INSIDE = re.compile(r"\w+(?:\.|\[['\"])([\w ]+)(?:['\"]\])?")
+"""A column of a row as other tools write it: row.subject, item["subject"]."""
 
 SHOWN = 5
 """Labels that a line names."""
@@ -30,8 +34,10 @@ def of_template(template: Template, columns: Callable[[], Collection[str]]) -> I
     only if something in the template looks like one."""
     names = literal_names((template.input, template.target))
     there = columns() if names else ()
-    for name, written in names.items():
-        if name not in there:
+    for given, written in names.items():
+        inside = _INSIDE.fullmatch(given)
+        name = next((each for each in (given, inside[1] if inside else "") if each in there), None)
+        if name is None:
             continue
         meant = in_braces(name)
         yield f"{written} in the template is plain text, but the rows have a column {name!r}; write {meant} for its value"

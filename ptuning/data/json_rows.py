@@ -1,5 +1,5 @@
 """Rows of a JSON file: one object per line, an array of objects, objects over several lines, an object that contains the rows
-in one list, as {"data": [...]}, or the columns of a table as `DataFrame.to_json()` writes them, {"text": {"0": ...}}.
+in one list, as {"data": [...]}, or a table as `DataFrame.to_json()` writes it, such as {"text": {"0": ...}} or {"text": [...]}.
 
 Files may be larger than the memory: at most `LINE_LIMIT` characters, one row, are decoded at once.
 """
@@ -92,14 +92,31 @@ def _rows_inside(only: Mapping[str, Any], source: str, names: Collection[str]) -
 
 
 def _of_columns(only: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The rows of a table that is written by columns, each an object with the same numbers of the rows as keys."""
+    """The rows of a table that is one object: its columns, each a list, or an object with the same numbers of the rows as keys;
+    the names of its columns beside its values; or its rows by their numbers."""
     columns = list(only.values())
+    if columns and all(isinstance(column, list) and column for column in columns):
+        return _of_lists(only)
     if not columns or not all(isinstance(column, dict) and column for column in columns):
         return None
     numbers = list(columns[0])
+    if all(key.isdecimal() for key in only) and not any(key.isdecimal() for key in numbers):
+        return columns if all(list(row) == numbers for row in columns) else None
     if not all(key.isdecimal() for key in numbers) or any(list(column) != numbers for column in columns):
         return None
     return [{name: column[key] for name, column in only.items()} for key in numbers]
+
+
+def _of_lists(only: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    names, values = only.get("columns"), only.get("data")
+    if names and values and set(only) <= {"columns", "data", "index"}:
+        whole = all(isinstance(row, list) and len(row) == len(names) for row in values)
+        return [dict(zip(names, row, strict=True)) for row in values] if whole else None
+    if len({len(column) for column in only.values()}) > 1 or any(
+        isinstance(each, dict) for column in only.values() for each in column
+    ):
+        return None
+    return [dict(zip(only, row, strict=True)) for row in zip(*only.values(), strict=True)]
 
 
 def _is_row(keys: Collection[str], names: Collection[str]) -> bool:

@@ -61,6 +61,8 @@ def _follow(value: Any, rest: str) -> Any:
     """What is at the end of a path that begins with a dot or a bracket."""
     if not rest:
         return value
+    if isinstance(value, list) and (index := re.match(r"\.(\d+)", rest)):
+        rest = f"[{index[1]}]{rest[index.end() :]}"
     if rest[0] == "." and len(rest) > 1:
         return _inside(value, rest[1:])
     step = _INDEX.match(rest)

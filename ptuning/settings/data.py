@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -205,6 +206,9 @@ def _source(value: Any) -> Any:
 
 
 def _source_or_share(value: Any) -> Any:
+    if isinstance(value, str) and (share := re.fullmatch(r"\s*(?:(0?\.\d+)|(\d\d?)\s*%)\s*", value)):
+        number = float(share[1] or int(share[2]) / 100)
+        raise ValueError(f"{value!r} is a text; write the fraction as a number, {number:g}, without quotes")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return _source(value)
     if not 0 < value < 1:
