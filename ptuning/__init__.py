@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ptuning.api import (
         Experiment,
         Predictor,
+        PredictResult,
         Registry,
         RunFailed,
         SearchResult,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         UserError,
         load,
         plan,
+        predict,
         search,
         serve,
         train,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Experiment",
+    "PredictResult",
     "Predictor",
     "Registry",
     "RunFailed",
@@ -38,6 +41,7 @@ __all__ = [
     "__version__",
     "load",
     "plan",
+    "predict",
     "search",
     "serve",
     "train",

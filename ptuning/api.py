@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ptuning import environment
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
     from ptuning.inference.predictor import Predictor
     from ptuning.model.soft_prompt import SoftPrompt
     from ptuning.planning.estimate import Estimate
+    from ptuning.prediction.result import PredictResult
     from ptuning.searching.result import SearchResult
     from ptuning.serving.server import Server
     from ptuning.training.result import TrainResult
 
 __all__ = [
     "Experiment",
+    "PredictResult",
     "Predictor",
     "Registry",
     "RunFailed",
@@ -42,12 +45,14 @@ __all__ = [
     "UserError",
     "load",
     "plan",
+    "predict",
     "search",
     "serve",
     "train",
 ]
 
 _LAZY = {
+    "PredictResult": "ptuning.prediction.result",
     "Predictor": "ptuning.inference.predictor",
     "SearchResult": "ptuning.searching.result",
     "Server": "ptuning.serving.server",
@@ -150,15 +155,78 @@ def load(source: str, *, storage: str | None = None, tracking: str | None = None
     Raises:
         UserError: the soft prompt does not exist or is damaged.
     """
-    from pathlib import Path
-
+    if _is_reference(source):
+        return Registry(storage, tracking).load(source)
     from ptuning.model import soft_prompt
+    from ptuning.registry.peft_import import locate
 
-    if "/" in source or "://" in source or Path(source).expanduser().is_dir():
-        from ptuning.registry.peft_import import locate
+    return soft_prompt.load(locate(source))
 
-        return soft_prompt.load(locate(source))
-    return Registry(storage, tracking).load(source)
+
+def predict(
+    name: str,
+    rows: str | Sequence[str],
+    output: str,
+    *,
+    model_column: str | None = None,
+    probabilities: bool = False,
+    prefix: str = "",
+    workers: int | None = None,
+    cpus: float | None = None,
+    resume: bool = False,
+    address: str | None = None,
+    storage: str | None = None,
+    tracking: str | None = None,
+    base: str | None = None,
+    progress: bool = True,
+) -> PredictResult:
+    """Answer the rows of a table on a Ray cluster, and write them with their answers.
+
+    Every column is kept, in the order of the rows. Columns are added: `prediction`; with labels `probability`, without labels
+    `finish_reason`; `version`; `error`, which says why a row has no answer.
+
+    Args:
+        name: the soft prompt, as for `load`.
+        rows: a source of rows as in `data.train`: a file, a folder, "hub:org/name:split", "s3://...", or a list of these.
+        output: a new .parquet, .csv or .jsonl file, also "s3://...".
+        model_column: column with the soft prompt of each row; `name` answers where it is empty. All have the same base.
+        probabilities: add the probability of every label, as `probability_<label>`.
+        prefix: in front of the names of the added columns.
+        workers: processes, each with a copy of the base; default: one per GPU, else 1.
+        cpus: per worker; default: those of this machine, shared; on a cluster 1.
+        resume: continue an output that was begun: rows that were answered are not answered again.
+        address: Ray cluster to connect to; default: RAY_ADDRESS, else a cluster on this machine that ends afterwards.
+        storage: as for `load`.
+        tracking: as for `load`.
+        base: the location of the base, if it differs from the card.
+        progress: show progress on stderr.
+
+    Raises:
+        UserError: the table, a soft prompt or the output cannot be used; nothing was started or written.
+        RunFailed: a process failed; `resume` goes on.
+    """
+    from ptuning.cluster.surroundings import check_cluster
+
+    if not ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
+        check_cluster(address, "--address")
+    environment.apply_for_cluster(address)
+    with quick_imports():
+        from ptuning.display import RowsDisplay
+        from ptuning.prediction.run import Wanted, run_prediction
+
+    def named(reference: str) -> tuple[str, SoftPrompt]:
+        if _is_reference(reference):
+            version = str(registry.get(reference))
+            return version, registry.load(version)
+        found = load(reference)
+        return found.card.content_hash[:12], found
+
+    registry = Registry(storage, tracking)
+    wanted = Wanted(name, rows, output, model_column, probabilities, prefix, base, workers, cpus, address, resume)
+    if not progress:
+        return run_prediction(wanted, named)
+    with closing(RowsDisplay()) as display:
+        return run_prediction(wanted, named, display, display.say)
 
 
 @overload
@@ -252,6 +320,11 @@ def plan(
         config=config,
         tokens=tokens,
     )
+
+
+def _is_reference(source: str) -> bool:
+    """Whether a soft prompt is named as in the registry, not by a folder or the id of an adapter."""
+    return not ("/" in source or Path(source).expanduser().is_dir())
 
 
 def _check_register(name: str | None) -> None:

@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from ptuning.config import Experiment
+from ptuning.prediction.result import Answered
 from ptuning.redaction import redact
 from ptuning.searching.space import INIT, LENGTH, RATE, best_result
 from ptuning.searching.trial_store import TrialRecord
@@ -114,6 +115,46 @@ def waiting(console: Console) -> Progress:
     shown.add_task("", total=None)
     shown.start()
     return shown
+
+
+class RowsDisplay:
+    """Shows how far a table is: rows, rows per second, time left."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._progress: Progress | None = waiting(self._console) if self._console.is_terminal else None
+        self._loaded = False
+        self._last_line = time.monotonic()
+
+    def say(self, line: str) -> None:
+        self._console.print(redact(line), markup=False, soft_wrap=True)
+
+    def __call__(self, state: Answered, rows: int) -> None:
+        if not state.loaded:
+            return
+        speed = state.rows / state.seconds if state.seconds else 0.0
+        if self._console.is_terminal:
+            self._show(state, rows, f"{speed:,.0f} rows/s")
+        elif state.rows and time.monotonic() - self._last_line > EVERY:
+            self._last_line = time.monotonic()
+            left = f", {(rows - state.rows) / speed:,.0f} s left" if speed else ""
+            self.say(f"{state.rows} of {rows} rows, {speed:,.0f} per second{left}")
+
+    def _show(self, state: Answered, rows: int, numbers: str) -> None:
+        if not self._loaded:
+            self.close()
+            self._loaded = True
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self._console)
+            self._progress.add_task("", total=rows, numbers="")
+            self._progress.start()
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], completed=state.rows, numbers=numbers)
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
 
 
 class SearchDisplay:

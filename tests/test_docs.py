@@ -34,7 +34,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 WALK = (
     "README.md",
     "docs/getting-started.md",
-    *(f"docs/guides/{name}.md" for name in ("data", "search", "distill", "registry", "serving", "python", "cluster", "gpu")),
+    *(
+        f"docs/guides/{name}.md"
+        for name in ("data", "search", "distill", "registry", "predict", "serving", "python", "cluster", "gpu")
+    ),
 )
 """The pages for users, in the order of the site. What one machine can do of them is run, in this order."""
 WRITTEN = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md"))

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ptuning import api, environment, sys_path
-from ptuning.cli import compress, doctor, jobs, plan, serve
+from ptuning.cli import compress, doctor, jobs, plan, predict, serve
 from ptuning.cli.options import ExperimentArgument, Json, Overrides, busy, check_register, ended, fail, finish, non_blank
 from ptuning.cli.prompts import prompts
 from ptuning.config import Experiment, read_experiment
@@ -94,6 +94,7 @@ def search(
 
 
 app.command()(compress.compress)
+app.command()(predict.predict)
 app.command()(serve.serve)
 app.command()(serve.ask)
 app.command()(serve.compare)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ptuning import storage
@@ -21,8 +22,7 @@ def absolute(experiment: Experiment) -> Experiment:
     """
     tables = experiment.model_dump()
     for split, source in experiment.data.sources():
-        listed = [source] if isinstance(source, str) else source
-        tables["data"][split] = [str(Path(each).expanduser().absolute()) if is_path(each) else each for each in listed]
+        tables["data"][split] = absolute_source(source)
     chat_template = experiment.data.chat_template_file
     if chat_template and is_path(chat_template):
         tables["data"]["chat_template"] = str(Path(chat_template).expanduser().absolute())
@@ -36,6 +36,12 @@ def absolute(experiment: Experiment) -> Experiment:
     if tables["tracking"]["uri"] is None and "://" not in tables["compute"]["storage"]:
         default_uri(tables["compute"]["storage"])  # refused before anything is written
     return Experiment.model_validate(tables)
+
+
+def absolute_source(source: str | Sequence[str]) -> list[str]:
+    """A source of rows with absolute paths."""
+    listed = [source] if isinstance(source, str) else source
+    return [str(Path(each).expanduser().absolute()) if is_path(each) else each for each in listed]
 
 
 def _without_credentials(experiment: Experiment) -> str:

@@ -64,6 +64,13 @@ class ChatEncoder(Encoder):
         messages, room = read(fields[MESSAGES]), self.input_room if room is None else room
         return self.chat.ids(self._shortened(messages, room))
 
+    def fitted(self, rows: Sequence[Mapping[str, object]], room: int) -> Iterator[list[int] | DataError]:
+        for row in rows:
+            try:
+                yield self.fitted_ids(row, room)
+            except DataError as error:
+                yield error
+
     def examples(self, rows: Sequence[Mapping[str, object]], answered: bool = True) -> Iterator[Example | DataError]:
         for row in rows:
             try:

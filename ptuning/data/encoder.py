@@ -199,6 +199,18 @@ class Encoder:
         """
         return self._fit(fields, self.input_ids(fields), self.input_room if room is None else room)[0]
 
+    def fitted(self, rows: Sequence[Mapping[str, object]], room: int) -> Iterator[list[int] | DataError]:
+        """`fitted_ids` of many rows, tokenised together: the ids of each, or the reason why it does not fit.
+
+        Raises:
+            DataError: a row lacks a field.
+        """
+        for row, whole in zip(rows, self._inputs(rows), strict=True):
+            try:
+                yield self._fit(row, whole, room)[0]
+            except DataError as error:
+                yield error
+
     def label_of(self, fields: Mapping[str, object]) -> int:
         """The index of the row's label in the template's labels; -1 if the template has none.
 

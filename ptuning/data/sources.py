@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -60,14 +60,20 @@ class Texts:
     """What was found out about the files: their number, the separator."""
 
 
+def _inferred() -> None:
+    """The schema of files whose values have no declared types."""
+
+
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """One file or data set of a source."""
 
     identity: Callable[[], Any]
     """What determines its rows, as JSON. Of a file it is a hash of all its bytes."""
     rows: Callable[[], Iterator[Row]]
     note: str | None = None
+    schema: Callable[[], pa.Schema | None] = _inferred
+    """The declared types of its columns, of those that are read as they are; None: there are none."""
 
 
 def read_source(source: str | Sequence[str], columns: Columns) -> Texts:
@@ -76,7 +82,7 @@ def read_source(source: str | Sequence[str], columns: Columns) -> Texts:
     Raises:
         DataError: the source is missing, unreadable, broken or empty, or a row lacks a field.
     """
-    parts = _parts(source, columns)
+    parts = source_parts(source, columns)
     answered = [columns.free, columns.references, columns.target] if columns.free else [columns.target]
     made = columns.chat.key if columns.chat else None
     key = [FORMAT, [part.identity() for part in parts], columns.names, sorted(columns.defaults.items()), answered, made]
@@ -96,13 +102,13 @@ def first_row(source: str | Sequence[str], known: Sequence[str] = ()) -> Mapping
     Raises:
         DataError: the source is missing, unreadable or broken.
     """
-    parts = _parts(source, Columns(tuple(known), whole=True))
+    parts = source_parts(source, Columns(tuple(known), whole=True))
     return next((row for _, row in chain.from_iterable(part.rows() for part in parts)), {})
 
 
 def place_of(source: str | Sequence[str], columns: Columns, index: int) -> str:
     """The location of a row, for an error message. The source is read again up to it."""
-    rows = chain.from_iterable(part.rows() for part in _parts(source, columns))
+    rows = chain.from_iterable(part.rows() for part in source_parts(source, columns))
     return next(islice(rows, index, None), (f"{shown(source)}, row {index + 1}", {}))[0]
 
 
@@ -111,31 +117,52 @@ def shown(source: str | Sequence[str]) -> str:
     return source if isinstance(source, str) else ", ".join(source)
 
 
-def _parts(source: str | Sequence[str], columns: Columns) -> list[_Part]:
+def source_parts(source: str | Sequence[str], columns: Columns) -> list[Part]:
+    """The files or data sets of a source, in order.
+
+    Raises:
+        DataError: there are none, or they cannot be reached.
+    """
     listed = [source] if isinstance(source, str) else source
     return [part for each in listed for part in _parts_of(each, columns)]
 
 
-def _parts_of(source: str, columns: Columns) -> Iterator[_Part]:
+def _parts_of(source: str, columns: Columns) -> Iterator[Part]:
     if source.startswith("hub:"):
         hub = _load_from_hub(source)
         named = class_names(hub.features.arrow_schema, columns)
-        yield _Part(lambda: [hub._fingerprint, named], lambda: hub_rows(hub, source, columns))
+        yield Part(
+            identity=lambda: [hub._fingerprint, named],
+            rows=lambda: hub_rows(hub, source, columns),
+            schema=lambda: _without(hub.features.arrow_schema, named),
+        )
         return
     for file in find_files(source):
         yield _file_part(file, columns)
 
 
-def _file_part(file: DataFile, columns: Columns) -> _Part:
+def _file_part(file: DataFile, columns: Columns) -> Part:
     between = separator(file, columns)
     note = None
     if between not in (None, "\t" if file.kind == ".tsv" else ","):
         note = f"{Path(file.name).name}: columns are separated by {SEPARATORS.get(between, repr(between))}"
     named: list[str] = []
+    schema: pa.Schema | None = None
     if file.kind == ".parquet":
         with suppress(pa.ArrowException, OSError, ValueError):  # reading reports it
-            named = class_names(pq.read_schema(file.path), columns)
-    return _Part(lambda: [file.hash(), file.kind, between, named], lambda: file_rows(file, columns, between), note)
+            declared = pq.read_schema(file.path)
+            named = class_names(declared, columns)
+            schema = _without(declared, named)
+    return Part(
+        identity=lambda: [file.hash(), file.kind, between, named],
+        rows=lambda: file_rows(file, columns, between),
+        note=note,
+        schema=lambda: schema,
+    )
+
+
+def _without(schema: pa.Schema, names: Collection[str]) -> pa.Schema:
+    return pa.schema([field for field in schema if field.name not in names])
 
 
 def _schema(columns: Columns) -> pa.Schema:

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import Any
 
 from ptuning.data.chat_encoder import make_encoder
 from ptuning.data.encoder import Encoder
-from ptuning.errors import UserError, suggest
+from ptuning.errors import DataError, UserError, suggest
 from ptuning.inference.inputs import RAW, Text, fields_of, row_ids
 from ptuning.inference.label_scorer import probabilities
+from ptuning.inference.open_engine import Kind, open_engine
 from ptuning.inference.sampling import Sampling, Token
-from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import AnswerFailed, End, EngineConfig, Request, RequestError, ResidentPrompt
-from ptuning.model.compatibility import base_of, check_base
+from ptuning.model.compatibility import base_of_all
 from ptuning.model.soft_prompt import SoftPrompt
 
 NEW_TOKENS = 64
 """Most new tokens where the card does not say."""
 MANY = 1 << 20
 """Requests that may wait: a caller's list is its own limit."""
+
+
+@dataclass(frozen=True)
+class RowAnswer:
+    """The answer to one row of many; `error` instead, if there is none."""
+
+    prediction: str | None = None
+    """The likeliest label; without labels, the greedy text."""
+    probabilities: tuple[float, ...] | None = None
+    """p(label | text) in the order of the labels; None without labels."""
+    finish_reason: str | None = None
+    """Of a text: "stop", or "length" if it was cut off."""
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,8 +52,10 @@ class Predictor:
     Args:
         soft_prompts: one soft prompt, or several by name.
         base: the location of their base, if it differs from the card: a folder or a Hugging Face id.
-        dtype: "auto" is the dtype that training used on this kind of device; "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16" or "float16"; "auto": float32 if all were trained in it, else what training would use on
+            this device.
         cache_mb: memory for keys and values, in MiB.
+        engine: what computes; "auto" is vLLM where `serve.engine` would take it.
 
     Raises:
         UserError: the base does not exist, or a soft prompt was made for another one.
@@ -54,20 +68,16 @@ class Predictor:
         base: str | None = None,
         dtype: str = "auto",
         cache_mb: int = 256,
+        engine: Kind = "transformers",
     ) -> None:
         given = {soft_prompts.card.name: soft_prompts} if isinstance(soft_prompts, SoftPrompt) else dict(soft_prompts)
         if not given:
             raise UserError("Predictor: there is no soft prompt; pass one, or a mapping from names to soft prompts")
-        name, first = next(iter(given.items()))
-        found = base_of(first.card, name, base)
-        for name, each in given.items():
-            check_base(each, name, found)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._engine = TransformersEngine(
-            found.load(found.dtype(dtype), device),
-            found.ends,
-            EngineConfig(waiting=MANY, cache_bytes=cache_mb << 20, context=found.context, name=found.name),
-        )
+        found = base_of_all(given, base)
+        if dtype == "auto" and all(each.card.dtype == "float32" for each in given.values()):
+            dtype = "float32"
+        config = EngineConfig(waiting=MANY, cache_bytes=cache_mb << 20, context=found.context, name=found.name)
+        self._engine = open_engine(found, found.dtype(dtype), config, engine)
         self._tokenizer = found.tokenizer
         try:
             self._residents = {
@@ -161,7 +171,72 @@ class Predictor:
         answers: list[queue.SimpleQueue[Token | End]] = [queue.SimpleQueue() for _ in requests]
         for request, answer in zip(requests, answers, strict=True):
             self._engine.submit(request, answer.put)
-        return [self._collect(answer, resident.encoder.end) for answer in answers]
+        return [self._collect(answer, resident.encoder.end)[0] for answer in answers]
+
+    def answer_rows(self, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[RowAnswer]:
+        """Answer the rows of a table, of all soft prompts in the same batches. Texts that are too long are cut as in training;
+        what is wrong with a row stays with it.
+
+        Args:
+            rows: the soft prompt of each row, and the fields of its template as texts.
+        """
+        answers: list[RowAnswer | None] = [None] * len(rows)
+        waiting: list[Callable[[], None]] = []
+        owners: dict[str, list[int]] = {}
+        for at, (name, _) in enumerate(rows):
+            owners.setdefault(name, []).append(at)
+        for name, places in owners.items():
+            resident = self._find(name)
+            labels = resident.encoder.template.labels
+            new = max(map(len, resident.encoder.label_ids)) if labels else resident.new_tokens
+            ids: dict[int, list[int]] = {}
+            fitted = resident.encoder.fitted([rows[at][1] for at in places], resident.encoder.limit - new)
+            for at, found in zip(places, fitted, strict=True):
+                try:
+                    if isinstance(found, DataError):
+                        raise found
+                    self._engine.check(Request(found, resident.handle, new))
+                    ids[at] = found
+                except UserError as error:
+                    answers[at] = RowAnswer(error=str(error))
+            waiting += [self._choose(resident, ids, answers) if labels else self._write(resident, ids, answers)] if ids else []
+        for wait in waiting:
+            wait()
+        return [answer for answer in answers if answer is not None]
+
+    def _choose(self, resident: _Resident, ids: dict[int, list[int]], answers: list[RowAnswer | None]) -> Callable[[], None]:
+        """Begin to choose labels; what is returned waits for the answers."""
+        labels = resident.encoder.template.labels or ()
+        scores = self._engine.choose(resident.handle, list(ids.values()), resident.encoder.label_trie)
+
+        def wait() -> None:
+            for at, found in zip(ids, scores.result(), strict=True):
+                try:
+                    shares = probabilities(found, labels)
+                except AnswerFailed as error:
+                    answers[at] = RowAnswer(error=str(error))
+                else:
+                    answers[at] = RowAnswer(max(shares, key=shares.__getitem__), tuple(shares.values()))
+
+        return wait
+
+    def _write(self, resident: _Resident, ids: dict[int, list[int]], answers: list[RowAnswer | None]) -> Callable[[], None]:
+        """Begin to generate texts; what is returned waits for the answers."""
+        events: dict[int, queue.SimpleQueue[Token | End]] = {at: queue.SimpleQueue() for at in ids}
+        for at, row in ids.items():
+            request = Request(row, resident.handle, resident.new_tokens, ends=(resident.encoder.end,))
+            self._engine.submit(request, events[at].put)
+
+        def wait() -> None:
+            for at, answer in events.items():
+                try:
+                    text, reason = self._collect(answer, resident.encoder.end)
+                except AnswerFailed as error:
+                    answers[at] = RowAnswer(error=str(error))
+                else:
+                    answers[at] = RowAnswer(text, finish_reason=reason)
+
+        return wait
 
     def _find(self, name: str | None) -> _Resident:
         if name is None:
@@ -179,14 +254,15 @@ class Predictor:
             raise RequestError("texts: is a single text; pass a list of texts")
         return [row_ids(encoder, fields_of(encoder, text), room, truncate) for text in texts]
 
-    def _collect(self, answer: queue.SimpleQueue[Token | End], end: int) -> str:
+    def _collect(self, answer: queue.SimpleQueue[Token | End], end: int) -> tuple[str, str]:
+        """The text of an answer, and why it ended."""
         tokens: list[int] = []
         while isinstance(event := answer.get(), Token):
             tokens.append(event.id)
         if event.reason == "failed":
             raise AnswerFailed(event.message)
         tokens = tokens[:-1] if tokens[-1:] == [end] else tokens
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip(), event.reason
 
 
 def _is_conversation(texts: Sequence[Text]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,6 +68,19 @@ def base_of(card: Card, name: str, path: str | None = None) -> Base:
     except BaseError as error:
         reason = str(error).removeprefix("model.path: ")
         raise BaseError(f"{name}: {reason}, or name it with --base") from None
+
+
+def base_of_all(soft_prompts: Mapping[str, SoftPrompt], path: str | None = None) -> Base:
+    """The one base of several soft prompts, at `path` or where the card of the first one says.
+
+    Raises:
+        UserError: the base is not found, or a soft prompt was made for another one.
+    """
+    name, first = next(iter(soft_prompts.items()))
+    base = base_of(first.card, name, path)
+    for name, each in soft_prompts.items():
+        check_base(each, name, base)
+    return base
 
 
 @torch.no_grad()
