@@ -31,7 +31,7 @@ fast: .venv/installed
 	$(BIN)/python -m pytest -m "fast and not nightly and not soak" --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 test-vllm: .venv-vllm/installed
-	.venv-vllm/bin/python -m pytest tests/test_engines.py tests/test_serve_vllm.py tests/test_export_vllm.py -m "not soak" -k vllm
+	.venv-vllm/bin/python -m pytest tests/test_engines.py tests/test_serve_vllm.py tests/test_export_vllm.py -m "not soak" -k vllm -W ignore::ResourceWarning
 
 # What an old library warns of is not an error here.
 test-lowest: .venv-lowest/installed
@@ -72,12 +72,16 @@ pictures: .venv/installed
 	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
-.venv-lowest/installed: pyproject.toml tests/lowest_versions.py
+# uv finds them. Of CUDA's packages nothing is needed on a CPU.
+.venv-lowest/installed: pyproject.toml
 	rm -rf .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
-	$(PYTHON) tests/lowest_versions.py > .venv-lowest/constraints.txt
-	.venv-lowest/bin/python -m pip install --quiet -c .venv-lowest/constraints.txt torch
-	.venv-lowest/bin/python -m pip install --quiet -c .venv-lowest/constraints.txt -e '.[test]'
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra test --no-annotate --no-header \
+		--output-file .venv-lowest/all.txt pyproject.toml
+	grep -vE '^(nvidia-|cuda-|triton)' .venv-lowest/all.txt > .venv-lowest/requirements.txt
+	.venv-lowest/bin/python -m pip install --quiet --no-deps -r .venv-lowest/requirements.txt
+	.venv-lowest/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
 .venv/installed-docs: .venv/installed

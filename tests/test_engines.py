@@ -11,6 +11,7 @@ import os
 import queue
 import random
 import threading
+import time
 from collections.abc import Iterator
 from copy import deepcopy
 from importlib.util import find_spec
@@ -414,6 +415,10 @@ def test_a_stopped_engine_says_so(kind, tmp_path, tiny_tokenizer):
             if "EngineCore" in " ".join(child.cmdline()):
                 child.kill()
         assert len(children) == 1 + RANKS[kind]
+        killed = time.monotonic()
+        with pytest.raises(EngineStopped):
+            engine.add(world.prompt(4, 2), "late")
+        assert time.monotonic() < killed + PATIENCE, "it waits for a core that has ended"
         with pytest.raises(AnswerFailed):
             future.result(PATIENCE)
     else:

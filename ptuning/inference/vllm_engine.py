@@ -21,9 +21,8 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from ptuning.errors import UserError
 from ptuning.inference.engine import STOPPED, Engine, Running, prompt_ids
+from ptuning.inference.event_loop import EventLoop
 from ptuning.inference.jobs import Job, LabelJob, TextJob
 from ptuning.inference.reserved_rows import ReservedRows
 from ptuning.inference.sampling import Sampling, Token
@@ -60,6 +60,8 @@ CPU_PAGE = 32
 """Tokens per page of the cache. Only whole pages are shared, and of vLLM's default on CPUs (128) no soft prompt fills one."""
 CLOSE_S = 10.0
 """Seconds that vLLM's processes get to end."""
+LOOK_S = 1.0
+"""Seconds between looks at whether vLLM's core still runs, while it is asked."""
 WRITE_S = 300
 """Seconds after which a soft prompt that was not written counts as failed: a step of a large base on a CPU takes some."""
 FAILED = "the generation failed; the server's log says why"
@@ -89,20 +91,17 @@ class VllmEngine(Engine):
         config = config or EngineConfig()
         bank = ReservedRows(base.vocabulary, rows, base.width, dtype, self._write)
         super().__init__(config, base.vocabulary, base.ends, bank)
-        self._tasks: dict[object, asyncio.Task[Any]] = {}
         self._cache_used = 0.0
         self._closed = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="ptuning-vllm", daemon=True)
-        self._thread.start()
+        self._loop = EventLoop("ptuning-vllm")
         try:
-            self._llm = self._ask(self._open(base, dtype, rows, parallel))
-            problems = {each for found in self._ask(self._llm.collective_rpc("open_soft_prompts")) for each in found}
+            self._llm = self._loop.ask(self._open(base, dtype, rows, parallel))
+            problems = {each for found in self._loop.ask(self._llm.collective_rpc("open_soft_prompts")) for each in found}
             if problems:
                 self._llm.shutdown()
                 raise ValueError(sorted(problems)[0])
         except Exception as error:
-            self._end_loop()
+            self._loop.close(CLOSE_S)
             log.debug("vLLM did not start", exc_info=True)
             raise UserError(
                 f"model.path: vLLM does not run {config.name} with these settings ({_reason(error)}); "
@@ -137,7 +136,9 @@ class VllmEngine(Engine):
             additional_config={ROWS: rows, TOKENIZER: str(base.folder)},
             logits_processors=["ptuning.inference.vllm_sampling:ChangedLogits"],
         )
-        return AsyncLLM.from_engine_args(arguments, stat_loggers=[self._logger()])
+        llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[self._logger()])
+        await llm.get_supported_tasks()  # or the first requests would ask the core, and wait for ever if it ends just then
+        return llm
 
     def _logger(self) -> Any:
         from vllm.v1.metrics.loggers import StatLoggerBase
@@ -161,9 +162,20 @@ class VllmEngine(Engine):
 
         return Counted
 
-    def _ask(self, question: Coroutine[Any, Any, Result]) -> Result:
-        """Wait for vLLM, from another thread than that of the loop."""
-        return asyncio.run_coroutine_threadsafe(question, self._loop).result()
+    async def _answer(self, question: Coroutine[Any, Any, Result], most_s: float) -> Result:
+        """What vLLM's core answers. vLLM itself would wait for the answer of a core that has ended.
+
+        Raises:
+            EngineStopped: it has ended.
+            TimeoutError: it does not answer.
+        """
+        task, until = asyncio.ensure_future(question), time.monotonic() + most_s
+        while not task.done():
+            await asyncio.wait({task}, timeout=LOOK_S)
+            if not task.done() and (self._llm.errored or time.monotonic() > until):
+                task.cancel()
+                raise EngineStopped(STOPPED) if self._llm.errored else TimeoutError(f"vLLM has not answered in {most_s:g} s")
+        return task.result()
 
     def _write(self, vectors: Tensor, first: int) -> bool:
         if not self.alive:
@@ -171,7 +183,7 @@ class VllmEngine(Engine):
         data = save({VECTORS: vectors.detach().float().cpu().contiguous()})
         writing = self._llm.collective_rpc("write_soft_prompt", args=(data, first))
         try:
-            return all(self._ask(asyncio.wait_for(writing, WRITE_S)))
+            return all(self._loop.ask(self._answer(writing, WRITE_S)))
         except Exception as error:  # it has no place for errors of ours
             log.error("a soft prompt could not be written: %r", error)
             raise EngineStopped(STOPPED) from error
@@ -197,41 +209,9 @@ class VllmEngine(Engine):
 
     def _stop(self) -> None:
         self._closed = True
-        self._ask(self._cancel_all())
+        self._loop.cancel_all(CLOSE_S)
         self._llm.shutdown(CLOSE_S)
-        self._end_loop()
-
-    def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _cancel_all(self) -> None:
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _begin(self, key: object, work: Coroutine[Any, Any, Result], ended: Callable[[asyncio.Task[Result]], None]) -> None:
-        """Run work in the loop; `ended` is called in any case, even if it is cancelled before it begins."""
-
-        def end(task: asyncio.Task[Result]) -> None:
-            del self._tasks[key]
-            ended(task)
-
-        def begin() -> None:
-            self._tasks[key] = task = self._loop.create_task(work)
-            task.add_done_callback(end)
-
-        self._loop.call_soon_threadsafe(begin)
-
-    def _abort(self, key: object) -> None:
-        def abort() -> None:
-            task = self._tasks.get(key)
-            if task:
-                task.cancel()
-
-        self._loop.call_soon_threadsafe(abort)
+        self._loop.close(CLOSE_S)
 
     def check(self, request: Request) -> None:
         super().check(request)
@@ -255,11 +235,11 @@ class VllmEngine(Engine):
                 log.error("request %s failed: %r", request_id, error)
                 self._finish(request_id, "failed", FAILED)
 
-        self._begin(request_id, self._generate(request_id, running), ended)
+        self._loop.begin(request_id, self._generate(request_id, running), ended)
 
     def _left(self, request_id: str, running: Running, cancel: bool) -> None:
         if cancel:
-            self._abort(request_id)
+            self._loop.cancel(request_id)
 
     async def _generate(self, request_id: str, running: Running) -> Literal["stop", "length"]:
         request = running.request
@@ -296,9 +276,9 @@ class VllmEngine(Engine):
 
         def cancelled(future: Any) -> None:
             if future.cancelled():
-                self._abort(job.future)
+                self._loop.cancel(job.future)
 
-        self._begin(job.future, self._labels(job) if isinstance(job, LabelJob) else self._text(job), ended)
+        self._loop.begin(job.future, self._labels(job) if isinstance(job, LabelJob) else self._text(job), ended)
         job.future.add_done_callback(cancelled)
 
     async def _labels(self, job: LabelJob) -> list[list[float]]:
