@@ -411,7 +411,7 @@ CARD = {
 }
 """The card. A field that is new is public only if it stands here, and in SECURITY.md."""
 MADE = {
-    "prompt": {"kind", "length", "init", "init_text"},
+    "prompt": {"kind", "length", "init", "init_text", "frozen"},
     "train": {
         *("learning_rate", "optimizer", "weight_decay", "schedule", "warmup", "clip", "seed"),
         *("batch_size", "steps", "evaluate_every", "patience", "metric"),

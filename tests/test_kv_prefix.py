@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -45,6 +45,7 @@ from ptuning.training import base_loader
 from ptuning.training.distributed import Workers
 from ptuning.training.evaluate import generate_rows
 from ptuning.training.messages import StartRun
+from ptuning.training.slot import initial_vectors
 
 pytestmark = pytest.mark.fast
 
@@ -181,6 +182,7 @@ def test_law_4_beside_embeddings_as_alone(run: Any, toy_task: SimpleNamespace, o
         {"prompt__kind": "embedding", "prompt__length": 3},
         {"prompt__kind": "kv", "prompt__length": 2, "prompt__init": "random", "train__text_weight": 0, "train__steps": 8},
         {"prompt__kind": "embedding", "train__optimizer": "adamw"},
+        {"prompt__kind": "kv", "prompt__frozen": 1, "train__weight_decay": 0.1},
     ]
     trials = [
         kv(toy_task, name=f"t{at}", **{"train__seed": at, "train__steps": 12, "train__optimizer": optimizer} | more)
@@ -190,6 +192,23 @@ def test_law_4_beside_embeddings_as_alone(run: Any, toy_task: SimpleNamespace, o
     for trial in trials:
         alone, together = run("alone")(trial).result(trial.name).vectors, packed.result(trial.name).vectors
         assert float((alone - together).norm() / alone.norm()) < 1e-5, trial.name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("kind", ["kv", "embedding"])
+def test_frozen_tokens_stay(
+    run: Any, toy_task: SimpleNamespace, base: Base, model: PromptedModel, optimizer: str, kind: Literal["kv", "embedding"]
+) -> None:
+    """To the bit, with weight decay, while the others move; the gradient's norm is that of the others."""
+    frozen = {"prompt__frozen": 2, "train__optimizer": optimizer, "train__weight_decay": 0.1, "train__steps": 6}
+    trial = kv(toy_task, **{**frozen, "prompt__kind": kind})
+    trained = run("frozen")(trial)
+    first, _ = initial_vectors(trial, load_task(trial, base), base, trained.pack.embed, trained.pack.prefix)
+    vectors = trained.result("toy").vectors
+    assert torch.equal(vectors[:2], first[:2]) and not (vectors[2:] == first[2:]).flatten(1).all(1).any()
+    free = run("free")(kv(toy_task, **{**frozen, "prompt__kind": kind, "prompt__frozen": 0, "name": "free"}))
+    norms = [events[0].values["gradient_norm"] for events in (trained.of("step"), free.of("step"))]
+    assert norms[0] < norms[1]
 
 
 def test_law_5_killed_and_resumed_is_bit_identical(run: Any, toy_task: SimpleNamespace) -> None:

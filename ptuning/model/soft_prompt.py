@@ -42,7 +42,7 @@ LARGEST = 1 << 30
 """Maximum size of a weights file in bytes."""
 
 PUBLIC_SETTINGS = {
-    "prompt": ("kind", "length", "init", "init_text"),
+    "prompt": ("kind", "length", "init", "init_text", "frozen"),
     "train": (
         *("learning_rate", "optimizer", "weight_decay", "schedule", "warmup", "clip", "seed"),
         *("batch_size", "steps", "evaluate_every", "patience", "metric"),

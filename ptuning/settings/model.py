@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from ptuning.settings.fields import EightBits, Init, Kind, NonBlank, Positive, Table
+from ptuning.settings.fields import Count, EightBits, Init, Kind, NonBlank, Positive, Table
 
 
 class ModelConfig(Table):
@@ -46,6 +46,15 @@ class PromptConfig(Table):
     """Text for init = "text"; repeated or truncated to the length."""
     init_from: NonBlank | None = None
     """For init = "soft-prompt": the folder of a soft prompt, or name@alias in the registry."""
+    frozen: Count = 0
+    """Leading virtual tokens that are not trained. Many bases attend to their first position whatever it is; cartridges keep it
+    as it was (Eyuboglu et al. 2025)."""
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> PromptConfig:
+        if self.frozen >= self.length:
+            raise ValueError(f"frozen: {self.frozen} of {self.length} virtual tokens leave nothing to train; lower it")
+        return self
 
     @model_validator(mode="after")
     def _init_has_its_source(self) -> PromptConfig:

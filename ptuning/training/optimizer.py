@@ -36,6 +36,8 @@ class Trained(Protocol):
     average: Tensor
     """As `vectors`."""
     average_decay: float
+    frozen: int
+    """Leading rows that stay."""
 
 
 class Rule(Protocol):
@@ -169,6 +171,9 @@ class Block:
         """`[N, H]` fp32, what has the gradient."""
         self.averages = torch.cat([start.average.flatten(1) for start in starts])
         self.rows = Rows(sizes, device)
+        stay = [begin + row for begin, start in zip(self.rows.ends, starts, strict=False) for row in range(start.frozen)]
+        self.frozen = torch.tensor(stay, device=device) if stay else None
+        """Rows that no gradient and no decay moves; None: none."""
         parts = self.vectors.detach().split(sizes), self.averages.split(sizes)
         for start, vectors, average in zip(starts, *parts, strict=True):
             shape = start.vectors.shape
@@ -190,12 +195,15 @@ class Block:
         return tables
 
     def clipped(self, gradient: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        if self.frozen is not None:
+            gradient = gradient.index_fill(0, self.frozen, 0)
         norms = self.rows.sum(torch.linalg.vector_norm(gradient, dim=1).square_()).sqrt_()
         return gradient * self.rows.spread((limits / norms).clamp_(max=1.0)), norms
 
     def update(self, gradient: Tensor, numbers: Iterator[Tensor]) -> None:
         shares = next(numbers)
         vectors = self.vectors.detach()
+        before = vectors.index_select(0, self.frozen) if self.frozen is not None else None
         for group in self._groups:
             table = next(numbers)
             if group.index is None:
@@ -204,6 +212,8 @@ class Block:
             part = vectors.index_select(0, group.index)
             group.rule.update(part, gradient.index_select(0, group.index), group.moments, table, group.rows)
             vectors.index_copy_(0, group.index, part)
+        if before is not None and self.frozen is not None:
+            vectors.index_copy_(0, self.frozen, before)  # weight decay
         self.averages.lerp_(vectors, self.rows.spread(shares[0]))
 
 

@@ -43,7 +43,8 @@ class Slot:
         self.folder = assignment.folder
         self.task = task
         decay = self.config.resolved_average_decay(self.experiment.chooses)
-        self.starts = [Start(number, each, self.config, scale, decay) for number, each in enumerate(starts)]
+        frozen = self.experiment.prompt.frozen
+        self.starts = [Start(number, each, self.config, scale, decay, frozen) for number, each in enumerate(starts)]
         self.order = BatchSampler(task.train.lengths, self.config.batch_size, self.config.seed)
         chooses, distills = self.experiment.chooses, self.experiment.objective == "distill"
         longest = max(map(len, task.encoder.label_ids), default=0)

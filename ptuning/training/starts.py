@@ -32,13 +32,20 @@ class Start:
     tensors of all starts (`optimizer.Together`)."""
 
     def __init__(
-        self, number: int, vectors: Tensor, config: TrainConfig, scale: float = 1.0, average_decay: float = 0.0
+        self,
+        number: int,
+        vectors: Tensor,
+        config: TrainConfig,
+        scale: float = 1.0,
+        average_decay: float = 0.0,
+        frozen: int = 0,
     ) -> None:
         self.number = number
         self.scale = scale
         """Factor of its loss in the backward pass. It only falls (`lower_scale`), so a run gives the same numbers again."""
         self.optimizer: str = config.optimizer
         self.weight_decay = config.weight_decay
+        self.frozen = frozen
         self.vectors = vectors.clone()
         self.moments = RULES[self.optimizer].empty(self.vectors.flatten(1))
         self.updates = 0

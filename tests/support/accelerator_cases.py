@@ -161,7 +161,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "text": {"train__objective": "text", "data__labels": None, "train__micro_batch_size": 4},
     "kv": {"prompt__kind": "kv"},
     "distill": {"data__teacher": "sort "},
-    "distill text": {"data__teacher": "sort ", "data__labels": None},
+    "distill-text": {"data__teacher": "sort ", "data__labels": None},
+    "frozen": {"prompt__frozen": 1, "train__weight_decay": 0.1},
 }
 
 
