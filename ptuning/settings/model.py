@@ -47,8 +47,8 @@ class PromptConfig(Table):
     init_from: NonBlank | None = None
     """For init = "soft-prompt": the folder of a soft prompt, or name@alias in the registry."""
     frozen: Count = 0
-    """Leading virtual tokens that are not trained. Many bases attend to their first position in every text; cartridges keep it as
-    it was (Eyuboglu et al. 2025)."""
+    """Leading virtual tokens that are not trained. Many bases attend to their first position in every text, and cartridges keep
+    it as it was (Eyuboglu et al. 2025)."""
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> PromptConfig:
