@@ -190,6 +190,7 @@ def test_shells_complete_commands(typed: str, completed: str) -> None:
 TEXT = {
     "compress --input",
     "compress --labels",
+    "predict --prefix",
     "ask [TEXT]",
     "compare --text",
     "prompts import --input",

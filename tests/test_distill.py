@@ -27,6 +27,7 @@ from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packing import Objective, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.self_check import choose_pass
+from ptuning.planning.workload import RunShape, Workload
 from ptuning.settings.model import ModelConfig
 from ptuning.training import metrics
 from ptuning.training.distributed import Workers
@@ -342,3 +343,16 @@ def test_the_command_makes_the_experiment(tmp_path: Path, monkeypatch: pytest.Mo
     assert talk.data.is_chat and talk.data.labels == ("x", "y")
     with pytest.raises(ExperimentError, match="compress: data.input: contains no field of the row"):
         compression("a", "a.jsonl", "text", "", "builtin", 7, [])
+
+
+@pytest.mark.parametrize("labels", [TRIE.labels, ((1, 4, 5, 2), (3, 2), (3, 4, 6, 2), (3, 4, 7, 8, 2))])
+def test_a_plan_counts_no_less_than_a_step_computes(toy_task: SimpleNamespace, labels: Any) -> None:
+    trie = LabelTrie(labels)
+    names = [f"label {number}" for number in range(len(labels))]
+    task = experiment(toy_task, data__labels=names, data__teacher="Sort them.")
+    longest, source = max(map(len, labels)), [5, 6, 7, 8, 9]
+    planned = RunShape.read(task, len(source) + longest, longest)
+    plan = pack_targets([3], [[(source, list(labels[0]))]], [Objective(trie, text=False, all_labels=True)])
+    work = Workload(1, 3, 1, planned.tokens, planned.targets, planned.compared)
+    assert plan.positions <= work.positions <= plan.positions + len(labels) * longest
+    assert planned.compared >= len(trie.ids)

@@ -155,7 +155,7 @@ class RunShape:
         train, zero = experiment.train, experiment.zero
         return RunShape(
             experiment.prompt.length,
-            tokens,
+            tokens + all_labels(experiment, targets),
             targets,
             train.batch_size,
             train.micro_batch_size,
@@ -194,6 +194,14 @@ def compared(experiment: Experiment, targets: int) -> int:
     tokens of the longest label."""
     only = experiment.chooses and (experiment.objective == "distill" or not experiment.train.resolved_text_weight(targets))
     return 2 * len(experiment.data.labels or ()) if only else 0
+
+
+def all_labels(experiment: Experiment, targets: int) -> int:
+    """Tokens that a row has in addition if all labels are predicted after it, as a teacher's are: at most those inside every
+    other label. `targets`: tokens of the longest label."""
+    if experiment.objective != "distill" or not experiment.data.labels:
+        return 0
+    return (len(experiment.data.labels) - 1) * max(0, targets - 2)
 
 
 Trace = Callable[[Workload], Timeline]
