@@ -25,10 +25,10 @@ Asked = tuple[int, list[int], int]
 
 
 class Bench:
-    """The builtin base, four soft prompts on rows of its vocabulary, and requests of mixed lengths."""
+    """The builtin base or another one, four soft prompts on rows of its vocabulary, and requests of mixed lengths."""
 
-    def __init__(self, length: int = LENGTH) -> None:
-        self.base: Base = find_base(ModelConfig(path="builtin"))
+    def __init__(self, length: int = LENGTH, path: str = "builtin") -> None:
+        self.base: Base = find_base(ModelConfig(path=path))
         embed = self.load().get_input_embeddings()
         draw = random.Random(0)
 
