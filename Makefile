@@ -36,8 +36,7 @@ test-vllm: .venv-vllm/installed
 # What an old library warns of is not an error here.
 test-lowest: .venv-lowest/installed
 	.venv-lowest/bin/python -m pytest -m "fast and not nightly and not soak" -o "filterwarnings=default" tests/test_config.py \
-		tests/test_engine.py tests/test_engines.py tests/test_http_api.py tests/test_model.py \
-		tests/test_registry.py tests/test_sampling.py tests/test_soft_prompt.py
+		tests/test_engine.py tests/test_engines.py tests/test_registry.py tests/test_sampling.py tests/test_soft_prompt.py
 
 lint: .venv/installed
 	$(BIN)/ruff check
