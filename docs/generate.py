@@ -165,10 +165,10 @@ def _command(name: str, command: Any) -> Iterator[str]:
 
 
 PYTHON: dict[str, tuple[str, ...]] = {
-    "Functions": tuple(f"api.{name}" for name in ("train", "search", "load", "serve", "plan")),
+    "Functions": tuple(f"api.{name}" for name in ("train", "search", "load", "predict", "serve", "plan")),
     "Experiment": ("config.Experiment",),
     "Results": ("training.result.TrainResult", "searching.result.SearchResult", "searching.result.Finalist",
-                "searching.result.Leaderboard"),
+                "searching.result.Leaderboard", "prediction.result.PredictResult"),
     "Soft prompts": ("inference.predictor.Predictor", "model.soft_prompt.SoftPrompt", "model.soft_prompt.Card"),
     "Registry": ("registry_api.Registry", "registry.registry.Version", "registry.gate.Promotion",
                  "registry.inspection.Inspection", "serving.compare.Opinion"),

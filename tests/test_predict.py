@@ -28,8 +28,10 @@ from ptuning.prediction.output import answer_columns, answer_values, check_outpu
 from ptuning.prediction.parts import SCHEMA, Parts
 from ptuning.prediction.result import Measured
 from ptuning.prediction.row_texts import RowTexts
+from ptuning.prediction.run import Wanted, run_prediction
 from ptuning.prediction.survey import Survey, survey
 from ptuning.settings.data import MessagesConfig, Template
+from ptuning.training import lease
 
 pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("data_folder")]
 
@@ -355,6 +357,16 @@ def test_wrong_input_is_one_sentence_and_starts_nothing(folder: SimpleNamespace,
     assert done.stderr.strip().count("\n") == 0 and not list(Path().glob("out*"))
 
 
+@pytest.mark.parametrize(
+    ("rows", "output", "place"), [("s3://a:b@c/r.csv", "o.csv", "ROWS"), ("r.csv", "s3://a:b@c/o.csv", "--output")]
+)
+def test_a_cluster_is_not_given_passwords(rows: str, output: str, place: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"{place}: s3://\*\*\*@c/..csv contains a password, which the cluster would expose; set AWS_"
+    ):
+        run_prediction(Wanted("kind", rows, output, address="127.0.0.1:6379"), lambda name: pytest.fail(name))
+
+
 def test_what_was_begun_is_continued_and_not_overwritten(folder: SimpleNamespace) -> None:
     Parts("out.csv").begin({"key": "another", "versions": {}})
     rows_file("more.jsonl", [{"text": "a"}])
@@ -362,6 +374,11 @@ def test_what_was_begun_is_continued_and_not_overwritten(folder: SimpleNamespace
         ptuning.predict(folder.kind, "more.jsonl", "out.csv", progress=False)
     with pytest.raises(UserError, match="out.csv: was begun with other rows or soft prompts"):
         ptuning.predict(folder.kind, "more.jsonl", "out.csv", resume=True, progress=False)
+    with (
+        lease.held("busy.csv.parts", print),
+        pytest.raises(UserError, match="busy.csv.parts: another driver is running it .*; wait for it, stop it"),
+    ):
+        ptuning.predict(folder.kind, "more.jsonl", "busy.csv", progress=False)
     Path("out.parquet.parts").mkdir()
     Path("out.parquet.parts", "mine.parquet").touch()
     with pytest.raises(UserError, match="out.parquet.parts: is not a folder of ptuning predict"):

@@ -100,6 +100,7 @@ def test_killed_drivers_leave_no_row_out_and_none_twice(store: SimpleNamespace) 
         ptuning.predict("kind", table, "out.parquet", storage=store.folder, resume=True, progress=False)
 
 
+@pytest.mark.nightly
 def test_a_killed_engine_is_replaced(store: SimpleNamespace) -> None:
     table = long_rows(600)
     parts = Parts(str(Path("out.parquet").absolute()))

@@ -16,15 +16,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 import torch
 from pyarrow import fs
+from test_predict import KIND, toy_prompt
 
 from ptuning import storage
 from ptuning.data.readers import Columns
 from ptuning.data.sources import read_source
 from ptuning.errors import DataError, UserError
 from ptuning.model import soft_prompt
+from ptuning.prediction.parts import Parts
 from ptuning.storage import StorageError
 from ptuning.training import checkpoint, lease
 
@@ -144,3 +147,31 @@ def test_a_run_with_its_storage_in_an_object_store(
     assert summary["soft_prompt"] == f"{bucket}/runs/toy/soft_prompt"
     assert soft_prompt.load(summary["soft_prompt"]).card.metrics == summary["metrics"]
     assert not (tmp_path / "s3:").exists()
+
+
+@pytest.mark.nightly
+@pytest.mark.cluster
+@pytest.mark.timeout(480)
+def test_a_table_in_an_object_store(bucket: str, tiny_base_folder: Path, tmp_path: Path) -> None:
+    """Rows, answers on their way, and output; the driver is killed, and another one continues."""
+    toy_prompt(tiny_base_folder, KIND, 0).save(str(tmp_path / "kind"))
+    text = "many words " * 180  # 2 kB, so that there are several blocks
+    rows = "".join(json.dumps({"id": row, "text": f"{row} apple {text}"}) + "\n" for row in range(800))
+    storage.write_file(f"{bucket}/rows", "rows.jsonl", rows.encode())
+    output = f"{bucket}/answers/out.parquet"
+    command = [sys.executable, "-m", "ptuning", "predict", "./kind", f"{bucket}/rows/rows.jsonl", "-o", output, "--json"]
+    parts = Parts(output)
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
+        until = time.monotonic() + 120
+        while driver.poll() is None and not len(parts.clean()) and time.monotonic() < until:
+            time.sleep(0.2)
+        assert driver.poll() is None
+        driver.kill()
+    assert not storage.exists(f"{bucket}/answers", "out.parquet")
+    done = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert (summary["rows"], summary["errors"]) == (800, 0) and summary["answered"] < 800
+    system, path = storage.resolve(output)
+    assert pq.read_table(path, filesystem=system)["id"].to_pylist() == list(range(800))
+    assert parts.begun() is None and not (tmp_path / "s3:").exists()

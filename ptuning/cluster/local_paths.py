@@ -26,7 +26,9 @@ def absolute(experiment: Experiment) -> Experiment:
     chat_template = experiment.data.chat_template_file
     if chat_template and is_path(chat_template):
         tables["data"]["chat_template"] = str(Path(chat_template).expanduser().absolute())
-    tables["compute"]["storage"] = _without_credentials(experiment)
+    tables["compute"]["storage"] = without_credentials(
+        experiment.compute.storage, "compute.storage", experiment.compute.address
+    )
     for table, key in (("compute", "storage"), ("prompt", "init_from"), ("model", "path")):
         value = tables[table][key]
         if value and "://" not in value and (key == "storage" or Path(value).expanduser().is_dir()):
@@ -44,17 +46,18 @@ def absolute_source(source: str | Sequence[str]) -> list[str]:
     return [str(Path(each).expanduser().absolute()) if is_path(each) else each for each in listed]
 
 
-def _without_credentials(experiment: Experiment) -> str:
-    """The storage's address. Its credentials are moved to the environment of the processes that this one starts.
+def without_credentials(place: str, name: str, address: str | None) -> str:
+    """An address of an object store without credentials. They are moved to the environment of the processes that this one
+    starts. `name`: where it was given; `address`: of the cluster.
 
     Raises:
         UserError: the processes belong to an existing cluster, which would expose the credentials.
     """
-    place, variables = storage.split_credentials(experiment.compute.storage)
-    if variables and (experiment.compute.address or os.environ.get("RAY_ADDRESS")):
+    plain, variables = storage.split_credentials(place)
+    if variables and (address or os.environ.get("RAY_ADDRESS")):
         raise UserError(
-            f"compute.storage: {redact(experiment.compute.storage)} contains a password, which the cluster would expose; "
-            f"set {' and '.join(variables)} in the environment of its nodes instead"
+            f"{name}: {redact(place)} contains a password, which the cluster would expose; set {' and '.join(variables)} in "
+            "the environment of its nodes instead"
         )
     os.environ |= variables
-    return place
+    return plain

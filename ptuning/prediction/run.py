@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from ptuning import environment
 from ptuning.cluster.connection import join_ray, leave_ray, own_cluster
 from ptuning.cluster.failures import memory, ray_logs
-from ptuning.cluster.local_paths import absolute_source
+from ptuning.cluster.local_paths import absolute_source, without_credentials
 from ptuning.data.readers import Columns
 from ptuning.errors import RunFailed, UserError
 from ptuning.inference.inputs import RAW
@@ -30,6 +30,7 @@ from ptuning.prediction.survey import Survey, survey
 from ptuning.redaction import first_line, redact
 from ptuning.settings.data import Template
 from ptuning.settings.label_values import canonical
+from ptuning.training import lease
 
 Load = Callable[[str], tuple[str, SoftPrompt]]
 """A name of a soft prompt -> the version that it means, and its vectors and card."""
@@ -70,6 +71,12 @@ def run_prediction(
         UserError: the table, a soft prompt or the output cannot be used; nothing was started or written.
         RunFailed: a process failed; what was answered stays, and `resume` goes on.
     """
+    listed = [wanted.source] if isinstance(wanted.source, str) else wanted.source
+    wanted = replace(
+        wanted,
+        source=[without_credentials(each, "ROWS", wanted.address) for each in listed],
+        output=without_credentials(wanted.output, "--output", wanted.address),
+    )
     check_output(wanted.output)
     parts = Parts(wanted.output)
     begun = parts.begun()
@@ -92,15 +99,6 @@ def run_prediction(
         wanted.probabilities,
     )
     _check_columns(wanted, table, columns)
-    about = {
-        "versions": names.versions,
-        "rows": table.rows,
-        "key": json_hash([table.identity, {name: each.card.content_hash for name, each in soft_prompts.items()}]),
-    }
-    if begun and begun.get("key") != about["key"]:
-        raise UserError(
-            f"{redact(wanted.output)}: was begun with other rows or soft prompts; choose another output, or the same as before"
-        )
     questions = Questions(
         survey=replace(table, source=absolute_source(table.source)),  # the workers are in other folders
         columns=_read(asked, table, wanted.model_column),
@@ -108,20 +106,24 @@ def run_prediction(
         versions=names.of_rows(table, wanted),
         model_column=wanted.model_column,
     )
-    if not begun:
-        parts.begin(about)
-    state = _answered(wanted, questions, parts, soft_prompts, show, say)
-    measured = Measured({name: each.template for name, each in asked.items()})
-    labels = {name: each.template.labels for name, each in asked.items() if each.template.labels}
-    values = ({f"{wanted.prefix}{key}": value for key, value in answer_values(answer, labels).items()}
-              for answer in measured.passing(parts.answers(table.rows)))  # fmt: skip
+    hashes = {version: each.card.content_hash for version, each in soft_prompts.items()}
+    about = {
+        "versions": names.versions,
+        "rows": table.rows,
+        "key": json_hash([table.identity, questions.versions, wanted.model_column, hashes]),
+    }
+    if begun and begun.get("key") != about["key"]:
+        raise UserError(
+            f"{redact(wanted.output)}: was begun with other rows or soft prompts; choose another output, or the same as before"
+        )
     try:
-        write_output(wanted.output, table, {f"{wanted.prefix}{name}": kind for name, kind in columns.items()}, values)
-    except OSError as error:
-        raise RunFailed(
-            f"{redact(wanted.output)}: cannot be written ({first_line(error)}); free space or correct the address, then "
-            "continue with --resume"
-        ) from None
+        with lease.held(parts.folder, say):
+            if not begun:
+                parts.begin(about)
+            state = _answered(wanted, questions, parts, soft_prompts, show, say)
+            measured = _written(wanted, table, asked, columns, parts)
+    except lease.LeaseLost as error:
+        raise RunFailed(str(error)) from None
     parts.delete()
     return PredictResult(
         output=redact(wanted.output),
@@ -133,6 +135,28 @@ def run_prediction(
         measured=measured.measured(),
         notes=tuple(measured.notes()),
     )
+
+
+def _written(
+    wanted: Wanted, table: Survey, asked: Mapping[str, RowTexts], columns: Mapping[str, Any], parts: Parts
+) -> Measured:
+    """Write the output; what is returned has seen every answer.
+
+    Raises:
+        RunFailed: it cannot be written.
+    """
+    measured = Measured({version: each.template for version, each in asked.items()})
+    labels = {version: each.template.labels for version, each in asked.items() if each.template.labels}
+    answers = (answer_values(answer, labels) for answer in measured.passing(parts.answers(table.rows)))
+    named = ({f"{wanted.prefix}{key}": value for key, value in values.items()} for values in answers)
+    try:
+        write_output(wanted.output, table, {f"{wanted.prefix}{name}": kind for name, kind in columns.items()}, named)
+    except OSError as error:
+        raise RunFailed(
+            f"{redact(wanted.output)}: cannot be written ({first_line(error)}); free space or correct the address, then "
+            "continue with --resume"
+        ) from None
+    return measured
 
 
 class _Names:
