@@ -356,3 +356,11 @@ def test_a_plan_counts_no_less_than_a_step_computes(toy_task: SimpleNamespace, l
     work = Workload(1, 3, 1, planned.tokens, planned.targets, planned.compared)
     assert plan.positions <= work.positions <= plan.positions + len(labels) * longest
     assert planned.compared >= len(trie.ids)
+
+
+def test_a_plan_knows_that_a_teacher_will_answer(unanswered: SimpleNamespace, base: Base) -> None:
+    free = {"data__labels": None, "data__target": "", "data__teacher_tokens": 9}
+    for task, many in ((experiment(unanswered), 4), (experiment(unanswered, **free), 9)):
+        rows = load_task(task, base).train
+        planned = RunShape.of_rows(task, rows.lengths.tolist(), rows.target_lengths.tolist())
+        assert planned.targets == many and planned.tokens >= int(rows.lengths.mean()) + many

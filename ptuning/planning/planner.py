@@ -20,10 +20,10 @@ from ptuning.planning.estimate import Estimate
 from ptuning.planning.meta_model import MetaModel, read_config
 from ptuning.planning.placement import describe, place
 from ptuning.planning.rates import CPU, GB, GPU, gpu_rate
-from ptuning.planning.workload import Machine, RunShape
+from ptuning.planning.workload import LABEL_TOKENS, Machine, RunShape
 
-LABEL_TOKENS, FREE_SHARE, MOST_RANKS = 4, 4, 1024
-"""Assumed tokens of a label, end token included, if there are no rows to count; free text is a quarter of a row."""
+FREE_SHARE, MOST_RANKS = 4, 1024
+"""Free text is assumed to be a quarter of a row if there are no rows to count; the most ranks that are tried."""
 
 
 def make_plan(

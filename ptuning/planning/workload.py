@@ -10,6 +10,9 @@ from ptuning.config import Experiment
 from ptuning.planning.zero3_simulator import Timeline
 from ptuning.settings.fields import Kind
 
+LABEL_TOKENS = 4
+"""Tokens of a label, where they are not known."""
+
 
 @dataclass(frozen=True)
 class BaseShape:
@@ -173,8 +176,12 @@ class RunShape:
 
     @staticmethod
     def of_rows(experiment: Experiment, lengths: Sequence[int], targets: Sequence[int]) -> RunShape:
-        """The settings of an experiment whose rows have these lengths and target lengths, for its heaviest batch."""
+        """The settings of an experiment whose rows have these lengths and target lengths, for its heaviest batch. Rows that a
+        teacher answers have no targets yet."""
         batch = experiment.train.batch_size
+        if not any(targets):
+            many = LABEL_TOKENS if experiment.data.labels else experiment.data.teacher_tokens
+            lengths, targets = [length + many for length in lengths], [many] * len(targets)
         return RunShape.read(experiment, heaviest_rows(lengths, batch), heaviest_rows(targets, batch))
 
     def rows(self, ranks: int) -> int:

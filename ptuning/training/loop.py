@@ -111,7 +111,7 @@ class Pack:
     def embed(self, ids: list[int]) -> Tensor:
         """Rows of the base's input embedding, `[n, H]` fp32, whole or sharded."""
         device = self.model.base.device
-        return self.model.base.get_input_embeddings()(torch.tensor(ids, device=device)).float().cpu()
+        return self.model.base.get_input_embeddings()(torch.tensor(ids, dtype=torch.long, device=device)).float().cpu()
 
     def prefix(self, embeddings: Tensor) -> Tensor:
         """Keys and values of embeddings `[P, H]` in all layers, fp32."""
