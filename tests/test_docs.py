@@ -315,7 +315,7 @@ def test_the_first_hour(local_ray: None, folder: Path) -> None:
         record = json.loads((folder / "runs" / name / "run.json").read_text(encoding="utf-8"))
         assert record["status"] == "finished"
         for file in ("adapter_config.json", "adapter_model.safetensors", "card.json", "manifest.json"):
-            assert (Path(record["summary"]["soft_prompt"]) / file).is_file()
+            assert (folder / "runs" / name / record["summary"]["soft_prompt"] / file).is_file()
 
 
 @pytest.mark.nightly
