@@ -33,7 +33,9 @@ from test_registry import put, registry, store  # noqa: F401 (fixtures)
 from test_soft_prompt import make
 from test_tracking import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from ptuning.cli.app import app
 from ptuning.data.chat_encoder import make_encoder
 from ptuning.data.encoder import Encoder
 from ptuning.model.base import Base, find_base
@@ -150,6 +152,11 @@ def test_one_soft_prompt_needs_no_choice(tmp_path, tiny_base_folder, registry): 
     second = put(registry, "toy", str(tmp_path / "again"))
     two = export_for_vllm(registry, [first, second], str(tmp_path / "two"))
     assert two.soft_prompts == {"toy:1": 5, "toy:2": 3}
+    command = ["prompts", "export", "toy:1", "toy:2", str(tmp_path / "again-two"), "--tracking", registry.uri]
+    told = CliRunner().invoke(app, [*command, "--format", "vllm"])
+    assert told.exit_code == 0 and f"serve it with: vllm serve {tmp_path}/again-two --chat-template" in told.output
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2 and "toy:2: --format peft writes one soft prompt; export it by itself" in refused.output
     assert any('"chat_template_kwargs": {"soft_prompt": "toy:2"}' in line for line in two.lines())
     assert shlex.split(two.command)[-1] == '{"soft_prompt": "toy:1"}'
 
