@@ -14,7 +14,18 @@ import typer
 
 from ptuning import api, environment, sys_path
 from ptuning.cli import compress, doctor, jobs, plan, predict, serve
-from ptuning.cli.options import ExperimentArgument, Json, Overrides, busy, check_register, ended, fail, finish, non_blank
+from ptuning.cli.options import (
+    ExperimentArgument,
+    Json,
+    Overrides,
+    Register,
+    busy,
+    check_register,
+    ended,
+    fail,
+    finish,
+    non_blank,
+)
 from ptuning.cli.prompts import prompts
 from ptuning.config import Experiment, read_experiment
 from ptuning.errors import UserError
@@ -31,12 +42,6 @@ app = typer.Typer(
 
 app.add_typer(prompts)
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run of this name from its newest checkpoint.")]
-Register = Annotated[
-    str | None,
-    typer.Option(
-        "--register", metavar="NAME", callback=non_blank, help="Publish the result as the newest version of this name."
-    ),
-]
 
 
 @app.callback()

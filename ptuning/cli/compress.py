@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ptuning import api
-from ptuning.cli.options import Json, Overrides, busy, check_register, ended, fail, finish, non_blank
+from ptuning.cli.options import Json, Overrides, Register, busy, check_register, ended, fail, finish, non_blank
 from ptuning.config import Experiment, changed_experiment, with_texts
 from ptuning.errors import UserError
 
@@ -32,12 +32,7 @@ def compress(
         str, typer.Option("--base", metavar="PATH", callback=non_blank, help="The base that reads the text: model.path.")
     ] = "builtin",
     length: Annotated[int, typer.Option("--length", min=1, help="Virtual tokens that take the place of the text.")] = 20,
-    register: Annotated[
-        str | None,
-        typer.Option(
-            "--register", metavar="NAME", callback=non_blank, help="Publish the result as the newest version of this name."
-        ),
-    ] = None,
+    register: Register = None,
     as_json: Json = False,
 ) -> None:
     """Distil a text prompt into a soft prompt.

@@ -35,6 +35,12 @@ def non_blank(parameter: typer.CallbackParam, value: Any) -> Any:
 ExperimentArgument = Annotated[str, typer.Argument(metavar="EXPERIMENT", callback=non_blank, help="Experiment file (TOML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.learning_rate=0.1")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Register = Annotated[
+    str | None,
+    typer.Option(
+        "--register", metavar="NAME", callback=non_blank, help="Publish the result as the newest version of this name."
+    ),
+]
 Storage = Annotated[
     str | None,
     typer.Option(
