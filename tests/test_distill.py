@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,14 @@ from chat_bases import FORMS, save_base
 from conftest import tiny_base
 from support.training import Run, experiment
 from torch import Tensor
+from typer.testing import CliRunner
 
+from ptuning import api
+from ptuning.cli.app import app
 from ptuning.cli.compress import compression
 from ptuning.cluster.job_package import build_package
 from ptuning.config import Experiment, ExperimentError, parse_experiment, read_experiment
+from ptuning.data.resolve import resolved
 from ptuning.data.task import Task, describe_task, load_task
 from ptuning.errors import DataError
 from ptuning.model.base import Base, find_base
@@ -29,7 +34,7 @@ from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.self_check import choose_pass
 from ptuning.planning.workload import RunShape, Workload
 from ptuning.settings.model import ModelConfig
-from ptuning.training import metrics
+from ptuning.training import metrics, run_setup
 from ptuning.training.distributed import Workers
 from ptuning.training.evaluate import label_scores
 from ptuning.training.generation import Greedy
@@ -282,6 +287,36 @@ def test_a_text_in_a_file_is_a_part_of_the_experiment(unanswered: SimpleNamespac
         with pytest.raises(ExperimentError) as refused:
             read_experiment(file, [f"data.teacher={given}"])
         assert re.search(rf"data.teacher: \S*{re.escape(given)} {re.escape(said)}", str(refused.value))
+
+
+def test_an_experiment_made_in_python_may_name_the_file(unanswered: SimpleNamespace, tmp_path: Path) -> None:
+    """Its name would otherwise be the teacher's text."""
+    (tmp_path / "rules.txt").write_text("Sort them.\n")
+    task = experiment(unanswered, data__teacher=str(tmp_path / "rules.txt"))
+    assert resolved(task)[0].data.teacher == "Sort them.\n"
+    with pytest.raises(ExperimentError, match="data.teacher: .*none.txt cannot be read"):
+        resolved(experiment(unanswered, data__teacher=str(tmp_path / "none.txt")))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_stopped_compression_says_how_it_goes_on(begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that was typed, and what is typed then is understood."""
+
+    def stop(*_: Any, **how: Any) -> None:
+        asked.append(how["resume"])
+        raise KeyboardInterrupt
+
+    asked: list[bool] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api, "prepare", lambda *_: None)
+    monkeypatch.setattr(api, "train", stop)
+    monkeypatch.setattr(run_setup, "has_begun", lambda _: begun)
+    typed = ["compress", "Be kind.", "name=a", "--rows", "a.jsonl", "--input", "{text}\nKind:", "--labels", "x,y",
+             "--base", "builtin", "--length", "7"]  # fmt: skip
+    done = CliRunner().invoke(app, typed)
+    again = shlex.split(done.stderr.partition("continue with: ptuning ")[2])
+    assert done.exit_code == 130 and again == [*typed, *(["--resume"] if begun else [])]
+    assert CliRunner().invoke(app, again).exit_code == 130 and asked == [False, begun]
 
 
 def test_a_job_takes_the_file_along(unanswered: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

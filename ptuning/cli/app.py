@@ -19,6 +19,7 @@ from ptuning.cli.options import (
     Json,
     Overrides,
     Register,
+    Resume,
     busy,
     check_register,
     ended,
@@ -41,7 +42,6 @@ app = typer.Typer(
 )
 
 app.add_typer(prompts)
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run of this name from its newest checkpoint.")]
 
 
 @app.callback()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Annotated, Any
 
 import typer
 
 from ptuning import api
-from ptuning.cli.options import Json, Overrides, Register, busy, check_register, ended, fail, finish, non_blank
+from ptuning.cli.options import Json, Overrides, Register, Resume, busy, check_register, ended, fail, finish, non_blank
 from ptuning.config import Experiment, changed_experiment, with_texts
 from ptuning.errors import UserError
 
@@ -17,10 +18,10 @@ HELD_OUT = 0.1
 
 def compress(
     text: Annotated[str, typer.Argument(metavar="TEXT", callback=non_blank, help="The text, or a file (.txt, .md).")],
-    overrides: Overrides = None,
     rows: Annotated[
         str, typer.Option("--rows", metavar="FILE", callback=non_blank, help="Inputs, as data.train; no answers are needed.")
-    ] = ...,  # type: ignore[assignment]
+    ],
+    overrides: Overrides = None,
     template: Annotated[
         str, typer.Option("--input", metavar="TEMPLATE", help='What follows the text: data.input. "" for conversations.')
     ] = "{text}\n",
@@ -32,6 +33,7 @@ def compress(
         str, typer.Option("--base", metavar="PATH", callback=non_blank, help="The base that reads the text: model.path.")
     ] = "builtin",
     length: Annotated[int, typer.Option("--length", min=1, help="Virtual tokens that take the place of the text.")] = 20,
+    resume: Resume = False,
     register: Register = None,
     as_json: Json = False,
 ) -> None:
@@ -47,11 +49,11 @@ def compress(
     except UserError as error:
         fail(str(error), 2)
     check_register(register)
-    again = ["compress", text, *(overrides or []), "--rows", rows]
-    with ended(again, settings):
+    named = {"--rows": rows, "--input": template, "--labels": labels, "--base": base, "--length": str(length)}
+    with ended(["compress", text, *(overrides or []), *chain.from_iterable(named.items())], settings):
         with busy("starting"):
             api.prepare("train", settings)
-        result = api.train(settings, register=register)
+        result = api.train(settings, resume=resume, register=register)
     finish(result.as_json(), as_json)
 
 

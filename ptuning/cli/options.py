@@ -41,6 +41,7 @@ Register = Annotated[
         "--register", metavar="NAME", callback=non_blank, help="Publish the result as the newest version of this name."
     ),
 ]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run of this name from its newest checkpoint.")]
 Storage = Annotated[
     str | None,
     typer.Option(

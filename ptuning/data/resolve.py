@@ -1,4 +1,5 @@
-"""What an experiment leaves to its rows: the labels of `data.labels = "auto"`, and the steps of `train.epochs`."""
+"""What an experiment leaves to files: the labels of `data.labels = "auto"`, the steps of `train.epochs`, and the text of a
+`data.teacher` that names a file."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from ptuning.config import Experiment, parse_experiment
+from ptuning.config import Experiment, parse_experiment, with_texts
 from ptuning.data.conversations import MESSAGES, answer_of, read
 from ptuning.data.division import training_texts
 from ptuning.data.readers import Columns
@@ -20,11 +21,13 @@ MOST_LABELS = 300
 
 
 def resolved(experiment: Experiment) -> tuple[Experiment, list[str]]:
-    """The experiment with its labels and steps, and lines that report them. Rows are only read if something is left to them.
+    """The experiment with its texts, labels and steps, and lines that report them. Rows are only read if something is left to
+    them.
 
     Raises:
-        UserError: the training rows are invalid, or do not look like those of a classification task.
+        UserError: the training rows are invalid, or do not look like those of a classification task; or a text is missing.
     """
+    experiment = with_texts(experiment)  # one that was made in Python was not read from a file
     lines = []
     if experiment.data.finds_labels:
         labels = _labels(experiment)
