@@ -7,13 +7,16 @@ An object store cannot rename: there a folder without a manifest counts as missi
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pyarrow import fs
@@ -213,6 +216,82 @@ def write_file(storage: str, name: str, content: bytes) -> None:
         out.flush()
         os.fsync(out.fileno())
     temporary.rename(Path(path) / name)
+
+
+class FileWriter:
+    """Writes one file of a folder piece by piece. It exists when `commit` has returned, whole and synced."""
+
+    def __init__(self, storage: str, name: str) -> None:
+        """Raises:
+        OSError: it cannot be written.
+        """
+        self._system, path = resolve(storage)
+        self._path = f"{path}/{name}"
+        self._temporary: Path | None = None
+        if isinstance(self._system, fs.LocalFileSystem):
+            Path(path).mkdir(parents=True, exist_ok=True)
+            self._temporary = Path(path) / f".{name}.{uuid.uuid4().hex}"
+            self._stream: IO[bytes] = self._temporary.open("wb")
+        else:
+            self._stream = self._system.open_output_stream(self._path)
+
+    def write(self, block: bytes) -> None:
+        """Raises:
+        OSError: the disk is full, or the store does not answer.
+        """
+        self._stream.write(block)
+
+    def commit(self) -> None:
+        """Raises:
+        OSError: as `write`.
+        """
+        if self._temporary is None:
+            self._stream.close()
+            return
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        self._temporary.rename(self._path)
+        _sync_folder(self._temporary.parent)
+
+    def discard(self) -> None:
+        """Leave nothing. No effect after `commit`."""
+        if self._stream.closed:
+            return
+        with suppress(OSError):
+            self._stream.close()  # in an object store this writes what there is
+        with suppress(OSError):
+            if self._temporary is not None:
+                self._temporary.unlink()
+            else:
+                self._system.delete_file(self._path)
+
+
+def open_file(storage: str, name: str) -> IO[bytes]:
+    """A stream of the bytes of one file of a folder.
+
+    Raises:
+        OSError: it is missing or cannot be read, also later while reading.
+    """
+    system, path = resolve(storage)
+    if isinstance(system, fs.LocalFileSystem):
+        return open(f"{path}/{name}", "rb")
+    stream: IO[bytes] = io.BufferedReader(system.open_input_file(f"{path}/{name}"))
+    return stream
+
+
+def list_names(storage: str) -> list[str]:
+    """Names of the folders and files directly in a folder, sorted; empty if it does not exist."""
+    system, path = resolve(storage)
+    found = system.get_file_info(fs.FileSelector(path, recursive=False, allow_not_found=True))
+    return sorted(info.base_name for info in found)
+
+
+def modified(storage: str) -> float | None:
+    """When the newest file of a folder was written, in Unix seconds; None: it has none."""
+    system, path = resolve(storage)
+    found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    return max((info.mtime.timestamp() for info in found if info.mtime), default=None)
 
 
 def delete_file(storage: str, name: str) -> None:

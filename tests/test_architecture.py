@@ -46,8 +46,9 @@ DIRECTIONS = {
     "registry": {"model", "data", "tracking"},
     "training": {"model", "data", "tracking", "planning", "registry", "cluster"},
     "searching": {"model", "data", "tracking", "planning", "cluster", "training"},
+    "tuning": {"model", "data", "tracking", "registry", "inference", "cluster", "training"},
     "prediction": {"model", "data", "registry", "inference", "cluster", "training"},
-    "serving": {"model", "data", "tracking", "registry", "inference", "cluster"},
+    "serving": {"model", "data", "tracking", "registry", "inference", "cluster", "tuning"},
     "display": {"training", "searching", "prediction"},
     "registry_api": {"model", "tracking", "registry", "serving"},
     "api": {
@@ -251,6 +252,7 @@ ALLOWED = {
     # Told to who has asked for the deletion itself.
     "is the champion; promote another version first, then delete this one": "why it was not done",
     ":N to delete version N": "how to ask for it",
+    "delete some of them, or raise tuning.files_mb_per_key": "how to make room for what was just sent",
     "was deleted; choose another version": "what was done",
     "was deleted; restore it with: ": "what others have done",
     " is deleted; its run ": "what was done",

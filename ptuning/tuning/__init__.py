@@ -1,0 +1,1 @@
+"""Training as a service: files, jobs and batches that outlive every process."""

@@ -1,0 +1,319 @@
+"""Files of clients, in the storage: inputs of jobs and batches, and what these write.
+
+    <storage>/tuning/files/<id>/content.jsonl      the bytes (results of jobs: content.csv)
+    <storage>/tuning/files/<id>/file.json          the record, written last: without it the file does not exist
+
+A file never changes. Its record holds who owns it: a key sees its own files, and an owner of None all of them. The name that
+a client gives is only a label.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import string
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import IO, Any, Literal, get_args
+
+from ptuning import storage
+from ptuning.errors import UserError
+from ptuning.tuning.file_check import FileError, TrainingLines
+
+Purpose = Literal["fine-tune", "batch", "batch_output", "fine-tune-results"]
+Uploaded = Literal["fine-tune", "batch"]
+"""Purposes of files that clients send."""
+
+LOCAL = "local"
+"""The owner of what is made on a server without keys."""
+BATCH_S = 30 * 86400
+"""Seconds after which files of batches expire, unless their client says otherwise: as at OpenAI."""
+LEFTOVER_S = 86400.0
+"""Age in seconds of a folder without a record at which it counts as left over from a process that was killed."""
+BLOCK = 1 << 20
+"""Bytes that are read or written at once."""
+LABEL = 255
+"""Maximum characters of a file's name."""
+
+_ALPHABET = string.ascii_letters + string.digits
+_ID = re.compile(r"file-[A-Za-z0-9]{24}")
+_RECORD = "file.json"
+
+
+class UnknownFile(UserError):
+    """No such file, or it is another owner's, or it has expired."""
+
+
+class QuotaExceeded(UserError):
+    """The file, or all files of its owner together, would be too large."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file, as its record holds it."""
+
+    id: str
+    owner: str
+    filename: str
+    purpose: Purpose
+    bytes: int
+    created_at: int
+    """Unix seconds."""
+    expires_at: int | None = None
+    """Unix seconds; None: never."""
+    rows: int | None = None
+    """Rows of a file for training."""
+
+    @property
+    def stored(self) -> str:
+        """Name of its content in its folder: readers know the kind of a file by its ending."""
+        return "content.csv" if self.purpose == "fine-tune-results" else "content.jsonl"
+
+    @property
+    def expired(self) -> bool:
+        return self.expires_at is not None and time.time() >= self.expires_at
+
+
+def new_id(prefix: str, joint: str = "-") -> str:
+    """A new id, such as `file-` and 24 random letters and digits."""
+    return prefix + joint + "".join(secrets.choice(_ALPHABET) for _ in range(24))
+
+
+class FileStore:
+    """The files of a storage folder. Any number of processes may use it at once; all methods are thread-safe."""
+
+    def __init__(self, root: str, file_bytes: int | None = None, owner_bytes: int | None = None) -> None:
+        """`root`: `<storage>/tuning`; `file_bytes`: the largest file of a client; `owner_bytes`: the most of all files that one
+        owner has sent."""
+        self._folder = storage.join(root, "files")
+        self._file_bytes = file_bytes
+        self._owner_bytes = owner_bytes
+        self._known: dict[str, FileRecord] = {}
+        self._lock = threading.Lock()
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def begin(
+        self, owner: str, filename: str, purpose: Uploaded, *, declared: int = 0, expires_after: int | None = None
+    ) -> Upload:
+        """A file of a client, to be written block by block. `declared`: the bytes that are announced; `expires_after`:
+        seconds.
+
+        Raises:
+            QuotaExceeded: it would be too large.
+        """
+        room = self._room(owner)
+        if declared > room[0]:
+            raise QuotaExceeded(room[1])
+        return Upload(self, _record(owner, filename, purpose, expires_after), room)
+
+    def create(
+        self, owner: str, filename: str, purpose: Uploaded, chunks: Iterable[bytes], expires_after: int | None = None
+    ) -> FileRecord:
+        """A file of a client.
+
+        Raises:
+            FileError: a line is wrong.
+            QuotaExceeded: it would be too large.
+        """
+        upload = self.begin(owner, filename, purpose, expires_after=expires_after)
+        try:
+            for chunk in chunks:
+                upload.write(chunk)
+            return upload.finish()
+        except BaseException:
+            upload.discard()
+            raise
+
+    def write_result(
+        self,
+        owner: str,
+        filename: str,
+        purpose: Purpose,
+        chunks: bytes | Iterable[bytes],
+        *,
+        file_id: str | None = None,
+        expires_after: int | None = None,
+    ) -> FileRecord:
+        """A file that the server writes, without limits. With `file_id` the same one is written however often this is called:
+        for writers that may be killed in between."""
+        upload = Upload(self, _record(owner, filename, purpose, expires_after, file_id), (2**63, ""))
+        try:
+            for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
+                upload.write(chunk)
+            return upload.finish()
+        except BaseException:
+            upload.discard()
+            raise
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def get(self, file_id: str, owner: str | None) -> FileRecord:
+        """The record of a file. `owner` None: of all owners.
+
+        Raises:
+            UnknownFile: there is none that this owner may see.
+        """
+        record = self._read(file_id) if _ID.fullmatch(file_id) else None
+        if record is None or owner not in (None, record.owner):
+            raise UnknownFile("there is no such file; GET /v1/files lists those of your key")
+        return record
+
+    def open(self, file_id: str, owner: str | None) -> IO[bytes]:
+        """The bytes of a file.
+
+        Raises:
+            UnknownFile: as `get`.
+            StorageError: its bytes cannot be read.
+        """
+        record = self.get(file_id, owner)
+        try:
+            return storage.open_file(self._place(record.id), record.stored)
+        except OSError as error:
+            raise storage.StorageError(f"{record.id}: cannot be read ({error}); check the storage") from None
+
+    def data_source(self, file_id: str, owner: str | None) -> str:
+        """The path or address of the bytes of a file, as the tables of an experiment take it.
+
+        Raises:
+            UnknownFile: as `get`.
+        """
+        record = self.get(file_id, owner)
+        return storage.join(self._place(record.id), record.stored)
+
+    def list(self, owner: str | None, purpose: str | None = None) -> Sequence[FileRecord]:
+        """The files of an owner (None: all), the newest first."""
+        found = [record for record in self._all() if owner in (None, record.owner) and purpose in (None, record.purpose)]
+        return sorted(found, key=lambda record: (record.created_at, record.id), reverse=True)
+
+    def delete(self, file_id: str, owner: str | None) -> None:
+        """Raises:
+        UnknownFile: as `get`.
+        """
+        self._delete(self.get(file_id, owner).id)
+
+    # -- the folder ----------------------------------------------------------------------------------------------------
+
+    def _place(self, file_id: str) -> str:
+        return storage.join(self._folder, file_id)
+
+    def _all(self) -> Iterable[FileRecord]:
+        names = [name for name in storage.list_names(self._folder) if _ID.fullmatch(name)]
+        with self._lock:
+            for gone in self._known.keys() - set(names):
+                del self._known[gone]
+        for name in names:
+            record = self._read(name, there=True)
+            if record is not None:
+                yield record
+            elif (written := storage.modified(self._place(name))) and written < time.time() - LEFTOVER_S:
+                storage.delete_folder(self._place(name))
+
+    def _read(self, file_id: str, there: bool = False) -> FileRecord | None:
+        """The record of a file that has not expired; one that has is removed. `there`: its folder was just seen."""
+        with self._lock:
+            record = self._known.get(file_id) if there else None  # a record never changes, but another process may delete it
+        place = self._place(file_id)
+        if record is None:
+            if not storage.exists(place, _RECORD):
+                return None
+            try:
+                record = _parsed(storage.read_file(place, _RECORD))
+            except storage.StorageError:  # deleted meanwhile
+                return None
+        if record.expired:
+            self._delete(file_id)
+            return None
+        with self._lock:
+            self._known[file_id] = record
+        return record
+
+    def _delete(self, file_id: str) -> None:
+        with self._lock:
+            self._known.pop(file_id, None)
+        place = self._place(file_id)
+        storage.delete_file(place, _RECORD)
+        storage.delete_folder(place)
+
+    def _room(self, owner: str) -> tuple[int, str]:
+        """Bytes that a further file of an owner may have, and the sentence for one that is larger."""
+        most = self._file_bytes if self._file_bytes is not None else 2**63
+        message = f"the file is larger than {most >> 20} MB; split it, or raise tuning.file_mb on the server"
+        if self._owner_bytes is None:
+            return most, message
+        used = sum(record.bytes for record in self._all() if record.owner == owner and record.purpose in get_args(Uploaded))
+        left = max(0, self._owner_bytes - used)
+        if left < most:
+            message = (
+                f"the files of this key would be larger than {self._owner_bytes >> 20} MB together ({used >> 20} MB are used); "
+                "delete some of them, or raise tuning.files_mb_per_key on the server"
+            )
+        return min(most, left), message
+
+    def _finish(self, record: FileRecord) -> None:
+        storage.write_file(self._place(record.id), _RECORD, json.dumps(asdict(record)).encode())
+        with self._lock:
+            self._known[record.id] = record
+
+
+class Upload:
+    """A file that is being written. End it with `finish` or `discard`."""
+
+    def __init__(self, store: FileStore, record: FileRecord, room: tuple[int, str]) -> None:
+        self._store = store
+        self._record = record
+        self._room = room
+        self._size = 0
+        self._check = TrainingLines() if record.purpose == "fine-tune" else None
+        self._place = store._place(record.id)
+        self._out = storage.FileWriter(self._place, record.stored)
+
+    def write(self, block: bytes) -> None:
+        """Raises:
+        FileError: a line is wrong.
+        QuotaExceeded: the file is too large.
+        OSError: the storage cannot be written.
+        """
+        self._size += len(block)
+        if self._size > self._room[0]:
+            raise QuotaExceeded(self._room[1])
+        if self._check:
+            self._check.feed(block)
+        self._out.write(block)
+
+    def finish(self) -> FileRecord:
+        """Raises:
+        FileError: the file has no rows, or its last line is wrong.
+        """
+        if self._check:
+            self._check.end()
+        if not self._size:
+            raise FileError("the file is empty; send one with content")
+        self._out.commit()
+        record = FileRecord(**asdict(self._record) | {"bytes": self._size, "rows": self._check and self._check.rows})
+        self._store._finish(record)
+        return record
+
+    def discard(self) -> None:
+        """Leave nothing of it."""
+        self._out.discard()
+        if not storage.exists(self._place, _RECORD):
+            storage.delete_folder(self._place)
+
+
+def _record(owner: str, filename: str, purpose: Purpose, expires_after: int | None, file_id: str | None = None) -> FileRecord:
+    now = int(time.time())
+    if expires_after is None and purpose in ("batch", "batch_output"):
+        expires_after = BATCH_S
+    expires = None if expires_after is None else now + expires_after
+    label = "".join(character for character in filename if character.isprintable())[:LABEL] or "upload"
+    return FileRecord(file_id or new_id("file"), owner, label, purpose, 0, now, expires)
+
+
+def _parsed(content: bytes) -> FileRecord:
+    """A record of this version or a later one, whose further keys are ignored."""
+    values: dict[str, Any] = json.loads(content)
+    return FileRecord(**{key: value for key, value in values.items() if key in FileRecord.__dataclass_fields__})
