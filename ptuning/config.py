@@ -24,6 +24,7 @@ from ptuning.settings.model import ModelConfig, PromptConfig
 from ptuning.settings.running import ComputeConfig, ServeConfig, TrackingConfig
 from ptuning.settings.search import SearchConfig
 from ptuning.settings.training import Objective, TrainConfig, ZeroConfig
+from ptuning.settings.tuning import TuningConfig
 
 PLACES = ("model.path", "prompt.init_from", "data.train", "data.validation", "data.test")
 """Settings that name a place. Two runs with the same content there are the same run, wherever it is."""
@@ -45,6 +46,7 @@ class Experiment(Table):
     zero: ZeroConfig = ZeroConfig()
     search: SearchConfig = SearchConfig()
     serve: ServeConfig = ServeConfig()
+    tuning: TuningConfig = TuningConfig()
     tracking: TrackingConfig = TrackingConfig()
     compute: ComputeConfig = ComputeConfig()
 

@@ -93,6 +93,7 @@ OWNERS = {
         "serving.deployment",
         "serving.ray_metrics",
         "serving.server",
+        "training.dispatcher",
         "training.event_queue",
         "training.ray_trainer",
         "training.run",

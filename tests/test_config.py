@@ -109,7 +109,7 @@ WRONG = [
     ({"train__STEPS": 1}, "train.STEPS: unknown key; did you mean train.steps?"),
     (
         {"foo": 1},
-        "foo: unknown key; known here: compute, data, model, name, prompt, search, serve, tracking, train, zero",
+        "foo: unknown key; known here: compute, data, model, name, prompt, search, serve, tracking, train, tuning, zero",
     ),
     ({"model__lr2": 1}, "model.lr2: unknown key; known here: dtype, path, quantization, revision, trust_remote_code"),
     # Keys of other tools and of other tables.

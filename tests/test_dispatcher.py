@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptuning.searching.dispatcher import Dispatcher, DispatcherActor
+from ptuning.searching.dispatcher import DispatcherActor, TrialDispatcher
 
 pytestmark = pytest.mark.fast
 
@@ -18,7 +18,7 @@ def experiment(length: int = 5) -> dict[str, Any]:
     return {"prompt": {"length": length}}
 
 
-def enter(dispatcher: Dispatcher, trial: str, length: int = 5) -> str:
+def enter(dispatcher: TrialDispatcher, trial: str, length: int = 5) -> str:
     dispatcher.register(trial, f"run-of-{trial}".replace("-", ""), f"folder/{trial}", [])
     run, folder = dispatcher.begin(trial)
     dispatcher.attach(trial, run, folder, experiment(length), {})
@@ -34,7 +34,7 @@ def attached(orders: list[dict[str, Any]] | None) -> list[str]:
 
 
 def test_a_trial_waits_for_a_group_and_hears_its_results_once() -> None:
-    dispatcher = Dispatcher()
+    dispatcher = TrialDispatcher()
     run = enter(dispatcher, "a")
     assert dispatcher.orders(0) == []
     dispatcher.register_group(0, 1)
@@ -48,17 +48,17 @@ def test_a_trial_waits_for_a_group_and_hears_its_results_once() -> None:
 
 
 def test_a_slot_that_is_freed_is_refilled_in_the_same_orders() -> None:
-    dispatcher = Dispatcher()
+    dispatcher = TrialDispatcher()
     dispatcher.register_group(0, 1)
     first, second = enter(dispatcher, "a"), enter(dispatcher, "b")
     dispatcher.orders(0)
     assert dispatcher.release("a") == "slot"
     orders = dispatcher.orders(0)
-    assert orders is not None and orders[0] == {"run": first, "keep": True} and attached(orders) == [second]
+    assert orders is not None and orders[0] == {"run": first, "leave": "finish"} and attached(orders) == [second]
 
 
 def test_a_trial_that_waits_can_be_released() -> None:
-    dispatcher = Dispatcher()
+    dispatcher = TrialDispatcher()
     enter(dispatcher, "a")
     assert dispatcher.release("a") == "queue"
     dispatcher.register_group(0, 4)
@@ -66,7 +66,7 @@ def test_a_trial_that_waits_can_be_released() -> None:
 
 
 def test_a_trial_that_was_released_hears_so_and_can_end() -> None:
-    dispatcher = Dispatcher()
+    dispatcher = TrialDispatcher()
     dispatcher.register_group(0, 1)
     enter(dispatcher, "a")
     assert not dispatcher.has_results("a")
@@ -76,7 +76,7 @@ def test_a_trial_that_was_released_hears_so_and_can_end() -> None:
 
 
 def test_what_is_known_from_before_comes_first_and_is_not_reported_again() -> None:
-    dispatcher = Dispatcher()
+    dispatcher = TrialDispatcher()
     dispatcher.register_group(0, 1)
     dispatcher.register("a", "t0", "folder", [event("evaluation", "t0", 10)])
     run, folder = dispatcher.begin("a")
@@ -86,7 +86,7 @@ def test_what_is_known_from_before_comes_first_and_is_not_reported_again() -> No
 
 
 def test_a_trial_that_comes_again_leaves_its_old_slot_without_a_trace() -> None:
-    dispatcher = Dispatcher()
+    dispatcher = TrialDispatcher()
     dispatcher.register_group(0, 1)
     first = enter(dispatcher, "a")
     dispatcher.orders(0)
@@ -95,13 +95,13 @@ def test_a_trial_that_comes_again_leaves_its_old_slot_without_a_trace() -> None:
     dispatcher.attach("a", second, folder, experiment(), {})
     assert second.partition("-")[0] == first and folder.startswith("folder/a/")
     orders = dispatcher.orders(0)
-    assert orders is not None and orders[0] == {"run": first, "keep": False} and attached(orders) == [second]
+    assert orders is not None and orders[0] == {"run": first, "leave": "drop"} and attached(orders) == [second]
     dispatcher.put([event("finished", first, 20), event("evaluation", second, 10)])
     assert [(each["kind"], each["step"]) for each in dispatcher.results("a")] == [("evaluation", 10)]
 
 
 def test_a_group_that_restarts_gets_its_trials_again() -> None:
-    dispatcher = Dispatcher()
+    dispatcher = TrialDispatcher()
     dispatcher.register_group(0, 2)
     runs = [enter(dispatcher, "a"), enter(dispatcher, "b")]
     dispatcher.orders(0)
@@ -136,7 +136,7 @@ def test_who_was_killed_takes_nothing_from_who_follows() -> None:
 
 
 def test_similar_lengths_go_together() -> None:
-    dispatcher = Dispatcher()
+    dispatcher = TrialDispatcher()
     dispatcher.register_group(0, 2)
     dispatcher.register_group(1, 2)
     for trial, length in (("a", 100), ("b", 5), ("c", 6), ("d", 90)):
@@ -148,7 +148,7 @@ def test_similar_lengths_go_together() -> None:
 
 
 def test_a_closed_board_has_no_more_orders_and_a_broken_one_fails_its_trials() -> None:
-    dispatcher = Dispatcher()
+    dispatcher = TrialDispatcher()
     dispatcher.register_group(0, 1)
     run = enter(dispatcher, "a")
     dispatcher.closed = True
@@ -162,7 +162,7 @@ class World:
     """A dispatcher, a worker that follows its orders, and trials that come, end and are stopped."""
 
     def __init__(self, places: int) -> None:
-        self.dispatcher, self.places = Dispatcher(), places
+        self.dispatcher, self.places = TrialDispatcher(), places
         self.training: set[str] = set()
         self.alive: dict[str, str] = {}
         self.ended: set[str] = set()

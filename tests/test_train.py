@@ -279,7 +279,7 @@ def test_law_4_whoever_joins_and_leaves(
 
     def source(free: int) -> list[Command] | None:
         now = next(clock)
-        orders: list[Command] = [StopRun(f"t{n}", keep=True) for n, (join, stay) in enumerate(stays) if join + stay == now]
+        orders: list[Command] = [StopRun(f"t{n}", "finish") for n, (join, stay) in enumerate(stays) if join + stay == now]
         orders += [StartRun(trials[n], str(packed.folder / f"t{n}")) for n, (join, _) in enumerate(stays) if join == now]
         return orders if now <= 42 else None
 

@@ -155,11 +155,13 @@ def apply(pack: Pack, order: Command, report: Report) -> None:
         start(pack, order, report)
         return
     for slot in [slot for slot in pack.slots if slot.name == order.run]:  # none: it has just ended by itself
-        if order.keep:
+        if order.how == "finish":
             finish(pack, slot, report)
-        else:
-            pack.writer.wait(checkpoints(slot.folder))  # nothing is written any more once it has left
-            pack.slots.remove(slot)
+            continue
+        if order.how == "pause":
+            save_checkpoint(pack, slot)
+        pack.writer.wait(checkpoints(slot.folder))  # nothing is written any more once it has left
+        pack.slots.remove(slot)
 
 
 def start(pack: Pack, assignment: StartRun, report: Report) -> None:
@@ -257,10 +259,15 @@ def observe(pack: Pack, slot: Slot, evaluations: list[Evaluation], report: Repor
     leader = losses.index(min(filter(math.isfinite, losses)))
     values = dict(evaluations[leader].metrics)
     best = slot.observe(evaluations[leader].metrics, leader)
+    kept: str | None = None
+    if best and slot.keep_best:
+        kept = storage.join(slot.folder, "best", f"step-{slot.step:09d}")
+        if pack.workers.is_main:
+            save_soft_prompt(pack, slot, {f"validation_{name}": value for name, value in slot.best.items()}, kept)
     if len(losses) > 1:
         values |= {f"start_{start.number}_loss": loss for start, loss in zip(slot.starts, losses, strict=True)}
     slot.halve(losses)
-    emit(slot, report, Evaluated(slot.name, slot.step, values, best, pack.workers.all_gather(_memory())))
+    emit(slot, report, Evaluated(slot.name, slot.step, values, best, pack.workers.all_gather(_memory()), kept))
 
 
 def save_checkpoint(pack: Pack, slot: Slot) -> None:
@@ -286,14 +293,8 @@ def finish(pack: Pack, slot: Slot, report: Report) -> None:
         measured["teacher_tokens"] = len(train.teacher_row(0)) - len(train.row(0)[0])
     peak_bytes = pack.workers.all_gather(_peak_memory())
     if pack.workers.is_main:  # all workers hold the same vectors
-        config = pack.base.config.get_text_config()
-        result = SoftPrompt(slot.best_vectors.detach().cpu(), make_card(slot, pack.base, pack.model, measured))
         folder = storage.join(slot.folder, "soft_prompt")
-        result.save(
-            folder,
-            layers=int(getattr(config, "num_hidden_layers", 0)),
-            heads=int(getattr(config, "num_attention_heads", 0)),
-        )
+        result = save_soft_prompt(pack, slot, measured, folder)
         finished = Finished(
             slot.name,
             slot.step,
@@ -309,6 +310,18 @@ def finish(pack: Pack, slot: Slot, report: Report) -> None:
         )
         report(finished)
     pack.slots.remove(slot)
+
+
+def save_soft_prompt(pack: Pack, slot: Slot, measured: dict[str, float], folder: str) -> SoftPrompt:
+    """Write the best soft prompt of a slot so far, with these metrics in its card."""
+    config = pack.base.config.get_text_config()
+    result = SoftPrompt(slot.best_vectors.detach().cpu(), make_card(slot, pack.base, pack.model, measured))
+    result.save(
+        folder,
+        layers=int(getattr(config, "num_hidden_layers", 0)),
+        heads=int(getattr(config, "num_attention_heads", 0)),
+    )
+    return result
 
 
 def fail(pack: Pack, slot: Slot, report: Report, loss: float) -> None:

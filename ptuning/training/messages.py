@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ptuning.config import Experiment
 
@@ -25,14 +25,20 @@ class StartRun:
 
     experiment: Experiment
     folder: str
+    keep_best: bool = False
+    """Save the soft prompt of every evaluation that is the best so far."""
+
+
+Leaving = Literal["finish", "pause", "drop"]
+"""How a run leaves its slot before its end. finish: its best soft prompt is saved; pause: a checkpoint is; drop: nothing is."""
 
 
 @dataclass(frozen=True)
 class StopRun:
-    """A run that is stopped before its end: with its best soft prompt saved, or without a trace."""
+    """A run that is stopped before its end."""
 
     run: str
-    keep: bool
+    how: Leaving
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,8 @@ class Evaluated(Event):
     """The best evaluation of the run so far."""
     memory: list[int] = field(default_factory=list)
     """Bytes that each worker uses, by rank."""
+    soft_prompt: str | None = None
+    """Its folder, if the run keeps its best ones."""
 
 
 @dataclass(frozen=True)

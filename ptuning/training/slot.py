@@ -41,6 +41,7 @@ class Slot:
         self.experiment = assignment.experiment
         self.config: TrainConfig = self.experiment.train
         self.folder = assignment.folder
+        self.keep_best = assignment.keep_best
         self.task = task
         decay = self.config.resolved_average_decay(self.experiment.chooses)
         frozen = self.experiment.prompt.frozen
