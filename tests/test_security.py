@@ -28,7 +28,7 @@ from ptuning.inference.types import EngineBusy, Request
 from ptuning.model.base import find_base
 from ptuning.registry.registry import FORMAT
 from ptuning.serving import auth
-from ptuning.serving.auth import AccessError, read_keys, scope_of
+from ptuning.serving.auth import AccessError, caller_of, read_keys
 from ptuning.settings.model import ModelConfig
 from ptuning.settings.running import ServeConfig
 
@@ -225,7 +225,7 @@ def test_keys_are_compared_whole_and_in_constant_time(monkeypatch):
     monkeypatch.setattr(auth.hmac, "compare_digest", lambda one, two: compared.append(1) or real(one, two))
     for header in ("Bearer a-key-of-some-length-0", "Bearer a-key-of-some-length-9", None, "Basic x"):
         compared.clear()
-        assert (scope_of(header, keys) is not None) == (header == "Bearer a-key-of-some-length-0")
+        assert (caller_of(header, keys) is not None) == (header == "Bearer a-key-of-some-length-0")
         assert len(compared) == len(keys), "every key, whichever fits"
 
 

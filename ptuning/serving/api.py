@@ -135,7 +135,7 @@ class Api:
                 response = await answer(body, served, record)
         except Exception as error:  # any error must become a response in OpenAI's format
             response = as_api_error(error).response()
-            if not await drain(request, self._limits):
+            if not await drain(request, 4 * self._limits.max_body_kb * 1024):
                 # Closed explicitly instead of by the keep-alive timer: bytes that arrive after the answer stop that timer for
                 # good (uvicorn 0.54, data_received), and the client could keep the connection open for ever.
                 response.headers["connection"] = "close"

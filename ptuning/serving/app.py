@@ -15,13 +15,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ptuning.serving import answers
 from ptuning.serving.api import Api
+from ptuning.serving.body_pacing import Paced
+from ptuning.serving.file_objects import UPLOAD, FileDeleted, FileList, FileObject, FileQuery
+from ptuning.serving.file_routes import FileRoutes
 from ptuning.serving.http_request import NEUTRAL, REQUEST_ID, ApiError, as_api_error, unknown_route
 from ptuning.serving.neutral import described
+from ptuning.serving.paging import parameters_of
 from ptuning.serving.protocol import ChatRequest, ClassifyRequest, CompletionRequest
 from ptuning.serving.request_record import Recorded
 from ptuning.serving.response_items import ResponsesRequest
 from ptuning.serving.service import Service
 from ptuning.serving.status import Replicas, Status
+from ptuning.tuning.files import FileStore
 
 ID = b"x-request-id"
 _PRINTABLE = re.compile(rb"[\w.:/+=@-]{1,128}")
@@ -45,14 +50,24 @@ def build_app(service: Service, replicas: Replicas | None = None) -> FastAPI:
         good = {"model": answer} | ({"content": answers.events(*chunks)} if chunks else {})
         app.post(path, responses={200: good, **_errors()}, openapi_extra=body | locked)(handler)
 
-    def get(path: str, handler: Callable[..., Any], answer: type[BaseModel] | None = None) -> None:
+    def get(
+        path: str, handler: Callable[..., Any], answer: type[BaseModel] | None = None, query: type[BaseModel] | None = None
+    ) -> None:
         responses: dict[int | str, dict[str, Any]] = {200: {"model": answer}} if answer else {}
-        app.get(path, responses=responses | _errors(), openapi_extra=locked)(handler)
+        parameters = {"parameters": parameters_of(query)} if query else {}
+        app.get(path, responses=responses | _errors(), openapi_extra=parameters | locked)(handler)
 
     post("/v1/completions", api.completions, CompletionRequest, answers.Completion, answers.CompletionChunk)
     post("/v1/chat/completions", api.chat, ChatRequest, answers.ChatCompletion, answers.ChatChunk)
     post("/v1/responses", api.responses, ResponsesRequest, answers.ResponseObject, answers.ResponseEvent)
     post("/v1/classify", api.classify, ClassifyRequest, answers.Classification)
+    files = FileRoutes(service, FileStore(service.storage, service.tuning.file_mb << 20, service.tuning.files_mb_per_key << 20))
+    form = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": UPLOAD}}}}
+    app.post("/v1/files", responses={200: {"model": FileObject}, **_errors()}, openapi_extra=form | locked)(files.create)
+    get("/v1/files", files.files, FileList, FileQuery)
+    get("/v1/files/{file_id}", files.file, FileObject)
+    get("/v1/files/{file_id}/content", files.content)
+    app.delete("/v1/files/{file_id}", responses={200: {"model": FileDeleted}, **_errors()}, openapi_extra=locked)(files.delete)
     get("/v1/models", status.models, answers.Models)
     get("/v1/models/{name:path}", status.model, answers.Model)
     app.post("/v1/admin/reload", responses=_errors(), openapi_extra=locked)(status.reload)
@@ -68,10 +83,12 @@ def build_app(service: Service, replicas: Replicas | None = None) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=service.limits.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after", "x-should-retry"],
         )
+
+    app.add_middleware(Paced)
 
     async def refuse(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code == 404:

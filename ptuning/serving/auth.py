@@ -7,21 +7,46 @@ import hmac
 import ipaddress
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 from ptuning.errors import UserError
+from ptuning.tuning.files import LOCAL
 
-Scope = Literal["inference", "admin"]
-"""admin includes inference, and may also read metrics and reload."""
+Scope = Literal["inference", "tuning", "admin"]
+"""Each includes those before it. inference asks; tuning has files, jobs and batches of its own; admin sees those of all keys,
+reads metrics and reloads."""
 
 VARIABLE = "PTUNING_API_KEYS"
 
 SHORTEST = 16
 
+OWNER = 16
+"""Hexadecimal digits of a key's SHA-256 that name the owner of files, jobs and batches."""
+
 
 class AccessError(UserError):
     """The keys cannot be read, or the address requires keys."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who sent a request."""
+
+    scope: Scope
+    owner: str
+    """Names the key in the records of what it has made. `LOCAL` on a server without keys."""
+
+    def may(self, wanted: Scope) -> bool:
+        """Whether this scope includes the other."""
+        scopes = get_args(Scope)
+        return scopes.index(self.scope) >= scopes.index(wanted)
+
+    @property
+    def sees(self) -> str | None:
+        """The owner whose files, jobs and batches this caller sees; None: those of all."""
+        return None if self.scope == "admin" else self.owner
 
 
 def read_keys(file: str | None) -> dict[str, Scope]:
@@ -45,7 +70,9 @@ def read_keys(file: str | None) -> dict[str, Scope]:
             continue
         scope = scope.strip() or "inference"
         if scope not in get_args(Scope):
-            raise AccessError(f"serve.keys: {place}, key {number}: is followed by an unknown scope; write inference or admin")
+            raise AccessError(
+                f"serve.keys: {place}, key {number}: is followed by an unknown scope; write inference, tuning or admin"
+            )
         if len(key) < SHORTEST:
             raise AccessError(f"serve.keys: {place}, key {number}: is shorter than {SHORTEST} characters; use a longer one")
         keys[_digest(key)] = cast(Scope, scope)
@@ -98,16 +125,17 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def scope_of(header: str | None, keys: dict[str, Scope]) -> Scope | None:
-    """The scope of an Authorization header, or None. If there are no keys at all, every request has every scope."""
+def caller_of(header: str | None, keys: dict[str, Scope]) -> Caller | None:
+    """Who sends this Authorization header; None: the key is unknown. If there are no keys at all, every request may do
+    everything."""
     if not keys:
-        return "admin"
+        return Caller("admin", LOCAL)
     scheme, _, key = (header or "").partition(" ")
-    found: Scope | None = None
+    found: Caller | None = None
     digest = _digest(key.strip())
     for known, scope in keys.items():  # compares all keys, even after a match
         if hmac.compare_digest(known, digest):
-            found = scope
+            found = Caller(scope, known[:OWNER])
     return found if scheme.lower() == "bearer" else None
 
 

@@ -23,7 +23,7 @@ from ptuning.inference.types import AnswerFailed, EngineBusy, EngineStopped
 from ptuning.redaction import logger, placeless
 from ptuning.serving import neutral, proxy
 from ptuning.serving.answers import ErrorBody, ErrorDetail
-from ptuning.serving.auth import Scope, scope_of
+from ptuning.serving.auth import Caller, Scope, caller_of
 from ptuning.serving.complaints import complaint
 from ptuning.serving.protocol import ChatRequest, ClassifyRequest, CompletionRequest
 from ptuning.serving.response_items import ResponsesRequest
@@ -47,6 +47,8 @@ NEUTRAL: Mapping[type[BaseModel], Mapping[str, neutral.Values]] = {
     ResponsesRequest: neutral.RESPONSES,
 }
 """What each request may contain without effect."""
+
+_DUTIES: Mapping[Scope, str] = {"inference": "ask", "tuning": "tune", "admin": "administrate"}
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
 
@@ -115,14 +117,16 @@ def _named(headers: Mapping[str, str] | None) -> dict[str, str]:
     return {name.replace("-", "_"): value for name, value in (headers or {}).items()}
 
 
-def authorize(request: Request, keys: dict[str, Scope], wanted: Scope) -> None:
-    """Refuse a request without a key of this scope."""
-    scope = scope_of(request.headers.get("authorization"), keys)
-    if scope is None:
+def authorize(request: Request, keys: dict[str, Scope], wanted: Scope) -> Caller:
+    """Who sent a request. One without a key of this scope is refused."""
+    caller = caller_of(request.headers.get("authorization"), keys)
+    if caller is None:
         message = "the API key is missing or unknown; send Authorization: Bearer KEY"
         raise ApiError(401, message, "authentication_error", www_authenticate="Bearer")
-    if wanted == "admin" and scope != "admin":
-        raise ApiError(403, "this API key may ask but not administrate; use one with the scope admin", "permission_error")
+    if not caller.may(wanted):
+        may, must = _DUTIES[caller.scope], _DUTIES[wanted]
+        raise ApiError(403, f"this API key may {may} but not {must}; use one with the scope {wanted}", "permission_error")
+    return caller
 
 
 def invalid(error: ValidationError) -> ApiError:
@@ -176,17 +180,17 @@ def unknown_route(path: str, routes: Mapping[str, str]) -> ApiError:
     return ApiError(404, message, "invalid_request_error")
 
 
-async def drain(request: Request, limits: ServeConfig) -> bool:
+async def drain(request: Request, most: int, seconds: float = DRAIN_S) -> bool:
     """Read the rest of the body for a while: closing a connection with an unread body resets it, and the answer is lost.
 
-    Returns: whether the body was read to its end.
+    `most`: bytes. Returns: whether the body was read to its end.
     """
     size = 0
     try:
-        async with asyncio.timeout(DRAIN_S):
+        async with asyncio.timeout(seconds):
             async for chunk in request.stream():
                 size += len(chunk)
-                if size > 4 * limits.max_body_kb * 1024:
+                if size > most:
                     return False
     except TimeoutError:
         return False

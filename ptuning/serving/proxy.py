@@ -1,4 +1,4 @@
-"""Middleware for Ray Serve's proxy: it limits the resources that untrusted input can occupy before its key is checked.
+"""Middleware for Ray Serve's proxy: it limits the resources that untrusted input can occupy.
 
 Ray 2.60 reads requests with uvicorn and httptools. They keep a request head of any length in memory and wait for its end
 without a timeout. Ray also lets clients disable limits by headers, and answers 500 to a header that is not UTF-8. Ray calls
@@ -20,10 +20,15 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ptuning.serving.body_pacing import PACED, Pacer
+
 HEAD_BYTES = 64 * 1024
 """Maximum bytes of a request head, or of anything after it that is not body; one read of the socket more is possible."""
 HEAD_S = 20.0
 """Seconds in which a request head must arrive, counted from its first byte or from the start of the connection."""
+
+FILES = "/v1/files"
+"""Below this path bodies may be larger than the memory."""
 
 BUSY = b"x-all-places-taken"
 """A header by which a replica reports that it is full: for `BUSY_S` seconds the proxy then answers 429 itself. A request that
@@ -34,7 +39,9 @@ REFUSED = b"x-refused-meanwhile"
 SMALL_BYTES, SMALL_S = 64 * 1024, 1.0
 """The largest body that the proxy itself reads to its end, and the seconds in which it must arrive."""
 
-CONTROLS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve_multiplexed_model_id", REFUSED})
+CONTROLS = frozenset(
+    {b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve_multiplexed_model_id", REFUSED, PACED}
+)
 """Headers by which a client could control Ray Serve or the replica."""
 
 
@@ -127,8 +134,12 @@ class ProxyMiddleware:
             if full and full.refused:
                 headers.append((REFUSED, b"%d" % full.refused))
                 full.refused = 0
-            scope = {**scope, "headers": headers}
             send = self._listening(scope["path"], send)
+            if scope["path"].startswith(FILES):
+                headers.append((PACED, b"1"))
+                pacer = Pacer(receive, send)
+                receive, send = pacer.receive, pacer.send
+            scope = {**scope, "headers": headers}
         await self._app(scope, receive, send)
 
     def _listening(self, path: str, send: Send) -> Send:

@@ -45,6 +45,9 @@ class Service:
 
     def __init__(self, experiment: Experiment, keys: Mapping[str, Scope], replica: str) -> None:
         self.limits = experiment.serve
+        self.tuning = experiment.tuning
+        self.storage = storage.join(experiment.compute.storage, "tuning")
+        """The folder of files, jobs and batches."""
         self.keys = dict(keys)
         self.base = find_base(experiment.model)
         config = EngineConfig(

@@ -20,7 +20,8 @@ class ServeConfig(Table):
     port: Annotated[int, Field(ge=0, le=65535, strict=True)] = 8000
     """Port of the API."""
     keys: NonBlank | None = None
-    """File with one API key per line, "KEY" or "KEY admin". Default: the variable PTUNING_API_KEYS (comma-separated)."""
+    """File with one API key per line, "KEY", "KEY tuning" or "KEY admin". Default: the variable PTUNING_API_KEYS, separated by
+    commas."""
     cors_origins: tuple[NonBlank, ...] = ()
     """Origins (https://host or http://host:port) whose web pages may use the API. Requires API keys."""
     soft_prompts: tuple[NonBlank, ...] = ()

@@ -70,11 +70,15 @@ class FileRecord:
     @property
     def stored(self) -> str:
         """Name of its content in its folder: readers know the kind of a file by its ending."""
-        return "content.csv" if self.purpose == "fine-tune-results" else "content.jsonl"
+        return _stored(self.purpose)
 
     @property
     def expired(self) -> bool:
         return self.expires_at is not None and time.time() >= self.expires_at
+
+
+def _stored(purpose: Purpose | None) -> str:
+    return "content.csv" if purpose == "fine-tune-results" else "content.jsonl"
 
 
 def new_id(prefix: str, joint: str = "-") -> str:
@@ -96,11 +100,9 @@ class FileStore:
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    def begin(
-        self, owner: str, filename: str, purpose: Uploaded, *, declared: int = 0, expires_after: int | None = None
-    ) -> Upload:
-        """A file of a client, to be written block by block. `declared`: the bytes that are announced; `expires_after`:
-        seconds.
+    def begin(self, owner: str, filename: str, purpose: Uploaded | None = None, *, declared: int = 0) -> Upload:
+        """A file of a client, to be written block by block. `purpose`: if it is known already; `declared`: the bytes that are
+        announced.
 
         Raises:
             QuotaExceeded: it would be too large.
@@ -108,22 +110,22 @@ class FileStore:
         room = self._room(owner)
         if declared > room[0]:
             raise QuotaExceeded(room[1])
-        return Upload(self, _record(owner, filename, purpose, expires_after), room)
+        return Upload(self, owner, filename, purpose, room)
 
     def create(
         self, owner: str, filename: str, purpose: Uploaded, chunks: Iterable[bytes], expires_after: int | None = None
     ) -> FileRecord:
-        """A file of a client.
+        """A file of a client. `expires_after`: seconds.
 
         Raises:
             FileError: a line is wrong.
             QuotaExceeded: it would be too large.
         """
-        upload = self.begin(owner, filename, purpose, expires_after=expires_after)
+        upload = self.begin(owner, filename, purpose)
         try:
             for chunk in chunks:
                 upload.write(chunk)
-            return upload.finish()
+            return upload.finish(purpose, expires_after)
         except BaseException:
             upload.discard()
             raise
@@ -140,13 +142,13 @@ class FileStore:
     ) -> FileRecord:
         """A file that the server writes, without limits. With `file_id` the same one is written however often this is called:
         for writers that may be killed in between."""
-        upload = Upload(self, _record(owner, filename, purpose, expires_after, file_id), (2**63, ""))
+        out = _Writer(self, owner, filename, _stored(purpose), file_id)
         try:
             for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
-                upload.write(chunk)
-            return upload.finish()
+                out.write(chunk)
+            return out.commit(purpose, expires_after)
         except BaseException:
-            upload.discard()
+            out.discard()
             raise
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -241,7 +243,7 @@ class FileStore:
     def _room(self, owner: str) -> tuple[int, str]:
         """Bytes that a further file of an owner may have, and the sentence for one that is larger."""
         most = self._file_bytes if self._file_bytes is not None else 2**63
-        message = f"the file is larger than {most >> 20} MB; split it, or raise tuning.file_mb on the server"
+        message = f"the file is larger than {most >> 20} MB; split it"
         if self._owner_bytes is None:
             return most, message
         used = sum(record.bytes for record in self._all() if record.owner == owner and record.purpose in get_args(Uploaded))
@@ -249,68 +251,96 @@ class FileStore:
         if left < most:
             message = (
                 f"the files of this key would be larger than {self._owner_bytes >> 20} MB together ({used >> 20} MB are used); "
-                "delete some of them, or raise tuning.files_mb_per_key on the server"
+                "delete some of them first"
             )
         return min(most, left), message
 
-    def _finish(self, record: FileRecord) -> None:
+    def _add(self, record: FileRecord) -> None:
         storage.write_file(self._place(record.id), _RECORD, json.dumps(asdict(record)).encode())
         with self._lock:
             self._known[record.id] = record
 
 
-class Upload:
-    """A file that is being written. End it with `finish` or `discard`."""
+class _Writer:
+    """A file that is being written."""
 
-    def __init__(self, store: FileStore, record: FileRecord, room: tuple[int, str]) -> None:
+    def __init__(self, store: FileStore, owner: str, filename: str, stored: str, file_id: str | None = None) -> None:
+        self.size = 0
         self._store = store
-        self._record = record
-        self._room = room
-        self._size = 0
-        self._check = TrainingLines() if record.purpose == "fine-tune" else None
-        self._place = store._place(record.id)
-        self._out = storage.FileWriter(self._place, record.stored)
+        self._owner = owner
+        self._label = "".join(character for character in filename if character.isprintable())[:LABEL] or "upload"
+        self._id = file_id or new_id("file")
+        self._out = storage.FileWriter(store._place(self._id), stored)
 
     def write(self, block: bytes) -> None:
-        """Raises:
-        FileError: a line is wrong.
-        QuotaExceeded: the file is too large.
-        OSError: the storage cannot be written.
-        """
-        self._size += len(block)
-        if self._size > self._room[0]:
-            raise QuotaExceeded(self._room[1])
-        if self._check:
-            self._check.feed(block)
+        self.size += len(block)
         self._out.write(block)
 
-    def finish(self) -> FileRecord:
-        """Raises:
-        FileError: the file has no rows, or its last line is wrong.
-        """
-        if self._check:
-            self._check.end()
-        if not self._size:
-            raise FileError("the file is empty; send one with content")
+    def commit(self, purpose: Purpose, expires_after: int | None, rows: int | None = None) -> FileRecord:
         self._out.commit()
-        record = FileRecord(**asdict(self._record) | {"bytes": self._size, "rows": self._check and self._check.rows})
-        self._store._finish(record)
+        now = int(time.time())
+        if expires_after is None and purpose in ("batch", "batch_output"):
+            expires_after = BATCH_S
+        expires = None if expires_after is None else now + expires_after
+        record = FileRecord(self._id, self._owner, self._label, purpose, self.size, now, expires, rows)
+        self._store._add(record)
         return record
 
     def discard(self) -> None:
         """Leave nothing of it."""
         self._out.discard()
-        if not storage.exists(self._place, _RECORD):
-            storage.delete_folder(self._place)
+        place = self._store._place(self._id)
+        if not storage.exists(place, _RECORD):
+            storage.delete_folder(place)
 
 
-def _record(owner: str, filename: str, purpose: Purpose, expires_after: int | None, file_id: str | None = None) -> FileRecord:
-    now = int(time.time())
-    if expires_after is None and purpose in ("batch", "batch_output"):
-        expires_after = BATCH_S
-    expires = None if expires_after is None else now + expires_after
-    label = "".join(character for character in filename if character.isprintable())[:LABEL] or "upload"
-    return FileRecord(file_id or new_id("file"), owner, label, purpose, 0, now, expires)
+class Upload:
+    """A file of a client that arrives. End it with `finish` or `discard`."""
+
+    def __init__(self, store: FileStore, owner: str, filename: str, purpose: Uploaded | None, room: tuple[int, str]) -> None:
+        self._purpose = purpose
+        self._room = room
+        self._check = TrainingLines()
+        self._wrong: FileError | None = None
+        """What is wrong with it as a file for training."""
+        self._out = _Writer(store, owner, filename, _stored(purpose))
+
+    def write(self, block: bytes) -> None:
+        """Raises:
+        FileError: a line is wrong, and the file is known to be for training.
+        QuotaExceeded: the file is too large.
+        OSError: the storage cannot be written.
+        """
+        if self._out.size + len(block) > self._room[0]:
+            raise QuotaExceeded(self._room[1])
+        if self._wrong is None and self._purpose in (None, "fine-tune"):
+            try:
+                self._check.feed(block)
+            except FileError as error:
+                if self._purpose is not None:
+                    raise
+                self._wrong = error
+        self._out.write(block)
+
+    def finish(self, purpose: Uploaded, expires_after: int | None = None) -> FileRecord:
+        """All of it has come. `expires_after`: seconds.
+
+        Raises:
+            FileError: it is empty or, for training, a line is wrong.
+        """
+        if not self._out.size:
+            raise FileError("the file is empty; send one with content")
+        if purpose != "fine-tune":
+            return self._out.commit(purpose, expires_after)
+        if self._wrong is None:
+            self._check.end()
+        if self._wrong is not None:
+            raise self._wrong
+        return self._out.commit(purpose, expires_after, self._check.rows)
+
+    def discard(self) -> None:
+        """Leave nothing of it."""
+        self._out.discard()
 
 
 def _parsed(content: bytes) -> FileRecord:
