@@ -42,7 +42,10 @@ class EventQueue(EventBuffer):
 
 
 class EventSender:
-    """Sends events to a queue, several at a time, without waiting for them to arrive.
+    """Sends events to a queue, several at a time, in order, without waiting for them to arrive.
+
+    There is one sending on its way at a time: actors with `async` methods, as a dispatcher's, take several in any order (Ray
+    2.60, actor.py: allow_out_of_order_execution).
 
     Raises:
         RayActorError: the queue was lost; noticed when the next events are sent.
@@ -61,14 +64,16 @@ class EventSender:
     def send(self, event: Fields, *, now: bool) -> None:
         """Hand over one event; unless `now`, it may wait a moment for others."""
         self._waiting.append(event)
-        if now or time.monotonic() - self._sent_at > 0.2:
+        if now:
+            self._arrive()
+        if now or (time.monotonic() - self._sent_at > 0.2 and self._all_arrived()):
             self._dispatch()
 
     def flush(self) -> None:
         """Wait until everything has arrived."""
+        self._arrive()
         self._dispatch()
-        if self._sent:
-            ray.get(self._sent[-1][1])
+        self._arrive()
 
     def recorded_until(self) -> float:
         """The monotonic time before which everything that was handed over has come to the driver's disk, as far as is known:
@@ -80,6 +85,15 @@ class EventSender:
             while self._arrived and self._arrived[0][1] <= recorded:
                 self._recorded_until, _ = self._arrived.popleft()
         return self._recorded_until
+
+    def _all_arrived(self) -> bool:
+        self.recorded_until()
+        return not self._sent
+
+    def _arrive(self) -> None:
+        """Wait until what is on its way has arrived."""
+        if self._sent:
+            ray.get(self._sent[-1][1])
 
     def _dispatch(self) -> None:
         self.recorded_until()

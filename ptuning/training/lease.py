@@ -67,9 +67,10 @@ def check(folder: str, say: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def held(folder: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a run's lease. In the main thread SIGINT interrupts the run, even if a script runs the command in the background,
-    where shells make it ignore SIGINT. SIGINT stops a run cleanly, and also signals a lost lease.
+def held(folder: str, say: Callable[[str], None], end: Callable[[], None] = _thread.interrupt_main) -> Iterator[None]:
+    """Hold a run's lease. `end` is called in another thread when it is lost. In the main thread SIGINT interrupts the run, even
+    if a script runs the command in the background, where shells make it ignore SIGINT. SIGINT stops a run cleanly, and also
+    signals a lost lease.
 
     Raises:
         UserError: another driver holds the run.
@@ -80,7 +81,7 @@ def held(folder: str, say: Callable[[str], None]) -> Iterator[None]:
     _take(folder, mine, say)
     done = threading.Event()
     lost: list[Record] = []
-    thread = threading.Thread(target=_renew, args=(folder, mine, done, lost), name="ptuning-lease", daemon=True)
+    thread = threading.Thread(target=_renew, args=(folder, mine, done, lost, end), name="ptuning-lease", daemon=True)
     ignored = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     if ignored:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -119,13 +120,13 @@ def _take(folder: str, mine: Record, say: Callable[[str], None]) -> None:
         raise UserError(_taken(folder, now or mine))
 
 
-def _renew(folder: str, mine: Record, done: threading.Event, lost: list[Record]) -> None:
+def _renew(folder: str, mine: Record, done: threading.Event, lost: list[Record], end: Callable[[], None]) -> None:
     while not done.wait(BEAT):
         try:
             now = _read(folder)
             if now is not None and now["token"] != mine["token"]:
                 lost.append(now)
-                _thread.interrupt_main()
+                end()
                 return
             mine["beat"] += 1
             _write(folder, mine)

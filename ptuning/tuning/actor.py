@@ -1,0 +1,245 @@
+"""The actor that owns the jobs of a storage folder: one detached process per cluster, which Ray starts again when it dies.
+
+It is the driver of the standing group, the dispatcher that its workers ask, and the only process that writes jobs. Replicas
+reach it by name. A new one reads everything back from the storage; the workers of an old one end with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from ptuning import storage
+from ptuning.config import Experiment
+from ptuning.errors import TrackingError, UserError
+from ptuning.model.base import Base
+from ptuning.redaction import logger, placeless
+from ptuning.registry.registry import Registry
+from ptuning.tracking.client import artifact_root, tracking_uri
+from ptuning.training import lease
+from ptuning.training.dispatcher import Dispatcher, DispatcherService
+from ptuning.training.messages import Fields, Leaving
+from ptuning.tuning.group import GROUP, StandingGroup
+from ptuning.tuning.publication import Publisher
+from ptuning.tuning.request import JobRefused
+from ptuning.tuning.runner import Runner
+from ptuning.tuning.service import Jobs, TooManyJobs, TuningService, UnknownJob
+
+log = logger(__name__)
+
+NAMESPACE = "ptuning"
+LOOK, WRITE = 0.2, 0.5
+"""Seconds between looks at the workers' events, and between writes of the jobs that they change."""
+LONGEST_PAUSE = 60.0
+"""Seconds between two starts of a group whose workers fail, at most."""
+ENDING = 20.0
+"""Seconds in which the workers end, and MLflow takes what it can."""
+
+Answer = tuple[int, dict[str, Any]]
+"""HTTP status, and the answer's body or the fields of an error."""
+
+
+class _FromThreads:
+    """The dispatcher for threads of the actor: it changes in the actor's event loop only."""
+
+    def __init__(self, service: DispatcherService[Dispatcher], loop: asyncio.AbstractEventLoop) -> None:
+        self._service = service
+        self._loop = loop
+
+    def enter(self, order: Fields) -> None:
+        self._tell(self._service._tell(lambda dispatcher: dispatcher.enter(order)))
+
+    def leave(self, run: str, how: Leaving) -> Any:
+        return self._tell(self._service._tell(lambda dispatcher: dispatcher.leave(run, how)))
+
+    def take(self, recorded: int) -> list[Fields]:
+        found: list[Fields] = self._tell(self._service.take(recorded))
+        return found
+
+    def busy(self) -> bool:
+        return bool(self._tell(self._service.busy()))
+
+    def close(self) -> None:
+        self._tell(self._service.close())
+
+    def open(self) -> None:
+        """The group has ended: its runs wait for the next one."""
+
+        def opened(dispatcher: Dispatcher) -> None:
+            dispatcher.closed = False
+            dispatcher.remove_group(GROUP)
+
+        self._tell(self._service._tell(opened))
+
+    def _tell(self, call: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class TuningActor(DispatcherService[Dispatcher]):
+    """See the module."""
+
+    def __init__(self, experiment: dict[str, Any]) -> None:
+        server = Experiment.model_validate(experiment)
+        most = server.tuning.slots_per_key
+        super().__init__(Dispatcher(most or float("inf")))
+        self._server = server
+        self._root = storage.join(server.compute.storage, "tuning")
+        self._me = ray.get_runtime_context().current_actor
+        self._slots = _FromThreads(self, asyncio.get_running_loop())
+        self._service: TuningService | None = None
+        self._unavailable: str | None = None
+        """Why there will be no service."""
+        self._stopped = threading.Event()
+        self._over = threading.Event()
+        threading.Thread(target=self._live, name="tuning", daemon=True).start()
+
+    async def ask(self, what: str, owner: str | None, arguments: Mapping[str, Any]) -> Answer:
+        """Answer a request about jobs: a method of `TuningService`."""
+        service = self._service
+        if service is None:
+            return 503, {"message": self._unavailable or "the tuning service is starting; ask again in a moment"}
+        return await asyncio.to_thread(_answered, service, what, owner, arguments)
+
+    async def stop(self) -> None:
+        """End the workers and write everything down; jobs continue with the next service."""
+        self._stopped.set()
+        await asyncio.to_thread(self._over.wait, ENDING + 10)
+
+    # -- the actor's own thread ----------------------------------------------------------------------------------------
+
+    def _live(self) -> None:
+        try:
+            with lease.held(self._root, log.info, end=lambda: os._exit(1)):
+                self._serve()
+        except UserError as error:
+            self._unavailable = placeless(str(error))
+            log.error("there is no tuning service: %s", error)
+        except Exception:
+            log.exception("the tuning service has failed")
+            os._exit(1)  # Ray starts it again
+        finally:
+            self._over.set()
+
+    def _serve(self) -> None:
+        server = self._server
+        uri = tracking_uri(server)
+        registry = Registry(uri)
+        jobs = Jobs(server, self._root)
+        publisher = Publisher(registry, artifact_root(uri, server.compute.storage))
+        self._wanted: tuple[Experiment, Base] | None = None
+        self._pause, self._not_before = 1.0, 0.0
+        runner = Runner(jobs, publisher, self._slots, self._wake)
+        self._runner = runner
+        self._group = StandingGroup(server, self._root, self._group_ended)
+        runner.recover()
+        self._service = TuningService(jobs, registry, publisher, self._slots, runner.begin, runner.estimate)
+        self._follow(jobs, runner)
+        runner.stop()
+        if self._group.running:
+            self._slots.close()
+            self._group.join(ENDING)
+        with jobs.lock:
+            jobs.flush()
+
+    def _follow(self, jobs: Jobs, runner: Runner) -> None:
+        taken = recorded = 0
+        wrote_at = idle_since = time.monotonic()
+        while not self._stopped.wait(LOOK):
+            events = self._slots.take(recorded)
+            runner.hear(events)
+            taken += len(events)
+            now = time.monotonic()
+            if now - wrote_at >= WRITE:
+                wrote_at = now
+                try:
+                    with jobs.lock:
+                        jobs.flush()
+                    recorded = taken
+                except (OSError, storage.StorageError) as error:  # the checkpoints keep what is not recorded
+                    log.warning("jobs could not be written: %s", error)
+            if events:
+                self._pause = 1.0
+            if self._slots.busy():
+                idle_since = now
+                self._start_group()
+            elif self._group.running and now - idle_since > self._server.tuning.idle_s:
+                log.info("no jobs: the workers end")
+                self._slots.close()
+                idle_since = now
+
+    def _wake(self, experiment: Experiment, base: Base) -> None:
+        self._wanted = experiment, base
+
+    def _start_group(self) -> None:
+        if not self._group.running and self._wanted and time.monotonic() >= self._not_before:
+            self._group.start(self._me, *self._wanted)
+
+    def _group_ended(self, failure: str | None) -> None:
+        """In the group's thread."""
+        self._slots.open()
+        if failure:
+            log.error("the workers have failed: %s", failure)
+            self._not_before = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+
+def _answered(service: TuningService, what: str, owner: str | None, arguments: Mapping[str, Any]) -> Answer:
+    try:
+        method = getattr(service, what)
+        return 200, method(owner, **arguments)
+    except UnknownJob as error:
+        return 404, {"message": str(error), "code": "job_not_found"}
+    except TooManyJobs as error:
+        return 429, {"message": str(error), "code": "too_many_jobs"}
+    except JobRefused as error:
+        return 400, {"message": placeless(str(error)), "param": error.param, "code": error.code}
+    except TrackingError as error:
+        return 503, {"message": placeless(str(error))}
+    except UserError as error:
+        return 400, {"message": placeless(str(error))}
+    except OSError as error:
+        log.warning("the storage failed: %s", error)
+        return 503, {"message": "the storage cannot be written at the moment; ask again later"}
+
+
+def actor_name(root_storage: str) -> str:
+    """The name of the actor that owns the jobs of a storage folder."""
+    return f"tuning-{hashlib.sha256(root_storage.encode()).hexdigest()[:16]}"
+
+
+def start_tuning(experiment: Experiment) -> Any:
+    """Start the tuning service of an experiment with absolute paths, in place of an earlier one on this cluster."""
+    stop_tuning(experiment)
+    name = actor_name(experiment.compute.storage)
+    actor: Any = TuningActor
+    return actor.options(name=name, namespace=NAMESPACE, lifetime="detached").remote(experiment.model_dump(mode="json"))
+
+
+def stop_tuning(experiment: Experiment) -> None:
+    """End the tuning service of an experiment, if there is one on this cluster. Its jobs continue with the next one."""
+    name = actor_name(experiment.compute.storage)
+    try:
+        actor = ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return
+    try:
+        ray.get(actor.stop.remote(), timeout=ENDING + 15)
+    except RayError as error:
+        log.warning("the tuning service did not stop by itself: %s", type(error).__name__)
+    ray.kill(actor, no_restart=True)
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        try:
+            ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:
+            return
+        time.sleep(0.1)
