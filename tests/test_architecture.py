@@ -98,6 +98,8 @@ OWNERS = {
         "training.ray_trainer",
         "training.run",
         "training.run_execution",
+        "tuning.actor",
+        "tuning.group",
     },
     "fastapi": {
         "serving.api",
@@ -108,6 +110,7 @@ OWNERS = {
         "serving.paging",
         "serving.replies",
         "serving.status",
+        "serving.tuning_routes",
     },
     "llguidance": {"inference.grammar"},
     "vllm": {

@@ -16,6 +16,8 @@ SERVED_AS = "ptuning.served_as"
 """Tag with the name by which clients ask a version, besides `name:3`."""
 OWNER = "ptuning.owner"
 """Tag with the owner of the job that made a version."""
+REMEMBERED = 10_000
+"""Names of results that a server keeps in mind."""
 LONGEST = 64
 """Maximum characters of a name in the registry (`settings.fields.NAME`)."""
 
@@ -40,6 +42,32 @@ def checkpoints_name(suffix: str, code: str) -> str:
     """The registry's name of a job's checkpoints, whose versions they are."""
     tail = f"-{code}-checkpoints"
     return f"{(suffix or 'tuned')[: LONGEST - len(tail)]}{tail}"
+
+
+class TunedNames:
+    """Which versions answer to the names of jobs' results. Remembers those that were found."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._found: dict[str, str] = {}
+
+    def plain(self, name: str) -> str:
+        """The name as `name:3`, if it is one of a job's result; others, and unknown ones, stay as they are.
+
+        Raises:
+            TrackingError: MLflow does not respond.
+        """
+        if not is_tuned_name(name):
+            return name
+        if name not in self._found:
+            try:
+                version = str(find_tuned(self._registry, name))
+            except RegistryError:
+                return name
+            if len(self._found) >= REMEMBERED:
+                self._found.clear()
+            self._found[name] = version
+        return self._found[name]
 
 
 def find_tuned(registry: Registry, name: str) -> Version:

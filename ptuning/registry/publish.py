@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from ptuning import storage
@@ -17,12 +18,20 @@ from ptuning.storage import StorageError
 AGAIN = "choose another version, or publish it again from an intact copy"
 
 
-def publish(registry: Registry, name: str, folder: str, run_id: str | None, artifact_root: str | None) -> Version:
+def publish(
+    registry: Registry,
+    name: str,
+    folder: str,
+    run_id: str | None,
+    artifact_root: str | None,
+    more_tags: Mapping[str, str] | None = None,
+) -> Version:
     """Publish the soft prompt in a folder as the newest version of a name. Publishing it twice returns the existing version.
 
     Args:
         run_id: the MLflow run that created it; without one, a run is created to hold it.
         artifact_root: where a local tracking store keeps the artifacts of that new run.
+        more_tags: further tags of a new version.
 
     Raises:
         UserError: an invalid name, not a soft prompt, or MLflow does not respond.
@@ -32,7 +41,7 @@ def publish(registry: Registry, name: str, folder: str, run_id: str | None, arti
     check_not_base(name, loaded.card.base)
     files = {file: content for file, content in storage.read_folder(folder).items() if file in FILES}
     files = soft_prompt.without_passwords(files)
-    tags = describe(loaded.card, files)
+    tags = {**describe(loaded.card, files), **(more_tags or {})}
     for version in registry.versions(name):
         if all(version.tags.get(key) == tags[key] for key in ("ptuning.card_hash", "ptuning.content_hash")):
             return version

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -26,6 +26,8 @@ from ptuning.serving.request_record import Recorded
 from ptuning.serving.response_items import ResponsesRequest
 from ptuning.serving.service import Service
 from ptuning.serving.status import Replicas, Status
+from ptuning.serving.tuning_objects import Job, JobCheckpointList, JobEventList, JobList, JobQuery, JobRequest
+from ptuning.serving.tuning_routes import Ask, TuningRoutes
 from ptuning.tuning.files import FileStore
 
 ID = b"x-request-id"
@@ -34,8 +36,9 @@ _PRINTABLE = re.compile(rb"[\w.:/+=@-]{1,128}")
 BEARER = {"type": "http", "scheme": "bearer", "description": "An API key. A server without keys answers without one."}
 
 
-def build_app(service: Service, replicas: Replicas | None = None) -> FastAPI:
-    """The application over a service. `replicas`: how all of them are reached; None: there is one."""
+def build_app(service: Service, replicas: Replicas | None = None, jobs: Ask | None = None) -> FastAPI:
+    """The application over a service. `replicas`: how all of them are reached; None: there is one. `jobs`: how the tuning
+    service is asked; None: there is none."""
     app = FastAPI(title="ptuning", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     api, status = Api(service), Status(service, replicas)
     shapes: list[type[BaseModel]] = [answers.CompletionChunk, answers.ChatChunk, answers.ResponseEvent]
@@ -57,6 +60,9 @@ def build_app(service: Service, replicas: Replicas | None = None) -> FastAPI:
         parameters = {"parameters": parameters_of(query)} if query else {}
         app.get(path, responses=responses | _errors(), openapi_extra=parameters | locked)(handler)
 
+    def act(path: str, handler: Callable[..., Any], answer: type[BaseModel]) -> None:
+        app.post(path, responses={200: {"model": answer}, **_errors()}, openapi_extra=locked)(handler)
+
     post("/v1/completions", api.completions, CompletionRequest, answers.Completion, answers.CompletionChunk)
     post("/v1/chat/completions", api.chat, ChatRequest, answers.ChatCompletion, answers.ChatChunk)
     post("/v1/responses", api.responses, ResponsesRequest, answers.ResponseObject, answers.ResponseEvent)
@@ -68,6 +74,15 @@ def build_app(service: Service, replicas: Replicas | None = None) -> FastAPI:
     get("/v1/files/{file_id}", files.file, FileObject)
     get("/v1/files/{file_id}/content", files.content)
     app.delete("/v1/files/{file_id}", responses={200: {"model": FileDeleted}, **_errors()}, openapi_extra=locked)(files.delete)
+    tuning, place = TuningRoutes(service, jobs), "/v1/fine_tuning/jobs"
+    post(place, tuning.create, JobRequest, Job)
+    get(place, tuning.jobs, JobList, JobQuery)
+    get(f"{place}/{{job_id}}", tuning.job, Job)
+    get(f"{place}/{{job_id}}/events", tuning.events, JobEventList, JobQuery)
+    get(f"{place}/{{job_id}}/checkpoints", tuning.checkpoints, JobCheckpointList, JobQuery)
+    act(f"{place}/{{job_id}}/cancel", tuning.cancel, Job)
+    act(f"{place}/{{job_id}}/pause", tuning.pause, Job)
+    act(f"{place}/{{job_id}}/resume", tuning.resume, Job)
     get("/v1/models", status.models, answers.Models)
     get("/v1/models/{name:path}", status.model, answers.Model)
     app.post("/v1/admin/reload", responses=_errors(), openapi_extra=locked)(status.reload)
@@ -98,6 +113,12 @@ def build_app(service: Service, replicas: Replicas | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, refuse)
     app.add_exception_handler(ApiError, refuse)
     app.add_exception_handler(Exception, refuse)
+    _describe(app, shapes)
+    return app
+
+
+def _describe(app: FastAPI, shapes: Sequence[type[BaseModel]]) -> None:
+    """Let the application's OpenAPI document contain the key and these shapes."""
     described_by_fastapi = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -113,7 +134,6 @@ def build_app(service: Service, replicas: Replicas | None = None) -> FastAPI:
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # the way that FastAPI documents
-    return app
 
 
 def _errors() -> dict[int | str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.config import BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
@@ -20,12 +22,15 @@ from ptuning.serving.ray_metrics import RayMetrics
 from ptuning.serving.service import Reloaded, Service
 from ptuning.serving.status import Method
 from ptuning.settings.running import ServeConfig
+from ptuning.tuning.actor_name import NAMESPACE, actor_name
 
 DEPLOYMENT = "replica"
 HEALTH_S = 2.0
 """Seconds between two health checks. A replica whose engine has stopped is replaced after three of them (Ray 2.60)."""
 REPLICAS_S = 20.0
 """Seconds in which all replicas must answer a request for their metrics, or to check the registry."""
+JOBS_S = 30.0
+"""Seconds in which the tuning service must answer."""
 
 
 @serve.ingress()
@@ -34,15 +39,26 @@ class Replica:
 
     def __init__(self, experiment: dict[str, Any], keys: dict[str, Scope]) -> None:
         replica = serve.get_replica_context().replica_id.unique_id
-        self._service = Service(Experiment.model_validate(experiment), keys, replica)
+        settings = Experiment.model_validate(experiment)
+        self._tuning = actor_name(settings.compute.storage)
+        self._service = Service(settings, keys, replica)
         self._exported = RayMetrics(self._service.metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._service, self._replicas)
+        return build_app(self._service, self._replicas, self._jobs if self._service.tuning.workers else None)
 
     async def _replicas(self, method: Method) -> list[Any]:
         """Call a method of every replica that runs, this one included."""
         return list(await self._handle.broadcast(method).results_async(timeout_s=REPLICAS_S))
+
+    async def _jobs(self, what: str, owner: str | None, arguments: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Ask the actor that owns the jobs."""
+        try:
+            actor = await asyncio.to_thread(ray.get_actor, self._tuning, NAMESPACE)
+            answer: tuple[int, dict[str, Any]] = await asyncio.wait_for(actor.ask.remote(what, owner, arguments), JOBS_S)
+        except (ValueError, RayActorError, TimeoutError) as error:  # ValueError: there is no actor of this name yet
+            raise ConnectionError from error
+        return answer
 
     @cached_property
     def _handle(self) -> Any:

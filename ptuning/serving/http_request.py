@@ -28,6 +28,7 @@ from ptuning.serving.complaints import complaint
 from ptuning.serving.protocol import ChatRequest, ClassifyRequest, CompletionRequest
 from ptuning.serving.response_items import ResponsesRequest
 from ptuning.serving.served_models import UnknownModel
+from ptuning.serving.tuning_objects import JobRequest
 from ptuning.settings.running import ServeConfig
 
 log = logger(__name__)
@@ -45,6 +46,7 @@ NEUTRAL: Mapping[type[BaseModel], Mapping[str, neutral.Values]] = {
     ChatRequest: neutral.CHAT,
     ClassifyRequest: neutral.CLASSIFY,
     ResponsesRequest: neutral.RESPONSES,
+    JobRequest: neutral.JOB,
 }
 """What each request may contain without effect."""
 

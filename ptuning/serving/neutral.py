@@ -91,6 +91,8 @@ CLASSIFY: dict[str, Values] = {
     name: REQUEST[name] for name in ("user", "metadata", "safety_identifier", "request_id", "priority")
 }
 
+JOB: dict[str, Values] = {"integrations": ([],)}
+
 MESSAGE: dict[str, Values] = {
     "name": (str,),
     "refusal": (),

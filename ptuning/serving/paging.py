@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
@@ -20,10 +20,11 @@ Item = TypeVar("Item", bound=Identified)
 Query = TypeVar("Query", bound=BaseModel)
 
 
-def query_of(request: Request, shape: type[Query]) -> Query:
-    """The parameters in the address of a request."""
+def query_of(request: Request | Mapping[str, str], shape: type[Query]) -> Query:
+    """The parameters in the address of a request, or some of them."""
+    given = request.query_params if isinstance(request, Request) else request
     try:
-        return shape.model_validate_strings(dict(request.query_params))
+        return shape.model_validate_strings(dict(given))
     except ValidationError as error:
         raise invalid(error) from None
 

@@ -34,6 +34,7 @@ from ptuning.model.base import Base
 from ptuning.model.compatibility import check_base
 from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
 from ptuning.redaction import last_name, logger, placeless, redact
+from ptuning.registry.names import TunedNames
 from ptuning.registry.publish import retrieve
 from ptuning.registry.registry import CHAMPION, Registry, Version
 from ptuning.serving.residency import Residency, Resident
@@ -139,6 +140,7 @@ class ServedModels:
         self._engine = engine
         self.residency = Residency(engine, resident_bytes)
         self._registry = registry
+        self._tuned = TunedNames(registry)
         self._only = frozenset(only)
         self._folder = storage.join(folder, "-".join([base.fingerprint.weights[:16], *filter(None, [base.stored_in])]))
         self._lock = threading.Lock()
@@ -166,7 +168,10 @@ class ServedModels:
         Raises:
             UnknownModel: there is none; the message lists the known names.
         """
-        served = self._names.get(model)
+        plain = self._tuned.plain(model)
+        if plain != model and plain not in self._names:  # a job has just published it
+            self.sync()
+        served = self._names.get(plain)
         if served is None:
             known = sorted(name for name in self._names if ":" not in name)
             listed = [name for place, name in enumerate(known, 1) if len(", ".join(known[:place])) <= LISTED]

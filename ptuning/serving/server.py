@@ -36,6 +36,8 @@ from ptuning.serving.auth import Scope, check_address, check_origins, is_loopbac
 from ptuning.serving.deployment import application, gpus_per_replica
 from ptuning.tracking.client import database, obeyed, tracking_uri
 from ptuning.tracking.database import check_database
+from ptuning.tuning.actor import start_tuning, stop_tuning
+from ptuning.tuning.group import per_worker
 
 log = logger(__name__)
 
@@ -67,6 +69,7 @@ class Server:
         try:
             say("starting; a replica loads the base first")
             self.handle = _run(self._experiment, keys)
+            _start_tuning(self._experiment, say)
         except BaseException:
             self._end()
             raise
@@ -101,6 +104,8 @@ class Server:
         if self._ours and not (self._started_here and own_cluster()):  # a cluster of its own ends as a whole
             with suppress(Exception):  # it never started, or the cluster was lost: the error is already reported
                 serve.delete(APPLICATION)
+            with suppress(Exception):
+                stop_tuning(self._experiment)
         if self._started_here:
             leave_ray()
 
@@ -132,6 +137,7 @@ def deploy(experiment: Experiment, *, insecure: bool, say: Callable[[str], None]
     try:
         keep = _keep_package()
         state = _run(experiment, keys).state.remote().result(timeout_s=60)
+        _start_tuning(experiment, say)
         keep()
     finally:
         ray.shutdown()
@@ -173,6 +179,15 @@ def _run(experiment: Experiment, keys: Mapping[str, Scope]) -> Any:
         return serve.run(application(experiment, keys, _surge(experiment)), name=APPLICATION, route_prefix="/")
     except Exception as error:  # Serve raises many types: of the replica, of a proxy, of its controller, of a timeout
         raise UserError(f"the server did not start: {_reason(error)}; Ray's own logs are in {ray_logs()}") from None
+
+
+def _start_tuning(experiment: Experiment, say: Callable[[str], None]) -> None:
+    """Let the tuning service go on, with the settings of now."""
+    if experiment.tuning.workers:
+        start_tuning(experiment)
+        say(f"jobs train in {experiment.tuning.slots} slots")
+    else:
+        stop_tuning(experiment)
 
 
 def _url(experiment: Experiment) -> str:
@@ -267,7 +282,14 @@ def _check_resources(experiment: Experiment) -> None:
     """Serve would wait for them for ever."""
     limits, have = experiment.serve, ray.cluster_resources()
     least = limits.replicas if isinstance(limits.replicas, int) else limits.replicas[0]
+    workers, jobs = experiment.tuning.workers, per_worker(experiment)
     for kind, each in (("CPU", limits.cpus_per_replica), ("GPU", gpus_per_replica(limits))):
+        if workers and least * each + workers * jobs[kind] > have.get(kind, 0) >= least * each:
+            raise UserError(
+                f"tuning.workers: {workers} workers with {jobs[kind]:g} {kind} each beside {least} replicas need "
+                f"{least * each + workers * jobs[kind]:g}, the cluster has {have.get(kind, 0):g}; lower tuning.workers, "
+                f"compute.{kind.lower()}s_per_worker or serve.{kind.lower()}s_per_replica"
+            )
         if least * each > have.get(kind, 0):
             raise UserError(
                 f"serve.replicas: {least} replicas with {each:g} {kind} each need {least * each:g}, the cluster has "

@@ -14,6 +14,7 @@ Metadata = Annotated[
     dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
 Label = Annotated[str, Field(min_length=1, max_length=1000)]
+Labels = Annotated[list[Label], Field(min_length=2, max_length=1000)]
 Text = Annotated[str, Field(min_length=1, max_length=20_000)]
 
 
@@ -28,8 +29,8 @@ class OpenAIHyperparameters(Shape):
 
 class Hyperparameters(OpenAIHyperparameters):
     trials: Auto | Annotated[int, Field(ge=1, le=32)] | None = None
-    """Soft prompts that are trained with different learning rates if the learning rate is auto. auto: the server's choice, and 1
-    if any hyperparameter of OpenAI's is given."""
+    """Soft prompts that are trained with different learning rates if the learning rate is auto. auto: the server's choice, and
+    1 if any hyperparameter of OpenAI's is given."""
     prompt_length: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Virtual tokens."""
     prompt_kind: Literal["embedding", "kv"] | None = None
@@ -49,9 +50,9 @@ class RowTemplate(Shape):
 
 class Supervised(Shape):
     hyperparameters: Hyperparameters | None = None
-    labels: Literal["auto", "none"] | Annotated[list[Label], Field(min_length=2, max_length=1000)] | dict[str, Label] | None = None
-    """All labels of a classification task, or a table from values of the rows to labels. auto (the default): the answers, if there
-    are few different ones; none: the answers are free text."""
+    labels: Literal["auto", "none"] | Labels | dict[str, Label] | None = None
+    """All labels of a classification task, or a table from values of the rows to labels. auto (the default): the answers, if
+    there are few different ones; none: the answers are free text."""
     template: RowTemplate | None = None
     """How rows with plain fields become text."""
     system: Text | None = None

@@ -21,6 +21,7 @@ Ask = Callable[[str, str | None, Mapping[str, Any]], Awaitable[tuple[int, dict[s
 the answer. May raise ConnectionError: the actor is starting."""
 
 OFF = "this server takes no jobs; ask who runs it to set tuning.workers"
+UNKNOWN = "there is no such job; GET /v1/fine_tuning/jobs lists those of your key"
 STARTING = "the tuning service is starting; ask again in a moment"
 _METADATA = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
 
@@ -53,9 +54,7 @@ class TuningRoutes:
         none = query.get("metadata") == "null"
         known = {name: value for name, value in query.items() if name != "metadata" and not _METADATA.fullmatch(name)}
         asked = query_of(known, JobQuery)
-        return await self._answer(
-            "list", caller.sees, after=asked.after, limit=asked.limit, metadata=wanted or None, none=none
-        )
+        return await self._answer("list", caller.sees, after=asked.after, limit=asked.limit, metadata=wanted or None, none=none)
 
     async def job(self, job_id: str, request: Request) -> Response:
         return await self._about("get", job_id, request)
@@ -83,7 +82,7 @@ class TuningRoutes:
     async def _about(self, what: str, job: str, request: Request, **more: Any) -> Response:
         caller = self._caller(request)
         if not ID.fullmatch(job):
-            raise ApiError(404, "there is no such job; GET /v1/fine_tuning/jobs lists those of your key", "invalid_request_error")
+            raise ApiError(404, UNKNOWN, "invalid_request_error", code="job_not_found")
         return await self._answer(what, caller.sees, job=job, **more)
 
     async def _listed(self, what: str, job: str, request: Request, usual: int) -> Response:

@@ -7,7 +7,6 @@ reach it by name. A new one reads everything back from the storage; the workers 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import threading
 import time
@@ -27,6 +26,7 @@ from ptuning.tracking.client import artifact_root, tracking_uri
 from ptuning.training import lease
 from ptuning.training.dispatcher import Dispatcher, DispatcherService
 from ptuning.training.messages import Fields, Leaving
+from ptuning.tuning.actor_name import NAMESPACE, actor_name
 from ptuning.tuning.group import GROUP, StandingGroup
 from ptuning.tuning.publication import Publisher
 from ptuning.tuning.request import JobRefused
@@ -35,7 +35,6 @@ from ptuning.tuning.service import Jobs, TooManyJobs, TuningService, UnknownJob
 
 log = logger(__name__)
 
-NAMESPACE = "ptuning"
 LOOK, WRITE = 0.2, 0.5
 """Seconds between looks at the workers' events, and between writes of the jobs that they change."""
 LONGEST_PAUSE = 60.0
@@ -209,11 +208,6 @@ def _answered(service: TuningService, what: str, owner: str | None, arguments: M
     except OSError as error:
         log.warning("the storage failed: %s", error)
         return 503, {"message": "the storage cannot be written at the moment; ask again later"}
-
-
-def actor_name(root_storage: str) -> str:
-    """The name of the actor that owns the jobs of a storage folder."""
-    return f"tuning-{hashlib.sha256(root_storage.encode()).hexdigest()[:16]}"
 
 
 def start_tuning(experiment: Experiment) -> Any:

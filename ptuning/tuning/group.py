@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray.exceptions import RayError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -81,12 +82,21 @@ class StandingGroup:
             self._ended(failure)
 
 
+def per_worker(server: Experiment) -> dict[str, float]:
+    """What each worker of the group needs."""
+    compute = server.compute
+    gpus = compute.gpus_per_worker
+    if gpus is None:
+        gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    return {"CPU": compute.cpus_per_worker or 1.0, "GPU": float(gpus)}
+
+
 def group_experiment(server: Experiment) -> Experiment:
     """What the workers need: the base, and their number."""
     compute = server.compute.model_copy(
         update={
             "workers": server.tuning.workers,
-            "cpus_per_worker": server.compute.cpus_per_worker or 1.0,
+            "cpus_per_worker": per_worker(server)["CPU"],
             "max_failures": RESTARTS,
         }
     )

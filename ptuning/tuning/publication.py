@@ -58,9 +58,8 @@ class Publisher:
         return next((version.tags.get(OWNER, "") for version in versions), None)
 
     def _publish(self, record: JobRecord, name: str, folder: str, run_id: str | None, served_as: str) -> Version:
-        version = publish(self._registry, name, folder, run_id, self._artifact_root)
-        self._registry.tag(version, {SERVED_AS: served_as, OWNER: record.owner, "ptuning.job": record.id})
-        return version
+        tags = {SERVED_AS: served_as, OWNER: record.owner, "ptuning.job": record.id}
+        return publish(self._registry, name, folder, run_id, self._artifact_root, tags)
 
 
 def repeatable(error: UserError) -> bool:
