@@ -133,7 +133,7 @@ class Runner:
             try:  # whose files they are was checked when the job was made
                 found.append(files.data_source(file, None) if file else None)
             except UnknownFile:
-                raise JobRefused(f"{param}: the file was deleted; upload it again", param, "file_not_found") from None
+                raise JobRefused(f"{param}: the file no longer exists; upload it again", param, "file_not_found") from None
         train, validation = found
         assert train is not None
         return train, validation, files.get(record.training_file, None).rows or 0
