@@ -107,7 +107,7 @@ def test_every_call_of_the_stock_client(client: OpenAI, tmp_path: Path) -> None:
 def test_pages(client: OpenAI) -> None:
     ids = [upload(client).id for _ in range(5)]
     newest = [file.id for file in client.files.list()]
-    assert sorted(newest) == sorted(ids)
+    assert newest == ids[::-1]
     assert [file.id for file in client.files.list(limit=2)] == newest  # follows the pages
     first = client.files.list(limit=2)
     assert first.has_more and [file.id for file in first.data] == newest[:2]

@@ -193,8 +193,16 @@ def http() -> dict[str, Any]:
 
 
 def open_loop(url: str, requests: list[tuple[list[int], int]], rate: float, seconds: float) -> list[float]:
-    """Poisson arrivals that wait for nobody; latencies count from when a request was due."""
-    draw, due, times, failed = random.Random(3), 0.0, [], 0
+    """p50 and p99 in milliseconds, and the number of failed requests, of `latencies`."""
+    times, failed = latencies(url, requests, rate, seconds)
+    return [*percentiles(times), failed]
+
+
+def latencies(
+    url: str, requests: list[tuple[list[int], int]], rate: float, seconds: float, seed: int = 3
+) -> tuple[list[float], int]:
+    """Seconds of Poisson arrivals that wait for nobody, each from when it was due; and how many have failed."""
+    draw, due, times, failed = random.Random(seed), 0.0, [], 0
 
     def ask(at: float, ids: list[int], new: int) -> float | None:
         try:
@@ -212,7 +220,7 @@ def open_loop(url: str, requests: list[tuple[list[int], int]], rate: float, seco
             taken = future.result()
             failed += taken is None
             times += [taken] if taken is not None else []
-    return [*percentiles(times), failed]
+    return times, failed
 
 
 def accuracy() -> dict[str, Any]:

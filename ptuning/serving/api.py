@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
@@ -11,7 +12,18 @@ from fastapi.responses import StreamingResponse
 from ptuning.inference.types import EngineBusy
 from ptuning.serving.classification import classify
 from ptuning.serving.completion import Generation, GenerationRequest, Piece
-from ptuning.serving.http_request import BUSY, REFUSED, ApiError, Asked, as_api_error, authorize, drain, read_body
+from ptuning.serving.http_request import (
+    BUSY,
+    REFUSED,
+    ApiError,
+    Asked,
+    as_api_error,
+    authorize,
+    parse_body,
+    read_body,
+    refuse,
+    too_large,
+)
 from ptuning.serving.metrics import REQUESTS
 from ptuning.serving.protocol import Body, ChatRequest, ClassifyRequest, CompletionRequest
 from ptuning.serving.questions import Questions
@@ -43,6 +55,37 @@ class Api:
 
     async def classify(self, request: Request) -> Response:
         return await self._handle(request, "classify", ClassifyRequest, self._classify)
+
+    async def line(self, endpoint: str, content: bytes, record: Record) -> Response:
+        """The answer to a line of a batch, as its route would give it, when no client waits. `content`: the body."""
+        record.route = "batch"
+        try:
+            if self._service.draining:
+                raise ApiError(503, "this server is stopping; ask again in a moment", "server_error")
+            if len(content) > self._limits.max_body_kb * 1024:
+                raise too_large(self._limits)
+            shape, answer = self._lines[endpoint]
+            body = parse_body(content, shape)
+            return await self._service.lane.run(lambda: self._answer(body, answer, record))
+        except Exception as error:  # any error must become a response in OpenAI's format
+            return as_api_error(error).response()
+
+    @property
+    def _lines(self) -> dict[str, tuple[type[Any], Callable[[Any, Served, Record], Awaitable[Response]]]]:
+        return {
+            "/v1/completions": (CompletionRequest, self._complete),
+            "/v1/chat/completions": (ChatRequest, self._chat),
+            "/v1/responses": (ResponsesRequest, self._respond),
+            "/v1/classify": (ClassifyRequest, self._classify),
+        }
+
+    async def _answer(
+        self, body: Asked, answer: Callable[[Asked, Served, Record], Awaitable[Response]], record: Record
+    ) -> Response:
+        served = self._service.models.find(body.model)  # type: ignore[attr-defined]  # every request type has it
+        record.served = served
+        async with self._service.models.held(served):  # what it starts in the engine is held there
+            return await answer(body, served, record)
 
     async def _complete(self, body: CompletionRequest, served: Served, record: Record) -> Response:
         questions = await self._questions.completion(body, served)
@@ -121,6 +164,7 @@ class Api:
             if self._service.draining:
                 raise ApiError(503, "this server is stopping; ask again in a moment", "server_error", retry_after="1")
             authorize(request, self._service.keys, "inference")
+            record.waits = self._service.lane.enter()
             spared = request.headers.get(REFUSED, "")
             if spared.isdigit() and len(spared) < 7:
                 self._service.metrics.add(REQUESTS, int(spared), "none", route, "429")
@@ -129,16 +173,9 @@ class Api:
                 refusal.headers[BUSY] = "1"
                 raise refusal
             body = await read_body(request, shape, self._limits)
-            served = self._service.models.find(body.model)  # type: ignore[attr-defined]  # every request type has it
-            record.served = served
-            async with self._service.models.held(served):  # what it starts in the engine is held there
-                response = await answer(body, served, record)
+            response = await self._answer(body, answer, record)
         except Exception as error:  # any error must become a response in OpenAI's format
-            response = as_api_error(error).response()
-            if not await drain(request, 4 * self._limits.max_body_kb * 1024):
-                # Closed explicitly instead of by the keep-alive timer: bytes that arrive after the answer stop that timer for
-                # good (uvicorn 0.54, data_received), and the client could keep the connection open for ever.
-                response.headers["connection"] = "close"
+            response = await refuse(request, error, 4 * self._limits.max_body_kb * 1024)
         return response
 
 

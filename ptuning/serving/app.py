@@ -15,6 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ptuning.serving import answers
 from ptuning.serving.api import Api
+from ptuning.serving.batch_objects import BatchList, BatchObject, BatchQuery, BatchRequest
+from ptuning.serving.batch_routes import BatchRoutes, Wake
 from ptuning.serving.body_pacing import Paced
 from ptuning.serving.file_objects import UPLOAD, FileDeleted, FileList, FileObject, FileQuery
 from ptuning.serving.file_routes import FileRoutes
@@ -28,6 +30,7 @@ from ptuning.serving.service import Service
 from ptuning.serving.status import Replicas, Status
 from ptuning.serving.tuning_objects import Job, JobCheckpointList, JobEventList, JobList, JobQuery, JobRequest
 from ptuning.serving.tuning_routes import Ask, TuningRoutes
+from ptuning.tuning.batch_store import BatchStore
 from ptuning.tuning.files import FileStore
 
 ID = b"x-request-id"
@@ -36,9 +39,9 @@ _PRINTABLE = re.compile(rb"[\w.:/+=@-]{1,128}")
 BEARER = {"type": "http", "scheme": "bearer", "description": "An API key. A server without keys answers without one."}
 
 
-def build_app(service: Service, replicas: Replicas | None = None, jobs: Ask | None = None) -> FastAPI:
+def build_app(service: Service, replicas: Replicas | None = None, jobs: Ask | None = None, wake: Wake | None = None) -> FastAPI:
     """The application over a service. `replicas`: how all of them are reached; None: there is one. `jobs`: how the tuning
-    service is asked; None: there is none."""
+    service is asked, `wake`: how the runner of batches is reached; None: there is none."""
     app = FastAPI(title="ptuning", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     api, status = Api(service), Status(service, replicas)
     shapes: list[type[BaseModel]] = [answers.CompletionChunk, answers.ChatChunk, answers.ResponseEvent]
@@ -67,7 +70,8 @@ def build_app(service: Service, replicas: Replicas | None = None, jobs: Ask | No
     post("/v1/chat/completions", api.chat, ChatRequest, answers.ChatCompletion, answers.ChatChunk)
     post("/v1/responses", api.responses, ResponsesRequest, answers.ResponseObject, answers.ResponseEvent)
     post("/v1/classify", api.classify, ClassifyRequest, answers.Classification)
-    files = FileRoutes(service, FileStore(service.storage, service.tuning.file_mb << 20, service.tuning.files_mb_per_key << 20))
+    store = FileStore(service.storage, service.tuning.file_mb << 20, service.tuning.files_mb_per_key << 20)
+    files, batches = FileRoutes(service, store), BatchRoutes(service, BatchStore(service.storage), store, wake)
     form = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": UPLOAD}}}}
     app.post("/v1/files", responses={200: {"model": FileObject}, **_errors()}, openapi_extra=form | locked)(files.create)
     get("/v1/files", files.files, FileList, FileQuery)
@@ -83,6 +87,10 @@ def build_app(service: Service, replicas: Replicas | None = None, jobs: Ask | No
     act(f"{place}/{{job_id}}/cancel", tuning.cancel, Job)
     act(f"{place}/{{job_id}}/pause", tuning.pause, Job)
     act(f"{place}/{{job_id}}/resume", tuning.resume, Job)
+    post("/v1/batches", batches.create, BatchRequest, BatchObject)
+    get("/v1/batches", batches.batches, BatchList, BatchQuery)
+    get("/v1/batches/{batch_id}", batches.batch, BatchObject)
+    act("/v1/batches/{batch_id}/cancel", batches.cancel, BatchObject)
     get("/v1/models", status.models, answers.Models)
     get("/v1/models/{name:path}", status.model, answers.Model)
     app.post("/v1/admin/reload", responses=_errors(), openapi_extra=locked)(status.reload)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -16,12 +18,19 @@ from ray.serve.schema import LoggingConfig
 
 from ptuning.cluster.local_paths import absolute
 from ptuning.config import Experiment, read_experiment
+from ptuning.errors import UserError
+from ptuning.inference.types import EngineBusy, EngineStopped
+from ptuning.serving.api import Api
 from ptuning.serving.app import build_app
 from ptuning.serving.auth import Scope, check_address, check_origins, read_keys
+from ptuning.serving.http_request import REQUEST_ID
 from ptuning.serving.ray_metrics import RayMetrics
+from ptuning.serving.request_record import LEFT, Record
+from ptuning.serving.served_models import UnknownModel
 from ptuning.serving.service import Reloaded, Service
 from ptuning.serving.status import Method
 from ptuning.settings.running import ServeConfig
+from ptuning.tuning import batch_actor
 from ptuning.tuning.actor_name import NAMESPACE, actor_name
 
 DEPLOYMENT = "replica"
@@ -43,9 +52,48 @@ class Replica:
         self._tuning = actor_name(settings.compute.storage)
         self._service = Service(settings, keys, replica)
         self._exported = RayMetrics(self._service.metrics)
+        self._api = Api(self._service)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._service, self._replicas, self._jobs if self._service.tuning.workers else None)
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        if batch_actor.has_open(self._service.storage):  # of a server that was killed
+            with suppress(ray.exceptions.RayError):  # the next look at one of them tries again
+                await self._wake()
+        jobs = self._jobs if self._service.tuning.workers else None
+        return build_app(self._service, self._replicas, jobs, self._wake)
+
+    async def _wake(self) -> None:
+        """Have the batches of the storage run."""
+        limits = self._service.limits
+        most = limits.replicas if isinstance(limits.replicas, int) else limits.replicas[1]
+        await batch_actor.wake(self._service.storage, most * self._service.lane.places)
+
+    async def answer_line(self, endpoint: str, content: bytes) -> tuple[int, str, bytes]:
+        """The answer to a line of a batch: HTTP status, an id, and the body."""
+        record, request_id = Record(), uuid.uuid4().hex
+        REQUEST_ID.set(request_id)
+        status = LEFT
+        try:
+            response = await self._api.line(endpoint, content, record)
+            status = response.status_code
+            return status, request_id, bytes(response.body)
+        finally:
+            record.end(self._service.metrics, status)
+
+    async def unknown_models(self, models: list[str]) -> list[str]:
+        """Those that are not served."""
+        return await asyncio.to_thread(self._unknown, models)
+
+    def _unknown(self, models: list[str]) -> list[str]:
+        return [model for model in models if not self._knows(model)]
+
+    def _knows(self, model: str) -> bool:
+        try:
+            self._service.models.find(model)
+        except UnknownModel:
+            return False
+        except (UserError, EngineBusy, EngineStopped):  # it is there, though not now
+            return True
+        return True
 
     async def _replicas(self, method: Method) -> list[Any]:
         """Call a method of every replica that runs, this one included."""

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ptuning.redaction import logger
 from ptuning.serving.auth import Caller, is_loopback
 from ptuning.serving.file_objects import FileDeleted, FileForm, FileList, FileObject, FileQuery
-from ptuning.serving.http_request import ApiError, as_api_error, authorize, drain, invalid
+from ptuning.serving.http_request import ApiError, as_api_error, authorize, invalid, refuse
 from ptuning.serving.paging import page, query_of
 from ptuning.serving.replies import json_response
 from ptuning.serving.service import Service
@@ -44,15 +44,12 @@ class FileRoutes:
             caller = self._caller(request)
             return await self._create(request, caller)
         except Exception as error:  # any error must become a response in OpenAI's format
-            response = _refusal(error).response()
             most, seconds = (2 * self._most, DRAIN_S) if caller else (FORM_BYTES, 1.0)
-            if not await drain(request, most, seconds):
-                response.headers["connection"] = "close"
-        return response
+            return await refuse(request, _refusal(error), most, seconds)
 
     async def files(self, request: Request) -> Response:
         caller = self._caller(request)
-        asked = query_of(request, FileQuery)
+        asked = query_of(request.query_params, FileQuery)
         found = list(await asyncio.to_thread(self._store.list, caller.sees, asked.purpose))
         items, more = page(found if asked.order == "desc" else found[::-1], asked.after, asked.limit)
         data = [_object(record) for record in items]
@@ -111,9 +108,7 @@ class FileRoutes:
             return self._store.begin(caller.owner, filename, purpose, declared=size)
 
         if size > self._most:
-            raise QuotaExceeded(
-                f"the file is larger than {self._most >> 20} MB; split it, or raise tuning.file_mb on the server"
-            )
+            raise QuotaExceeded(f"the file is larger than {self._most >> 20} MB; split it")
         form = UploadForm(boundary, begin)
         try:
             record = await self._receive(request, form)

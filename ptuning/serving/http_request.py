@@ -24,6 +24,7 @@ from ptuning.redaction import logger, placeless
 from ptuning.serving import neutral, proxy
 from ptuning.serving.answers import ErrorBody, ErrorDetail
 from ptuning.serving.auth import Caller, Scope, caller_of
+from ptuning.serving.batch_objects import BatchRequest
 from ptuning.serving.complaints import complaint
 from ptuning.serving.protocol import ChatRequest, ClassifyRequest, CompletionRequest
 from ptuning.serving.response_items import ResponsesRequest
@@ -47,6 +48,7 @@ NEUTRAL: Mapping[type[BaseModel], Mapping[str, neutral.Values]] = {
     ClassifyRequest: neutral.CLASSIFY,
     ResponsesRequest: neutral.RESPONSES,
     JobRequest: neutral.JOB,
+    BatchRequest: {},
 }
 """What each request may contain without effect."""
 
@@ -155,9 +157,23 @@ async def read_body(request: Request, shape: type[Asked], limits: ServeConfig) -
                     break
                 chunks.append(chunk)
     if size > most:
-        raise ApiError(413, f"the body is larger than {limits.max_body_kb} KiB; send less", "invalid_request_error")
+        raise too_large(limits)
+    return parse_body(b"".join(chunks), shape)
+
+
+def too_large(limits: ServeConfig) -> ApiError:
+    """The body exceeds the limit."""
+    return ApiError(413, f"the body is larger than {limits.max_body_kb} KiB; send less", "invalid_request_error")
+
+
+def parse_body(content: bytes, shape: type[Asked]) -> Asked:
+    """The parameters in a body.
+
+    Raises:
+        ApiError: it does not have this shape.
+    """
     try:
-        parsed = from_json(b"".join(chunks), allow_inf_nan=False)
+        parsed = from_json(content, allow_inf_nan=False)
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON ({error}); send a JSON object", "invalid_request_error") from None
     try:
@@ -199,3 +215,13 @@ async def drain(request: Request, most: int, seconds: float = DRAIN_S) -> bool:
     except (RuntimeError, ClientDisconnect):  # RuntimeError: the body was read before
         pass
     return True
+
+
+async def refuse(request: Request, error: Exception, most: int, seconds: float = DRAIN_S) -> Response:
+    """The response to a request with a body that is refused. `most`, `seconds`: as `drain`."""
+    response = as_api_error(error).response()
+    if not await drain(request, most, seconds):
+        # Closed explicitly instead of by the keep-alive timer: bytes that arrive after the answer stop that timer for good
+        # (uvicorn 0.54, data_received), and the client could keep the connection open for ever.
+        response.headers["connection"] = "close"
+    return response

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from ptuning.serving.http_request import ApiError, invalid
@@ -20,9 +19,8 @@ Item = TypeVar("Item", bound=Identified)
 Query = TypeVar("Query", bound=BaseModel)
 
 
-def query_of(request: Request | Mapping[str, str], shape: type[Query]) -> Query:
+def query_of(given: Mapping[str, str], shape: type[Query]) -> Query:
     """The parameters in the address of a request, or some of them."""
-    given = request.query_params if isinstance(request, Request) else request
     try:
         return shape.model_validate_strings(dict(given))
     except ValidationError as error:

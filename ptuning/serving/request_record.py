@@ -28,6 +28,8 @@ class Record:
         self.began = time.monotonic()
         self.route = ""
         """Empty: it asks for no answer, and is not counted."""
+        self.waits = False
+        """A client waits for the answer: lines of batches do not start."""
         self.served: Served | None = None
         self.answers: Sequence[Generation] = ()
         self.n = 1
@@ -112,4 +114,6 @@ class Recorded:
             raise
         finally:
             self._service.open -= counts
+            if record.waits:
+                self._service.lane.leave()
             record.end(self._service.metrics, status)

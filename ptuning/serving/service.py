@@ -17,6 +17,7 @@ from ptuning.redaction import logger
 from ptuning.registry.registry import Registry
 from ptuning.serving import metrics
 from ptuning.serving.auth import Scope
+from ptuning.serving.batch_lane import BatchLane
 from ptuning.serving.metrics import Metrics
 from ptuning.serving.served_models import ServedModels
 from ptuning.tracking.client import tracking_uri
@@ -92,6 +93,7 @@ class Service:
         """True while the replica is stopping and refuses new requests."""
         self.open = 0
         """HTTP requests whose answer is not yet complete."""
+        self.lane = BatchLane(max(1, self.limits.running // 2))
         self._stopped = threading.Event()
         self._look(first=True)
         *_, end = self.engine.generate(Request([self.base.tokenizer.eos_token_id], None, 1, ignore_end=True))

@@ -10,7 +10,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from ptuning.serving.auth import Caller
-from ptuning.serving.http_request import ApiError, as_api_error, authorize, drain, read_body
+from ptuning.serving.http_request import ApiError, authorize, read_body, refuse
 from ptuning.serving.paging import query_of
 from ptuning.serving.service import Service
 from ptuning.serving.tuning_objects import JobQuery, JobRequest
@@ -41,10 +41,7 @@ class TuningRoutes:
             given = body.model_dump(exclude_none=True)
             return await self._answer("create", caller.owner, admin=caller.sees is None, body=given)
         except Exception as error:  # any error must become a response in OpenAI's format
-            response = as_api_error(error).response()
-            if not await drain(request, 4 * self._service.limits.max_body_kb << 10):
-                response.headers["connection"] = "close"
-            return response
+            return await refuse(request, error, 4 * self._service.limits.max_body_kb << 10)
 
     async def jobs(self, request: Request) -> Response:
         """Jobs, the newest first. `metadata[key]=value` filters; `metadata=null`: those without any."""

@@ -66,6 +66,8 @@ class FileRecord:
     """Unix seconds; None: never."""
     rows: int | None = None
     """Rows of a file for training."""
+    made_ns: int = 0
+    """When it was made: lists are ordered by it."""
 
     @property
     def stored(self) -> str:
@@ -189,7 +191,7 @@ class FileStore:
     def list(self, owner: str | None, purpose: str | None = None) -> Sequence[FileRecord]:
         """The files of an owner (None: all), the newest first."""
         found = [record for record in self._all() if owner in (None, record.owner) and purpose in (None, record.purpose)]
-        return sorted(found, key=lambda record: (record.created_at, record.id), reverse=True)
+        return sorted(found, key=lambda record: record.made_ns, reverse=True)
 
     def delete(self, file_id: str, owner: str | None) -> None:
         """Raises:
@@ -278,11 +280,11 @@ class _Writer:
 
     def commit(self, purpose: Purpose, expires_after: int | None, rows: int | None = None) -> FileRecord:
         self._out.commit()
-        now = int(time.time())
+        now, made_ns = int(time.time()), time.time_ns()
         if expires_after is None and purpose in ("batch", "batch_output"):
             expires_after = BATCH_S
         expires = None if expires_after is None else now + expires_after
-        record = FileRecord(self._id, self._owner, self._label, purpose, self.size, now, expires, rows)
+        record = FileRecord(self._id, self._owner, self._label, purpose, self.size, now, expires, rows, made_ns)
         self._store._add(record)
         return record
 
