@@ -10,7 +10,7 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("train", "scale", "search", "budget", "serve", "batch", "predict", "quality", "distill", "plan", "gpu")
+COMMANDS = ("train", "scale", "search", "budget", "serve", "batch", "predict", "prompts", "quality", "distill", "plan", "gpu")
 
 
 def main() -> None:

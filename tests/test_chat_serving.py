@@ -320,7 +320,7 @@ def test_a_merged_export_has_the_chat_template_of_the_card(
 def test_a_base_answers_with_a_template_that_cannot_be_trained(tmp_path: Path) -> None:
     """Nothing but its ids is needed."""
     base = find_base(ModelConfig(path=str(save_base(tmp_path / "odd", FORMS["chatml"], CHATML.partition("{% if")[0]))))
-    from ptuning.serving.served_models import Served
+    from ptuning.serving.loading import Served
 
     served = Served("odd", 0, make_encoder(Template(input="{a}", target="{a}"), base.tokenizer, 100))
     assert served.conversation is not None and served.ends == ()

@@ -246,7 +246,7 @@ def failing(place: str) -> Callable[[SimpleNamespace, pytest.MonkeyPatch], None]
 
 
 def nameless(world: SimpleNamespace, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ServedModels, "names", property(fails()))
+    patch.setattr(ServedModels, "listed", fails())
 
 
 def garbled(world: SimpleNamespace, patch: pytest.MonkeyPatch) -> None:

@@ -32,10 +32,10 @@ TOGETHER = 1024
 """Rows that the engine alone is given at once; more make it no faster."""
 
 
-def untrained() -> SoftPrompt:
+def untrained(seed: int = 0) -> SoftPrompt:
     """Which label it chooses does not matter here."""
     base = find_base(ModelConfig(path="builtin"))
-    vectors = torch.randn(LENGTH, base.width, generator=torch.Generator().manual_seed(0))
+    vectors = torch.randn(LENGTH, base.width, generator=torch.Generator().manual_seed(seed))
     card = Card(
         name="untrained",
         base="builtin",

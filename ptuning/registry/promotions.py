@@ -163,6 +163,7 @@ class PromotionLog:
             if newer.last == state.last:
                 break
             state = newer
+        self.registry.changes.append(self.name, "changed")
         return state
 
     def _move(self, kind: Kind, version: int, seen: State, forced: str | None) -> State:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,7 @@ from typing import Any
 
 from ptuning.errors import TrackingError, UserError, suggest
 from ptuning.redaction import redact
+from ptuning.registry.changes import ChangeLog
 from ptuning.settings.fields import NAME
 from ptuning.tracking import client as tracking_client
 from ptuning.tracking.client import asking
@@ -92,6 +93,12 @@ class Version:
     aliases: tuple[str, ...]
     tags: Mapping[str, str]
 
+    @classmethod
+    def of(cls, entry: Any, aliases: Iterable[str] = ()) -> Version:
+        """Of MLflow's own entry."""
+        created = int(entry.creation_timestamp)
+        return cls(entry.name, int(entry.version), entry.run_id, created, tuple(aliases), dict(entry.tags))
+
     def __str__(self) -> str:
         return f"{self.name}:{self.version}"
 
@@ -129,6 +136,10 @@ class Registry:
         with asking(self.uri):
             return tracking_client.connect(self.uri)
 
+    @cached_property
+    def changes(self) -> ChangeLog:
+        return ChangeLog(self.uri, self.client)
+
     @property
     def is_there(self) -> bool:
         """False: the file of the database does not exist."""
@@ -147,14 +158,7 @@ class Registry:
             for alias, number in model.aliases.items():
                 aliases.setdefault((model.name, int(number)), []).append(alias)
         found = [
-            Version(
-                entry.name,
-                int(entry.version),
-                entry.run_id,
-                int(entry.creation_timestamp),
-                tuple(sorted(aliases.get((entry.name, int(entry.version)), ()))),
-                dict(entry.tags),
-            )
+            Version.of(entry, sorted(aliases.get((entry.name, int(entry.version)), ())))
             for entry in self.pages("search_model_versions", ours, PAGE)
             if NAME.fullmatch(entry.name)  # other clients of MLflow may use any name: line breaks, look-alikes
         ]
@@ -223,13 +227,15 @@ class Registry:
                     raise
             source = f"{self.client.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
             entry = self.client.create_model_version(name, source, run_id, tags={FORMAT: "1", **tags}, await_creation_for=0)
-        return Version(name, int(entry.version), run_id, int(entry.creation_timestamp), (), dict(entry.tags))
+        self.changes.append(name, "created")
+        return Version.of(entry)
 
     def tag(self, version: Version, tags: Mapping[str, str]) -> None:
         """Set tags of a version."""
         with asking(self.uri):
             for key, value in tags.items():
                 self.client.set_model_version_tag(version.name, str(version.version), key, value)
+        self.changes.append(version.name, "changed")
 
     def upload(self, run_id: str, folder: Path) -> None:
         """Upload the files of a soft prompt to a run; the manifest comes last."""
@@ -281,6 +287,7 @@ class Registry:
         except TrackingError as error:
             if error.code != "RESOURCE_DOES_NOT_EXIST":
                 raise
+        self.changes.append(version.name, "changed")
 
 
 def _numbers(versions: list[Version]) -> str:

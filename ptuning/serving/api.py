@@ -24,13 +24,13 @@ from ptuning.serving.http_request import (
     refuse,
     too_large,
 )
+from ptuning.serving.loading import Served
 from ptuning.serving.metrics import REQUESTS
 from ptuning.serving.protocol import Body, ChatRequest, ClassifyRequest, CompletionRequest
 from ptuning.serving.questions import Questions
 from ptuning.serving.replies import ChatReply, CompletionReply, json_response, merged, usage
 from ptuning.serving.request_record import Record, record_of
 from ptuning.serving.response_items import ResponsesReply, ResponsesRequest
-from ptuning.serving.served_models import Served
 from ptuning.serving.service import Service
 
 
@@ -82,7 +82,7 @@ class Api:
     async def _answer(
         self, body: Asked, answer: Callable[[Asked, Served, Record], Awaitable[Response]], record: Record
     ) -> Response:
-        served = self._service.models.find(body.model)  # type: ignore[attr-defined]  # every request type has it
+        served = await self._service.models.bring(body.model)  # type: ignore[attr-defined]  # every request type has it
         record.served = served
         async with self._service.models.held(served):  # what it starts in the engine is held there
             return await answer(body, served, record)

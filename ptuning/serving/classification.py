@@ -12,10 +12,10 @@ from ptuning.inference.label_scorer import LABEL_TOKENS, probabilities
 from ptuning.inference.types import RequestError
 from ptuning.model.label_trie import LabelTrie
 from ptuning.serving.answers import Classification, Label, PromptDetails, Usage
+from ptuning.serving.loading import Served
 from ptuning.serving.protocol import ClassifyRequest, Conversation
 from ptuning.serving.replies import envelope
 from ptuning.serving.request_record import Record
-from ptuning.serving.served_models import Served
 from ptuning.settings.running import ServeConfig
 
 

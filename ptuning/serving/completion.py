@@ -23,7 +23,7 @@ from ptuning.inference.label_scorer import draw_label
 from ptuning.inference.sampling import Sampling, Token
 from ptuning.inference.types import AnswerFailed, End, Request, ResidentPrompt
 from ptuning.serving.detokenizer import TextStream, TokenText, token_text
-from ptuning.serving.served_models import Served
+from ptuning.serving.loading import Served
 from ptuning.serving.structured import Choice, Form
 
 

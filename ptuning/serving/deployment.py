@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import ray
@@ -23,10 +24,10 @@ from ptuning.inference.types import EngineBusy, EngineStopped
 from ptuning.serving.api import Api
 from ptuning.serving.app import build_app
 from ptuning.serving.auth import Scope, check_address, check_origins, read_keys
+from ptuning.serving.brought import UnknownModel
 from ptuning.serving.http_request import REQUEST_ID
 from ptuning.serving.ray_metrics import RayMetrics
 from ptuning.serving.request_record import LEFT, Record
-from ptuning.serving.served_models import UnknownModel
 from ptuning.serving.service import Reloaded, Service
 from ptuning.serving.status import Method
 from ptuning.settings.running import ServeConfig
@@ -34,6 +35,8 @@ from ptuning.tuning import batch_actor
 from ptuning.tuning.actor_name import NAMESPACE, actor_name
 
 DEPLOYMENT = "replica"
+TOLD = 200
+"""Names that are told to who starts a server."""
 HEALTH_S = 2.0
 """Seconds between two health checks. A replica whose engine has stopped is replaced after three of them (Ray 2.60)."""
 REPLICAS_S = 20.0
@@ -131,10 +134,11 @@ class Replica:
         return self._service.open
 
     def state(self) -> dict[str, Any]:
-        """The served versions, and the refused ones with reasons."""
+        """The served names with their versions, and the refused versions with reasons; at most `TOLD` of each."""
         models = self._service.models
-        served = {name: served.id for name, served in models.names.items() if ":" not in name}
-        return {"served": served, "refused": dict(models.refused)}
+        named = ((name, str(entry)) for name, entry, _ in models.listed() if ":" not in name)
+        served = {models.base_id: models.base_id} | dict(islice(named, TOLD))
+        return {"served": served, "refused": dict(islice(models.refused.items(), TOLD))}
 
     def __del__(self) -> None:
         for part in ("_exported", "_service"):

@@ -18,17 +18,17 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from ptuning.errors import UserError
+from ptuning.errors import TrackingError, UserError
 from ptuning.inference.types import AnswerFailed, EngineBusy, EngineStopped
 from ptuning.redaction import logger, placeless
 from ptuning.serving import neutral, proxy
 from ptuning.serving.answers import ErrorBody, ErrorDetail
 from ptuning.serving.auth import Caller, Scope, caller_of
 from ptuning.serving.batch_objects import BatchRequest
+from ptuning.serving.brought import UnknownModel
 from ptuning.serving.complaints import complaint
 from ptuning.serving.protocol import ChatRequest, ClassifyRequest, CompletionRequest
 from ptuning.serving.response_items import ResponsesRequest
-from ptuning.serving.served_models import UnknownModel
 from ptuning.serving.tuning_objects import JobRequest
 from ptuning.settings.running import ServeConfig
 
@@ -91,9 +91,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, UnknownModel):
         return ApiError(404, str(error), "invalid_request_error", "model", code="model_not_found")
     if isinstance(error, UserError):
-        message = placeless(str(error))
-        param = message.partition(":")[0]
-        return ApiError(400, message, "invalid_request_error", param if param in _PARAMETERS else None)
+        return _of_users(error)
     if isinstance(error, EngineBusy):
         return ApiError(429, str(error), "rate_limit_error", retry_after="1")
     if isinstance(error, EngineStopped):
@@ -114,6 +112,15 @@ def as_api_error(error: Exception) -> ApiError:
     log.error("request %s failed", request_id(), exc_info=None if isinstance(error, AnswerFailed) else error)
     message = placeless(str(error)) if isinstance(error, AnswerFailed) else "something went wrong here; see the server's log"
     return ApiError(500, message, "server_error", x_should_retry="false")
+
+
+def _of_users(error: UserError) -> ApiError:
+    if isinstance(error, TrackingError):  # its text names the registry's address
+        message = "the registry does not respond, so this soft prompt cannot be brought; ask again in a moment"
+        return ApiError(503, message, "server_error", retry_after="5")
+    message = placeless(str(error))
+    param = message.partition(":")[0]
+    return ApiError(400, message, "invalid_request_error", param if param in _PARAMETERS else None)
 
 
 def _named(headers: Mapping[str, str] | None) -> dict[str, str]:

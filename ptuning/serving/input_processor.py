@@ -8,8 +8,8 @@ from ptuning.data.chat_text import ChatText
 from ptuning.data.conversations import MESSAGES, Message
 from ptuning.inference.inputs import fields_of, row_ids, too_long
 from ptuning.inference.types import RequestError
+from ptuning.serving.loading import Served
 from ptuning.serving.protocol import ChatRequest
-from ptuning.serving.served_models import Served
 
 ChatUse = Literal["whole", "last"]
 """`serve.chat`."""

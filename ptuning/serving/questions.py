@@ -16,8 +16,8 @@ from ptuning.inference.sampling import Sampling
 from ptuning.inference.types import RequestError
 from ptuning.serving.completion import GenerationRequest
 from ptuning.serving.input_processor import chat_ids, text_ids
+from ptuning.serving.loading import Served
 from ptuning.serving.protocol import Body, ChatRequest, CompletionRequest
-from ptuning.serving.served_models import Served
 from ptuning.serving.structured import Form, form_of
 from ptuning.settings.running import ServeConfig
 

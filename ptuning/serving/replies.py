@@ -31,8 +31,8 @@ from ptuning.serving.answers import (
 )
 from ptuning.serving.completion import Generation, Piece
 from ptuning.serving.detokenizer import TokenText
+from ptuning.serving.loading import Served
 from ptuning.serving.protocol import StreamOptions
-from ptuning.serving.served_models import Served
 from ptuning.serving.structured import Tool
 
 DONE = b"data: [DONE]\n\n"

@@ -11,9 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ptuning.serving import metrics
 from ptuning.serving.completion import Generation
+from ptuning.serving.loading import Served
 from ptuning.serving.metrics import Metrics
 from ptuning.serving.replies import usage
-from ptuning.serving.served_models import Served
 from ptuning.serving.service import Service
 
 _KEY = "ptuning.record"

@@ -14,9 +14,9 @@ from pydantic_core import to_json
 
 from ptuning.serving.answers import Answered, ErrorBody, ResponseObject, ResponseUsage, Usage
 from ptuning.serving.completion import Piece
+from ptuning.serving.loading import Served
 from ptuning.serving.protocol import ChatRequest, Count, Name, Sampled, Shape
 from ptuning.serving.replies import CompletionReply, call_id, chat_logprob
-from ptuning.serving.served_models import Served
 from ptuning.serving.structured import Tool
 
 

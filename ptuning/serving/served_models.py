@@ -1,130 +1,55 @@
-"""The served versions by name: checked, resident in the engine, and cached on disk.
+"""The served versions by name: known by their tags, checked and brought when they are asked, and cached on disk.
 
 A replica polls the registry instead of being notified through Serve's `user_config`: a promotion only changes MLflow, from any
 machine, by people who need not know which clusters serve. So there is no second step that could be forgotten. The price is that
 replicas may differ for `serve.refresh_s`; every answer names the version that gave it.
 
-Each request uses one immutable entry from start to end. A version that fails a check is refused with a logged reason, and the
-name keeps its previous version. The last good set is on disk, so a server can start without its registry.
+What a look finds new is checked at once, if it is not too much; of many thousand versions, those that nobody asks cost a few
+hundred bytes each. A version that fails a check is refused with a logged reason, and the name keeps its previous version. Each
+request uses one immutable entry from start to end. The last good set is on disk (`snapshot`), so a server can start without its
+registry.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import asyncio
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, suppress
 
 from ptuning import storage
-from ptuning.data.chat_encoder import ChatEncoder, chat_template_of, make_encoder
-from ptuning.data.chat_text import ChatText
 from ptuning.data.encoder import Encoder
-from ptuning.errors import DataError, TrackingError, UserError, suggest
+from ptuning.errors import TrackingError, suggest
 from ptuning.inference.engine import Engine
 from ptuning.inference.inputs import RAW
-from ptuning.inference.sampling import Token
-from ptuning.inference.types import End, EngineBusy, EngineStopped, Request, ResidentPrompt
-from ptuning.model import soft_prompt
 from ptuning.model.base import Base
-from ptuning.model.compatibility import check_base
-from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
-from ptuning.redaction import last_name, logger, placeless, redact
-from ptuning.registry.names import TunedNames
-from ptuning.registry.publish import retrieve
-from ptuning.registry.registry import CHAMPION, Registry, Version
-from ptuning.serving.residency import Residency, Resident
-from ptuning.settings.data import Template
+from ptuning.redaction import logger, redact
+from ptuning.registry.listing import Listing
+from ptuning.registry.names import TunedNames, is_tuned_name
+from ptuning.registry.registry import Registry
+from ptuning.serving.brought import Brought, UnknownModel, unknown
+from ptuning.serving.loading import Entry, Loader, Served
+from ptuning.serving.residency import Residency
+from ptuning.serving.snapshot import Snapshot
 from ptuning.tracking.client import OFFLINE
 
 log = logger(__name__)
 
-SNAPSHOT = "served.json"
-AGAIN = 60.0
-"""Seconds until a refused version is checked again: its run may have been repaired."""
-LISTED = 160
-"""Maximum characters of the list of names in the error for an unknown model."""
-_HASH = re.compile(r"[0-9a-f]{64}")
-
-
-class UnknownModel(UserError):
-    """No such name."""
-
-
-@dataclass(frozen=True)
-class Served:
-    """The entry that answers under a name. `prompt` None: the bare base."""
-
-    id: str
-    created: int
-    """Unix seconds."""
-    raw: Encoder
-    """For text without a template."""
-    prompt: Resident | None = None
-    card: Card | None = None
-    encoder: Encoder | None = None
-    """For rows of the template; None without one."""
-
-    @cached_property
-    def conversation(self) -> ChatText | None:
-        """How a conversation becomes text: by the card's chat template or, without any template, by that of the base; None: by
-        neither."""
-        if self.encoder is not None:
-            return self.encoder.chat if isinstance(self.encoder, ChatEncoder) else None
-        jinja = chat_template_of(self.raw.tokenizer)
-        return ChatText(self.raw.tokenizer, Template(chat_template=jinja)) if jinja else None
-
-    @cached_property
-    def ends(self) -> tuple[int, ...]:
-        """Tokens that end an answer, besides those of the base: the end of a turn."""
-        try:
-            return (self.conversation.end,) if self.conversation else ()
-        except DataError:  # no soft prompt can be trained with this template, but a base answers with it
-            return ()
-
-    @property
-    def handle(self) -> ResidentPrompt | None:
-        """Its soft prompt in the engine. Only while it is held (`ServedModels.held`); None: the bare base."""
-        if self.prompt is None:
-            return None
-        assert self.prompt.handle, f"{self.id} is not in memory"
-        return self.prompt.handle
-
-    @property
-    def length(self) -> int:
-        return self.prompt.length if self.prompt else 0
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        return (self.encoder.template.labels or ()) if self.encoder else ()
-
-    @property
-    def content_hash(self) -> str | None:
-        return self.prompt.content_hash if self.prompt else None
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A version in the registry or in the snapshot."""
-
-    name: str
-    version: int
-    created_ms: int
-    content_hash: str
-    card_hash: str
-    fits: bool = field(default=True, compare=False)
-    """False: according to its tags it was made for another base."""
-
-    def __str__(self) -> str:
-        return f"{self.name}:{self.version}"
+AT_ONCE = 64
+"""Versions that are checked as soon as a look finds them; further ones are checked when they are asked."""
+BRINGING = 2
+"""Versions that are brought at the same time for requests."""
+LIST = "/v1/models lists them all"
+MANY = 1000
+"""Names among which none is searched for one that is written alike."""
+ABSENT_S, ABSENT = 5.0, 1000
+"""Seconds for which a name that the registry does not have is not looked up again, and the number of such names."""
 
 
 class ServedModels:
-    """The served names of one replica. `find` may be called from any thread, `sync` from one at a time."""
+    """The served names of one replica. `find` may be called from any thread, `sync` and `survey` from one at a time."""
 
     def __init__(
         self,
@@ -136,244 +61,299 @@ class ServedModels:
         resident_bytes: int | None = None,
     ) -> None:
         """`only`: the names to serve; none: all. `resident_bytes`: the limit of `Residency`."""
-        self._base = base
-        self._engine = engine
         self.residency = Residency(engine, resident_bytes)
         self._registry = registry
         self._tuned = TunedNames(registry)
         self._only = frozenset(only)
         self._folder = storage.join(folder, "-".join([base.fingerprint.weights[:16], *filter(None, [base.stored_in])]))
-        self._lock = threading.Lock()
-        self._loaded: dict[_Entry, Served] = {}
-        self._retry: dict[_Entry, float] = {}
-        self.base_id = soft_prompt.public_base(base.name)
-        bare = Served(self.base_id, int(time.time()), Encoder(RAW, base.tokenizer, engine.longest))
-        self._names: Mapping[str, Served] = {self.base_id: bare}
-        self._champions: dict[str, _Entry] = {}
-        self.refused: Mapping[str, str] = {}
-        """Versions that failed a check, with the reason for clients; the log has the full reason."""
-        self.patience = 20.0
-        """Seconds that a new version waits for a free request before the next poll tries again."""
+        self.loader = Loader(base, engine, registry, self.residency, self._folder)
+        self._snapshot = Snapshot(self._folder)
+        self._listing: Listing[Entry] = Listing(registry, lambda version: Entry.of(version, base), only)
+        self._syncing = threading.Lock()
+        self._lock = threading.RLock()
+        """Held while what follows is changed, never while anything is read or computed."""
+        self._known: dict[str, dict[int, Entry]] = {}
+        """Versions that may be asked, by name."""
+        self._count = 0
+        self._champions: dict[str, Entry] = {}
+        """The last version of each name that was checked as its champion."""
+        self._brought = Brought(self.loader, self.residency, self._lock, self._is_served)
+        self._queue: dict[Entry, None] = {}
+        """Versions to check at once."""
+        self._bringing = ThreadPoolExecutor(BRINGING, "ptuning-bring")
+        self._absent: dict[str, float] = {}
+        self._reached = False
+        self._revision = 0
+        self.base_id = self.loader.base_id
+        self._bare = Served(self.base_id, int(time.time()), Encoder(RAW, base.tokenizer, engine.longest))
         self.looked = 0.0
         """When the registry was last read, in Unix seconds."""
 
     @property
     def names(self) -> Mapping[str, Served]:
-        """All served ids: the base, each name (its champion), each version."""
-        return self._names
+        """All served ids: the base, each name (its champion), each version. Reading one may bring it."""
+        return _Names(self)
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Versions that failed a check, with the reason for clients; the log has the full reason."""
+        return self._brought.refused
+
+    @property
+    def versions(self) -> int:
+        """Number of versions that are served."""
+        return self._count - len(self.refused) - len(self._queue)
+
+    @property
+    def is_whole(self) -> bool:
+        """False: the registry holds names that were not read yet; they are read when they are asked."""
+        return self._listing.whole
 
     def find(self, model: str) -> Served:
-        """The entry of an id.
+        """The entry of an id. It may have to be read, checked and tested first.
 
         Raises:
-            UnknownModel: there is none; the message lists the known names.
+            UnknownModel: there is none, or it is refused; the message says which.
+            TrackingError: MLflow does not respond, and it is not on disk.
+            EngineBusy, EngineStopped: it cannot be tested now.
         """
+        if model == self.base_id:
+            return self._bare
         plain = self._tuned.plain(model)
-        if plain != model and plain not in self._names:  # a job has just published it
-            self.sync()
-        served = self._names.get(plain)
-        if served is None:
-            known = sorted(name for name in self._names if ":" not in name)
-            listed = [name for place, name in enumerate(known, 1) if len(", ".join(known[:place])) <= LISTED]
-            more = f", ... ({len(known)} in all)" if len(known) > len(listed) else ""
-            hint = suggest(model, self._names, "/v1/models lists them all")
-            raise UnknownModel(
-                f"there is no such model; the names are {', '.join(listed)}{more}, and versions are written name:3; {hint}"
-            )
+        name = plain.partition(":")[0]
+        if self._is_unread(name) or (plain != model and self._entry(plain) is None):  # a job has just published it
+            self._read(name)
+        entry = self._entry(plain)
+        if entry is None:
+            raise self._unknown(model)
+        try:
+            served = self._brought.bring(entry)
+        except UnknownModel:
+            previous = self._entry(plain)
+            if previous in (None, entry):
+                raise
+            entry = previous  # the name keeps its previous champion
+            served = self._brought.bring(entry)
+        if plain == name:
+            self._settle(name, entry)
         return served
+
+    async def bring(self, model: str) -> Served:
+        """`find` without making others wait."""
+        if model == self.base_id:
+            return self._bare
+        entry = self._entry(model)
+        known = entry in self._brought if entry else not is_tuned_name(model)
+        if known and not self._is_unread(model.partition(":")[0]):
+            return self.find(model)
+        return await asyncio.get_running_loop().run_in_executor(self._bringing, self.find, model)
 
     def held(self, served: Served) -> AbstractAsyncContextManager[None]:
         """Keep the soft prompt of an entry in memory, so that it can be asked."""
         return self.residency.held(served.prompt)
 
-    @property
-    def versions(self) -> int:
-        """Number of versions that are served."""
-        return len(self._loaded)
+    def listed(self) -> Iterator[tuple[str, Entry, Served | None]]:
+        """Every id but the base's, with what is known of it without bringing it; not what is just being checked."""
+        for name, versions in list(self._known.items()):
+            found = [(name, entry) for entry in [self._entry(name)] if entry and name != self.base_id]
+            for model, entry in [*found, *((str(entry), entry) for entry in versions.values())]:
+                if str(entry) not in self.refused and entry not in self._queue:
+                    yield model, entry, self._brought.get(entry)
 
     def sync(self) -> bool:
         """Update the served set from the registry; True if anything changed.
 
         Raises:
             TrackingError: MLflow does not respond; nothing was changed.
+            EngineBusy: a new version could not be tested; the next call tries again.
         """
-        with self._lock:
-            if not self._registry.is_there and (self._loaded or storage.exists(self._folder, SNAPSHOT)):
-                raise TrackingError(
-                    f"{redact(self._registry.uri)} no longer exists; restore it", OFFLINE
-                )  # not the same as an empty registry
-            versions = [version for version in self._registry.versions() if not self._only or version.name in self._only]
-            self.looked = time.time()
-            champions: dict[str, _Entry] = {}
-            entries: dict[_Entry, Version] = {}
-            for version in versions:  # the newest of each name first
-                entry = self._entry(version)
-                entries[entry] = version
-                if version.name not in champions or CHAMPION in version.aliases:
-                    champions[version.name] = entry
-            return self._apply(champions, entries)
+        with self._syncing:
+            if not self._registry.is_there and (self._known or self._snapshot.exists):
+                # not the same as an empty registry
+                raise TrackingError(f"{redact(self._registry.uri)} no longer exists; restore it", OFFLINE)
+            first = not self.looked
+            try:
+                changed = self._listing.look()
+            except TrackingError:
+                self._reached = False
+                raise
+            self._reached, self.looked = True, time.time()
+            if first and not self._listing.whole:  # what was served last is known at once
+                self._remember()
+            return self._apply(changed)
+
+    def survey(self) -> bool:
+        """Compare some more of a registry that is too large for one look; True if anything changed. Raises as `sync`."""
+        with self._syncing:
+            first = not self._listing.whole
+            return self._apply(self._listing.survey(), check=not first)
 
     def restore(self) -> bool:
         """Serve the last good set from disk; True if there was one."""
+        with self._syncing:
+            there = self._remember()
+            if there:
+                self._apply(())
+            return there
+
+    def save(self, now: bool = False) -> None:
+        """Write the set for a start without the registry; a large one not at every change, unless `now`. A set that was only
+        read from there is not written."""
+        if not self.looked or not (now or self._snapshot.is_due(self._count)):
+            return
         with self._lock:
-            if not storage.exists(self._folder, SNAPSHOT):
-                return False
-            try:
-                snapshot: dict[str, Any] = json.loads(storage.read_file(self._folder, SNAPSHOT))
-                entries = [_Entry(**entry) for entry in snapshot["versions"]]
-                snapshot["champions"].items()
-            except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                log.error("%s/%s is damaged, nothing in it is served: %s", self._folder, SNAPSHOT, error)
-                return False
-            wanted = [entry for entry in entries if not self._only or entry.name in self._only]
-            by_id = {str(entry): entry for entry in wanted}
-            champions = {name: by_id[version] for name, version in snapshot["champions"].items() if version in by_id}
-            return self._apply(champions, dict.fromkeys(wanted))
+            entries = [
+                entry for versions in self._known.values() for entry in versions.values() if str(entry) not in self.refused
+            ]
+            champions = dict(self._champions)
+        self._snapshot.write(champions, entries, self._listing.names)
 
-    def _entry(self, version: Version) -> _Entry:
-        ours, theirs = self._base.fingerprint.parts(), version.fingerprint
-        return _Entry(
-            version.name,
-            version.version,
-            version.created_ms,
-            version.tag("content_hash") or "",
-            version.tag("card_hash") or "",
-            theirs is None or all(ours.get(part) == theirs.get(part) for part in {**theirs, "quantization": ""}),
-        )
-
-    def _apply(self, champions: Mapping[str, _Entry], entries: Mapping[_Entry, Version | None]) -> bool:
-        """Load new versions, champions first; publish the new set; release the versions that are no longer served."""
-        before = (dict(self._loaded), dict(self._champions), dict(self.refused))
-        refused = {str(entry): self.refused[str(entry)] for entry in entries if str(entry) in self.refused}
-        for entry in dict.fromkeys([*champions.values(), *entries]):
-            if entry in self._loaded or time.monotonic() < self._retry.get(entry, 0):
-                continue
-            if not entry.fits and entry.name not in self._only and entry.name not in self._champions:
-                continue  # for another base
-            try:
-                self._loaded[entry] = self._load(entry, entries[entry])
-                refused.pop(str(entry), None)
-            except TrackingError:
-                raise
-            except (EngineBusy, EngineStopped):
-                raise
-            except Exception as error:  # any error must not affect the other versions
-                if not isinstance(error, UserError):
-                    log.exception("%s could not be loaded", entry)
-                self._retry[entry] = time.monotonic() + AGAIN
-                refused[str(entry)] = self._public(entry, error)
-                stays = self._champions.get(entry.name)
-                log.error("%s is refused, %s stays: %s", entry, stays or "nothing", error)
-        # A name whose champion was refused keeps its previous one.
-        self._champions = {
-            name: entry if entry in self._loaded else self._champions[name]
-            for name, entry in champions.items()
-            if entry in self._loaded or name in self._champions
-        }
-        kept = {*entries, *self._champions.values()}
-        left = [entry for entry in self._loaded if entry not in kept]
-        gone = [self._loaded.pop(entry) for entry in left]
-        self.refused = refused
-        if (self._loaded, self._champions, refused) == before:
+    def _remember(self) -> bool:
+        found = self._snapshot.read()
+        if found is None:
             return False
-        self._publish()
-        for served in gone:
-            assert served.prompt is not None
-            self.residency.leave(served.prompt)
+        names = {name: listed for name, listed in found.names.items() if not self._only or name in self._only}
+        self._listing.restore(names)
+        with self._lock:
+            self._champions = {name: entry for name, entry in found.champions.items() if name in names} | self._champions
+        self._update(names)
         return True
 
-    def _public(self, entry: _Entry, error: Exception) -> str:
-        """The reason why a version is refused, for clients: without details of this machine."""
-        if not isinstance(error, UserError):
-            return f"{entry}: could not be loaded; see the server's log"
-        reason = str(error)
-        for place in (self._folder, self._base.name):  # as a whole: a path with spaces looks like several paths
-            reason = reason.replace(place, last_name(place))
-        return placeless(reason)
+    def _apply(self, changed: Collection[str], check: bool = True) -> bool:
+        """Check new versions, champions first, and note the new set. `check` False: they are checked when they are asked."""
+        before = (self._revision, self._brought.revision)
+        self._update(changed, check)
+        names = dict.fromkeys(changed)
+        for entry in dict.fromkeys([*self._queue, *self._brought.due()[:AT_ONCE]]):
+            with suppress(UnknownModel):  # it is noted, and logged
+                self._brought.bring(entry)
+            with self._lock:
+                self._queue.pop(entry, None)
+            names[entry.name] = None
+        for name in names:
+            wanted = self._wanted(name)
+            if wanted is not None and wanted in self._brought:
+                self._settle(name, wanted)
+        if (self._revision, self._brought.revision) == before:
+            return False
+        self.save()
+        return True
 
-    def _publish(self) -> None:
-        bare = self._names[self.base_id]
-        names = {str(entry): served for entry, served in sorted(self._loaded.items(), key=lambda pair: str(pair[0]))}
-        self._names = {**{name: self._loaded[entry] for name, entry in self._champions.items()}, **names, self.base_id: bare}
-        keys = ("name", "version", "created_ms", "content_hash", "card_hash")
-        snapshot = {
-            "champions": {name: str(entry) for name, entry in self._champions.items()},
-            "versions": [{key: getattr(entry, key) for key in keys} for entry in self._loaded],
-        }
-        try:
-            storage.write_file(self._folder, SNAPSHOT, json.dumps(snapshot, indent=1).encode())
-        except OSError as error:  # serve even if the disk is full
-            log.error("%s could not be written, a start without the registry would serve an older set: %s", SNAPSHOT, error)
+    def _update(self, names: Iterable[str], check: bool = True) -> None:
+        """Note the versions of names as they are listed now, and which of them to check at once."""
+        first: list[Entry] = []
+        rest: list[Entry] = []
+        with self._lock:
+            for name in sorted(names):
+                listed, champion, before = self._listing.names.get(name), self._champions.get(name), self._known.get(name, {})
+                there = listed.versions if listed else {}
+                taken = name in self._only or champion is not None
+                found = {number: entry for number, entry in there.items() if entry.fits or taken}
+                if found:
+                    self._known[name] = found
+                else:
+                    self._known.pop(name, None)
+                    champion = self._champions.pop(name, None)
+                self._count += len(found) - len(before)
+                kept = {*found.values(), *([champion] if found and champion else [])}
+                for entry in [*before.values(), *([champion] if champion else [])]:
+                    if entry not in kept:
+                        self._forget(entry)
+                wanted = self._wanted(name)
+                fresh = [entry for entry in found.values() if before.get(entry.version) != entry]
+                first += [wanted] if wanted and wanted != champion else []
+                rest += fresh
+                self._revision += bool(fresh) or len(found) != len(before)
+            for entry in [*first, *rest][: max(0, AT_ONCE - len(self._queue)) if check else 0]:
+                if entry not in self._brought and str(entry) not in self.refused:
+                    self._queue[entry] = None
 
-    def _load(self, entry: _Entry, version: Version | None) -> Served:
-        """A version from disk or from its run, fully checked and tested once.
+    def _wanted(self, name: str) -> Entry | None:
+        """The version that the registry wants to answer under a name."""
+        listed = self._listing.names.get(name)
+        number = listed.current if listed else None
+        return self._known.get(name, {}).get(number) if number else None
 
-        Raises:
-            UserError: it cannot be served; the message gives the reason.
-            TrackingError: MLflow does not respond.
-        """
-        # The hashes are tags that everyone with access to MLflow can write, and they name a folder.
-        if not _HASH.fullmatch(entry.content_hash) or not _HASH.fullmatch(entry.card_hash):
-            raise SoftPromptError(f"{entry}: its tags contain no SHA-256 of vectors and card; publish it again")
-        if entry.name == self.base_id:  # its champion would answer in place of the base, or the base in its place
-            raise SoftPromptError(f"{entry}: has the name of the base on this server; publish it under another name")
-        loaded = self._bytes(entry, version)
-        base, card = self._base, loaded.card
-        check_base(loaded, str(entry), base)
-        room = self._engine.longest - card.length
-        if room < 3:
-            raise SoftPromptError(
-                f"{entry}: {card.length} virtual tokens leave no space in {self._engine.longest} positions; shorten it"
-            )
-        encoder = make_encoder(card.template, base.tokenizer, room) if card.template else None
-        if encoder is not None and card.template is not None and card.template.labels:
-            self._engine.check_room(card.length, 1, max(map(len, encoder.label_ids)))
-        prompt = self.residency.admit(card.content_hash, loaded.vectors, lambda: self._bytes(entry, version).vectors)
-        try:
-            assert prompt.handle
-            self._smoke_test(entry, prompt.handle)
-        except BaseException:
-            self.residency.leave(prompt)
-            raise
-        finally:
-            self.residency.release(prompt)
-        raw = Encoder(RAW, base.tokenizer, room)
-        return Served(str(entry), entry.created_ms // 1000, raw, prompt, card, encoder)
+    def _entry(self, model: str) -> Entry | None:
+        """The version that answers under an id, as far as it is known."""
+        name, colon, number = model.partition(":")
+        settled = self._champions.get(name)
+        if colon:
+            found = self._known.get(name, {}).get(int(number)) if number.isdecimal() and len(number) < 10 else None
+            return next((entry for entry in (found, settled) if entry and str(entry) == model), None)
+        wanted = self._wanted(name)
+        if wanted is None or (settled and wanted in self._queue) or str(wanted) in self.refused:
+            return settled
+        return wanted
 
-    def _bytes(self, entry: _Entry, version: Version | None) -> SoftPrompt:
-        folder = storage.join(self._folder, f"{entry.content_hash}-{entry.card_hash[:16]}")
-        if storage.exists(folder, storage.MANIFEST):
-            try:
-                kept = soft_prompt.load(folder)
-                if kept.card.content_hash == entry.content_hash:
-                    return kept
-                raise SoftPromptError(f"{folder} contains other vectors")
-            except UserError as error:
-                log.warning("%s: %s; it is downloaded again", entry, error)  # and kept until the new copy replaces it
-        if version is None:
-            raise SoftPromptError(f"{entry}: is not cached in {self._folder}; start the registry")
-        loaded, files = retrieve(self._registry, version)
-        try:
-            storage.write_folder(folder, files)
-        except OSError as error:
-            log.error("%s could not be kept on disk, a start without the registry would not serve it: %s", entry, error)
-        return loaded
-
-    def _smoke_test(self, entry: _Entry, handle: ResidentPrompt) -> None:
-        """Generate two tokens. This also caches the soft prompt's keys and values. One token would not suffice: transformers
-        5.23 caches nothing of a request that ends with its prefill (PagedAttentionCache.mark_complete_blocks)."""
-        for event in self._generate(Request([0], handle, 2, ignore_end=True)):
-            if isinstance(event, End) and event.reason == "failed":
-                raise SoftPromptError(f"{entry}: {event.message}; train it again with a lower learning rate")
-
-    def _generate(self, request: Request) -> Iterator[Token | End]:
-        """A request that is queued like any other; if the engine is full, it is retried."""
-        until = time.monotonic() + self.patience
-        while True:
-            try:
-                yield from self._engine.generate(request)
+    def _settle(self, name: str, entry: Entry) -> None:
+        with self._lock:
+            before = self._champions.get(name)
+            if before == entry or name not in self._known:
                 return
-            except EngineBusy:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.02)
+            self._champions[name] = entry
+            self._revision += 1
+            if before and before not in self._known[name].values():
+                self._forget(before)
+
+    def _forget(self, entry: Entry) -> None:
+        self._brought.forget(entry)
+        self._queue.pop(entry, None)
+
+    def _is_served(self, entry: Entry) -> bool:
+        return entry == self._champions.get(entry.name) or entry == self._known.get(entry.name, {}).get(entry.version)
+
+    def _is_unread(self, name: str) -> bool:
+        """Whether the registry may know more of a name than this replica."""
+        if not self._reached or name == self.base_id:
+            return False
+        listed = self._listing.names.get(name)
+        return not listed.read if listed else not self._listing.whole and self._absent.get(name, 0) < time.monotonic()
+
+    def _read(self, name: str) -> None:
+        try:
+            changed = self._listing.read(name)
+        except TrackingError as error:
+            if name not in self._known:
+                raise
+            log.warning("the registry does not respond, %s is as it was: %s", name, error)
+            return
+        if changed:
+            self._update([name], check=False)  # it is checked now
+        elif name not in self._listing.names:
+            if len(self._absent) >= ABSENT:
+                self._absent.clear()
+            self._absent[name] = time.monotonic() + ABSENT_S
+
+    def _unknown(self, model: str) -> UnknownModel:
+        """The error for an id that nothing answers to. Of many names, none is suggested: to compare them all takes long."""
+        if reason := self.refused.get(model):
+            return UnknownModel(reason)
+        if len(self._known) > MANY:
+            return unknown([self.base_id], len(self._known) + 1, LIST)
+        known = sorted({self.base_id, *filter(self._entry, self._known)})
+        return unknown(known, len(known), suggest(model, self.names, LIST))
+
+
+class _Names(Mapping[str, Served]):
+    """What is served, by id."""
+
+    def __init__(self, models: ServedModels) -> None:
+        self._models = models
+
+    def __getitem__(self, model: str) -> Served:
+        try:
+            return self._models.find(model)
+        except UnknownModel:
+            raise KeyError(model) from None
+
+    def __contains__(self, model: object) -> bool:
+        return any(model == each for each in self)
+
+    def __iter__(self) -> Iterator[str]:
+        yield self._models.base_id
+        for model, _, _ in self._models.listed():
+            yield model
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -121,6 +121,7 @@ class Service:
         """Stop at once."""
         self._stopped.set()
         self._watcher.join()
+        self.models.save(now=True)
         self.engine.close()
 
     def _watch(self) -> None:
@@ -130,8 +131,8 @@ class Service:
     def _look(self, first: bool = False) -> None:
         """Poll the registry. If it does not respond, the served versions stay, or are loaded from disk."""
         try:
-            if self.models.sync():
-                log.info("serving %s", ", ".join(self.models.names))
+            if self.models.sync() | (not first and self.models.survey()):
+                log.info("serving %d versions", self.models.versions)
         except TrackingError as error:
             log.warning("the registry does not respond, the served versions stay: %s", error)
             if first and not self.models.restore():

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from itertools import islice
 from typing import Any, Literal
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
+from ptuning.errors import UserError
+from ptuning.inference.types import EngineBusy, EngineStopped
 from ptuning.serving.answers import Model, Models
 from ptuning.serving.http_request import ApiError, as_api_error, authorize
+from ptuning.serving.loading import Entry, Served
 from ptuning.serving.metrics import CONTENT_TYPE, exposition
 from ptuning.serving.replies import json_response
-from ptuning.serving.served_models import Served, UnknownModel
 from ptuning.serving.service import Reloaded, Service
+
+WHOLE, PIECE = 1000, 200
+"""Versions up to which their list is written at once, and those of a piece of a longer one."""
 
 Method = Literal["collect", "reload"]
 Replicas = Callable[[Method], Awaitable[list[Any]]]
@@ -41,15 +47,47 @@ class Status:
 
     async def models(self, request: Request) -> Response:
         authorize(request, self._service.keys, "inference")
-        names = self._service.models.names
-        return json_response(Models(data=[self._model(name, served) for name, served in names.items()]))
+        models = self._service.models
+        if models.versions <= WHOLE:
+            return json_response(Models(data=list(self._models())))
+        return StreamingResponse(self._written(), media_type="application/json")
+
+    def _models(self) -> Iterator[Model]:
+        models = self._service.models
+        yield self._model(models.base_id, models.find(models.base_id))
+        for name, entry, served in models.listed():
+            yield self._model(name, served) if served else self._unbrought(name, entry)
+
+    async def _written(self) -> AsyncIterator[bytes]:
+        """A long list in pieces, so that other requests are answered in between."""
+        yield b'{"object":"list","data":['
+        every, pieces = self._models(), 0
+        while piece := list(islice(every, PIECE)):
+            text = ",".join(model.model_dump_json() for model in piece)
+            yield f"{',' if pieces else ''}{text}".encode()
+            pieces += 1
+            await asyncio.sleep(0)
+        yield b"]}"
 
     async def model(self, name: str, request: Request) -> Response:
         authorize(request, self._service.keys, "inference")
         try:
-            return json_response(self._model(name, self._service.models.find(name)))
-        except UnknownModel as error:
+            return json_response(self._model(name, await self._service.models.bring(name)))
+        except (UserError, EngineBusy, EngineStopped) as error:
             return as_api_error(error).response()
+
+    def _unbrought(self, name: str, entry: Entry) -> Model:
+        """What is known without bringing it."""
+        return Model(
+            id=name,
+            created=entry.created_ms // 1000,
+            owned_by="ptuning",
+            max_model_len=self._service.engine.longest - entry.length,
+            soft_prompt=str(entry),
+            content_hash=entry.content_hash,
+            length=entry.length or None,
+            metrics=dict([entry.metric]) if entry.metric else None,
+        )
 
     def _model(self, name: str, served: Served) -> Model:
         card = served.card
@@ -76,9 +114,9 @@ class Status:
         refused: dict[str, str] = {}
         for each in found:
             refused |= each.refused
-        served = frozenset.intersection(*(each.served for each in found))
+        served = await asyncio.to_thread(lambda: sorted(frozenset.intersection(*(each.served for each in found))))
         changed = any(each.changed for each in found)
-        told = {"changed": changed, "served": sorted(served), "refused": refused, "replicas": len(found)}
+        told = {"changed": changed, "served": served, "refused": refused, "replicas": len(found)}
         return JSONResponse(told)
 
     async def metrics(self, request: Request) -> Response:

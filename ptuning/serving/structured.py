@@ -17,8 +17,8 @@ from ptuning.data.conversations import Message
 from ptuning.data.encoder import Encoder
 from ptuning.inference.types import RequestError
 from ptuning.model.label_trie import Label, LabelTrie
+from ptuning.serving.loading import Served
 from ptuning.serving.protocol import ChatRequest, NamedTool, Sampled
-from ptuning.serving.served_models import Served
 from ptuning.settings.label_values import canonical
 from ptuning.settings.template import template_fields
 
