@@ -1,12 +1,12 @@
-"""The log of changes of a registry: who follows it reads what has changed, not what exists.
+"""The log of changes of a registry: a server that follows it reads what has changed, not what exists.
 
 MLflow (3.17) has no index over the times of changes: asking for what changed last costs 0.4 s for 100,000 names. But it numbers
 the versions of a registered model under a primary key. So every change that ptuning makes appends a version to one registered
 model, `LOG` (not a valid name of a soft prompt), and what came after a number is found by that key. It works on every SQL store
 and through MLflow's server.
 
-An entry is written after its change, so whoever reads it finds the change made. A process that dies in between, other programs,
-and earlier versions of ptuning change without an entry: `listing` notices that later.
+An entry is written after its change, so a reader of the entry finds the change made. A process that dies in between, other
+programs, and earlier versions of ptuning change without an entry: `listing` notices that later.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ A replica polls the registry instead of being notified through Serve's `user_con
 machine, by people who need not know which clusters serve. So there is no second step that could be forgotten. The price is that
 replicas may differ for `serve.refresh_s`; every answer names the version that gave it.
 
-What a look finds new is checked at once, if it is not too much; of many thousand versions, those that nobody asks cost a few
-hundred bytes each. A version that fails a check is refused with a logged reason, and the name keeps its previous version. Each
-request uses one immutable entry from start to end. The last good set is on disk (`snapshot`), so a server can start without its
-registry.
+What a look finds new is checked at once, if it is not too much; of many thousand versions, those that were never asked cost a
+few hundred bytes each. A version that fails a check is refused with a logged reason, and the name keeps its previous version.
+Each request uses one immutable entry from start to end. The last good set is on disk (`snapshot`), so a server can start
+without its registry.
 """
 
 from __future__ import annotations
