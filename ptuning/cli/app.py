@@ -28,6 +28,7 @@ from ptuning.cli.options import (
     non_blank,
 )
 from ptuning.cli.prompts import prompts
+from ptuning.cli.tune import tune
 from ptuning.config import Experiment, read_experiment
 from ptuning.errors import UserError
 from ptuning.redaction import redact, redacted
@@ -103,6 +104,7 @@ app.command()(predict.predict)
 app.command()(serve.serve)
 app.command()(serve.ask)
 app.command()(serve.compare)
+app.add_typer(tune)
 app.command()(jobs.submit)
 app.add_typer(jobs.jobs)
 app.command()(plan.plan)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import urllib.error
-import urllib.request
-from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 from urllib.parse import quote
 
@@ -16,12 +12,11 @@ import typer
 from ptuning import api
 from ptuning.cli.conversation import converse
 from ptuning.cli.options import BaseOption, ExperimentArgument, Json, Overrides, Storage, Tracking, busy, fail, non_blank, table
+from ptuning.cli.server_client import LOCAL_URL, Url, request
 from ptuning.config import read_experiment
 from ptuning.errors import UserError
 from ptuning.redaction import redact
 from ptuning.registry_api import Registry
-
-KEY = "PTUNING_API_KEY"
 
 
 def serve(
@@ -62,7 +57,7 @@ def ask(
             help="The text, or a JSON object with the template's fields. Without it: what is typed, as a conversation.",
         ),
     ] = None,
-    url: Annotated[str, typer.Option("--url", callback=non_blank, help="The server.")] = "http://127.0.0.1:8000/v1",
+    url: Url = LOCAL_URL,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as one JSON object.")] = False,
 ) -> None:
     """Ask the running server one question, or hold a conversation. An API key comes from PTUNING_API_KEY.
@@ -76,13 +71,13 @@ def ask(
     if text is None and not _is_typed():
         text = sys.stdin.read()
     if text is not None:
-        typer.echo(show(_request(url, "chat/completions", _body(name, [{"role": "user", "content": text}]))))
+        typer.echo(show(request(url, "chat/completions", _body(name, [{"role": "user", "content": text}]))))
         return
-    known = _request(url, f"models/{quote(name, safe=':')}")
+    known = request(url, f"models/{quote(name, safe=':')}")
 
     def again(messages: list[dict[str, str]]) -> tuple[dict[str, Any] | None, str]:
         try:
-            return _request(url, "chat/completions", _body(name, messages), say=_raise), ""
+            return request(url, "chat/completions", _body(name, messages), say=_raise), ""
         except UserError as error:
             return None, str(error)
 
@@ -100,27 +95,6 @@ def _body(name: str, messages: list[dict[str, str]]) -> dict[str, Any]:
 
 def _raise(message: str, code: int) -> NoReturn:
     raise UserError(message)
-
-
-def _request(
-    url: str, route: str, body: dict[str, Any] | None = None, say: Callable[[str, int], NoReturn] = fail
-) -> dict[str, Any]:
-    """What the server responds; `say` reports why it does not."""
-    headers = {"content-type": "application/json"}
-    if os.environ.get(KEY):
-        headers["authorization"] = f"Bearer {os.environ[KEY]}"
-    data = json.dumps(body).encode() if body is not None else None
-    question = urllib.request.Request(f"{url.rstrip('/')}/{route}", data, headers)
-    try:
-        with busy("asking"), urllib.request.urlopen(question, timeout=600) as response:
-            answer: dict[str, Any] = json.load(response)
-    except urllib.error.HTTPError as error:
-        say(_complaint(error), 2)
-    except (OSError, ValueError) as error:
-        say(f"{url}: no server answers ({error}); start one with: ptuning serve EXPERIMENT", 1)
-    if not isinstance(answer, dict) or "id" not in answer:
-        say(f"{url}: what answers is not a server of ptuning; correct --url", 1)
-    return answer
 
 
 def compare(
@@ -152,11 +126,3 @@ def compare(
 
 def _say(line: str) -> None:
     typer.echo(redact(line), err=True)
-
-
-def _complaint(error: urllib.error.HTTPError) -> str:
-    try:
-        answer: Any = json.load(error)
-        return str(answer["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"the server answered {error.code} {error.reason}"
