@@ -9,12 +9,15 @@ from typing import Any
 
 import ray
 import ray.train
+from ray._raylet import PlacementGroupID
 from ray.exceptions import OutOfMemoryError
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import BackendSetupCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from ptuning.cluster.connection import own_cluster
 from ptuning.config import Experiment
@@ -31,15 +34,20 @@ would all use the first one."""
 class _Trainer(TorchTrainer):
     """Ray Train without unneeded helper processes, each of which takes 2 s to start and 200 MB."""
 
+    placement: str | None = None
+    """Begin of the names of its placement groups. Who gives one removes what a killed controller leaves
+    (`remove_placement_groups`)."""
+
     def _create_default_callbacks(self) -> list[Any]:
         # Private (2.60, train/v2/api/data_parallel_trainer.py): a version without this method does not call ours either.
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # V2's, which ray's types do not know
-        idle = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if own_cluster() else set())
+        cleaned = own_cluster() or self.placement is not None
+        idle = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if cleaned else set())
         used = [each for each in callbacks if type(each).__name__ not in idle]
         for each in used:
             if isinstance(each, BackendSetupCallback):
                 each.__class__ = _tolerate_out_of_memory()
-        return used
+        return used + ([_named_placement_groups(self.placement)] if self.placement else [])
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         policy = given.get("scaling_policy")
@@ -49,6 +57,35 @@ class _Trainer(TorchTrainer):
         if type(retrying) is DefaultFailurePolicy:
             retrying.__class__ = _without_useless_retries()
         return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
+
+
+def _named_placement_groups(begin: str) -> ControllerCallback:
+    """A local class, as in `_tolerate_out_of_memory`."""
+
+    class NamedPlacementGroups(ControllerCallback):
+        def after_controller_start(self, train_run_context: Any) -> None:
+            # In the controller's process. Train's groups have no names (2.60, execution/worker_group/worker_group.py), and
+            # nothing says whose they are when a controller was killed.
+            import uuid
+
+            from ray.train.v2._internal.execution.worker_group import worker_group
+
+            module: Any = worker_group
+            made = module.placement_group
+
+            def named(*given: Any, **more: Any) -> Any:
+                return made(*given, name=f"{begin}-{uuid.uuid4().hex}", **more)
+
+            module.placement_group = named
+
+    return NamedPlacementGroups()
+
+
+def remove_placement_groups(begin: str) -> None:
+    """Remove the placement groups whose names begin so, and with them the processes that are left in them."""
+    for key, group in placement_group_table().items():
+        if str(group["name"]).startswith(f"{begin}-") and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(key))))
 
 
 def _tolerate_out_of_memory() -> type[BackendSetupCallback]:
@@ -140,14 +177,15 @@ def make_trainer(
     scaling: ray.train.ScalingConfig,
     work: Callable[[dict[str, Any]], None],
     config: dict[str, Any],
+    placement: str | None = None,
 ) -> TorchTrainer:
-    """A Ray Train run of workers that call `work` with `config`. Ray's own files go to `attempt`.
+    """A Ray Train run of workers that call `work` with `config`. Ray's own files go to `attempt`. `placement`: see `_Trainer`.
 
     `work` is a local function, which is pickled by value and imports on the worker, so each side loads only what it needs.
     """
     failures: Any = ray.train.FailureConfig
     run: Any = ray.train.RunConfig
-    return _Trainer(
+    trainer = _Trainer(
         work,
         train_loop_config={"experiment": for_workers(experiment), "threads": None} | config,
         scaling_config=scaling,
@@ -159,6 +197,8 @@ def make_trainer(
             failure_config=failures(max_failures=experiment.compute.max_failures, controller_failure_limit=3),
         ),
     )
+    trainer.placement = placement
+    return trainer
 
 
 def _report_failures(run: str, queue: Any) -> Any:  # ray's types know Train V1's callbacks only

@@ -19,7 +19,8 @@ from ptuning.errors import UserError
 from ptuning.model.base import Base
 from ptuning.redaction import logger
 from ptuning.training.base_placement import place_base
-from ptuning.training.ray_trainer import make_trainer, scale
+from ptuning.training.ray_trainer import make_trainer, remove_placement_groups, scale
+from ptuning.tuning.actor_name import actor_name
 
 log = logger(__name__)
 
@@ -38,6 +39,7 @@ class StandingGroup:
         """`ended` is called in the group's thread when its workers have ended, with the reason unless they were to end."""
         self._server = server
         self._folder = folder
+        self._placement = actor_name(server.compute.storage)
         self._ended = ended
         self._thread: threading.Thread | None = None
 
@@ -68,7 +70,8 @@ class StandingGroup:
             experiment = experiment.model_copy(update={"zero": zero})
             resources: Any = scaling.resources_per_worker
             config = {"events": events, "group": GROUP, "threads": max(1, int(resources["CPU"]))}
-            make_trainer(experiment, attempt, scaling, _work(), config).fit()
+            remove_placement_groups(self._placement)
+            make_trainer(experiment, attempt, scaling, _work(), config, self._placement).fit()
         except (TrainingFailedError, RayError) as error:
             failure = explain(error, self._folder)
         except UserError as error:
