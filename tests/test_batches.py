@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import openai
 import pytest
+from conftest import REPOSITORY
 from openai import OpenAI
 from test_http_api import ADMIN, KEY, Running, fill_storage, raw, settings
 from test_tuning_files_api import ANN, BOB, client_of
@@ -125,8 +127,28 @@ def test_lines_start_when_no_client_waits_and_leave_when_one_comes() -> None:
         assert await line == "done" and len(started) == 2
         lines = [asyncio.create_task(lane.run(work)) for _ in range(4)]
         await asyncio.sleep(0.15)
-        assert len(started) == 4  # two at once
+        assert len(started) == 4  # two at once, of all that wait
         await asyncio.gather(*lines)
+
+    in_loop(check)
+
+
+@pytest.mark.fast
+def test_lines_become_more_while_it_is_quiet() -> None:
+    async def check() -> None:
+        lane, running, most = BatchLane(8), 0, []
+
+        async def work() -> None:
+            nonlocal running
+            running += 1
+            most.append(running)
+            await asyncio.sleep(0.03)
+            running -= 1
+
+        lane.enter()
+        lane.leave()
+        await asyncio.gather(*(lane.run(work) for _ in range(120)))
+        assert most[:2] == [1, 1] and max(most) == 8 and most.index(2) < most.index(8)
 
     in_loop(check)
 
@@ -213,10 +235,10 @@ class Flaky:
         return Answered(200, "r", {"n": body["n"], "usage": usage})
 
 
-def new_batch(root: str, lines: int, model: str = "x") -> BatchRecord:
+def new_batch(root: str, lines: int, model: str = "x", owner: str = "ann") -> BatchRecord:
     rows = (request_line(str(n), body={"model": model, "n": n}) for n in range(lines))
-    file = FileStore(root).create("ann", "in.jsonl", "batch", [content_of(*rows)])
-    return BatchStore(root).create("ann", CHAT, file.id)
+    file = FileStore(root).create(owner, "in.jsonl", "batch", [content_of(*rows)])
+    return BatchStore(root).create(owner, CHAT, file.id)
 
 
 def output_of(root: str, record: BatchRecord) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -305,6 +327,26 @@ def test_two_batches_share_the_places(tmp_path: Path, quick: None) -> None:
     written = [BatchStore(root)._place(record.id) for record in records]
     times = [storage.modified(place) for place in written]
     assert times[1] is not None and times[0] is not None and times[1] < times[0]  # it did not wait for the larger one
+
+
+@pytest.mark.fast
+def test_owners_take_turns(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many batches of one owner do not keep the only batch of another waiting."""
+    root = str(tmp_path)
+    many = [new_batch(root, 30) for _ in range(6)]
+    one = new_batch(root, 30, owner="bob")
+    monkeypatch.setattr(batch_runner, "ACTIVE", 2)
+    ends: list[str] = []
+    save = BatchStore.save
+
+    def noting(self: BatchStore, record: BatchRecord) -> None:
+        save(self, record)
+        if record.ended:
+            ends.append(record.id)
+
+    monkeypatch.setattr(BatchStore, "save", noting)
+    asyncio.run(BatchRunner(root, Flaky(seconds=0.01), 4).run(idle_s=0.2))
+    assert sorted(ends) == sorted([*(record.id for record in many), one.id]) and ends.index(one.id) < 3
 
 
 @pytest.mark.fast
@@ -518,6 +560,20 @@ def test_what_cannot_be_a_batch_is_refused(client: OpenAI) -> None:
     assert [(error.code, error.line) for error in unknown.errors.data] == [("model_not_found", 2)]
 
 
+def test_a_key_has_only_so_many_batches(world: SimpleNamespace, client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ptuning.serving.batch_routes.MOST_OPEN", 1)
+    monkeypatch.setattr(batch_runner, "ACTIVE", 0)
+    first = start(client, request_line())
+    with pytest.raises(openai.RateLimitError, match="1 batches of this key have not ended") as told:
+        start(client, request_line())
+    assert told.value.code == "too_many_batches"
+    with client_of(world, BOB) as bob:
+        other = start(bob, request_line())
+        monkeypatch.undo()
+        ended(bob, other)
+    ended(client, first)
+
+
 def test_each_key_sees_its_own_batches(world: SimpleNamespace, client: OpenAI) -> None:
     made = start(client, request_line())
     with client_of(world, BOB) as bob, client_of(world, ADMIN) as admin, client_of(world, KEY) as asker:
@@ -574,3 +630,18 @@ def test_a_client_that_waits_comes_first(world: SimpleNamespace, client: OpenAI)
     asking.join()
     assert len(seen) > 5 and not any(seen[1:])
     assert ended(client, batch).request_counts.completed == 40
+
+
+def test_the_page_works_as_it_stands(
+    world: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But for the address, the key and the model."""
+    page = (REPOSITORY / "docs" / "guides" / "batches.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for shown, own in (("http://127.0.0.1:8000/v1", world.url), ("unused", ANN), ("sentiment", "fruits")):
+        assert shown in script
+        script = script.replace(shown, own)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script, "batches.md", "exec"), {"__name__": "__main__"})
+    said = sorted(line.split() for line in capsys.readouterr().out.splitlines())
+    assert [custom_id for custom_id, _ in said] == ["row-0", "row-1"] and {label for _, label in said} <= {"fruit", "tool"}

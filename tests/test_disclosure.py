@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from test_http_api import ADMIN, GOOD, HOSTILE, KEY, Running, publish_soft_prompt, serving
+from test_http_api import ADMIN, GOOD, HOSTILE, KEY, TUNER, Running, publish_soft_prompt, serving
 from typer.testing import CliRunner
 
 from ptuning import storage
@@ -279,7 +279,55 @@ def changed(**more: Any) -> bytes:
 
 
 CHAT = "/v1/chat/completions"
+FORM = "multipart/form-data; boundary=xx"
+FILE = {"id", "object", "bytes", "created_at", "expires_at", "filename", "purpose", "status", "status_details"}
+
+
+def form(content: bytes, purpose: bytes = b"fine-tune") -> bytes:
+    """An upload."""
+    begin = b'--xx\r\ncontent-disposition: form-data; name="purpose"\r\n\r\n' + purpose + b"\r\n"
+    file = b'--xx\r\ncontent-disposition: form-data; name="file"; filename="/private/a.jsonl"\r\n\r\n'
+    return begin + file + content + b"\r\n--xx--\r\n"
+
+
+def full_disk(world: SimpleNamespace, patch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device", str(world.storage))
+
+    patch.setattr("ptuning.storage.FileWriter.write", fail)
+
+
+def sent_form(body: bytes, key: str | None = TUNER, **headers: str) -> Case:
+    return sent("POST", "/v1/files", body, key, **({"content_type": FORM} | headers))
+
+
+OF_FILES: dict[str, tuple[int, Case]] = {
+    "a file without a key": (401, sent_form(form(b"{}"), None)),
+    "a file with a client's key": (403, sent_form(form(b"{}"), KEY)),
+    "a file as JSON": (415, sent_form(b"{}", content_type="application/json")),
+    "a file that is compressed": (415, sent_form(form(b"{}"), content_encoding="gzip")),
+    "a file that is none": (400, sent_form(b"garbage")),
+    "a file with a wrong line": (400, sent_form(form(b"{\n"))),
+    "a file with a wrong field": (400, sent_form(form(b'{"colour": {}}'))),
+    "a file of another purpose": (400, sent_form(form(b"x", b"vision"))),
+    "a file on a full disk": (503, while_(full_disk, sent_form(form(b'{"a": "b"}')))),
+    "a file while stopping": (503, while_(draining, sent_form(form(b"{}")))),
+    "files in a wrong order": (400, sent("GET", "/v1/files?order=up", key=TUNER)),
+    **{
+        f"no such {path} {method}": (404, sent(method, f"/v1/{path}", key=TUNER))
+        for path, method in (
+            ("files/file-x", "GET"), ("files/file-x/content", "GET"), ("files/file-x", "DELETE"), ("files/%2e%2e%2fa", "GET"),
+            ("batches/batch_x", "GET"), ("batches/batch_x/cancel", "POST"),
+        )
+    },
+    "a batch with a client's key": (403, sent("POST", "/v1/batches", b"{}")),
+    "a batch of nothing": (400, sent("POST", "/v1/batches", b"{}", TUNER)),
+    "batches without a key": (401, sent("GET", "/v1/batches", key=None)),
+}  # fmt: skip
+"""Refusals of files and batches."""
+
 REFUSALS: dict[str, tuple[int, Case]] = {
+    **OF_FILES,
     **{f"{path} without a key": (401, sent("POST", path, body_for(path), key=None)) for path in POSTS},
     **{f"{path} with a wrong key": (401, sent("POST", path, body_for(path), key=f"{ADMIN}x")) for path in POSTS},
     **{f"{path} GET": (405, sent("GET", path)) for path in POSTS},
@@ -566,6 +614,26 @@ def with_a_key(world: SimpleNamespace, folder: Path) -> None:
         assert ask(world.url, method, path)[0] == 403
 
 
+def with_a_tuning_key(world: SimpleNamespace, folder: Path) -> None:
+    row = b'{"text": "a secret of this client", "label": "b"}\n'
+    status, headers, content = ask(world.url, "POST", "/v1/files", form(row), TUNER, content_type=FORM)
+    made = json.loads(content)
+    assert status == 200 and set(made) == FILE
+    batch = {"input_file_id": made["id"], "endpoint": CHAT, "completion_window": "24h"}
+    refused = ask(world.url, "POST", "/v1/batches", json.dumps(batch).encode(), TUNER)
+    assert refused[0] == 400  # a file of another purpose
+    for path in ("/v1/files", f"/v1/files/{made['id']}", "/v1/batches"):
+        status, headers, content = ask(world.url, "GET", path, key=TUNER)
+        assert status == 200
+        check_public(f"{headers} {content.decode()}", world)
+        assert ask(world.url, "GET", path, key=KEY)[0] == 403
+    for method, path in (("GET", "/metrics"), ("POST", "/v1/admin/reload")):
+        assert ask(world.url, method, path, key=TUNER)[0] == 403
+    assert ask(world.url, "GET", f"/v1/files/{made['id']}/content", key=TUNER)[2] == row
+    assert ask(world.url, "GET", f"/v1/files/{made['id']}/content", key=ADMIN)[2] == row
+    assert ask(world.url, "DELETE", f"/v1/files/{made['id']}", key=TUNER)[0] == 200
+
+
 def with_an_admin_key(world: SimpleNamespace, folder: Path) -> None:
     status, headers, content = ask(world.url, "GET", "/metrics", key=ADMIN)
     series = set(re.findall(rb"^(\w+)\{", content, re.MULTILINE))
@@ -651,6 +719,7 @@ def who_lists_jobs(world: SimpleNamespace, folder: Path) -> None:
 READERS: dict[str, Callable[[SimpleNamespace, Path], None]] = {
     "no key": without_a_key,
     "client key": with_a_key,
+    "tuning key": with_a_tuning_key,
     "admin key": with_an_admin_key,
     "receiver of an export": with_an_export,
     "reader of the storage folder": who_reads_files,
@@ -677,5 +746,5 @@ def test_the_table_names_these_readers_and_fields() -> None:
     table = text.partition("## Who can learn what")[2].partition("\n## ")[0]
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")][1:]
     assert rows == list(READERS)
-    for field in (*MODEL, *CARD, *(key for keys in MADE.values() for key in keys)):
+    for field in (*MODEL, *FILE, *CARD, *(key for keys in MADE.values() for key in keys)):
         assert f"`{field}`" in table, field

@@ -36,7 +36,7 @@ WALK = (
     "docs/getting-started.md",
     *(
         f"docs/guides/{name}.md"
-        for name in ("data", "search", "distill", "registry", "predict", "serving", "python", "cluster", "gpu")
+        for name in ("data", "search", "distill", "registry", "predict", "serving", "batches", "python", "cluster", "gpu")
     ),
 )
 """The pages for users, in the order of the site. What one machine can do of them is run, in this order."""

@@ -68,7 +68,7 @@ pytestmark = [
 LABELS = Template(input="Text: {text}\nKind:", target=" {label}", labels=("fruit", "tool"))
 FREE = Template(input="Text: {text}\nKind:", target=" {answer}")
 PAIR = Template(input="A: {first} B: {second}\nKind:", target=" {label}", labels=("fruit", "tool"))
-KEY, ADMIN = "inference-key-0123456789", "admin-key-0123456789"
+KEY, TUNER, ADMIN = "inference-key-0123456789", "tuning-key-0123456789", "admin-key-0123456789"
 EXAMPLES = int(os.environ.get("PTUNING_EXAMPLES", "20"))
 """Requests that schemathesis invents per operation; `make test-all` has 50."""
 
@@ -154,7 +154,7 @@ def serving(storage: Path, base: Path) -> Iterator[SimpleNamespace]:
     """Serve what `fill_storage` registers, without Ray."""
     registry = fill_storage(storage, base)
     keys = storage / "keys"
-    keys.write_text(f"# keys\n{KEY}\n{ADMIN} admin\n", encoding="utf-8")
+    keys.write_text(f"# keys\n{KEY}\n{TUNER} tuning\n{ADMIN} admin\n", encoding="utf-8")
     service = Service(parse_experiment(settings(storage, base)), read_keys(str(keys)), "test")
     running = Running(build_app(service))
     try:

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.answering import Bench
 from benchmarks.measuring import write
-from benchmarks.serve import EXPERIMENT, latencies, percentiles, post, put, server
+from benchmarks.serve import EXPERIMENT, latencies, percentiles, post, put, server, spread
 
 LINES, TOKENS = 3000, 32
 """Of a batch, and of each answer to a line."""
@@ -29,6 +29,7 @@ def interference(rate: float, windows: int, seconds: float) -> dict[str, Any]:
     bench = Bench()
     requests = [(ids, 8) for _, ids, _ in bench.requests]
     times: dict[str, list[float]] = {"without": [], "with": []}
+    worst: dict[str, list[float]] = {"without": [], "with": []}
     failed, done = 0, 0
     with tempfile.TemporaryDirectory() as folder:
         put(bench, Path(folder) / "runs", "bench", bench.soft_prompts[0])
@@ -39,6 +40,7 @@ def interference(rate: float, windows: int, seconds: float) -> dict[str, Any]:
                     batch = start(url, bench) if side == "with" else None
                     found, bad = latencies(url, requests, rate, seconds, seed=number)
                     times[side] += found
+                    worst[side].append(percentiles(found)[1])
                     failed += bad
                     if batch:
                         done += stop(url, batch)
@@ -53,6 +55,7 @@ def interference(rate: float, windows: int, seconds: float) -> dict[str, Any]:
         "without a batch, ms (p50, p99)": without,
         "with a batch, ms (p50, p99)": with_it,
         "p99 with against without": round(with_it[1] / without[1], 2),
+        "of the windows' p99": spread([own / other for own, other in zip(worst["with"], worst["without"], strict=True)]),
         "lines/s beside the clients": round(done / (windows * seconds), 1),
         "lines/s without clients": round(idle / seconds, 1),
     }

@@ -67,7 +67,7 @@ def start(
     The file is sent there, and the job is followed to its end. `start` may be left out. An API key with the scope tuning comes
     from PTUNING_API_KEY.
 
-    Example: ptuning tune reviews.jsonl --suffix sentiment
+    Example: ptuning tune start reviews.jsonl --suffix sentiment
     """
     asked: dict[str, Any] = {"model": model or _base(url)} | _method(settings or [])
     sent: list[str] = []
@@ -88,7 +88,7 @@ def start(
 def list_jobs(limit: Limit = 20, url: Url = LOCAL_URL, as_json: Json = False) -> None:
     """The jobs of your key, the newest first.
 
-    Example: ptuning tune list
+    Example: ptuning tune list --limit 50
     """
     jobs = request(url, f"{JOBS}?limit={limit}", patient=True)["data"]
     if as_json:

@@ -1,8 +1,9 @@
 """Lines of batches in a replica: behind clients that wait.
 
-A line starts when no client has waited for a moment. A client that comes takes the place of the lines that are being answered:
-they leave the engine before its next step, and start again later. Only if clients wait all the time, a line starts now and
-then nevertheless, alone, so that batches come to their end.
+A line starts when no client has waited for a moment, at first alone, then with more beside it as the moment lasts: the step of
+the engine that a new client has to wait for is a short one. A client that comes takes the place of the lines that are being
+answered: they leave the engine before its next step, and start again later. Only if clients wait all the time, a line starts
+now and then nevertheless, alone, so that batches come to their end.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import TypeVar
 
 QUIET_S = 0.05
 """Seconds without a waiting client after which lines start."""
+MORE_S = 0.1
+"""Seconds after which a further line may be answered at once."""
 STARVED_S = 1.0
 """Seconds without any line after which one starts although clients wait."""
 LOOK_S = 0.01
@@ -68,7 +71,8 @@ class BatchLane:
         waited = time.monotonic()
         while True:
             now = time.monotonic()
-            if not self._clients and now - self._quiet_since >= QUIET_S and len(self._running) < self.places:
+            quiet = now - self._quiet_since - QUIET_S
+            if not self._clients and quiet >= 0 and len(self._running) < min(self.places, 1 + int(quiet / MORE_S)):
                 return False
             if self._clients and not self._running and now - max(waited, self._ended) >= STARVED_S:
                 return True

@@ -32,6 +32,8 @@ log = logger(__name__)
 
 Wake = Callable[[], Awaitable[None]]
 """Tells the runner that there is something new, and starts it if it does not run."""
+MOST_OPEN = 100
+"""Batches of one owner that have not ended."""
 AGAIN_S = 5.0
 """Seconds after which a client that looks at a batch has the runner started again, if it does not run."""
 
@@ -63,6 +65,9 @@ class BatchRoutes:
         if file.purpose != "batch":
             message = f"input_file_id: the file has the purpose {file.purpose}; upload it with the purpose batch"
             raise ApiError(400, message, "invalid_request_error", "input_file_id")
+        if await asyncio.to_thread(self._count_open, file.owner) >= MOST_OPEN:
+            message = f"{MOST_OPEN} batches of this key have not ended; wait for one of them"
+            raise ApiError(429, message, "rate_limit_error", code="too_many_batches", x_should_retry="false")
         expires = asked.output_expires_after.seconds if asked.output_expires_after else None
         record = await asyncio.to_thread(self._store.create, file.owner, asked.endpoint, file.id, asked.metadata, expires)
         await self._call(at_once=True)
@@ -89,6 +94,9 @@ class BatchRoutes:
         await asyncio.to_thread(self._store.cancel, batch_id)
         await self._call(at_once=True)
         return json_response(_object(await self._known(batch_id, caller)))
+
+    def _count_open(self, owner: str) -> int:
+        return sum(record.owner == owner for record in self._store.open())
 
     def _caller(self, request: Request) -> Caller:
         if self._service.draining:

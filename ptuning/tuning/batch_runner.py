@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -150,9 +151,14 @@ class BatchRunner:
 
     async def _look(self) -> None:
         self._tasks = {batch_id: task for batch_id, task in self._tasks.items() if not task.done()}
-        for record in await asyncio.to_thread(lambda: list(self._store.open())):
-            if record.id not in self._tasks and len(self._tasks) < ACTIVE:
-                self._tasks[record.id] = asyncio.create_task(self._batch(record), name=record.id)
+        waiting = {record.id: record for record in await asyncio.to_thread(lambda: list(self._store.open()))}
+        active = Counter(waiting[batch_id].owner for batch_id in self._tasks if batch_id in waiting)
+        new = [record for batch_id, record in waiting.items() if batch_id not in self._tasks]
+        while new and len(self._tasks) < ACTIVE:
+            record = min(new, key=lambda record: (active[record.owner], record.made_ns))  # the owners take turns
+            new.remove(record)
+            active[record.owner] += 1
+            self._tasks[record.id] = asyncio.create_task(self._batch(record), name=record.id)
 
     async def _batch(self, record: BatchRecord) -> None:
         """From wherever it is to its end."""

@@ -83,6 +83,13 @@ def _stored(purpose: Purpose | None) -> str:
     return "content.csv" if purpose == "fine-tune-results" else "content.jsonl"
 
 
+def _label(filename: str) -> str:
+    """The last part of a path, printable: clients may save a file under the name that they are told."""
+    last = re.split(r"[/\\]", filename)[-1]
+    label = "".join(character for character in last if character.isprintable())[:LABEL]
+    return label if label.strip(". ") else "upload"
+
+
 def new_id(prefix: str, joint: str = "-") -> str:
     """A new id, such as `file-` and 24 random letters and digits."""
     return prefix + joint + "".join(secrets.choice(_ALPHABET) for _ in range(24))
@@ -270,7 +277,7 @@ class _Writer:
         self.size = 0
         self._store = store
         self._owner = owner
-        self._label = "".join(character for character in filename if character.isprintable())[:LABEL] or "upload"
+        self._label = _label(filename)
         self._id = file_id or new_id("file")
         self._out = storage.FileWriter(store._place(self._id), stored)
 
