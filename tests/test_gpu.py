@@ -29,7 +29,8 @@ from ptuning.inference.types import EngineConfig
 from ptuning.model import token_loss
 from ptuning.model.base import Base, computes_in_bfloat16, find_base
 from ptuning.model.label_trie import LabelTrie
-from ptuning.model.packing import PackedBatch, pack_targets
+from ptuning.model.packed_batch import PackedBatch
+from ptuning.model.packing import pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.token_tree import TokenTree
 from ptuning.planning.capacity import step_flops

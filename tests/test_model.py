@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from ptuning.model.label_trie import LabelTrie
-from ptuning.model.packing import Objective, PackedBatch, Row, pack_labels, pack_targets
+from ptuning.model.packed_batch import PackedBatch
+from ptuning.model.packing import Objective, Row, pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.self_check import choose_pass
 from ptuning.model.token_tree import TokenTree

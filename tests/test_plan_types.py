@@ -21,7 +21,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ptuning.config import read_experiment
 from ptuning.errors import BaseError
 from ptuning.model.attention_sizes import attention_sizes, token_numbers
-from ptuning.model.packing import PackedBatch, pack_targets
+from ptuning.model.packed_batch import PackedBatch
+from ptuning.model.packing import pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.planning import meta_model
 from ptuning.planning.capacity import Training

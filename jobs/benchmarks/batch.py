@@ -18,7 +18,8 @@ import torch
 
 from benchmarks.answering import Bench
 from benchmarks.measuring import write
-from benchmarks.serve import EXPERIMENT, latencies, percentiles, post, put, server, spread
+from benchmarks.serve import spread
+from benchmarks.serve_http import EXPERIMENT, latencies, percentiles, post, put, server
 
 LINES, TOKENS = 3000, 32
 """Of a batch, and of each answer to a line."""

@@ -19,7 +19,8 @@ from benchmarks.measuring import heading, in_turns, line, times_as_long
 from benchmarks.steps import Step, difference, limit, our_step, random_llama, random_rows, random_vectors
 from ptuning.data.batch_sampler import BatchSampler
 from ptuning.model import cpu_attention, packing
-from ptuning.model.packing import PackedBatch, Row, pack_targets
+from ptuning.model.packed_batch import PackedBatch
+from ptuning.model.packing import Row, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 
 BATCH = 16

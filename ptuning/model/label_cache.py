@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from ptuning.model.packed_batch import PackedBatch
 from ptuning.model.packed_layers import Layout, PackedLayers
-from ptuning.model.packing import PackedBatch
 
 AT_ONCE = 8
 """Tokens of a trie that are fed at once: each needs a copy of the states of all texts."""

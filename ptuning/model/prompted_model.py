@@ -28,8 +28,8 @@ from ptuning.model.input_embedding import InputEmbedding
 from ptuning.model.label_cache import has_trees, label_logits
 from ptuning.model.last_layer import LastLayer
 from ptuning.model.output_head import OutputHead
+from ptuning.model.packed_batch import Candidates, PackedBatch, PlacedBatch
 from ptuning.model.packed_layers import Layout, PackedLayers
-from ptuning.model.packing import Candidates, PackedBatch, PlacedBatch
 from ptuning.model.token_loss import token_nll
 from ptuning.model.tree_attention import ATTENTION, tree_mask
 

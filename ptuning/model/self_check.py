@@ -23,7 +23,8 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from ptuning.errors import BaseError
 from ptuning.model.input_embedding import InputEmbedding
 from ptuning.model.label_trie import LabelTrie
-from ptuning.model.packing import Objective, PackedBatch, Row, pack_labels, pack_targets
+from ptuning.model.packed_batch import PackedBatch
+from ptuning.model.packing import Objective, Row, pack_labels, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.redaction import logger
 

@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ptuning.model.packing import PackedBatch, PlacedBatch, kv_slots, pack_targets
+from ptuning.model.packed_batch import PackedBatch, PlacedBatch
+from ptuning.model.packing import kv_slots, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.transfer import Parcel, moved
 from ptuning.training.distributed import Workers
