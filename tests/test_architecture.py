@@ -24,6 +24,7 @@ PACKAGE = REPOSITORY / "ptuning"
 
 FOUNDATION = (
     "redaction",
+    "tracing",
     "errors",
     "sys_path",
     "environment",
@@ -81,6 +82,7 @@ OWNERS = {
         "cluster.failures",
         "cluster.jobs",
         "cluster.node_memory",
+        "cluster.resources",
         "prediction.run",
         "prediction.stream",
         "searching.dispatcher",
@@ -98,6 +100,7 @@ OWNERS = {
         "training.ray_trainer",
         "training.run",
         "training.run_execution",
+        "training.run_metrics",
         "tuning.actor",
         "tuning.batch_actor",
         "tuning.group",
@@ -122,6 +125,7 @@ OWNERS = {
         "inference.vllm_sampling",
     },
     "prometheus_client": {"serving.metrics"},
+    "opentelemetry": {"tracing"},
     "optuna": {"searching.searcher"},
 }
 """The only modules that import each framework."""
@@ -335,9 +339,11 @@ def test_garbage_is_collected_again_after_imports():
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     """A resolver may drop what another package happens to bring."""
     names = {"huggingface-hub": "huggingface_hub", "prometheus-client": "prometheus_client", "pydantic-core": "pydantic_core",
-             "python-multipart": "python_multipart", "rouge-score": "rouge_score", "scikit-learn": "sklearn"}  # fmt: skip
+             "python-multipart": "python_multipart", "rouge-score": "rouge_score", "scikit-learn": "sklearn",
+             "opentelemetry-exporter-otlp-proto-http": "opentelemetry"}  # fmt: skip
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.match(r"[\w-]+", line)[0] for line in [*project["dependencies"], *project["optional-dependencies"]["vllm"]]}
+    extras = [line for extra in ("vllm", "tracing") for line in project["optional-dependencies"][extra]]
+    declared = {re.match(r"[\w-]+", line)[0] for line in [*project["dependencies"], *extras]}
     modules = {names.get(name, name) for name in declared}
     used = {name for path in PACKAGE.rglob("*.py") for name in frameworks(ast.parse(path.read_text(encoding="utf-8")))}
     assert used - sys.stdlib_module_names - {"ptuning"} <= modules

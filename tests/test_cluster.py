@@ -471,7 +471,7 @@ def test_every_manifest_is_used():
     named |= {name for folder in KUSTOMIZATIONS for name in _kustomization(folder).get("resources", [])}
     alone = {path.name for path in KUBERAY.rglob("*.yaml")} - named - {"kustomization.yaml"}
     assert alone == {"rayjob-train.yaml", "rayjob-search.yaml"}  # applied by hand
-    assert {folder.name for folder in OVERLAYS} - {"multi-gpu-rdma", "multi-gpu-efa"} == {
+    assert {folder.name for folder in OVERLAYS} - {"multi-gpu-rdma", "multi-gpu-efa", "autoscaling"} == {
         f"{size}{what}" for size in ("cpu", "gpu", "multi-gpu") for what in ("", "-serve")
     }
     assert {cluster["metadata"]["name"] for cluster in of_kind("RayCluster")} == {
@@ -501,13 +501,16 @@ def test_overlays_build(folder):
     spec = spec[key] if key else spec
     assert spec["rayVersion"] == PINS["ray"] and spec["authOptions"] == {"mode": "token", "secretName": "ray-token"}
     [workers] = spec["workerGroupSpecs"]
-    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"]
+    grows = folder.name == "autoscaling"
+    assert workers["replicas"] == workers["minReplicas"] == (0 if grows else workers["maxReplicas"])
     images = {node["image"] for one in found.values() for _, node in walk(one) if isinstance(node, dict) and "image" in node}
     assert images == {IMAGE} | {image for _, image in _images() if image != "ptuning"}
     resources = workers["template"]["spec"]["containers"][0]["resources"]
     assert resources["limits"] == resources["requests"]
     gpus = int(resources["limits"].get("nvidia.com/gpu", 0))
-    assert (gpus > 0) == (size != "cpu") and (workers["replicas"] * gpus > 8) == size.startswith("multi-gpu")
+    assert (gpus > 0) == (size not in ("cpu", "autoscaling")) and (workers["replicas"] * gpus > 8) == size.startswith(
+        "multi-gpu"
+    )
     if serving:
         config = yaml.safe_load(found[kind, name]["spec"]["serveConfigV2"])
         overrides = config["applications"][0]["args"]["overrides"]
@@ -581,3 +584,15 @@ def test_postgresql_is_reached_with_the_driver_that_the_image_has():
     # A bare postgresql:// means psycopg 3 since SQLAlchemy 2.1; the extra `server` brings psycopg2.
     assert any(each.startswith("psycopg2") for each in PROJECT["optional-dependencies"]["server"])
     assert not [path for path, text in TEXTS.items() if "postgresql://" in text]
+
+
+@pytest.mark.fast
+def test_what_grows_from_nothing():
+    """The autoscaler's pod may ask the API server, and no worker may; the limits include none."""
+    patches = yaml.safe_load((KUBERAY / "overlays" / "autoscaling" / "workers.yaml").read_text(encoding="utf-8"))
+    changed = {patch["path"].partition("/spec/")[2]: patch["value"] for patch in patches}
+    assert changed["enableInTreeAutoscaling"] is True and changed["autoscalerOptions"]["version"] == "v2"
+    assert [changed[f"workerGroupSpecs/0/{name}"] for name in ("replicas", "minReplicas", "maxReplicas")] == [0, 0, 4]
+    assert [path for path in changed if path.endswith("automountServiceAccountToken")] == [
+        "headGroupSpec/template/spec/automountServiceAccountToken"
+    ]

@@ -13,6 +13,7 @@ import ray
 from conftest import REPOSITORY
 from support.training import experiment
 
+from ptuning.cluster import resources
 from ptuning.config import read_experiment
 from ptuning.errors import UserError
 from ptuning.serving import deployment, server
@@ -24,10 +25,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """One node with this many GPUs and 16 CPUs."""
 
     def machine(gpus: int) -> None:
-        resources = {"CPU": 16.0} | ({"GPU": float(gpus)} if gpus else {})
-        for name, value in (("cluster_resources", resources), ("available_resources", resources), ("nodes", [{}])):
+        amounts = {"CPU": 16.0} | ({"GPU": float(gpus)} if gpus else {})
+        for name, value in (("cluster_resources", amounts), ("available_resources", amounts), ("nodes", [{}])):
             monkeypatch.setattr(ray, name, lambda value=value: value)
         monkeypatch.setattr(ray, "is_initialized", lambda: True)
+        monkeypatch.setattr(resources, "can_grow", lambda: False)
 
     return machine
 
@@ -84,9 +86,9 @@ def test_a_replica_has_a_gpu_or_sees_none(
     options = deployment.application(served, {})._bound_deployment.ray_actor_options
     assert options["num_gpus"] == many
     assert (options.get("runtime_env", {}).get("env_vars", {}) == {"CUDA_VISIBLE_DEVICES": ""}) == hidden
-    server._check_resources(served)
+    server._await_resources(served, print)
     with pytest.raises(UserError, match="serve.replicas: 3 replicas with .* lower serve.replicas or serve.gpus_per_replica"):
-        server._check_resources(experiment(toy_task, serve={"replicas": 3, "gpus_per_replica": 1.0}))
+        server._await_resources(experiment(toy_task, serve={"replicas": 3, "gpus_per_replica": 1.0}), print)
 
 
 @pytest.mark.fast

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ptuning import environment
+from ptuning.errors import BaseError
 from ptuning.model.base import listed_ends
 from ptuning.model.first_layer import FirstLayer
 from ptuning.model.input_embedding import InputEmbedding
@@ -109,8 +110,16 @@ class PromptedModel(nn.Module):
             self.shared_prefix = shared
 
     def checkpoint_gradients(self) -> None:
-        """Recompute activations in the backward pass: less memory, about half more compute."""
-        self.base.activation_checkpointing_enable({"use_reentrant": False})
+        """Recompute activations in the backward pass: less memory, about half more compute.
+
+        Raises:
+            BaseError: transformers cannot do that with this base.
+        """
+        try:
+            self.base.activation_checkpointing_enable({"use_reentrant": False})
+        except ValueError:
+            name = type(self.base).__name__
+            raise BaseError(f"train.gradient_checkpointing: {name} does not support it; set it to false") from None
         for module in self.base.modules():
             # transformers checkpoints layers only in training mode.
             if getattr(module, "gradient_checkpointing", False) or hasattr(module, "_gradient_checkpointing_func"):

@@ -77,12 +77,7 @@ class MetaModel:
                 f"{config.model_type}: cannot be planned ({_reason(error)}); correct the config, or choose another base"
             ) from None
         if checkpoint_gradients:
-            try:
-                self.model.checkpoint_gradients()
-            except ValueError:
-                raise BaseError(
-                    f"train.gradient_checkpointing: {type(base).__name__} does not support it; set it to false"
-                ) from None
+            self.model.checkpoint_gradients()
         self.recomputes = checkpoint_gradients
         self.quantization = quantization
         self.shape = _shape(self.model, dtype)

@@ -15,6 +15,7 @@ from ptuning import environment
 from ptuning.cluster.connection import join_ray, leave_ray, own_cluster
 from ptuning.cluster.failures import memory, ray_logs
 from ptuning.cluster.local_paths import absolute_source, without_credentials
+from ptuning.cluster.resources import await_resources
 from ptuning.data.readers import Columns
 from ptuning.errors import RunFailed, UserError
 from ptuning.inference.inputs import RAW
@@ -31,6 +32,9 @@ from ptuning.redaction import first_line, redact
 from ptuning.settings.data import Template
 from ptuning.settings.label_values import canonical
 from ptuning.training import lease
+
+WAIT = 900.0
+"""Seconds to wait for resources that the cluster's autoscaler has to start."""
 
 Load = Callable[[str], tuple[str, SoftPrompt]]
 """A name of a soft prompt -> the version that it means, and its vectors and card."""
@@ -247,7 +251,7 @@ def _answered(
     environment.apply_for_cluster(wanted.address)
     started = join_ray(wanted.address, "--address")
     try:
-        workers = _workers(wanted)
+        workers = _workers(wanted, say)
         return stream(questions, done, parts, soft_prompts, wanted.base, workers, lambda state: show(state, left))
     except Exception as error:  # Ray Data raises many types: of a task (also as the type that it raised), of an actor, its own
         if isinstance(error, UserError) and not isinstance(error, RayError):
@@ -259,22 +263,19 @@ def _answered(
             leave_ray()
 
 
-def _workers(wanted: Wanted) -> Workers:
+def _workers(wanted: Wanted, say: Callable[[str], None]) -> Workers:
     """How many processes with a base, and what each has.
 
     Raises:
-        UserError: the cluster has not enough.
+        UserError: the cluster cannot have enough, or not in time.
     """
     have = ray.cluster_resources()
     gpus, cpus = int(have.get("GPU", 0)), have.get("CPU", 0.0)
     many = wanted.workers or max(1, gpus)
     here = own_cluster() and not wanted.address and not os.environ.get("RAY_ADDRESS")
     each = wanted.cpus or (max(1.0, cpus // many) if here else 1.0)
-    if many * each > cpus or (gpus and many > gpus):
-        raise UserError(
-            f"--workers: {many} with {each:g} CPUs{' and a GPU' if gpus else ''} each do not fit into the cluster, which has "
-            f"{cpus:g} CPUs and {gpus} GPUs; lower it or --cpus"
-        )
+    fixes = {"CPU": "lower --workers or --cpus", "GPU": "lower --workers"}
+    await_resources(many, {"CPU": each, "GPU": 1 if gpus else 0}, f"--workers: {many} workers", fixes, WAIT, say)
     # What reads and writes needs a little, too.
     return Workers(many, max(0.1, each - 0.1), 1 if gpus else 0, max(1, int(each)))
 

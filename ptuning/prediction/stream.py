@@ -232,7 +232,7 @@ def stream(
     with _context(), _watched(shared, look):
         rows = ray.data.read_datasource(
             _Rows(questions, done, not _is_local(questions.survey.source)),
-            num_cpus=SMALL,
+            num_cpus=0 if _is_local(questions.survey.source) else SMALL,  # the driver's node may have none
             concurrency=AT_ONCE,
             override_num_blocks=1,  # or Ray Data (2.60) divides what each task reads until there are 200 blocks
         )
@@ -251,8 +251,9 @@ def stream(
             num_cpus=workers.cpus,
             num_gpus=workers.gpus,
         )
-        here = {NODE: ray.get_runtime_context().get_node_id()} if parts.is_local else None
-        options: dict[str, Any] = {"num_cpus": SMALL} | ({"label_selector": here} if here else {})
+        options: dict[str, Any] = {"num_cpus": SMALL}
+        if parts.is_local:
+            options = {"num_cpus": 0, "label_selector": {NODE: ray.get_runtime_context().get_node_id()}}
         answers.write_parquet(parts.path, filesystem=parts.filesystem, ray_remote_args=options, concurrency=AT_ONCE)
     state: Answered = ray.get(shared.state.remote())
     return state

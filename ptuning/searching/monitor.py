@@ -12,11 +12,13 @@ from typing import Any
 
 import ray
 
+from ptuning import tracing
 from ptuning.config import Experiment
 from ptuning.model.base import Base
 from ptuning.searching.trial_store import TrialRecord, TrialStore
 from ptuning.tracking.tracker import Status, Tracker
 from ptuning.training.messages import Evaluated, Event, Failed, Fields, Finished, read_event
+from ptuning.training.run_metrics import RunMetrics
 from ptuning.training.run_tracking import Recorder, open_tracker
 
 Show = Callable[[list[TrialRecord]], None]
@@ -45,6 +47,10 @@ class SearchMonitor:
         self.parent = Recorder(tracker, base=base)
         """What the parent run reached: the winner's test."""
         self._children: dict[str, tuple[Tracker, Recorder]] = {}
+        self._began = time.time()
+        self._times: dict[str, tuple[float, float]] = {}
+        """When each run began and when it was last heard of, for the trace."""
+        self._exported = RunMetrics()
         self._closing = ThreadPoolExecutor(1)
         self._unsent: list[Any] = []
         self._afterwards: deque[tuple[str, Callable[[TrialRecord], None]]] = deque()
@@ -73,8 +79,25 @@ class SearchMonitor:
         self._store.flush()
         for run in list(self._children):
             self._close(run)
+        if tracing.enabled():
+            tracing.send(self._trace())
+            tracing.flush()
         until = time.monotonic() + deadline_s
         return sum(each.result(max(0.1, until - time.monotonic()) + 30) for each in self._unsent)
+
+    def _trace(self) -> tracing.Span:
+        """The whole search, and its trials and finalists in it. Their own values are in MLflow."""
+        parts = []
+        for run, (began, ended) in self._times.items():
+            entry = self._store.entries[run]
+            last = entry.results[-1]["values"] if entry.results else {}
+            values = {"ptuning.status": entry.status, "ptuning.step": entry.step} | {
+                f"ptuning.{key}": value for key, value in last.items()
+            }
+            parts.append(tracing.Span(run, began, ended, values, failed=entry.status == "failed"))
+        name = self._experiment.name
+        values = {"ptuning.run": name, "ptuning.mlflow_run": self._tracker.run_id}
+        return tracing.Span(f"search {name}", self._began, time.time(), values, parts, failed=self.trouble is not None)
 
     def then(self, run: str, change: Callable[[TrialRecord], None]) -> None:
         """Change a record once everything has been taken that the workers have reported so far: a trial that Tune has stopped
@@ -101,6 +124,7 @@ class SearchMonitor:
             self.trouble = error
 
     def _take(self, fields: Fields) -> None:
+        self._exported.progress()
         if fields["run"] == self._experiment.name:
             if fields["kind"] != "attached":
                 warning = self.parent(read_event(fields))
@@ -112,6 +136,8 @@ class SearchMonitor:
             self._store.change(run, lambda entry: _attached(entry, **fields["details"]))
             return
         event = read_event(fields)
+        at = event.time_ms / 1000
+        self._times[run] = self._times.get(run, (at, at))[0], at
         self._store.change(run, lambda entry: _changed(entry, event))
         self._child(run)(event)
         if isinstance(event, (Finished, Failed)):

@@ -74,7 +74,7 @@ class Generation:
         """Seconds between its tokens; none for labels, whose tokens come at once."""
         self.queued_s: float | None = None
         """Seconds until its first step."""
-        self._begun = time.monotonic()
+        self.began = time.monotonic()
         self._engine = engine
         self._question = question
         self._id: str | None = None
@@ -247,7 +247,7 @@ class Generation:
             self.first = time.monotonic()
             return 0, [0.0]
         (scores,) = await asyncio.wrap_future(self._scores)
-        self.first, self.queued_s = time.monotonic(), max(0.0, self._scores.began - self._begun)
+        self.first, self.queued_s = time.monotonic(), max(0.0, self._scores.began - self.began)
         own = [scores[at] for at in choice.places]
         return draw_label(own, self._sampling), own
 

@@ -172,8 +172,10 @@ def application(experiment: Experiment, keys: Mapping[str, Scope], surge: int = 
         scaled = {
             "autoscaling_config": {
                 "min_replicas": least,
+                "initial_replicas": max(1, least),  # what cannot start is told at once
                 "max_replicas": most,
                 "target_ongoing_requests": limits.running,
+                "downscale_delay_s": limits.idle_s,
             }
         }
     deployment: Any = serve.deployment(  # its type allows only a class

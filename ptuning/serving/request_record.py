@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ptuning import tracing
 from ptuning.serving import metrics
 from ptuning.serving.completion import Generation
+from ptuning.serving.http_request import request_id
 from ptuning.serving.loading import Served
 from ptuning.serving.metrics import Metrics
 from ptuning.serving.replies import usage
+from ptuning.serving.request_trace import trace
 from ptuning.serving.service import Service
 
 _KEY = "ptuning.record"
@@ -117,3 +120,6 @@ class Recorded:
             if record.waits:
                 self._service.lane.leave()
             record.end(self._service.metrics, status)
+            if record.route and tracing.enabled():
+                headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+                tracing.send(trace(record, record.failed or status, request_id()), headers)

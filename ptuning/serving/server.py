@@ -29,6 +29,7 @@ from ptuning.cluster.connection import leave_ray, own_cluster, start_ray
 from ptuning.cluster.failures import memory, ray_logs
 from ptuning.cluster.jobs import APPLICATION, PACKAGES
 from ptuning.cluster.local_paths import absolute
+from ptuning.cluster.resources import await_resources, can_grow
 from ptuning.config import Experiment
 from ptuning.errors import TrackingError, UserError
 from ptuning.redaction import logger
@@ -68,7 +69,7 @@ class Server:
         """False while what would be ended is another command's."""
         try:
             say("starting; a replica loads the base first")
-            self.handle = _run(self._experiment, keys)
+            self.handle = _run(self._experiment, keys, say)
             _start_tuning(self._experiment, say)
         except BaseException:
             self._end()
@@ -118,7 +119,9 @@ def run_server(experiment: Experiment, *, insecure: bool = False, say: Callable[
     """
     with Server(experiment, insecure=insecure, say=say) as server:
         say(f"serving at {server.url}, stop with Ctrl-C")
-        _follow(server.handle, say)
+        limits = experiment.serve
+        from_zero = isinstance(limits.replicas, tuple) and not limits.replicas[0]
+        _follow(_number(say) if from_zero else _served(server.handle, say))
         say("stopping")
 
 
@@ -136,7 +139,7 @@ def deploy(experiment: Experiment, *, insecure: bool, say: Callable[[str], None]
     start_ray(experiment)
     try:
         keep = _keep_package()
-        state = _run(experiment, keys).state.remote().result(timeout_s=60)
+        state = _run(experiment, keys, say).state.remote().result(timeout_s=60)
         _start_tuning(experiment, say)
         keep()
     finally:
@@ -162,12 +165,12 @@ def _prepared(experiment: Experiment, insecure: bool, say: Callable[[str], None]
     return experiment, keys
 
 
-def _run(experiment: Experiment, keys: Mapping[str, Scope]) -> Any:
+def _run(experiment: Experiment, keys: Mapping[str, Scope], say: Callable[[str], None]) -> Any:
     """Start the application on the cluster that this process is connected to, or replace it, and wait until it is ready.
 
     One that cannot start takes nothing away: what was served before goes on if there was room for both.
     """
-    _check_resources(experiment)
+    _await_resources(experiment, say)
     _check_address(experiment.serve.host, experiment.serve.port)
     logging.getLogger("ray.serve").addFilter(lambda record: record.levelno >= logging.WARNING)  # its level is set anew
     limits = experiment.serve
@@ -201,7 +204,7 @@ def _drain(handle: Any, most_s: float) -> None:
     error and do not retry.
     """
     until = time.monotonic() + most_s
-    while time.monotonic() < until:
+    while _replicas() and time.monotonic() < until:
         try:
             left = handle.broadcast("drain").results(timeout_s=5)
         except Exception as error:  # a replica that is replaced, or a controller that starts again
@@ -235,29 +238,59 @@ def _keep_package() -> Callable[[], None]:
     return let_go
 
 
-def _follow(handle: Any, say: Callable[[str], None]) -> None:
-    """Say what is served and refused whenever it changes, until a signal."""
+def _follow(look: Callable[[], None]) -> None:
+    """Look again and again until a signal."""
     stopped = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopped.set()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    known: dict[str, Any] = {}
     try:
         while not stopped.is_set():
-            try:
-                state = handle.state.remote().result(timeout_s=10)
-            except Exception as error:  # a replica that is replaced at this moment; Serve sees to it
-                log.debug("no replica told its state: %s", error)
-            else:
-                for line in _news(known, state):
-                    say(line)
-                known = state
+            look()
             stopped.wait(LOOK)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _served(handle: Any, say: Callable[[str], None]) -> Callable[[], None]:
+    """Says what is served and refused whenever it changes."""
+    known: dict[str, Any] = {}
+
+    def look() -> None:
+        nonlocal known
+        try:
+            state = handle.state.remote().result(timeout_s=10)
+        except Exception as error:  # a replica that is replaced at this moment; Serve sees to it
+            log.debug("no replica told its state: %s", error)
+            return
+        for line in _news(known, state):
+            say(line)
+        known = state
+
+    return look
+
+
+def _number(say: Callable[[str], None]) -> Callable[[], None]:
+    """Says how many replicas there are whenever it changes. To ask one of them would keep it."""
+    known = -1
+
+    def look() -> None:
+        nonlocal known
+        if (many := _replicas()) != known:
+            say(f"{many} replica{'s' if many != 1 else ''}" + ("" if many else ", the next request starts one"))
+        known = many
+
+    return look
+
+
+def _replicas() -> int:
+    """How many replicas answer."""
+    there = serve.status().applications.get(APPLICATION)
+    states = [each.replica_states for each in there.deployments.values()] if there else []
+    return sum(many for each in states for state, many in each.items() if state == "RUNNING")
 
 
 def _news(known: dict[str, Any], state: dict[str, Any]) -> list[str]:
@@ -278,22 +311,20 @@ def _check_address(host: str, port: int) -> None:
         )
 
 
-def _check_resources(experiment: Experiment) -> None:
-    """Serve would wait for them for ever."""
-    limits, have = experiment.serve, ray.cluster_resources()
-    least = limits.replicas if isinstance(limits.replicas, int) else limits.replicas[0]
-    workers, jobs = experiment.tuning.workers, per_worker(experiment)
-    for kind, each in (("CPU", limits.cpus_per_replica), ("GPU", gpus_per_replica(limits))):
-        if workers and least * each + workers * jobs[kind] > have.get(kind, 0) >= least * each:
+def _await_resources(experiment: Experiment, say: Callable[[str], None]) -> None:
+    """Serve would wait for them for ever, without a word."""
+    limits = experiment.serve
+    least = max(1, limits.replicas if isinstance(limits.replicas, int) else limits.replicas[0])  # the first one starts at once
+    each = {"CPU": limits.cpus_per_replica, "GPU": gpus_per_replica(limits)}
+    fixes = {kind: f"lower serve.replicas or serve.{kind.lower()}s_per_replica" for kind in each}
+    await_resources(least, each, f"serve.replicas: {least} replicas", fixes, experiment.compute.wait_s, say)
+    workers, jobs, have = experiment.tuning.workers, per_worker(experiment), ray.cluster_resources()
+    for kind, amount in each.items() if workers and not can_grow() else ():
+        if least * amount + workers * jobs[kind] > have.get(kind, 0):
             raise UserError(
                 f"tuning.workers: {workers} workers with {jobs[kind]:g} {kind} each beside {least} replicas need "
-                f"{least * each + workers * jobs[kind]:g}, the cluster has {have.get(kind, 0):g}; lower tuning.workers, "
+                f"{least * amount + workers * jobs[kind]:g}, the cluster has {have.get(kind, 0):g}; lower tuning.workers, "
                 f"compute.{kind.lower()}s_per_worker or serve.{kind.lower()}s_per_replica"
-            )
-        if least * each > have.get(kind, 0):
-            raise UserError(
-                f"serve.replicas: {least} replicas with {each:g} {kind} each need {least * each:g}, the cluster has "
-                f"{have.get(kind, 0):g}; lower serve.replicas or serve.{kind.lower()}s_per_replica"
             )
 
 

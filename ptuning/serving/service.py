@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptuning import storage
+from ptuning import storage, tracing
 from ptuning.config import Experiment
 from ptuning.errors import TrackingError, UserError
 from ptuning.inference.open_engine import open_engine
@@ -123,6 +123,7 @@ class Service:
         self._watcher.join()
         self.models.save(now=True)
         self.engine.close()
+        tracing.flush()
 
     def _watch(self) -> None:
         while not self._stopped.wait(self.limits.refresh_s):

@@ -28,8 +28,11 @@ class ServeConfig(Table):
     """Registered names to serve. Empty: every soft prompt trained for this base."""
     refresh_s: PositiveNumber = 2.0
     """Seconds between two checks of the registry: the maximum delay until a replica serves a promoted version."""
-    replicas: Positive | tuple[Positive, Positive] = 1
-    """Number of replicas, each with its own copy of the base; [min, max] scales with the number of requests."""
+    replicas: Positive | tuple[Count, Positive] = 1
+    """Number of replicas, each with its own copy of the base; [min, max] scales with the number of requests. With min 0 there
+    are none without requests: the first ones wait until a replica has started."""
+    idle_s: PositiveNumber = 600.0
+    """Seconds with fewer requests after which replicas end, where their number scales."""
     cpus_per_replica: PositiveNumber = 1.0
     """CPU cores per replica."""
     gpus_per_replica: Number | None = None
@@ -106,8 +109,8 @@ class ComputeConfig(Table):
     """Workers and storage."""
 
     workers: Positive | tuple[Positive, Positive] | None = None
-    """Data-parallel workers; [min, max]: as many as the cluster has resources for. Default: one for each GPU of the cluster, at
-    most `train.batch_size`; without GPUs 1."""
+    """Data-parallel workers; [min, max]: as many as the cluster has resources for, and more as soon as it has more. Default:
+    one for each GPU of the cluster, at most `train.batch_size`; without GPUs 1."""
     cpus_per_worker: PositiveNumber | None = None
     """Default: the machine's cores divided by the number of workers, at least 1 (on a cluster: 1)."""
     gpus_per_worker: Annotated[int, Field(ge=0, le=1, strict=True)] | None = None
@@ -118,6 +121,8 @@ class ComputeConfig(Table):
     """Ray cluster to connect to. Default: RAY_ADDRESS, else a cluster on this machine that ends with the command."""
     max_failures: Count = 3
     """Maximum worker failures of a run. Each restart continues from the newest checkpoint; one failure more fails the run."""
+    wait_s: PositiveNumber = 900.0
+    """Seconds to wait for resources that the cluster's autoscaler has to start. Without an autoscaler nothing is waited for."""
     hang_s: PositiveNumber | None = None
     """Seconds without progress after which hung workers are restarted. Default: 20 times the longest step, at least 60."""
 

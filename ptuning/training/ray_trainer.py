@@ -20,6 +20,7 @@ from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPo
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from ptuning.cluster.connection import own_cluster
+from ptuning.cluster.resources import await_resources
 from ptuning.config import Experiment
 from ptuning.errors import CannotRun, UserError
 from ptuning.redaction import redacted
@@ -133,11 +134,14 @@ def _without_useless_retries() -> type[DefaultFailurePolicy]:
     return NoUselessRetries
 
 
-def scale(experiment: Experiment, groups: int = 1, spare: float = 0.0) -> ray.train.ScalingConfig:
-    """Workers of a group and their resources; each worker leaves the fraction `spare` of its CPUs to other processes.
+def scale(
+    experiment: Experiment, groups: int = 1, spare: float = 0.0, say: Callable[[str], None] = lambda line: None
+) -> ray.train.ScalingConfig:
+    """Workers of a group and their resources, which the cluster has when this returns; each worker leaves the fraction `spare`
+    of its CPUs to other processes. `say`: what is waited for.
 
     Raises:
-        UserError: the cluster does not have these resources. Ray Train would wait for ever.
+        UserError: the cluster cannot have these resources, or not in time. Ray Train would wait for ever.
     """
     compute = experiment.compute
     have = ray.cluster_resources()
@@ -150,13 +154,9 @@ def scale(experiment: Experiment, groups: int = 1, spare: float = 0.0) -> ray.tr
     least, most = workers if isinstance(workers, tuple) else (workers, workers)
     local = len(ray.nodes()) == 1
     cpus = compute.cpus_per_worker or (max(1, int(have.get("CPU", 1) // (most * groups))) if local else 1)
-    for kind, each, fix in (("CPU", cpus, "lower compute.workers or compute.cpus_per_worker"), ("GPU", gpus, FEWER)):
-        if groups * least * each > have.get(kind, 0):
-            many = f"{least} workers" if groups == 1 else f"{groups} groups of {least} workers"
-            raise UserError(
-                f"compute.workers: {many} with {each:g} {kind} each need {groups * least * each:g}, the cluster has "
-                f"{have.get(kind, 0):g}; {fix}"
-            )
+    who = f"compute.workers: {least} workers" if groups == 1 else f"compute.workers: {groups} groups of {least} workers"
+    fixes = {"CPU": "lower compute.workers or compute.cpus_per_worker", "GPU": FEWER}
+    await_resources(groups * least, {"CPU": cpus, "GPU": gpus}, who, fixes, compute.wait_s, say)
     if experiment.zero.offload and not gpus:
         raise UserError("zero.offload: has no effect on workers without GPUs; remove it")
     resources = {"CPU": cpus * (1 - spare)} | ({"GPU": gpus} if gpus else {})

@@ -29,6 +29,8 @@ from ptuning.training.messages import Event, read_event
 from ptuning.training.ray_trainer import make_trainer
 from ptuning.training.result import TrainResult
 from ptuning.training.run_execution import Run, Say, execute_run
+from ptuning.training.run_metrics import RunMetrics
+from ptuning.training.run_trace import RunTrace
 from ptuning.training.run_tracking import Recorder
 
 Show = Callable[[Event], None]
@@ -76,7 +78,16 @@ def _fit(run: Run, show: Show, say: Say) -> TrainResult:
     attempt = storage.join(folder, "ray")
     config = {"folder": folder, "events": queue}
     record = Recorder(tracker, base=run.base)
-    follower = _Follower(queue, folder, record, show, say)
+    trace = RunTrace(f"train {experiment.name}", {"ptuning.run": experiment.name, "ptuning.mlflow_run": tracker.run_id})
+
+    exported = RunMetrics()
+
+    def watch(event: Event) -> None:
+        exported.progress()
+        trace(event)
+        show(event)
+
+    follower = _Follower(queue, folder, record, watch, say)
     status: Status = "FAILED"
     failure: str | None = None
     interrupt = signal.getsignal(signal.SIGINT)
@@ -99,6 +110,7 @@ def _fit(run: Run, show: Show, say: Say) -> TrainResult:
         ray.kill(queue)
         with suppress(OSError):  # said already: the disk is full
             tracker.finish(status)
+        trace.send(failed=status == "FAILED")
         unsent = tracker.close(deadline_s=30)
         if storage.is_local(attempt):
             shutil.rmtree(attempt, ignore_errors=True)

@@ -126,7 +126,7 @@ def _reach(
         return result_type.read(finished, experiment)
     started_here = start_ray(experiment)
     try:
-        scaling = scale(experiment, groups, spare)
+        scaling = scale(experiment, groups, spare, say)
         with hold_lease(folder, say):
             finished = check_run_name(experiment, folder, resume, kind, contents)  # another driver may have ended it just now
             if finished:
