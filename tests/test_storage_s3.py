@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import os
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pyarrow import fs
+from test_batches import Flaky, new_batch, output_of
 from test_predict import KIND, toy_prompt
 
 from ptuning import storage
@@ -30,6 +32,11 @@ from ptuning.model import soft_prompt
 from ptuning.prediction.parts import Parts
 from ptuning.storage import StorageError
 from ptuning.training import checkpoint, lease
+from ptuning.tuning import batch_runner
+from ptuning.tuning.batch_runner import BatchRunner
+from ptuning.tuning.batch_store import BatchStore
+from ptuning.tuning.file_check import FileError
+from ptuning.tuning.files import FileStore, QuotaExceeded
 
 pytestmark = pytest.mark.slow
 
@@ -175,3 +182,29 @@ def test_a_table_in_an_object_store(bucket: str, tiny_base_folder: Path, tmp_pat
     system, path = storage.resolve(output)
     assert pq.read_table(path, filesystem=system)["id"].to_pylist() == list(range(800))
     assert parts.begun() is None and not (tmp_path / "s3:").exists()
+
+
+def test_files_and_batches_of_clients(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk: uploaded in pieces, read as a stream, answered in parts, and nothing is left of what was refused."""
+    monkeypatch.setattr(batch_runner, "POLL_S", 0.05)
+    root = f"{bucket}/clients/tuning"
+    files, batches = FileStore(root, file_bytes=30 << 20), BatchStore(root)
+    block = b'{"text": "' + b"x" * 1000 + b'"}\n'
+    made = files.create("ann", "rows.jsonl", "fine-tune", (block * 1000 for _ in range(12)))  # more than one part of S3
+    with files.open(made.id, "ann") as stream:
+        assert stream.readline() == block and len(stream.read()) == made.bytes - len(block)
+    assert files.data_source(made.id, "ann") == f"{root}/files/{made.id}/content.jsonl"
+    for content, kind in (((b"x" * (1 << 20) for _ in range(31)), QuotaExceeded), ([b"[]"], FileError)):
+        with pytest.raises(kind):
+            files.create("ann", "rows.jsonl", "fine-tune" if kind is FileError else "batch", content)
+    assert [record.id for record in files.list("ann")] == [made.id] == storage.list_names(f"{root}/files")
+
+    batch = new_batch(root, 30)
+    asyncio.run(BatchRunner(root, Flaky(), 8).run(idle_s=0.3))
+    record = batches.get(batch.id, "ann")
+    good, wrong = output_of(root, record)
+    assert record.status == "completed" and len(good) + len(wrong) == 30 == record.total
+    assert not batches.has_open and not list(batches.parts(batch.id))
+    for file in files.list(None):
+        files.delete(file.id, None)
+    assert not storage.list_names(f"{root}/files")

@@ -1,6 +1,7 @@
 """Batches: what a batch in the background does to the latency of clients that wait, and how fast it is with and without them.
 
-Windows with and without a batch alternate (A B B A) on one server, under the same open-loop load. Needs no keys.
+Short windows with and without a batch alternate (A B B A) on one server, under the same open-loop load: in windows without it,
+the process that sends its lines is stopped. Needs no keys.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import tempfile
 import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks.answering import Bench
@@ -21,8 +24,10 @@ from benchmarks.measuring import write
 from benchmarks.serve import spread
 from benchmarks.serve_http import EXPERIMENT, latencies, percentiles, post, put, server
 
-LINES, TOKENS = 3000, 32
-"""Of a batch, and of each answer to a line."""
+LINES, TOKENS = 20_000, 32
+"""Of the batch, and of each answer to a line."""
+SETTLE_S = 1.0
+"""Seconds between two windows: the lines that were sent end."""
 
 
 def interference(rate: float, windows: int, seconds: float) -> dict[str, Any]:
@@ -35,19 +40,21 @@ def interference(rate: float, windows: int, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         put(bench, Path(folder) / "runs", "bench", bench.soft_prompts[0])
         with server(Path(folder), EXPERIMENT) as url:
+            batch = start(url, bench)
             latencies(url, requests, rate, 3)  # warms up
             for number in range(windows):
                 for side in ("without", "with")[:: -1 if number % 2 else 1]:
-                    batch = start(url, bench) if side == "with" else None
+                    lines = send_lines(side == "with")
+                    before = completed(url, batch)
                     found, bad = latencies(url, requests, rate, seconds, seed=number)
+                    done += completed(url, batch) - before if lines else 0
                     times[side] += found
                     worst[side].append(percentiles(found)[1])
                     failed += bad
-                    if batch:
-                        done += stop(url, batch)
-            alone = start(url, bench)
+            send_lines(True)
+            before = completed(url, batch)
             time.sleep(seconds)
-            idle = stop(url, alone)
+            idle = completed(url, batch) - before
     without, with_it = percentiles(times["without"]), percentiles(times["with"])
     return {
         "clients, requests/s": rate,
@@ -60,6 +67,16 @@ def interference(rate: float, windows: int, seconds: float) -> dict[str, Any]:
         "lines/s beside the clients": round(done / (windows * seconds), 1),
         "lines/s without clients": round(idle / seconds, 1),
     }
+
+
+def send_lines(on: bool) -> bool:
+    """Have the runner of the batch go on, or stand still; wait until that shows."""
+    found = [each for each in psutil.Process().children(recursive=True) if any("BatchActor" in part for part in each.cmdline())]
+    assert found, "no process runs the batch"
+    for process in found:
+        process.send_signal(signal.SIGCONT if on else signal.SIGSTOP)
+    time.sleep(SETTLE_S)
+    return on
 
 
 def start(url: str, bench: Bench) -> str:
@@ -76,18 +93,14 @@ def start(url: str, bench: Bench) -> str:
         file = json.load(response)["id"]
     asked = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
     batch = str(post(url, "batches", asked)["id"])
-    while get(url, f"batches/{batch}")["request_counts"]["completed"] < 10:
+    while completed(url, batch) < 10:
         time.sleep(0.05)
     return batch
 
 
-def stop(url: str, batch: str) -> int:
-    """Cancel a batch. Returns its lines that were answered in the window."""
-    completed = int(get(url, f"batches/{batch}")["request_counts"]["completed"])
-    post(url, f"batches/{batch}/cancel", {})
-    while get(url, f"batches/{batch}")["status"] != "cancelled":
-        time.sleep(0.1)
-    return completed
+def completed(url: str, batch: str) -> int:
+    """Its lines that are answered and written."""
+    return int(get(url, f"batches/{batch}")["request_counts"]["completed"])
 
 
 def get(url: str, path: str) -> Any:
@@ -111,7 +124,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The command `batch`."""
     command = commands.add_parser("batch", help=batch.__doc__)
     command.add_argument("--rates", nargs="+", type=float, default=[5.0, 20.0], help="requests per second of the clients")
-    command.add_argument("--windows", type=int, default=6)
-    command.add_argument("--seconds", type=float, default=10.0, help="of a window")
+    command.add_argument("--windows", type=int, default=20)
+    command.add_argument("--seconds", type=float, default=4.0, help="of a window")
     command.add_argument("--out", help="file for the raw numbers (JSON)")
     command.set_defaults(run=batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -66,7 +67,12 @@ class Api:
                 raise too_large(self._limits)
             shape, answer = self._lines[endpoint]
             body = parse_body(content, shape)
-            return await self._service.lane.run(lambda: self._answer(body, answer, record))
+
+            async def work() -> Response:
+                record.began = time.monotonic()  # how long it waited for clients is no latency
+                return await self._answer(body, answer, record)
+
+            return await self._service.lane.run(work)
         except Exception as error:  # any error must become a response in OpenAI's format
             return as_api_error(error).response()
 
