@@ -279,7 +279,7 @@ def test_runners_that_die_at_any_moment_give_every_line_once(
 
         return wrapped
 
-    while any(True for _ in BatchStore(root).open()):
+    while BatchStore(root).open():
         kills += 1
         assert kills < 200
 
@@ -304,7 +304,9 @@ def test_runners_that_die_at_any_moment_give_every_line_once(
             2 * len(good), len(good), len(good),
         )  # fmt: skip
         assert len({row["id"] for row in [*good, *wrong]}) == lines
-        assert storage.list_names(f"{root}/batches/{made.id}") == ["batch.json"]
+    asyncio.run(BatchRunner(root, replicas, 8).run(idle_s=0.01))
+    assert not BatchStore(root).has_open
+    assert all(storage.list_names(f"{root}/batches/{made.id}") == ["batch.json"] for made in batches)
     assert len(FileStore(root).list("ann")) == 2 + 4  # inputs, and one output and one error file each
 
 
@@ -454,6 +456,16 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> I
     service.close()
 
 
+@contextlib.contextmanager
+def own_app(world: SimpleNamespace, wake: Any) -> Iterator[str]:
+    """Another server over the same service."""
+    running = Running(build_app(world.service, wake=wake))
+    try:
+        yield running.url
+    finally:
+        running.stop()
+
+
 @pytest.fixture
 def client(world: SimpleNamespace) -> Iterator[OpenAI]:
     with client_of(world) as client:
@@ -558,6 +570,21 @@ def test_what_cannot_be_a_batch_is_refused(client: OpenAI) -> None:
     assert (error.code, error.line) == ("invalid_json_line", 1) and "is not valid JSON" in error.message
     unknown = ended(client, start(client, request_line(), request_line("b", body={"model": "nobody"})))
     assert [(error.code, error.line) for error in unknown.errors.data] == [("model_not_found", 2)]
+
+
+def test_nobody_waits_for_a_runner_that_hangs(world: SimpleNamespace, client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What clients are told is in the storage."""
+    hanging = threading.Event()
+
+    async def hang() -> None:
+        hanging.set()
+        await asyncio.sleep(30)
+
+    with own_app(world, hang) as url, OpenAI(base_url=url, api_key=ANN, max_retries=0, timeout=5) as own:
+        made = start(own, request_line())
+        assert hanging.wait(5) and own.batches.retrieve(made.id).id == made.id
+        assert own.batches.cancel(made.id).status in ("cancelling", "cancelled")
+    assert ended(client, made).status in ("cancelled", "completed")
 
 
 def test_a_key_has_only_so_many_batches(world: SimpleNamespace, client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,6 +240,7 @@ def test_pages_of_other_servers_send_no_files(world: SimpleNamespace, client: Op
     for origin, own in (
         ("https://evil.example", host),
         ("null", host),
+        ("http://[", host),
         (f"http://evil.example:{world.port}", f"evil.example:{world.port}"),
     ):
         status, told = send(world, body, None, origin=origin, host=own)

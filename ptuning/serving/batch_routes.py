@@ -37,6 +37,9 @@ MOST_OPEN = 100
 AGAIN_S = 5.0
 """Seconds after which a client that looks at a batch has the runner started again, if it does not run."""
 
+WAKE_S = 60.0
+"""Seconds in which a runner starts and answers."""
+
 
 class BatchRoutes:
     """The routes of one replica."""
@@ -48,6 +51,7 @@ class BatchRoutes:
         self._files = files
         self._wake = wake
         self._woken = 0.0
+        self._waking: set[asyncio.Task[None]] = set()
 
     async def create(self, request: Request) -> Response:
         try:
@@ -70,7 +74,7 @@ class BatchRoutes:
             raise ApiError(429, message, "rate_limit_error", code="too_many_batches", x_should_retry="false")
         expires = asked.output_expires_after.seconds if asked.output_expires_after else None
         record = await asyncio.to_thread(self._store.create, file.owner, asked.endpoint, file.id, asked.metadata, expires)
-        await self._call(at_once=True)
+        self._call(at_once=True)
         return json_response(_object(record))
 
     async def batches(self, request: Request) -> Response:
@@ -92,7 +96,7 @@ class BatchRoutes:
             message = f"the batch is {record.status}; it cannot be cancelled any more"
             raise ApiError(400, message, "invalid_request_error", "batch_id")
         await asyncio.to_thread(self._store.cancel, batch_id)
-        await self._call(at_once=True)
+        self._call(at_once=True)
         return json_response(_object(await self._known(batch_id, caller)))
 
     def _count_open(self, owner: str) -> int:
@@ -109,17 +113,22 @@ class BatchRoutes:
         except UnknownBatch as error:
             raise ApiError(404, str(error), "invalid_request_error", "batch_id", code="not_found") from None
         if not record.ended:
-            await self._call()
+            self._call()
         return record
 
-    async def _call(self, at_once: bool = False) -> None:
-        """Wake the runner. The batch is in the storage, so it is not lost if that fails."""
+    def _call(self, at_once: bool = False) -> None:
+        """Wake the runner, without waiting for it: the batch is in the storage, so it is not lost if that fails."""
         now = time.monotonic()
         if self._wake is None or (not at_once and now - self._woken < AGAIN_S):
             return
         self._woken = now
+        task = asyncio.create_task(self._woken_by(self._wake))
+        self._waking.add(task)
+        task.add_done_callback(self._waking.discard)
+
+    async def _woken_by(self, wake: Wake) -> None:
         try:
-            await self._wake()
+            await asyncio.wait_for(wake(), WAKE_S)
         except Exception as error:  # Ray raises many types; the next look at the batch tries again
             log.warning("the runner of batches was not reached: %s", type(error).__name__)
 

@@ -33,6 +33,7 @@ from ptuning.serving.status import Method
 from ptuning.settings.running import ServeConfig
 from ptuning.tuning import batch_actor
 from ptuning.tuning.actor_name import NAMESPACE, actor_name
+from ptuning.tuning.batch_store import BatchStore
 
 DEPLOYMENT = "replica"
 TOLD = 200
@@ -58,7 +59,7 @@ class Replica:
         self._api = Api(self._service)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        if batch_actor.has_open(self._service.storage):  # of a server that was killed
+        if BatchStore(self._service.storage).has_open:  # of a server that was killed
             with suppress(ray.exceptions.RayError):  # the next look at one of them tries again
                 await self._wake()
         jobs = self._jobs if self._service.tuning.workers else None

@@ -146,9 +146,13 @@ class FileRoutes:
         origin = request.headers.get("origin")
         if origin is None or self._service.keys:
             return
-        place = urlsplit(origin)
-        own = place.netloc == request.headers.get("host")
-        if not own or (is_loopback(self._service.limits.host) and not is_loopback(place.hostname or "")):
+        try:
+            place = urlsplit(origin)
+            own = place.netloc == request.headers.get("host")
+            own &= is_loopback(place.hostname or "") or not is_loopback(self._service.limits.host)
+        except ValueError:
+            own = False
+        if not own:
             raise ApiError(403, "web pages of other servers cannot send files; use an API client", "permission_error")
 
 

@@ -20,7 +20,7 @@ from ptuning.cluster.jobs import APPLICATION
 from ptuning.redaction import logger
 from ptuning.tuning.actor_name import NAMESPACE
 from ptuning.tuning.batch_runner import Answered, BatchRunner, Unreachable
-from ptuning.tuning.batch_store import BatchStore, Endpoint
+from ptuning.tuning.batch_store import Endpoint
 
 log = logger(__name__)
 
@@ -102,8 +102,3 @@ async def wake(root: str, places: int) -> None:
             if attempt == 2:
                 raise
             await asyncio.sleep(0.5)
-
-
-def has_open(root: str) -> bool:
-    """Whether batches of a folder have not ended."""
-    return BatchStore(root).has_open

@@ -125,10 +125,6 @@ class BatchRunner:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._woken = asyncio.Event()
 
-    @property
-    def busy(self) -> bool:
-        return bool(self._tasks)
-
     def wake(self) -> None:
         """There may be new batches, or cancellations. In the event loop of `run` only."""
         self._woken.set()
@@ -136,6 +132,7 @@ class BatchRunner:
     async def run(self, idle_s: float | None = None) -> None:
         """Run batches as they come, until there have been none for `idle_s` seconds; None: for ever."""
         idle_since = time.monotonic()
+        await asyncio.to_thread(self._store.clear)
         try:
             while idle_s is None or time.monotonic() - idle_since < idle_s:
                 self._woken.clear()
@@ -151,7 +148,7 @@ class BatchRunner:
 
     async def _look(self) -> None:
         self._tasks = {batch_id: task for batch_id, task in self._tasks.items() if not task.done()}
-        waiting = {record.id: record for record in await asyncio.to_thread(lambda: list(self._store.open()))}
+        waiting = {record.id: record for record in await asyncio.to_thread(self._store.open)}
         active = Counter(waiting[batch_id].owner for batch_id in self._tasks if batch_id in waiting)
         new = [record for batch_id, record in waiting.items() if batch_id not in self._tasks]
         while new and len(self._tasks) < ACTIVE:
@@ -303,7 +300,6 @@ class BatchRunner:
                 )
         record = progress.recorded(record)
         self._store.save(record.moved(outcome, has_output=bool(progress.completed), has_errors=has_errors))
-        self._store.drop_parts(record.id)
 
     def _unanswered(self, record: BatchRecord, done: set[int], code: str, message: str) -> Iterator[bytes]:
         try:

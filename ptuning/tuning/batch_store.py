@@ -154,9 +154,10 @@ class BatchStore:
         return record
 
     def save(self, record: BatchRecord) -> None:
+        """Write a record. Of one that has ended, what only its runner needed is removed."""
         storage.write_file(self._place(record.id), _RECORD, json.dumps(asdict(record)).encode())
         if record.ended:
-            storage.delete_file(self._open, record.id)
+            self._clear(record.id)
 
     def get(self, batch_id: str, owner: str | None) -> BatchRecord:
         """A batch, as its client sees it. `owner` None: of all owners.
@@ -181,14 +182,17 @@ class BatchStore:
             self._ended[batch_id] = record
         return record
 
-    def open(self) -> Iterator[BatchRecord]:
+    def open(self) -> Sequence[BatchRecord]:
         """The batches that have not ended, the oldest first."""
         found = [record for name in storage.list_names(self._open) if _ID.fullmatch(name) and (record := self.read(name))]
-        for record in sorted(found, key=lambda record: record.made_ns):
-            if record.ended:  # its process was killed between two writes
-                storage.delete_file(self._open, record.id)
-            else:
-                yield record
+        return sorted((record for record in found if not record.ended), key=lambda record: record.made_ns)
+
+    def clear(self) -> None:
+        """Remove what a runner has left that was killed when a batch had just ended. Only a runner may call it."""
+        for name in storage.list_names(self._open):
+            record = self.read(name) if _ID.fullmatch(name) else None
+            if record is not None and record.ended:
+                self._clear(name)
 
     @property
     def has_open(self) -> bool:
@@ -214,10 +218,6 @@ class BatchStore:
                 rows: list[dict[str, Any]] = [json.loads(line) for line in content.splitlines()]
                 yield int(name[:6]), [LineResult(**row | {"spent": Spent(**row["spent"])}) for row in rows]
 
-    def drop_parts(self, batch_id: str) -> None:
-        """After the files of a batch are written."""
-        storage.delete_folder(self._parts(batch_id))
-
     def list(self, owner: str | None) -> Sequence[BatchRecord]:
         """The batches of an owner (None: all), the newest first."""
         found = []
@@ -226,6 +226,10 @@ class BatchStore:
             if record is not None and owner in (None, record.owner):
                 found.append(record)
         return sorted(found, key=lambda record: record.made_ns, reverse=True)
+
+    def _clear(self, batch_id: str) -> None:
+        storage.delete_folder(self._parts(batch_id))
+        storage.delete_file(self._open, batch_id)
 
     def _place(self, batch_id: str) -> str:
         return storage.join(self._folder, batch_id)
