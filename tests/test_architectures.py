@@ -216,3 +216,10 @@ def test_every_architecture_is_right_or_refused_in_a_sentence(tmp_path):
     }
     assert len(lines) > 200 and sum(not line["built"] for line in lines) > 0.95 * len(lines)
     assert not bad
+
+
+@pytest.mark.fast
+def test_recomputing_is_refused_where_the_base_does_not_support_it():
+    line = checked("ctrl", "recompute")
+    assert results(line) == {"accepted": "ok", "recompute": "no"}
+    assert line["cells"]["recompute"]["detail"].startswith("train.gradient_checkpointing: CTRLLMHeadModel does not support it")

@@ -150,7 +150,7 @@ def write_job(base: Path, folder: str, dtype: str, work: dict[str, int], live: i
         "prompt": {"length": work["length"]},
         "data": {"train": str(rows), "input": "{text}:", "target": " {label}"},
         "train": {"batch_size": work["rows"], "steps": 100},
-        "zero": {"live_parameters": live} if live else {},
+        "zero": {"stage": 3} | ({"live_parameters": live} if live else {}),
         "compute": {"storage": folder},
     }
     return {"experiment": experiment, "slots": work["slots"]}
