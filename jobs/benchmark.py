@@ -10,7 +10,21 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("train", "scale", "search", "budget", "serve", "batch", "predict", "prompts", "quality", "distill", "plan", "gpu")
+COMMANDS = (
+    "train",
+    "scale",
+    "search",
+    "budget",
+    "serve",
+    "batch",
+    "predict",
+    "prompts",
+    "tuning",
+    "quality",
+    "distill",
+    "plan",
+    "gpu",
+)
 
 
 def main() -> None:

@@ -36,7 +36,19 @@ WALK = (
     "docs/getting-started.md",
     *(
         f"docs/guides/{name}.md"
-        for name in ("data", "search", "distill", "registry", "predict", "serving", "batches", "python", "cluster", "gpu")
+        for name in (
+            "data",
+            "search",
+            "distill",
+            "registry",
+            "predict",
+            "serving",
+            "tuning-service",
+            "batches",
+            "python",
+            "cluster",
+            "gpu",
+        )
     ),
 )
 """The pages for users, in the order of the site. What one machine can do of them is run, in this order."""
@@ -54,6 +66,7 @@ ELSEWHERE = {
     "ptuning search jobs/sentiment.toml name=bred": "test_search.py::test_pbt_",
     "ptuning train tickets.toml name=tickets-qwen": "test_cli.py::test_the_whole_command_with_two_workers",
     "ptuning search tickets.toml": "test_docs.py::test_the_first_hour",
+    "ptuning serve jobs/sentiment.toml tuning.workers=1": "test_tuning_story.py::test_the_page",
     "ptuning serve": "test_serve.py::test_the_stock_client_through_the_proxy",
     "ptuning ask": "test_serve.py::test_ask",
     "ptuning submit train": "test_submit.py::test_train_detach_kill_find_stop_resume",

@@ -35,6 +35,7 @@ from ptuning.training import base_loader
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 KEYS = {f"tuning-key-number-{number:04}": number for number in range(8)}
+EPOCHS = 50
 STARTED = 240.0
 """Seconds in which a server, or what was killed of it, must go on."""
 PROCESSES = {
@@ -141,6 +142,15 @@ def steps_of(server: Server, jobs: list[str]) -> list[int]:
     return found
 
 
+def rows_for(steps: int) -> int:
+    """Rows of a job that has about this many steps of 8 rows; a tenth of them is for validation."""
+    return round(steps * 8 / EPOCHS / 0.9)
+
+
+def hyperparameters(number: int) -> dict[str, Any]:
+    return {"learning_rate_multiplier": 1.0, "n_epochs": EPOCHS, "prompt_length": 2 + number}
+
+
 def undisturbed(folder: Path, base_folder: Path, steps: int, many: int) -> list[torch.Tensor]:
     """The soft prompts of the same jobs, trained one by one."""
     base = find_base(ModelConfig(path=str(base_folder)))
@@ -149,7 +159,9 @@ def undisturbed(folder: Path, base_folder: Path, steps: int, many: int) -> list[
     alone.jobs.server = alone.server.model_copy(update={"train": train})
     found = []
     for number in range(many):
-        job = alone.create(alone.upload(toy_rows(48, number)), seed=number, hyperparameters={"prompt_length": 2 + number})
+        job = alone.create(
+            alone.upload(toy_rows(rows_for(steps), number)), seed=number, hyperparameters=hyperparameters(number)
+        )
         alone.work()
         found.append(vectors(alone.server.compute.storage, job))
     return found
@@ -164,11 +176,11 @@ def eight_jobs_under(server: Server, kills: list[str], base_folder: Path, tmp_pa
     draw = random.Random(0)
     jobs = []
     for key, number in KEYS.items():
-        content = "\n".join(map(json.dumps, toy_rows(48, number))).encode()
+        content = "\n".join(map(json.dumps, toy_rows(rows_for(server.steps), number))).encode()
         file = server.patient(
             lambda client, content=content: client.files.create(file=("rows.jsonl", content), purpose="fine-tune"), key
         )
-        supervised = {"template": TEMPLATE, "hyperparameters": {"learning_rate_multiplier": 1.0, "prompt_length": 2 + number}}
+        supervised = {"template": TEMPLATE, "hyperparameters": hyperparameters(number)}
         job = server.client(key).fine_tuning.jobs.create(
             model=server.client(key).models.list().data[0].id,
             training_file=file.id,
@@ -202,7 +214,7 @@ def eight_jobs_under(server: Server, kills: list[str], base_folder: Path, tmp_pa
         assert float((there - alone).norm() / alone.norm()) < 1e-5
         progress = json.loads((server.storage / "tuning" / "jobs" / job / "progress.json").read_text())
         steps = [int(step) for step, _ in progress["curves"][0]]
-        assert steps == sorted(set(steps)) and steps[-1] == server.steps
+        assert steps == sorted(set(steps)) and steps[-1] == steps_of(server, [job])[0]
         found = server.patient(lambda client, job=job: client.fine_tuning.jobs.retrieve(job), key)
         assert found.soft_prompt == f"kinds-{number}:1", "published once"
         with pytest.raises(openai.NotFoundError):

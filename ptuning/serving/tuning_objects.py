@@ -24,7 +24,7 @@ class OpenAIHyperparameters(Shape):
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Factor of the server's learning rate. auto: several soft prompts train side by side with different ones."""
     n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] | None = None
-    """Passes over the training rows. auto: as many steps as the server's experiment."""
+    """Passes over the training rows. auto: as many steps as the server's experiment has, but at most 5 passes or 50 steps."""
 
 
 class Hyperparameters(OpenAIHyperparameters):

@@ -43,6 +43,8 @@ KEPT = (
 
 VALIDATION = 0.1
 """Fraction of the training rows that is used for validation if a job has no validation file."""
+EPOCHS, LEAST_STEPS = 5, 50
+"""A job without a number of epochs has at most this many, unless that is fewer steps than these."""
 MOST_LABELS, ROWS_PER_LABEL = 20, 10
 """Answers are labels if there are at most this many different ones, and this many rows for each."""
 
@@ -96,6 +98,8 @@ def prepare(record: JobRecord, server: Experiment, base: Base, train: str, valid
     try:
         experiment = _with_labels(record, server, base, train, validation, rows)
         experiment, _ = resolved(experiment)
+        if record.method["supervised"]["hyperparameters"]["n_epochs"] == AUTO and server.train.epochs is None:
+            experiment = _fewer_steps(experiment, rows)
         task = load_task(experiment, base)
     except UserError as error:
         raise in_clients_words(error) from None
@@ -116,6 +120,13 @@ def prepare(record: JobRecord, server: Experiment, base: Base, train: str, valid
         own = tables | {"name": run, "train": tables["train"] | {"learning_rate": rate, "evaluate_every": every}}
         decisive = {key: own[key] for key in ("name", "prompt", "data", "train")}
         record.trials.append(Trial(run, decisive, config.steps, rate))
+
+
+def _fewer_steps(experiment: Experiment, rows: int) -> Experiment:
+    """The experiment with the server's steps, or fewer if a job has few rows."""
+    config = experiment.train
+    steps = min(config.steps, max(LEAST_STEPS, math.ceil(EPOCHS * rows / config.batch_size)))
+    return experiment.model_copy(update={"train": config.model_copy(update={"steps": steps})})
 
 
 def order_of(
@@ -156,7 +167,7 @@ def _with_labels(
 ) -> Experiment:
     """The experiment of a job whose labels are found in its rows, unless the client says what they are."""
     given = record.method["supervised"].get("labels", AUTO)
-    plain = _experiment(record, server, train, validation, record.id, None if given == AUTO else given)
+    plain = _experiment(record, server, train, validation, record.id, given)
     if (
         plain.data.is_chat
         and not plain.data.chat_template
