@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptuning.searching.dispatcher import DispatcherActor, TrialDispatcher
+from ptuning.training.dispatcher import Dispatcher
 
 pytestmark = pytest.mark.fast
 
@@ -156,6 +157,44 @@ def test_a_closed_board_has_no_more_orders_and_a_broken_one_fails_its_trials() -
     dispatcher.broken = "the workers are gone"
     [failed] = dispatcher.results("a")
     assert run and failed["kind"] == "failed" and failed["details"]["message"] == "the workers are gone"
+
+
+def enter_as(dispatcher: Dispatcher, owner: str, *runs: str) -> None:
+    for run in runs:
+        dispatcher.enter({"run": run, "owner": owner, "folder": run, "experiment": experiment()})
+
+
+def test_owners_take_turns_and_have_a_quota() -> None:
+    dispatcher = Dispatcher(slots_per_owner=2)
+    enter_as(dispatcher, "a", "a1", "a2", "a3", "a4")
+    enter_as(dispatcher, "b", "b1")
+    dispatcher.register_group(0, 4)
+    assert attached(dispatcher.orders(0)) == ["a1", "b1", "a2"], (
+        "who has fewest comes first; a has two, and one place stays free"
+    )
+    enter_as(dispatcher, "c", "c1", "c2")
+    assert attached(dispatcher.orders(0)) == ["c1"]
+    dispatcher.put([event("finished", "a1")])
+    assert attached(dispatcher.orders(0)) == ["a3"], "a has one, c has one, and a came first"
+    dispatcher.put([event("finished", "b1")])
+    assert attached(dispatcher.orders(0)) == ["c2"]
+
+
+def test_a_group_that_ends_gives_its_runs_back_and_one_may_train_alone() -> None:
+    dispatcher = Dispatcher()
+    dispatcher.register_group(0, 3)
+    enter_as(dispatcher, "a", "a1", "a2", "a3", "a4")
+    assert attached(dispatcher.orders(0)) == ["a1", "a2", "a3"]
+    dispatcher.remove_group(0)
+    assert dispatcher.waiting() == ["a1", "a2", "a3", "a4"] and dispatcher.training() == []
+    first = dispatcher.register_group(0, 3)
+    assert attached(dispatcher.orders(0)) == ["a1", "a2", "a3"]
+    dispatcher.limit(1)
+    assert dispatcher.training() == ["a1"] and dispatcher.waiting() == ["a4", "a2", "a3"]
+    assert dispatcher.orders(0) == [{"run": "a2", "leave": "pause"}, {"run": "a3", "leave": "pause"}]
+    assert dispatcher.register_group(0, 3) != first and attached(dispatcher.orders(0)) == ["a1"]
+    dispatcher.limit(3)
+    assert attached(dispatcher.orders(0)) == ["a4", "a2"]
 
 
 class World:

@@ -187,6 +187,35 @@ def test_law_5_a_kill_at_any_step_changes_nothing(world: Any, owner_too: bool) -
         assert len(there.registry.versions(there.jobs.records[job].result_name)) == 1
 
 
+def test_a_job_that_kills_its_workers_fails_and_the_others_end(world: Any) -> None:
+    there = world()
+    jobs = [there.create(there.upload(toy_rows(64, seed)), seed=seed) for seed in range(3)]
+    bad = jobs[1]
+
+    def hook() -> None:
+        if any(slot.name.startswith(bad) and slot.step == 4 for slot in there.pack.slots):
+            broken = {"kind": "broken", "run": "tuning", "step": 0, "details": {"workers": ["a worker died"]}}
+            there.dispatcher.put([broken])
+            raise Killed
+
+    kills = 0
+    while not there.ended():
+        try:
+            there.work(hook)
+        except Killed:
+            kills += 1
+            assert kills < 12
+    assert [there.job(job)["status"] for job in jobs] == ["succeeded", "failed", "succeeded"]
+    assert "its workers failed at step 5, every time" in there.job(bad)["error"]["message"]
+    assert there.dispatcher._most == math.inf, "they train together again"
+    whole = world("whole")
+    for seed in (0, 2):
+        expected = whole.create(whole.upload(toy_rows(64, seed)), seed=seed)
+        whole.work()
+        metrics, others = (each.jobs.records[job].trials[0].measured for each, job in ((whole, expected), (there, jobs[seed])))
+        assert metrics == pytest.approx(others, rel=1e-5)
+
+
 def test_an_owner_sees_its_own_jobs_and_the_quota_is_its_own(world: Any) -> None:
     there = world(jobs_per_key=2)
     file = there.upload(toy_rows(40, 0), "a" * 16)

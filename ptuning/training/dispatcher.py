@@ -43,6 +43,8 @@ class Dispatcher:
         """Why no worker will ever answer again."""
         self.places: dict[int, int] = {}
         self._slots_per_owner = slots_per_owner
+        self._most = math.inf
+        """Runs that train at a time, in all groups."""
         self._waiting: list[Fields] = []
         self._training: dict[str, tuple[int, Fields]] = {}
         self._lives: dict[int, str] = {}
@@ -73,6 +75,20 @@ class Dispatcher:
         self._place()
         return "queue" if unheard else "slot"
 
+    def requeue(self, run: str) -> None:
+        """A run that trains saves a checkpoint and waits again, after all others."""
+        found = self._training.get(run)
+        if found:
+            self.leave(run, "pause")
+            self.enter(found[1])
+
+    def limit(self, most: float) -> None:
+        """At most this many runs train at a time; those that are too many wait again."""
+        self._most = most
+        for run in list(self._training)[int(min(most, len(self._training))) :]:
+            self.requeue(run)
+        self._place()
+
     def register_group(self, group: int, places: int) -> str:
         """A group of workers is there, for the first time or again after a failure: it has no slots taken. Returns which of its
         lives this is. A random name: workers whose dispatcher was started again may still ask the new one."""
@@ -99,7 +115,7 @@ class Dispatcher:
     def _place(self) -> None:
         """Give waiting runs to free places, to the group with the most similar lengths: first those of the owner that holds the
         fewest slots, then first come, first served."""
-        while open_groups := [group for group in self.places if self._free(group) > 0]:
+        while open_groups := [group for group in self.places if self._free(group) > 0 and len(self._training) < self._most]:
             held = Counter(order.get("owner") for _, order in self._training.values())
             allowed = [order for order in self._waiting if held[order.get("owner")] < self._slots_per_owner]
             if not allowed:
@@ -145,6 +161,10 @@ class Dispatcher:
     def training(self) -> list[str]:
         """The runs that have a slot."""
         return list(self._training)
+
+    def waiting(self) -> list[str]:
+        """The runs that wait for one."""
+        return [order["run"] for order in self._waiting]
 
     def busy(self) -> bool:
         """Whether any run trains or waits for a slot."""

@@ -59,6 +59,18 @@ class _FromThreads:
     def leave(self, run: str, how: Leaving) -> Any:
         return self._tell(self._service._tell(lambda dispatcher: dispatcher.leave(run, how)))
 
+    def requeue(self, run: str) -> None:
+        self._tell(self._service._tell(lambda dispatcher: dispatcher.requeue(run)))
+
+    def limit(self, most: float) -> None:
+        self._tell(self._service._tell(lambda dispatcher: dispatcher.limit(most)))
+
+    def training(self) -> list[str]:
+        return list(self._tell(self._service._tell(lambda dispatcher: dispatcher.training())))
+
+    def waiting(self) -> list[str]:
+        return list(self._tell(self._service._tell(lambda dispatcher: dispatcher.waiting())))
+
     def take(self, recorded: int) -> list[Fields]:
         found: list[Fields] = self._tell(self._service.take(recorded))
         return found

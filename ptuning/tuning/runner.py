@@ -23,6 +23,7 @@ from ptuning.tuning.group import NAME
 from ptuning.tuning.job_run import JobRun
 from ptuning.tuning.jobs import AUTO, Checkpoint, JobRecord, Trial, now
 from ptuning.tuning.publication import KEPT, Publisher, repeatable
+from ptuning.tuning.quarantine import Quarantine
 from ptuning.tuning.request import JobRefused, order_of, prepare
 from ptuning.tuning.results import EVENTS, POINTS, due, result_file, validation_metrics
 from ptuning.tuning.service import Jobs, Slots
@@ -55,6 +56,7 @@ class Runner:
         self._reading = ThreadPoolExecutor(1, "tuning files")
         self._publishing = ThreadPoolExecutor(1, "tuning registry")
         self._base: Base | None = None
+        self._quarantine = Quarantine(jobs.server.train.checkpoint_every)
         self._stopped = threading.Event()
 
     # -- beginning -----------------------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ class Runner:
 
     def _hear_group(self, heard: Event) -> None:
         if isinstance(heard, Broken):
-            self._warn(f"a worker failed: {placeless(cause(heard.workers))}")
+            self._broken(placeless(cause(heard.workers)))
         elif isinstance(heard, Failed):
             self.group_failed(heard.message)
         elif isinstance(heard, Loaded):
@@ -196,6 +198,28 @@ class Runner:
         for record in self._jobs.records.values():
             if record.status == "running":
                 self._jobs.tell(record, f"{reason}; the job continues from its checkpoint", level="warn")
+
+    def _broken(self, reason: str) -> None:
+        self._warn(f"a worker failed: {reason}")
+        before = self._quarantine.active
+        run = self._quarantine.broken(self._slots.training())
+        if run in self._runs:
+            record, number = self._runs[run]
+            self._slots.leave(run, "drop")
+            message = f"its workers failed at step {record.trials[number].step + 1}, every time: {reason}"
+            record.trials[number].status, record.trials[number].message = "failed", message
+            self._jobs.touch(record)
+            self._trial_ended(record)
+            self._turn_over(run)
+        elif self._quarantine.active and not before:
+            log.warning("workers failed again and again: the jobs train one at a time")
+            self._slots.limit(1)
+
+    def _turn_over(self, run: str) -> None:
+        """A run that trained alone has had its turn, or has ended."""
+        self._quarantine.over(run)
+        if self._quarantine.release([*self._slots.training(), *self._slots.waiting()]):
+            self._slots.limit(math.inf)
 
     def group_failed(self, reason: str) -> None:
         """No worker can train on this server: every job that needs one fails."""
@@ -222,6 +246,9 @@ class Runner:
     def _stepped(self, record: JobRecord, number: int, heard: Stepped) -> None:
         trial = record.trials[number]
         trial.step = heard.step
+        if self._quarantine.progressed(trial.run):
+            self._slots.requeue(trial.run)
+            self._turn_over(trial.run)
         self._times.setdefault(trial.run, deque(maxlen=MEASURED)).append((heard.step, heard.time_ms))
         progress = self._jobs.progress(record)
         _extended(progress.curves, number)
@@ -290,6 +317,8 @@ class Runner:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def _trial_ended(self, record: JobRecord) -> None:
+        if self._quarantine.active:
+            self._turn_over("")
         if all(trial.status != "open" for trial in record.trials):
             self._publishing.submit(self._guarded, self._finish, record)
 
