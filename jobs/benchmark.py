@@ -10,21 +10,8 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = (
-    "train",
-    "scale",
-    "search",
-    "budget",
-    "serve",
-    "batch",
-    "predict",
-    "prompts",
-    "tuning",
-    "quality",
-    "distill",
-    "plan",
-    "gpu",
-)
+COMMANDS = ("train", "scale", "search", "budget", "serve", "batch", "predict", "prompts", "tuning",
+            "quality", "distill", "plan", "gpu")  # fmt: skip
 
 
 def main() -> None:

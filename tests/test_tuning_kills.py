@@ -207,7 +207,7 @@ def eight_jobs_under(server: Server, kills: list[str], base_folder: Path, tmp_pa
         assert not [job.error for job in found if job.status == "failed"]
         return all(job.status == "succeeded" for job in found)
 
-    until(ended, 300, "not all jobs have ended")
+    until(ended, 600, "not all jobs have ended")
     expected = undisturbed(tmp_path / "alone", base_folder, server.steps, len(jobs))
     for number, (key, job, alone) in enumerate(zip(KEYS, jobs, expected, strict=True)):
         there = vectors(server.storage, job)
@@ -229,7 +229,7 @@ def test_every_process_may_be_killed(server: Server, tiny_base_folder: Path, tmp
 
 @pytest.mark.nightly
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("server", [int(os.environ.get("PTUNING_TUNING_STEPS", "3000"))], indirect=True)
+@pytest.mark.parametrize("server", [int(os.environ.get("PTUNING_TUNING_STEPS", "600"))], indirect=True)
 def test_twenty_kills_at_random_instants(server: Server, tiny_base_folder: Path, tmp_path: Path) -> None:
     kinds = ["worker", "owner", "controller", "replica", "cluster"]
     eight_jobs_under(server, random.Random(1).sample(kinds * 4, 20), tiny_base_folder, tmp_path)
