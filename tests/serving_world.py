@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 from conftest import REPOSITORY, shared_memory
 from serving_load import Told, tell
-from test_http_api import ADMIN, KEY, fill_storage, settings
+from test_http_api import ADMIN, KEY, TUNER, fill_storage, settings
 from test_tracking import free_port
 
 
@@ -58,7 +58,7 @@ def serving(folder: Path, base: Path, replicas: int = 2, refresh_s: float = 0.3,
     """`ptuning serve` with replicas, keys, and a registry that changes while it runs. `more`: settings of [serve]."""
     shared = shared_memory()
     registry = fill_storage(folder / "runs", base)
-    (folder / "keys").write_text(f"{KEY}\n{ADMIN} admin\n", encoding="utf-8")
+    (folder / "keys").write_text(f"{KEY}\n{TUNER} tuning\n{ADMIN} admin\n", encoding="utf-8")
     tables = settings(
         folder / "runs", base, refresh_s=refresh_s, running=8, waiting=24, cache_mb=16, replicas=replicas, cpus_per_replica=0.5,
         keys=str(folder / "keys"), **more,

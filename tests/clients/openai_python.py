@@ -1,3 +1,5 @@
+import json
+import time
 from typing import Literal
 
 import openai
@@ -28,4 +30,21 @@ scored = client.completions.create(model="raw", prompt=TEXT, echo=True, logprobs
 assert scored.choices[0].logprobs.token_logprobs[0] is None
 again = [*messages, answer.choices[0].message.model_dump(), {"role": "user", "content": "more"}]
 assert client.chat.completions.create(model="talk", messages=again, max_tokens=4).usage.prompt_tokens > 8
-report("openai", "chat", "stream", "parse", "responses", "echo", "conversation")
+
+lines = [
+    {"custom_id": str(n), "method": "POST", "url": "/v1/chat/completions", "body": {"model": "fruits", "messages": messages}}
+    for n in range(3)
+]
+content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+file = client.files.create(file=("lines.jsonl", content), purpose="batch")
+assert client.files.wait_for_processing(file.id).bytes == len(content) == len(client.files.content(file.id).read())
+assert file.id in [each.id for each in client.files.list(purpose="batch")] and client.files.retrieve(file.id) == file
+batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+while batch.status not in ("completed", "failed"):
+    time.sleep(0.5)
+    batch = client.batches.retrieve(batch.id)
+rows = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+assert [row["response"]["body"]["choices"][0]["message"]["content"] for row in rows] == [label] * 3
+assert batch.id in [each.id for each in client.batches.list()]
+assert client.files.delete(file.id).deleted
+report("openai", "chat", "stream", "parse", "responses", "echo", "conversation", "files", "batches")

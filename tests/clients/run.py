@@ -114,7 +114,7 @@ def served(folder: Path) -> Iterator[SimpleNamespace]:
     from chat_bases import FORMS, tokenizer_of
     from conftest import tiny_base
     from serving_world import serving
-    from test_http_api import KEY, publish_soft_prompt
+    from test_http_api import TUNER, publish_soft_prompt
 
     from ptuning.settings.data import Template
 
@@ -127,7 +127,7 @@ def served(folder: Path) -> Iterator[SimpleNamespace]:
             template = Template(chat_template=form.template, labels=labels)
             publish_soft_prompt(world.registry, base, folder / "scratch", name, seed, template=template, max_new_tokens=8)
         time.sleep(5)  # until the server has looked
-        yield SimpleNamespace(url=world.url, key=KEY, base=base)
+        yield SimpleNamespace(url=world.url, key=TUNER, base=base)
 
 
 def page(rows: list[tuple[str, str, str]]) -> str:
