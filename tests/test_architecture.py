@@ -66,7 +66,20 @@ DIRECTIONS = {
         "serving",
         "display",
     },
-    "cli": {"model", "tracking", "planning", "registry", "cluster", "training", "searching", "serving", "api", "registry_api"},
+    "activity": {"training", "searching", "tuning"},
+    "cli": {
+        "model",
+        "tracking",
+        "planning",
+        "registry",
+        "cluster",
+        "training",
+        "searching",
+        "serving",
+        "activity",
+        "api",
+        "registry_api",
+    },
 }
 """The packages that each package may import, besides the foundation and the built-in base, which is data."""
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ptuning import api, environment, sys_path
-from ptuning.cli import compress, doctor, jobs, plan, predict, serve
+from ptuning.cli import compress, doctor, jobs, plan, predict, serve, top
 from ptuning.cli.options import (
     ExperimentArgument,
     Json,
@@ -109,6 +109,7 @@ app.command()(jobs.submit)
 app.add_typer(jobs.jobs)
 app.command()(plan.plan)
 app.command()(doctor.doctor)
+app.command()(top.top)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from ptuning.cluster.connection import own_cluster
+from ptuning.cluster.connection import join_ray, own_cluster
 from ptuning.errors import UserError
 
 Bundle = Mapping[str, float]
@@ -77,6 +77,18 @@ def await_resources(
 def can_grow() -> bool:
     """Whether the cluster has an autoscaler that may add nodes."""
     return not own_cluster() and _autoscaler() is not None
+
+
+def in_use(address: str) -> tuple[int, dict[str, tuple[float, float]]]:
+    """Number of nodes of a cluster, and of CPUs and GPUs how many are in use, and how many there are.
+
+    Raises:
+        UserError: there is no cluster.
+    """
+    join_ray(address, "--address")
+    have, free = ray.cluster_resources(), ray.available_resources()
+    kinds = [kind for kind in ("CPU", "GPU") if kind in have]
+    return sum(node["Alive"] for node in ray.nodes()), {kind: (have[kind] - free.get(kind, 0), have[kind]) for kind in kinds}
 
 
 def _wait(group: Any, seconds: float, say: Callable[[str], None], never: str, kind: str) -> None:

@@ -104,6 +104,13 @@ def held(folder: str, say: Callable[[str], None], end: Callable[[], None] = _thr
             storage.delete_file(folder, FILE)
 
 
+def renewals(folder: str) -> tuple[int, bool | None] | None:
+    """How often the holder of a lease has renewed it, and whether its process is alive, None if that cannot be checked from
+    here; None: there is no lease."""
+    left = _read(folder)
+    return (int(left.get("beat", 0)), _alive_here(left)) if left else None
+
+
 def _take(folder: str, mine: Record, say: Callable[[str], None]) -> None:
     if storage.is_local(folder):
         path = Path(storage.resolve(folder)[1])
