@@ -180,6 +180,14 @@ def test_owners_take_turns_and_have_a_quota() -> None:
     assert attached(dispatcher.orders(0)) == ["c2"]
 
 
+def test_a_run_that_asks_twice_has_one_slot() -> None:
+    dispatcher = Dispatcher()
+    enter_as(dispatcher, "a", "a1", "a1")
+    dispatcher.register_group(0, 3)
+    enter_as(dispatcher, "a", "a1")
+    assert attached(dispatcher.orders(0)) == ["a1"] and not dispatcher.waiting()
+
+
 def test_a_group_that_ends_gives_its_runs_back_and_one_may_train_alone() -> None:
     dispatcher = Dispatcher()
     dispatcher.register_group(0, 3)

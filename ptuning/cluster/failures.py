@@ -71,6 +71,12 @@ def explain(error: Exception, folder: str, hang: str | None = None) -> str:
     return f"a worker failed: {cause(workers or [text.strip()])}; {see}"
 
 
+def is_permanent(error: Exception) -> bool:
+    """Whether workers have failed with an error that occurs again at every attempt (`CannotRun`)."""
+    failures = getattr(error, "worker_failures", None) or {}
+    return bool(_PERMANENT.search("\n".join([str(error), *map(str, failures.values())])))
+
+
 def cause(workers: list[str]) -> str:
     """The cause of a failure: the worker that died or reported an error, not those that only lost the connection to it.
 

@@ -52,7 +52,9 @@ class Dispatcher:
         self._events = EventBuffer()
 
     def enter(self, order: Fields) -> None:
-        """A run asks for a slot."""
+        """A run asks for a slot. One that has or wants a slot already is not doubled."""
+        if order["run"] in self._training or order["run"] in self.waiting():
+            return
         self._waiting.append(order)
         self._place()
 

@@ -22,10 +22,12 @@ from ptuning.errors import TrackingError, UserError
 from ptuning.model.base import Base
 from ptuning.redaction import logger, placeless
 from ptuning.registry.registry import Registry
+from ptuning.tracking import uploader
 from ptuning.tracking.client import artifact_root, tracking_uri
 from ptuning.training import lease
 from ptuning.training.dispatcher import Dispatcher, DispatcherService
 from ptuning.training.messages import Fields, Leaving
+from ptuning.training.run_tracking import outbox_folder
 from ptuning.tuning.actor_name import NAMESPACE, actor_name
 from ptuning.tuning.group import GROUP, StandingGroup
 from ptuning.tuning.publication import Publisher
@@ -39,6 +41,8 @@ LOOK, WRITE = 0.2, 0.5
 """Seconds between looks at the workers' events, and between writes of the jobs that they change."""
 LONGEST_PAUSE = 60.0
 """Seconds between two starts of a group whose workers fail, at most."""
+AGAIN = 10.0
+"""Seconds until jobs that could not be owned are tried again."""
 ENDING = 20.0
 """Seconds in which the workers end, and MLflow takes what it can."""
 
@@ -129,11 +133,14 @@ class TuningActor(DispatcherService[Dispatcher]):
 
     def _live(self) -> None:
         try:
-            with lease.held(self._root, log.info, end=lambda: os._exit(1)):
-                self._serve()
-        except UserError as error:
-            self._unavailable = placeless(str(error))
-            log.error("there is no tuning service: %s", error)
+            while not self._stopped.is_set():
+                try:
+                    with lease.held(self._root, log.info, end=lambda: os._exit(1)):
+                        self._serve()
+                except UserError as error:  # another cluster owns these jobs, or the storage cannot be read now
+                    self._service, self._unavailable = None, placeless(str(error))
+                    log.error("there is no tuning service: %s", error)
+                    self._stopped.wait(AGAIN)
         except Exception:
             log.exception("the tuning service has failed")
             os._exit(1)  # Ray starts it again
@@ -151,6 +158,8 @@ class TuningActor(DispatcherService[Dispatcher]):
         runner = Runner(jobs, publisher, self._slots, self._wake)
         self._runner = runner
         self._group = StandingGroup(server, self._root, self._group_ended)
+        leftovers = (outbox_folder(server.compute.storage), uri)
+        threading.Thread(target=uploader.ship_leftovers, args=leftovers, daemon=True).start()
         runner.recover()
         self._service = TuningService(jobs, registry, publisher, self._slots, runner.begin, runner.estimate)
         self._follow(jobs, runner)
@@ -194,9 +203,13 @@ class TuningActor(DispatcherService[Dispatcher]):
         if not self._group.running and self._wanted and time.monotonic() >= self._not_before:
             self._group.start(self._me, *self._wanted)
 
-    def _group_ended(self, failure: str | None) -> None:
-        """In the group's thread."""
+    def _group_ended(self, failure: str | None, again: bool) -> None:
+        """In the group's thread. `again`: another group would fail for the same reason."""
         self._slots.open()
+        if failure and again:
+            self._runner.group_failed(failure)
+        elif failure:
+            self._runner.group_lost(failure)
         if failure:
             log.error("the workers have failed: %s", failure)
             self._not_before = time.monotonic() + self._pause

@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ptuning import storage
-from ptuning.cluster.failures import explain
+from ptuning.cluster.failures import explain, is_permanent
 from ptuning.config import Experiment
 from ptuning.data.task import load_task
 from ptuning.errors import UserError
@@ -35,8 +35,9 @@ RESTARTS = 1_000_000
 class StandingGroup:
     """The worker group of one storage folder."""
 
-    def __init__(self, server: Experiment, folder: str, ended: Callable[[str | None], None]) -> None:
-        """`ended` is called in the group's thread when its workers have ended, with the reason unless they were to end."""
+    def __init__(self, server: Experiment, folder: str, ended: Callable[[str | None, bool], None]) -> None:
+        """`ended` is called in the group's thread when its workers have ended: the reason, unless they were to end, and whether
+        it would be the same again."""
         self._server = server
         self._folder = folder
         self._placement = actor_name(server.compute.storage)
@@ -58,7 +59,7 @@ class StandingGroup:
             self._thread.join(seconds)
 
     def _run(self, events: Any, job: Experiment, base: Base) -> None:
-        failure: str | None = None
+        failure, again = None, False
         attempt = storage.join(self._folder, "ray")
         try:
             experiment = group_experiment(self._server)
@@ -73,16 +74,16 @@ class StandingGroup:
             remove_placement_groups(self._placement)
             make_trainer(experiment, attempt, scaling, _work(), config, self._placement).fit()
         except (TrainingFailedError, RayError) as error:
-            failure = explain(error, self._folder)
+            failure, again = explain(error, self._folder), is_permanent(error)
         except UserError as error:
-            failure = str(error)
+            failure, again = str(error), True
         except BaseException as error:  # a thread that ends without a word would leave the jobs waiting
             log.exception("the group of workers could not start")
             failure = f"the workers could not start ({type(error).__name__}); see the server's log"
         finally:
             if storage.is_local(attempt):
                 shutil.rmtree(attempt, ignore_errors=True)
-            self._ended(failure)
+            self._ended(failure, again)
 
 
 def per_worker(server: Experiment) -> dict[str, float]:

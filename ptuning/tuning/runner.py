@@ -221,6 +221,11 @@ class Runner:
         if self._quarantine.release([*self._slots.training(), *self._slots.waiting()]):
             self._slots.limit(math.inf)
 
+    def group_lost(self, reason: str) -> None:
+        """The workers have ended and will be started again."""
+        with self._jobs.lock:
+            self._warn(placeless(reason).partition(";")[0])
+
     def group_failed(self, reason: str) -> None:
         """No worker can train on this server: every job that needs one fails."""
         with self._jobs.lock:
