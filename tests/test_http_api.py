@@ -743,7 +743,7 @@ def test_openapi_holds_against_invention(world):
     tried = 0
     for result in schema.get_all_operations():
         operation = result.ok()
-        if operation.path == "/v1/admin/reload":
+        if operation.path.startswith("/v1/admin/"):
             continue  # asks MLflow each time
 
         @examples(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])

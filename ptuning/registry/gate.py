@@ -41,12 +41,19 @@ class Promotion:
 
 
 def promote(
-    registry: Registry, reference: Reference, *, base: str | None = None, margin: float = MARGIN, force: bool = False
+    registry: Registry,
+    reference: Reference,
+    *,
+    base: str | None = None,
+    margin: float = MARGIN,
+    force: bool = False,
+    tested: bool = False,
 ) -> Promotion:
     """Make a version champion if it passes the checks and the champion did not change since they began.
 
     Args:
         base: the location of its base on this machine, if it differs from the card.
+        tested: it has answered on its base, which is not loaded again.
 
     Raises:
         GateError: the version does not pass.
@@ -59,7 +66,7 @@ def promote(
     if seen.champion == version.version:
         log.sync_alias()
         return Promotion(version, _previous(seen), [], moved=False)
-    findings = examine(registry, version, seen, base, margin)
+    findings = examine(registry, version, seen, base, margin, tested)
     if findings and not force:
         raise GateError(f"{version}: {'; '.join(findings)}; nothing was changed, use --force to promote it anyway")
     log.promote(version.version, seen, "; ".join(findings) or None)
@@ -67,7 +74,9 @@ def promote(
     return Promotion(version, seen.champion, findings, moved=True)
 
 
-def examine(registry: Registry, version: Version, seen: State, base: str | None, margin: float) -> list[str]:
+def examine(
+    registry: Registry, version: Version, seen: State, base: str | None, margin: float, tested: bool = False
+) -> list[str]:
     """All findings against a version, as clauses; empty if it passes.
 
     Raises:
@@ -76,7 +85,7 @@ def examine(registry: Registry, version: Version, seen: State, base: str | None,
     candidate, _ = retrieve(registry, version)
     findings = []
     try:
-        findings += on_its_base(candidate, str(version), base)
+        findings += [] if tested else on_its_base(candidate, str(version), base)
     except UserError as error:
         findings.append(f"it cannot be tested on its base ({error})")
     if seen.champion is not None:

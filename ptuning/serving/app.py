@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ptuning.serving import answers
+from ptuning.serving.admin_routes import AdminRoutes, Moved, PromoteRequest, RollbackRequest
 from ptuning.serving.api import Api
 from ptuning.serving.batch_objects import BatchList, BatchObject, BatchQuery, BatchRequest
 from ptuning.serving.batch_routes import BatchRoutes, Wake
@@ -22,6 +23,7 @@ from ptuning.serving.file_objects import UPLOAD, FileDeleted, FileList, FileObje
 from ptuning.serving.file_routes import FileRoutes
 from ptuning.serving.http_request import NEUTRAL, REQUEST_ID, ApiError, as_api_error, unknown_route
 from ptuning.serving.neutral import described
+from ptuning.serving.page_routes import add_page
 from ptuning.serving.paging import parameters_of
 from ptuning.serving.protocol import ChatRequest, ClassifyRequest, CompletionRequest
 from ptuning.serving.request_record import Recorded
@@ -93,11 +95,16 @@ def build_app(service: Service, replicas: Replicas | None = None, jobs: Ask | No
     act("/v1/batches/{batch_id}/cancel", batches.cancel, BatchObject)
     get("/v1/models", status.models, answers.Models)
     get("/v1/models/{name:path}", status.model, answers.Model)
+    admin = AdminRoutes(service, status.look)
+    post("/v1/admin/promote", admin.promote, PromoteRequest, Moved)
+    post("/v1/admin/rollback", admin.rollback, RollbackRequest, Moved)
+    get("/v1/admin/prompts/{name}", admin.prompt)
     app.post("/v1/admin/reload", responses=_errors(), openapi_extra=locked)(status.reload)
     get("/metrics", status.metrics)
     app.get("/livez", responses={503: {"description": "must be replaced"}})(status.livez)
     for path in ("/readyz", "/health"):
         app.get(path, responses={503: {"description": "not yet"}})(status.readyz)
+    add_page(app, service.limits, service.keys)
     routes: dict[str, str] = {route.path: min(route.methods) for route in app.routes if hasattr(route, "methods")}  # type: ignore[attr-defined]
 
     app.add_middleware(Recorded, service=service)

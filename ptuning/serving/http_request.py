@@ -185,7 +185,7 @@ def parse_body(content: bytes, shape: type[Asked]) -> Asked:
         raise ApiError(400, f"the body is not valid JSON ({error}); send a JSON object", "invalid_request_error") from None
     try:
         known = [field.alias or name for name, field in shape.model_fields.items()]
-        return shape.model_validate(neutral.without_neutral(parsed, NEUTRAL[shape], known))
+        return shape.model_validate(neutral.without_neutral(parsed, NEUTRAL.get(shape, {}), known))
     except neutral.NotNeutral as error:
         raise ApiError(400, str(error), "invalid_request_error", error.param.partition(".")[0]) from None
     except ValidationError as error:

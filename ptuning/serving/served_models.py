@@ -62,7 +62,7 @@ class ServedModels:
     ) -> None:
         """`only`: the names to serve; none: all. `resident_bytes`: the limit of `Residency`."""
         self.residency = Residency(engine, resident_bytes)
-        self._registry = registry
+        self.registry = registry
         self._tuned = TunedNames(registry)
         self._only = frozenset(only)
         self._folder = storage.join(folder, "-".join([base.fingerprint.weights[:16], *filter(None, [base.stored_in])]))
@@ -168,9 +168,9 @@ class ServedModels:
             EngineBusy: a new version could not be tested; the next call tries again.
         """
         with self._syncing:
-            if not self._registry.is_there and (self._known or self._snapshot.exists):
+            if not self.registry.is_there and (self._known or self._snapshot.exists):
                 # not the same as an empty registry
-                raise TrackingError(f"{redact(self._registry.uri)} no longer exists; restore it", OFFLINE)
+                raise TrackingError(f"{redact(self.registry.uri)} no longer exists; restore it", OFFLINE)
             first = not self.looked
             try:
                 changed = self._listing.look()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any, Literal
 
@@ -118,6 +119,11 @@ class Status:
         changed = any(each.changed for each in found)
         told = {"changed": changed, "served": served, "refused": refused, "replicas": len(found)}
         return JSONResponse(told)
+
+    async def look(self) -> None:
+        """All replicas check the registry now, as far as they respond."""
+        with suppress(ApiError):
+            await self._all("reload")
 
     async def metrics(self, request: Request) -> Response:
         """The metrics of all replicas."""
