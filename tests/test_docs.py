@@ -45,6 +45,7 @@ WALK = (
             "serving",
             "tuning-service",
             "batches",
+            "page",
             "python",
             "cluster",
             "gpu",

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from ptuning.errors import TrackingError
 from ptuning.model.soft_prompt import public_base
+from ptuning.redaction import placeless
 from ptuning.registry import gate
 from ptuning.registry.inspection import inspect_version
 from ptuning.registry.promotions import PromotionLog
@@ -102,6 +103,7 @@ class AdminRoutes:
         public = replace(found, card=found.card.public())
         told = public.as_json()
         told["card"]["base"] = public_base(found.card.base)
+        told["missing"] = placeless(found.missing) if found.missing else None
         for move in told["promotions"]:
             move["by"] = str(move["by"]).partition("@")[0]  # without the name of a machine
         return told

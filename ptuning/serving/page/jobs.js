@@ -39,15 +39,19 @@ const tryButton = (model) => button("Try", async () => { await offer(model); sho
 
 async function look() {
   clearTimeout(timer);
-  const jobs = (await get(`${PLACE}?limit=50`)).data;
-  $("job-count").textContent = `${jobs.length} jobs, the newest first`;
-  const focused = document.activeElement?.getAttribute("aria-label");
-  $("job-rows").replaceChildren(...jobs.map(row));
-  if (focused && !document.contains(document.activeElement)) document.querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
-  const job = jobs.find((each) => each.id === followed);
-  if (job) await follow(job);
-  if (!$("jobs").hidden && jobs.some((each) => !ENDED.includes(each.status) && each.status !== "paused")) {
-    timer = setTimeout(() => attempt(look), AGAIN_MS);
+  let goes = true; // after an answer that failed, too
+  try {
+    const jobs = (await get(`${PLACE}?limit=50`)).data;
+    $("job-count").textContent = `${jobs.length} jobs, the newest first`;
+    const focused = document.activeElement?.getAttribute("aria-label");
+    $("job-rows").replaceChildren(...jobs.map(row));
+    if (focused && document.activeElement === document.body) $("job-rows").querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
+    const job = jobs.find((each) => each.id === followed);
+    if (job) await follow(job);
+    goes = jobs.some((each) => !ENDED.includes(each.status) && each.status !== "paused");
+  } finally {
+    clearTimeout(timer);
+    if (goes && !$("jobs").hidden) timer = setTimeout(() => attempt(look), AGAIN_MS);
   }
 }
 
