@@ -119,6 +119,8 @@ OWNERS = {
         "tuning.group",
     },
     "fastapi": {
+        "serving.admin_routes",
+        "serving.page_routes",
         "serving.api",
         "serving.app",
         "serving.batch_routes",

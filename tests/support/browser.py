@@ -120,7 +120,15 @@ class Page:
 def browser(folder: Path) -> Iterator[Page]:
     """A page of a browser of its own, whose files are in a folder."""
     assert PROGRAM
-    command = [PROGRAM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+    command = [
+        PROGRAM,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--hide-scrollbars",
+    ]
     command += ["--remote-debugging-port=0", f"--user-data-dir={folder / 'profile'}", "about:blank"]
     with (folder / "browser.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)

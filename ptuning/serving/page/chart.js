@@ -3,7 +3,7 @@
 import { make, number } from "/page/parts.js";
 
 const SPACE = "http://www.w3.org/2000/svg";
-const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [640, 240, 48, 12, 12, 26];
+const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [640, 240, 48, 12, 28, 26];
 
 function draw(tag, attributes, text = "") {
   const element = document.createElementNS(SPACE, tag);
@@ -48,7 +48,7 @@ export function chart(title, series) {
     for (const [step, value] of each.length < 40 ? each : each.slice(-1)) {
       picture.append(draw("circle", { cx: x(step), cy: y(value), r: 2.5, class: kind }));
     }
-    const legend = draw("text", { x: WIDTH - RIGHT - 110 * (shown.length - place), y: TOP + 4 });
+    const legend = draw("text", { x: WIDTH - RIGHT - 110 * (shown.length - place), y: 12 });
     legend.append(draw("tspan", { class: kind }, "● "), name);
     picture.append(legend);
   });

@@ -5,6 +5,7 @@ import { $, attempt, make, number, say } from "/page/parts.js";
 
 const SHOWN = 60;
 const MOST = 8;
+const CHECKPOINTS = /-checkpoints(:\d+)?$/; // of jobs: shown if they are looked for
 const chosen = new Set();
 
 export async function offer(name = null) {
@@ -15,7 +16,7 @@ export async function offer(name = null) {
   const wanted = $("search").value.trim().toLowerCase();
   const all = await models();
   const base = all[0].id;
-  const named = all.filter((each) => chosen.has(each.id) || each.id.toLowerCase().includes(wanted));
+  const named = all.filter((each) => chosen.has(each.id) || (wanted ? each.id.toLowerCase().includes(wanted) : !CHECKPOINTS.test(each.id)));
   const extra = [...chosen].filter((id) => !all.some((each) => each.id === id)).map((id) => ({ id }));
   if (!chosen.size) (all.length > 1 ? [base, all[1].id] : [base]).forEach((id) => chosen.add(id));
   const boxes = [...extra, ...named].slice(0, SHOWN).map((each) => {
@@ -82,6 +83,10 @@ async function bars(place, about, text) {
 
 export function begin() {
   $("search").addEventListener("input", () => attempt(() => offer()));
+  document.addEventListener("view", (event) => event.detail === "try" && attempt(async () => {
+    await models(true);
+    await offer();
+  }));
   $("ask-form").addEventListener("submit", (event) => {
     event.preventDefault();
     attempt(async () => {
