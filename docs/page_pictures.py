@@ -66,7 +66,7 @@ def look(page: Page) -> None:
     page.click('[aria-label="Promote sentiment:1"]')
     page.wait("document.getElementById('said').innerText")
     page.click('[aria-label="Details of sentiment:1"]')
-    page.wait("document.querySelector('#details h3')")
+    page.wait("document.querySelector('#details h3') !== null")
     page.run("window.scrollTo(0, 0)")
 
 

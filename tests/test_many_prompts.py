@@ -49,9 +49,9 @@ def add(registry: Registry, name: str) -> Version:
 
 
 def everything(known: Listing[Any]) -> set[str]:
-    """Read on in the background until all is read."""
+    """Read all in the background, from the first name on."""
     changed: set[str] = set()
-    known.whole = False
+    known.whole, known._token = False, None
     while not known.whole:
         known._credit = 1.0
         changed |= known.survey()

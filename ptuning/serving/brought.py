@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ptuning.errors import TrackingError, UserError
 from ptuning.inference.types import EngineBusy, EngineStopped
@@ -134,3 +134,26 @@ class Brought:
         served = self._entries.pop(entry, None)
         if served is not None and served.prompt is not None:
             self._residency.leave(served.prompt)
+
+
+class Names(Mapping[str, Served]):
+    """What is served, by id."""
+
+    def __init__(self, ids: Callable[[], Iterator[str]], find: Callable[[str], Served]) -> None:
+        self._ids = ids
+        self._find = find
+
+    def __getitem__(self, model: str) -> Served:
+        try:
+            return self._find(model)
+        except UnknownModel:
+            raise KeyError(model) from None
+
+    def __contains__(self, model: object) -> bool:
+        return any(model == each for each in self)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._ids()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -29,7 +29,7 @@ from ptuning.redaction import logger, redact
 from ptuning.registry.listing import Listing
 from ptuning.registry.names import TunedNames, is_tuned_name
 from ptuning.registry.registry import Registry
-from ptuning.serving.brought import Brought, UnknownModel, unknown
+from ptuning.serving.brought import Brought, Names, UnknownModel, unknown
 from ptuning.serving.loading import Entry, Loader, Served
 from ptuning.serving.residency import Residency
 from ptuning.serving.snapshot import Snapshot
@@ -92,7 +92,7 @@ class ServedModels:
     @property
     def names(self) -> Mapping[str, Served]:
         """All served ids: the base, each name (its champion), each version. Reading one may bring it."""
-        return _Names(self)
+        return Names(self._ids, self.find)
 
     @property
     def refused(self) -> Mapping[str, str]:
@@ -159,6 +159,11 @@ class ServedModels:
             for model, entry in [*found, *((str(entry), entry) for entry in versions.values())]:
                 if str(entry) not in self.refused and entry not in self._queue:
                     yield model, entry, self._brought.get(entry)
+
+    def _ids(self) -> Iterator[str]:
+        yield self.base_id
+        for model, _, _ in self.listed():
+            yield model
 
     def sync(self) -> bool:
         """Update the served set from the registry; True if anything changed.
@@ -333,27 +338,3 @@ class ServedModels:
             return unknown([self.base_id], len(self._known) + 1, LIST)
         known = sorted({self.base_id, *filter(self._entry, self._known)})
         return unknown(known, len(known), suggest(model, self.names, LIST))
-
-
-class _Names(Mapping[str, Served]):
-    """What is served, by id."""
-
-    def __init__(self, models: ServedModels) -> None:
-        self._models = models
-
-    def __getitem__(self, model: str) -> Served:
-        try:
-            return self._models.find(model)
-        except UnknownModel:
-            raise KeyError(model) from None
-
-    def __contains__(self, model: object) -> bool:
-        return any(model == each for each in self)
-
-    def __iter__(self) -> Iterator[str]:
-        yield self._models.base_id
-        for model, _, _ in self._models.listed():
-            yield model
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)

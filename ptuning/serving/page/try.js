@@ -1,7 +1,7 @@
 // The view "Try": one text, and the answers of the base and of soft prompts side by side.
 
 import { get, models, post, stream } from "/page/api.js";
-import { $, attempt, make, number, say } from "/page/parts.js";
+import { $, attempt, make, say } from "/page/parts.js";
 
 const SHOWN = 60;
 const MOST = 8;
@@ -43,7 +43,7 @@ async function* pieces(about, text) {
       yield [event.choices?.[0]?.delta?.content || "", event.usage];
     }
   } else {
-    const body = { model: about.id, prompt: text, max_tokens: 48, temperature: 0, ...options };
+    const body = { model: about.id, prompt: text, max_tokens: 24, temperature: 0, ...options };
     for await (const event of stream("/v1/completions", body)) yield [event.choices?.[0]?.text || "", event.usage];
   }
 }
@@ -77,7 +77,7 @@ async function bars(place, about, text) {
   const shares = Object.entries(found.probabilities).sort(([, one], [, two]) => two - one).slice(0, 10);
   place.replaceChildren(...shares.map(([label, share]) => {
     const meter = make("meter", { min: 0, max: 1, value: share, ariaLabel: `probability of ${label}` });
-    return make("div", { className: "bar" }, make("span", {}, label), meter, make("span", {}, `${number(share * 100)} %`));
+    return make("div", { className: "bar" }, make("span", {}, label), meter, make("span", {}, `${(share * 100).toFixed(1)} %`));
   }));
 }
 
