@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -25,6 +26,7 @@ from ptuning.tuning.batch_store import Endpoint
 log = logger(__name__)
 
 IDLE_S = 30.0
+ATTEMPTS = 5
 
 
 class ServeReplicas:
@@ -57,18 +59,21 @@ class BatchActor:
         self._root = root
         self._places = places
         self._runner: BatchRunner | None = None
+        self._ended = False
         self._loop = asyncio.new_event_loop()
         self._me = ray.get_runtime_context().current_actor
         threading.Thread(target=self._live, name="batches", daemon=True).start()
 
-    def wake(self) -> None:
-        """There may be new batches, or cancellations."""
-        if self._runner is not None:
+    def wake(self) -> bool:
+        """There may be new batches, or cancellations. False: this process is ending."""
+        if self._runner is not None and not self._ended:
             self._loop.call_soon_threadsafe(self._runner.wake)
+        return not self._ended
 
     def _live(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_until_complete(self._run())
+        self._ended = True
         log.info("there are no batches: their runner ends")
         ray.kill(self._me, no_restart=True)
 
@@ -94,11 +99,9 @@ async def wake(root: str, places: int) -> None:
     actor: Any = ray.remote(num_cpus=0, max_restarts=-1)(BatchActor).options(  # its type knows the class only
         name=runner_name(root), namespace=NAMESPACE, lifetime="detached", get_if_exists=True
     )
-    for attempt in range(3):
-        try:
-            await actor.remote(root, places).wake.remote()
-            return
-        except ray.exceptions.RayActorError:  # it was just ending
-            if attempt == 2:
-                raise
-            await asyncio.sleep(0.5)
+    for _ in range(ATTEMPTS):
+        with suppress(ray.exceptions.RayActorError):  # it has just ended
+            if await actor.remote(root, places).wake.remote():
+                return
+        await asyncio.sleep(0.5)
+    raise Unreachable("the runner of batches does not start")
