@@ -1,9 +1,8 @@
-"""What makes a job go on: its files are read, its trials enter the slots, their events are kept, its result is published."""
+"""What makes a job go on: its files are read, its trials enter the slots, their events are kept. `endings` does the rest."""
 
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,23 +17,20 @@ from ptuning.model.base import Base, find_base
 from ptuning.model.fingerprint import json_hash
 from ptuning.redaction import logger, placeless
 from ptuning.training.messages import Broken, Evaluated, Event, Failed, Fields, Finished, Loaded, Started, Stepped, read_event
+from ptuning.tuning.endings import Endings, goodness
 from ptuning.tuning.files import UnknownFile, new_id
 from ptuning.tuning.group import NAME
-from ptuning.tuning.job_run import JobRun
-from ptuning.tuning.jobs import AUTO, Checkpoint, JobRecord, Trial, now
-from ptuning.tuning.publication import KEPT, Publisher, repeatable
+from ptuning.tuning.jobs import Checkpoint, JobRecord, Trial, now
+from ptuning.tuning.publication import Publisher
 from ptuning.tuning.quarantine import Quarantine
 from ptuning.tuning.request import JobRefused, order_of, prepare
-from ptuning.tuning.results import EVENTS, POINTS, due, result_file, validation_metrics
+from ptuning.tuning.results import EVENTS, POINTS, due, validation_metrics
 from ptuning.tuning.service import Jobs, Slots
 
 log = logger(__name__)
 
 MEASURED = 30
 """Steps of a trial from which its end is estimated."""
-AGAIN = 2.0
-"""Seconds until something is tried again that MLflow or the storage has refused."""
-
 Wake = Callable[[Experiment, Base], None]
 """Makes sure that the workers run. The experiment is one that they will train."""
 
@@ -45,19 +41,16 @@ class Runner:
 
     def __init__(self, jobs: Jobs, publisher: Publisher, slots: Slots, wake: Wake) -> None:
         self._jobs = jobs
-        self._publisher = publisher
+        self._endings = Endings(jobs, publisher, slots, self._forget)
         self._slots = slots
         self._wake = wake
         self._runs: dict[str, tuple[JobRecord, int]] = {}
         """Job and number of each trial."""
         self._times: dict[str, deque[tuple[int, int]]] = {}
         """Step and time in milliseconds of the last steps of a trial."""
-        self._tracked: dict[str, JobRun] = {}
         self._reading = ThreadPoolExecutor(1, "tuning files")
-        self._publishing = ThreadPoolExecutor(1, "tuning registry")
         self._base: Base | None = None
         self._quarantine = Quarantine(jobs.server.train.checkpoint_every)
-        self._stopped = threading.Event()
 
     # -- beginning -----------------------------------------------------------------------------------------------------
 
@@ -71,19 +64,18 @@ class Runner:
                     record.status = "queued"
                 for checkpoint in record.checkpoints:
                     if checkpoint.version is None:
-                        self._publishing.submit(self._guarded, self._publish_checkpoint, record, checkpoint)
+                        self._endings.publish(record, checkpoint)
                 self.begin(record)
 
     def begin(self, record: JobRecord) -> None:
         """Let a job go on that is not paused: read its files, if they have not been read, then queue its trials."""
         if record.status in ("validating_files", "queued"):
-            self._reading.submit(self._guarded, self._begin, record)
+            self._reading.submit(self._endings.guarded, self._begin, record)
 
     def stop(self) -> None:
         """Let nothing new begin."""
-        self._stopped.set()
         self._reading.shutdown(wait=False, cancel_futures=True)
-        self._publishing.shutdown(wait=False, cancel_futures=True)
+        self._endings.stop()
 
     def _begin(self, record: JobRecord) -> None:
         jobs = self._jobs
@@ -111,7 +103,7 @@ class Runner:
             refused = error if isinstance(error, JobRefused) else JobRefused(placeless(str(error)))
             with jobs.lock:
                 if not record.ended:
-                    self._fail(record, str(refused), refused.code or "invalid_request", refused.param)
+                    self._endings.fail(record, str(refused), refused.code or "invalid_request", refused.param)
 
     def _enter(self, record: JobRecord, base: Base, train: str, validation: str | None) -> None:
         folder = self._jobs.store.folder(record.id)
@@ -123,7 +115,7 @@ class Runner:
         for order in waiting:
             self._slots.enter(order)
         if not waiting:
-            self._publishing.submit(self._guarded, self._finish, record)
+            self._endings.finish(record)
         else:
             self._wake(Experiment.model_validate(waiting[0]["experiment"]), base)
 
@@ -177,7 +169,7 @@ class Runner:
                 trial.step, trial.status, trial.measured = heard.step, "finished", dict(heard.values)
                 trial.content_hash = heard.content_hash
                 trial.soft_prompt = storage.relative(self._jobs.store.folder(record.id), heard.soft_prompt)
-                self._run_of(record).record(number, heard)
+                self._endings.run_of(record).record(number, heard)
                 self._trial_ended(record)
             case Failed() if trial.status == "open":
                 trial.status, trial.message = "failed", placeless(heard.message.removeprefix(f"{heard.run}: "))
@@ -233,7 +225,7 @@ class Runner:
                 if record.status in ("queued", "running") and any(trial.status == "open" for trial in record.trials):
                     for trial in record.trials:
                         self._slots.leave(trial.run, "drop")
-                    self._fail(record, placeless(reason), "server_error", None)
+                    self._endings.fail(record, placeless(reason), "server_error", None)
 
     def _started(self, record: JobRecord, trial: Trial, heard: Started) -> None:
         if record.status not in ("queued", "running"):
@@ -262,7 +254,7 @@ class Runner:
             progress.curves[number].append([heard.step, loss])
         if due(heard.step, trial.steps, EVENTS):
             self._tell_metrics(record, number, heard.step, "training", loss, {"train_loss": loss})
-        self._run_of(record).record(number, heard)
+        self._endings.run_of(record).record(number, heard)
 
     def _evaluated(self, record: JobRecord, number: int, heard: Evaluated) -> None:
         trial = record.trials[number]
@@ -275,7 +267,7 @@ class Runner:
         if curve and math.isfinite(curve[-1][1]):
             metrics["train_loss"] = curve[-1][1]
         self._tell_metrics(record, number, heard.step, "validation", heard.values["loss"], metrics)
-        self._run_of(record).record(number, heard)
+        self._endings.run_of(record).record(number, heard)
         if not heard.best or heard.soft_prompt is None or any(each.step == heard.step for each in record.checkpoints):
             return
         if len(record.trials) > 1 and not self._is_best(record, heard.values):
@@ -283,11 +275,11 @@ class Runner:
         folder = storage.relative(self._jobs.store.folder(record.id), heard.soft_prompt)
         checkpoint = Checkpoint(new_id("ftckpt", "_"), heard.step, now(), metrics, folder)
         record.checkpoints.append(checkpoint)
-        self._publishing.submit(self._guarded, self._publish_checkpoint, record, checkpoint)
+        self._endings.publish(record, checkpoint)
 
     def _is_best(self, record: JobRecord, values: dict[str, float]) -> bool:
         """Whether an evaluation is better than all checkpoints so far."""
-        return all(_order(record.metric, values) > _order(record.metric, each.metrics) for each in record.checkpoints)
+        return all(goodness(record.metric, values) > goodness(record.metric, each.metrics) for each in record.checkpoints)
 
     def _tell_metrics(
         self, record: JobRecord, number: int, step: int, split: str, loss: float, metrics: dict[str, float]
@@ -298,11 +290,6 @@ class Runner:
         data |= {"trial": number + 1} if len(record.trials) > 1 else {}
         finite = {key: value if not isinstance(value, float) or math.isfinite(value) else None for key, value in data.items()}
         self._jobs.tell(record, f"{which}Step {step}/{steps}: {split} loss={loss:.4f}", data=finite)
-
-    def _run_of(self, record: JobRecord) -> JobRun:
-        if record.id not in self._tracked:
-            self._tracked[record.id] = JobRun(record, self._jobs.server)
-        return self._tracked[record.id]
 
     def estimate(self, record: JobRecord) -> int | None:
         """When a job will end, in Unix seconds, from the steps of its trials that were measured last."""
@@ -319,135 +306,18 @@ class Runner:
             left.append((trial.steps - trial.step) * (ended - began) / 1000 / (last - first))
         return math.ceil(time.time() + max(left)) if left else None
 
-    # -- the end -------------------------------------------------------------------------------------------------------
+    def _forget(self, record: JobRecord) -> None:
+        for trial in record.trials:
+            self._runs.pop(trial.run, None)
+            self._times.pop(trial.run, None)
 
     def _trial_ended(self, record: JobRecord) -> None:
         if self._quarantine.active:
             self._turn_over("")
         if all(trial.status != "open" for trial in record.trials):
-            self._publishing.submit(self._guarded, self._finish, record)
-
-    def _fail(self, record: JobRecord, message: str, code: str, param: str | None) -> None:
-        record.error = {"code": code, "message": message, "param": param}
-        self._jobs.move(record, "failed", f"The job failed: {message}", level="error")
-        self._close_run(record, "FAILED")
-
-    def _close_run(self, record: JobRecord, status: Any) -> None:
-        run = self._tracked.pop(record.id, None)
-        for trial in record.trials:
-            self._runs.pop(trial.run, None)
-            self._times.pop(trial.run, None)
-        if run:
-            tags = {"ptuning.state": record.status} | ({"ptuning.soft_prompt": record.version} if record.version else {})
-            threading.Thread(target=run.end, args=(status, tags), name="tuning run", daemon=True).start()
-
-    def _publish_checkpoint(self, record: JobRecord, checkpoint: Checkpoint) -> None:
-        folder = self._jobs.store.folder(record.id)
-        if checkpoint.version is None:
-            if not storage.exists(storage.join(folder, checkpoint.folder), storage.MANIFEST):
-                return
-            version = self._repeated(
-                lambda: self._publisher.checkpoint(record, checkpoint, storage.join(folder, checkpoint.folder))
-            )
-            with self._jobs.lock:
-                checkpoint.version = version
-                name = record.checkpoint_wire(checkpoint)["fine_tuned_model_checkpoint"]
-                self._jobs.tell(record, f"Checkpoint created at step {checkpoint.step}: {name}")
-                self._jobs.save(record)
-        there = [each for each in record.checkpoints if each.version and not each.withdrawn]
-        for old in there[:-KEPT]:
-            self._repeated(lambda old=old: self._publisher.withdraw(old, storage.join(folder, old.folder)))  # type: ignore[misc]
-            with self._jobs.lock:
-                old.withdrawn = True
-                self._jobs.save(record)
-
-    def _finish(self, record: JobRecord) -> None:
-        """Publish the best trial's soft prompt and end the job. May be repeated after a crash at any instant."""
-        jobs = self._jobs
-        folder = jobs.store.folder(record.id)
-        done = [number for number, trial in enumerate(record.trials) if trial.status == "finished"]
-        if not done:
-            with jobs.lock:
-                if not record.ended:
-                    self._fail(
-                        record, record.trials[0].message or "it could not be trained", "training_failed", "training_file"
-                    )
-            return
-        best = max(done, key=lambda number: _order(record.metric, _validation(record.trials[number])))
-        trial = record.trials[best]
-        with jobs.lock:
-            if record.ended:
-                return
-            if record.result_file is None:
-                record.result_file = new_id("file")
-            jobs.save(record)
-            run = self._run_of(record)
-        place = storage.join(folder, str(trial.soft_prompt))
-        version = self._repeated(lambda: self._publisher.result(record, place, run.run_id()))
-        content = result_file(jobs.progress(record), best)
-        jobs.files.write_result(
-            record.owner, f"{record.id}-metrics.csv", "fine-tune-results", content, file_id=record.result_file
-        )
-        with jobs.lock:
-            record.version, record.fine_tuned_model = version, record.served_as
-            record.result_files = [record.result_file]
-            usual = jobs.server.train.learning_rate
-            if record.hyperparameters.get("learning_rate_multiplier") == AUTO:
-                record.hyperparameters |= {"learning_rate_multiplier": trial.learning_rate / usual}
-            jobs.tell(record, f"New fine-tuned model created: {record.fine_tuned_model}, which is {version}")
-            jobs.move(record, "succeeded", "The job has successfully completed")
-            self._close_run(record, "FINISHED")
-        for each in record.trials:
-            storage.delete_folder(storage.join(folder, "trials", each.run, "checkpoints"))
-
-    def _repeated(self, publish: Callable[[], Any]) -> Any:
-        """What needs MLflow, as often as it takes."""
-        pause = AGAIN
-        while True:
-            try:
-                return publish()
-            except UserError as error:
-                if not repeatable(error):
-                    raise
-                log.warning("MLflow does not respond: %s", error)
-            if self._stopped.wait(pause):
-                raise InterruptedError("the server is stopping")
-            pause = min(2 * pause, 60.0)
-
-    def _guarded(self, work: Callable[..., None], record: JobRecord, *more: Any) -> None:
-        """Do one job's work; an error is the job's, and never ends the thread."""
-        try:
-            work(record, *more)
-        except InterruptedError:
-            return
-        except OSError as error:
-            log.warning("%s: the storage failed, tried again: %s", record.id, error)
-            if not self._stopped.wait(AGAIN):
-                self._publishing.submit(self._guarded, work, record, *more)
-        except Exception as error:
-            log.exception("%s could not go on", record.id)
-            with self._jobs.lock:
-                if not record.ended:
-                    reason = (
-                        placeless(str(error))
-                        if isinstance(error, UserError)
-                        else "something went wrong here; see the server's log"
-                    )
-                    for trial in record.trials:
-                        self._slots.leave(trial.run, "drop")
-                    self._fail(record, reason, "server_error", None)
+            self._endings.finish(record)
 
 
 def _extended(lists: list[Any], number: int) -> None:
     while len(lists) <= number:
         lists.append([])
-
-
-def _validation(trial: Trial) -> dict[str, float]:
-    return {name.removeprefix("validation_"): value for name, value in trial.measured.items() if name.startswith("validation_")}
-
-
-def _order(metric: str, values: dict[str, float]) -> tuple[float, float]:
-    """Greater is better; between equals the loss decides."""
-    loss = values.get("loss", math.inf)
-    return (-loss if metric == "loss" else values.get(metric, -math.inf)), -loss
