@@ -131,8 +131,8 @@ class BatchRunner:
 
     async def run(self, idle_s: float | None = None) -> None:
         """Run batches as they come, until there have been none for `idle_s` seconds; None: for ever."""
-        idle_since = time.monotonic()
         await asyncio.to_thread(self._store.clear)
+        idle_since = time.monotonic()
         try:
             while idle_s is None or time.monotonic() - idle_since < idle_s:
                 self._woken.clear()
