@@ -78,8 +78,8 @@ def failing_stream(client: OpenAI, world: SimpleNamespace) -> None:
 def stopped(client: OpenAI, world: SimpleNamespace) -> None:
     """A stop string: what was found in the cache is told, too."""
     prompt = "Text: " + "the old " * 40
-    whole = text(client, 12, prompt=prompt).choices[0].text
-    found = text(client, 12, prompt=prompt, stop=whole[-1])
+    whole = text(client, 12, prompt=prompt, temperature=0).choices[0].text
+    found = text(client, 12, prompt=prompt, temperature=0, stop=whole[-1])
     assert found.choices[0].finish_reason == "stop" and found.usage.prompt_tokens_details.cached_tokens >= PAGE
 
 

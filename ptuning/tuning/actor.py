@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -43,6 +44,8 @@ LONGEST_PAUSE = 60.0
 """Seconds between two starts of a group whose workers fail, at most."""
 AGAIN = 10.0
 """Seconds until jobs that could not be owned are tried again."""
+BEGINNING = 60.0
+"""Seconds to wait for the service at its start; it waits half as long for the lease of one on another machine."""
 ENDING = 20.0
 """Seconds in which the workers end, and MLflow takes what it can."""
 
@@ -123,6 +126,10 @@ class TuningActor(DispatcherService[Dispatcher]):
         if service is None:
             return 503, {"message": self._unavailable or "the tuning service is starting; ask again in a moment"}
         return await asyncio.to_thread(_answered, service, what, owner, arguments)
+
+    async def answers(self) -> bool:
+        """Whether requests about jobs are answered, or will never be."""
+        return self._service is not None or self._unavailable is not None
 
     async def stop(self) -> None:
         """End the workers and write everything down; jobs continue with the next service."""
@@ -236,11 +243,17 @@ def _answered(service: TuningService, what: str, owner: str | None, arguments: M
 
 
 def start_tuning(experiment: Experiment) -> Any:
-    """Start the tuning service of an experiment with absolute paths, in place of an earlier one on this cluster."""
+    """Start the tuning service of an experiment with absolute paths, in place of an earlier one on this cluster, and wait until
+    it answers."""
     stop_tuning(experiment)
     name = actor_name(experiment.compute.storage)
-    actor: Any = TuningActor
-    return actor.options(name=name, namespace=NAMESPACE, lifetime="detached").remote(experiment.model_dump(mode="json"))
+    made: Any = TuningActor
+    actor = made.options(name=name, namespace=NAMESPACE, lifetime="detached").remote(experiment.model_dump(mode="json"))
+    until = time.monotonic() + BEGINNING
+    with suppress(RayError):  # Ray starts it again; meanwhile clients are told to ask again
+        while not ray.get(actor.answers.remote()) and time.monotonic() < until:
+            time.sleep(0.1)
+    return actor
 
 
 def stop_tuning(experiment: Experiment) -> None:
