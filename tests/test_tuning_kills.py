@@ -222,7 +222,9 @@ def eight_jobs_under(server: Server, kills: list[str], base_folder: Path, tmp_pa
             server.patient(lambda client, job=job: client.fine_tuning.jobs.retrieve(job), other)
 
 
-@pytest.mark.parametrize("server", [400], indirect=True)
+@pytest.mark.nightly
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("server", [1200], indirect=True)
 def test_every_process_may_be_killed(server: Server, tiny_base_folder: Path, tmp_path: Path) -> None:
     eight_jobs_under(server, ["worker", "owner", "replica", "cluster"], tiny_base_folder, tmp_path)
 
