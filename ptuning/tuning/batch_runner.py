@@ -134,7 +134,7 @@ class BatchRunner:
         await asyncio.to_thread(self._store.clear)
         idle_since = time.monotonic()
         try:
-            while idle_s is None or time.monotonic() - idle_since < idle_s:
+            while idle_s is None or self._tasks or time.monotonic() - idle_since < idle_s:
                 self._woken.clear()
                 await self._look()
                 if self._tasks:
