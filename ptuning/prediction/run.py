@@ -31,10 +31,8 @@ from ptuning.prediction.survey import Survey, survey
 from ptuning.redaction import first_line, redact
 from ptuning.settings.data import Template
 from ptuning.settings.label_values import canonical
+from ptuning.settings.running import ComputeConfig
 from ptuning.training import lease
-
-WAIT = 900.0
-"""Seconds to wait for resources that the cluster's autoscaler has to start."""
 
 Load = Callable[[str], tuple[str, SoftPrompt]]
 """A name of a soft prompt -> the version that it means, and its vectors and card."""
@@ -275,7 +273,9 @@ def _workers(wanted: Wanted, say: Callable[[str], None]) -> Workers:
     here = own_cluster() and not wanted.address and not os.environ.get("RAY_ADDRESS")
     each = wanted.cpus or (max(1.0, cpus // many) if here else 1.0)
     fixes = {"CPU": "lower --workers or --cpus", "GPU": "lower --workers"}
-    await_resources(many, {"CPU": each, "GPU": 1 if gpus else 0}, f"--workers: {many} workers", fixes, WAIT, say)
+    await_resources(
+        many, {"CPU": each, "GPU": 1 if gpus else 0}, f"--workers: {many} workers", fixes, ComputeConfig().wait_s, say
+    )
     # What reads and writes needs a little, too.
     return Workers(many, max(0.1, each - 0.1), 1 if gpus else 0, max(1, int(each)))
 

@@ -1,4 +1,4 @@
-"""Batches as clients see them, and requests for them. Imports only pydantic."""
+"""Batches as clients see them, and requests for them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pydantic import Field
 
 from ptuning.serving.protocol import Shape
 from ptuning.serving.tuning_objects import Metadata
-
-Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/classify"]
+from ptuning.tuning.batch_store import Endpoint, Status
 
 
 class ExpiresAfter(Shape):
@@ -77,7 +76,7 @@ class BatchObject(Shape):
     errors: Errors | None
     input_file_id: str
     completion_window: Literal["24h"] = "24h"
-    status: Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
+    status: Status
     output_file_id: str | None
     error_file_id: str | None
     created_at: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -134,6 +134,12 @@ def _without_useless_retries() -> type[DefaultFailurePolicy]:
     return NoUselessRetries
 
 
+def gpus_per_worker(experiment: Experiment, have: Mapping[str, float]) -> int:
+    """`compute.gpus_per_worker` on a cluster that has these resources."""
+    given = experiment.compute.gpus_per_worker
+    return given if given is not None else int(have.get("GPU", 0) >= 1)
+
+
 def scale(
     experiment: Experiment, groups: int = 1, spare: float = 0.0, say: Callable[[str], None] = lambda line: None
 ) -> ray.train.ScalingConfig:
@@ -145,9 +151,7 @@ def scale(
     """
     compute = experiment.compute
     have = ray.cluster_resources()
-    gpus = compute.gpus_per_worker
-    if gpus is None:
-        gpus = 1 if have.get("GPU", 0) >= 1 else 0
+    gpus = gpus_per_worker(experiment, have)
     workers = compute.workers
     if workers is None:
         workers = max(1, min(int(have.get("GPU", 0)) // groups, experiment.train.batch_size)) if gpus else 1

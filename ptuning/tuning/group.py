@@ -19,7 +19,7 @@ from ptuning.errors import UserError
 from ptuning.model.base import Base
 from ptuning.redaction import logger
 from ptuning.training.base_placement import place_base
-from ptuning.training.ray_trainer import make_trainer, remove_placement_groups, scale
+from ptuning.training.ray_trainer import gpus_per_worker, make_trainer, remove_placement_groups, scale
 from ptuning.tuning.actor_name import actor_name
 
 log = logger(__name__)
@@ -88,11 +88,8 @@ class StandingGroup:
 
 def per_worker(server: Experiment) -> dict[str, float]:
     """What each worker of the group needs."""
-    compute = server.compute
-    gpus = compute.gpus_per_worker
-    if gpus is None:
-        gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    return {"CPU": compute.cpus_per_worker or 1.0, "GPU": float(gpus)}
+    gpus = gpus_per_worker(server, ray.cluster_resources() if ray.is_initialized() else {})
+    return {"CPU": server.compute.cpus_per_worker or 1.0, "GPU": float(gpus)}
 
 
 def group_experiment(server: Experiment) -> Experiment:
