@@ -34,7 +34,8 @@ from ptuning.tuning import batch_lines, batch_runner
 from ptuning.tuning.batch_lines import survey
 from ptuning.tuning.batch_runner import Answered, BatchRunner, Unreachable
 from ptuning.tuning.batch_store import BatchRecord, BatchStore, LineResult
-from ptuning.tuning.files import FileStore, new_id
+from ptuning.tuning.files import FileStore
+from ptuning.tuning.ids import new_id
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

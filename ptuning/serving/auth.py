@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from ptuning.errors import UserError
-from ptuning.tuning.files import LOCAL
+from ptuning.tuning.file_record import LOCAL
 
 Scope = Literal["inference", "tuning", "admin"]
 """Each includes those before it. inference asks; tuning has files, jobs and batches of its own; admin sees those of all keys,

@@ -19,7 +19,8 @@ from ptuning.serving.replies import json_response
 from ptuning.serving.service import Service
 from ptuning.serving.upload_form import FormError, UploadForm, boundary_of
 from ptuning.tuning.file_check import FileError
-from ptuning.tuning.files import BLOCK, FileRecord, FileStore, QuotaExceeded, UnknownFile, Upload
+from ptuning.tuning.file_record import FileRecord
+from ptuning.tuning.files import BLOCK, FileStore, QuotaExceeded, UnknownFile, Upload
 
 log = logger(__name__)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -53,6 +55,19 @@ class Workers:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=_for_objects())
         return box[0]
+
+    def memory(self) -> list[int]:
+        """Memory that each worker uses now, in bytes by rank: GPU memory where there is one, else resident memory."""
+        if torch.cuda.is_available():
+            return self.all_gather(torch.cuda.memory_allocated())
+        return self.all_gather(psutil.Process().memory_info().rss)
+
+    def peak_memory(self) -> list[int]:
+        """The most that each worker has used so far, as `memory`."""
+        gpu = torch.cuda.is_available()
+        return self.all_gather(
+            torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
 
     def _device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

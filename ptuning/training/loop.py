@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import resource
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -267,7 +265,7 @@ def observe(pack: Pack, slot: Slot, evaluations: list[Evaluation], report: Repor
     if len(losses) > 1:
         values |= {f"start_{start.number}_loss": loss for start, loss in zip(slot.starts, losses, strict=True)}
     slot.halve(losses)
-    emit(slot, report, Evaluated(slot.name, slot.step, values, best, pack.workers.all_gather(_memory()), kept))
+    emit(slot, report, Evaluated(slot.name, slot.step, values, best, pack.workers.memory(), kept))
 
 
 def save_checkpoint(pack: Pack, slot: Slot) -> None:
@@ -291,7 +289,7 @@ def finish(pack: Pack, slot: Slot, report: Report) -> None:
     train = slot.task.train
     if train.teaching:  # what the soft prompt replaces
         measured["teacher_tokens"] = len(train.teacher_row(0)) - len(train.row(0)[0])
-    peak_bytes = pack.workers.all_gather(_peak_memory())
+    peak_bytes = pack.workers.peak_memory()
     if pack.workers.is_main:  # all workers hold the same vectors
         folder = storage.join(slot.folder, "soft_prompt")
         result = save_soft_prompt(pack, slot, measured, folder)
@@ -339,17 +337,3 @@ def emit(slot: Slot, report: Report, event: Event) -> None:
     """Report an event and remember it until a checkpoint finds it recorded."""
     slot.unrecorded_events.append((time.monotonic(), event))
     report(event)
-
-
-def _memory() -> int:
-    """Memory that this worker uses now, in bytes: GPU memory where there is one, else resident memory."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.memory_allocated())
-    return int(psutil.Process().memory_info().rss)
-
-
-def _peak_memory() -> int:
-    """Most memory this worker has used so far, in bytes: GPU memory where there is one, else resident memory."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -19,7 +19,8 @@ from ptuning.errors import UserError
 from ptuning.redaction import logger
 from ptuning.tuning.batch_lines import MOST_ERRORS, Line, Survey, lines, survey
 from ptuning.tuning.batch_store import BatchError, BatchRecord, BatchStore, Endpoint, LineResult, Spent
-from ptuning.tuning.files import FileStore, UnknownFile, new_id
+from ptuning.tuning.files import FileStore, UnknownFile
+from ptuning.tuning.ids import new_id
 
 log = logger(__name__)
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from ptuning import storage
 from ptuning.errors import UserError
-from ptuning.tuning.files import new_id
+from ptuning.tuning.ids import new_id
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/classify"]
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]

@@ -12,7 +12,7 @@ from typing import Any
 from ptuning import storage
 from ptuning.errors import UserError
 from ptuning.redaction import logger, placeless
-from ptuning.tuning.files import new_id
+from ptuning.tuning.ids import new_id
 from ptuning.tuning.job_run import JobRun
 from ptuning.tuning.jobs import AUTO, Checkpoint, JobRecord, Trial
 from ptuning.tuning.publication import KEPT, Publisher, repeatable

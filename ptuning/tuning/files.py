@@ -9,36 +9,23 @@ a client gives is only a label.
 
 from __future__ import annotations
 
-import json
 import re
-import secrets
-import string
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import IO, Any, Literal, get_args
+from typing import IO, get_args
 
 from ptuning import storage
 from ptuning.errors import UserError
 from ptuning.tuning.file_check import FileError, TrainingLines
+from ptuning.tuning.file_record import BATCH_S, FileRecord, Purpose, Uploaded, from_json, label, stored_name, to_json
+from ptuning.tuning.ids import new_id
 
-Purpose = Literal["fine-tune", "batch", "batch_output", "fine-tune-results"]
-Uploaded = Literal["fine-tune", "batch"]
-"""Purposes of files that clients send."""
-
-LOCAL = "local"
-"""The owner of what is made on a server without keys."""
-BATCH_S = 30 * 86400
-"""Seconds after which files of batches expire, unless their client says otherwise: as at OpenAI."""
 LEFTOVER_S = 86400.0
 """Age in seconds of a folder without a record at which it counts as left over from a process that was killed."""
 BLOCK = 1 << 20
 """Bytes that are read or written at once."""
-LABEL = 255
-"""Maximum characters of a file's name."""
 
-_ALPHABET = string.ascii_letters + string.digits
 _ID = re.compile(r"file-[A-Za-z0-9]{24}")
 _RECORD = "file.json"
 
@@ -49,50 +36,6 @@ class UnknownFile(UserError):
 
 class QuotaExceeded(UserError):
     """The file, or all files of its owner together, would be too large."""
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A file, as its record holds it."""
-
-    id: str
-    owner: str
-    filename: str
-    purpose: Purpose
-    bytes: int
-    created_at: int
-    """Unix seconds."""
-    expires_at: int | None = None
-    """Unix seconds; None: never."""
-    rows: int | None = None
-    """Rows of a file for training."""
-    made_ns: int = 0
-    """When it was made: lists are ordered by it."""
-
-    @property
-    def stored(self) -> str:
-        """Name of its content in its folder: readers know the kind of a file by its ending."""
-        return _stored(self.purpose)
-
-    @property
-    def expired(self) -> bool:
-        return self.expires_at is not None and time.time() >= self.expires_at
-
-
-def _stored(purpose: Purpose | None) -> str:
-    return "content.csv" if purpose == "fine-tune-results" else "content.jsonl"
-
-
-def _label(filename: str) -> str:
-    """The last part of a path, printable: clients may save a file under the name that they are told."""
-    last = re.split(r"[/\\]", filename)[-1]
-    label = "".join(character for character in last if character.isprintable())[:LABEL]
-    return label if label.strip(". ") else "upload"
-
-
-def new_id(prefix: str, joint: str = "-") -> str:
-    """A new id, such as `file-` and 24 random letters and digits."""
-    return prefix + joint + "".join(secrets.choice(_ALPHABET) for _ in range(24))
 
 
 class FileStore:
@@ -151,7 +94,7 @@ class FileStore:
     ) -> FileRecord:
         """A file that the server writes, without limits. With `file_id` the same one is written however often this is called:
         for writers that may be killed in between."""
-        out = _Writer(self, owner, filename, _stored(purpose), file_id)
+        out = _Writer(self, owner, filename, stored_name(purpose), file_id)
         try:
             for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
                 out.write(chunk)
@@ -232,7 +175,7 @@ class FileStore:
             if not storage.exists(place, _RECORD):
                 return None
             try:
-                record = _parsed(storage.read_file(place, _RECORD))
+                record = from_json(storage.read_file(place, _RECORD))
             except storage.StorageError:  # deleted meanwhile
                 return None
         if record.expired:
@@ -265,7 +208,7 @@ class FileStore:
         return min(most, left), message
 
     def _add(self, record: FileRecord) -> None:
-        storage.write_file(self._place(record.id), _RECORD, json.dumps(asdict(record)).encode())
+        storage.write_file(self._place(record.id), _RECORD, to_json(record))
         with self._lock:
             self._known[record.id] = record
 
@@ -277,7 +220,7 @@ class _Writer:
         self.size = 0
         self._store = store
         self._owner = owner
-        self._label = _label(filename)
+        self._label = label(filename)
         self._id = file_id or new_id("file")
         self._out = storage.FileWriter(store._place(self._id), stored)
 
@@ -312,7 +255,7 @@ class Upload:
         self._check = TrainingLines()
         self._wrong: FileError | None = None
         """What is wrong with it as a file for training."""
-        self._out = _Writer(store, owner, filename, _stored(purpose))
+        self._out = _Writer(store, owner, filename, stored_name(purpose))
 
     def write(self, block: bytes) -> None:
         """Raises:
@@ -350,9 +293,3 @@ class Upload:
     def discard(self) -> None:
         """Leave nothing of it."""
         self._out.discard()
-
-
-def _parsed(content: bytes) -> FileRecord:
-    """A record of this version or a later one, whose further keys are ignored."""
-    values: dict[str, Any] = json.loads(content)
-    return FileRecord(**{key: value for key, value in values.items() if key in FileRecord.__dataclass_fields__})

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ptuning.tuning.files import new_id
+from ptuning.tuning.ids import new_id
 from ptuning.tuning.job_store import Progress
 from ptuning.tuning.jobs import now
 

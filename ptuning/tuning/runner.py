@@ -18,8 +18,9 @@ from ptuning.model.fingerprint import json_hash
 from ptuning.redaction import logger, placeless
 from ptuning.training.messages import Broken, Evaluated, Event, Failed, Fields, Finished, Loaded, Started, Stepped, read_event
 from ptuning.tuning.endings import Endings, goodness
-from ptuning.tuning.files import UnknownFile, new_id
+from ptuning.tuning.files import UnknownFile
 from ptuning.tuning.group import NAME
+from ptuning.tuning.ids import new_id
 from ptuning.tuning.jobs import Checkpoint, JobRecord, Trial, now
 from ptuning.tuning.publication import Publisher
 from ptuning.tuning.quarantine import Quarantine

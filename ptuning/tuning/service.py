@@ -20,7 +20,8 @@ from ptuning.registry.names import find_tuned, is_tuned_name
 from ptuning.registry.publish import check_not_base, retrieve
 from ptuning.registry.registry import Registry, RegistryError, Version, check_name
 from ptuning.training.messages import Fields, Leaving
-from ptuning.tuning.files import FileStore, UnknownFile, new_id
+from ptuning.tuning.files import FileStore, UnknownFile
+from ptuning.tuning.ids import new_id
 from ptuning.tuning.job_store import JobStore, Progress
 from ptuning.tuning.jobs import JobRecord, Status, now
 from ptuning.tuning.publication import Publisher
