@@ -95,9 +95,10 @@ def _run(place: str, record: dict[str, Any]) -> tuple[str, str]:
 
 def _search(place: str, record: dict[str, Any]) -> tuple[str, str]:
     """How many trials have ended, and the metric of the best one."""
-    trials = TrialStore(place).trials()
+    store = TrialStore(place)
+    trials = store.trials()
     ended = sum(trial.status != "running" for trial in trials)
-    many = record["experiment"]["search"]["trials"]
+    many = record["experiment"]["search"]["trials"] + store.added()
     results = [each["values"] for trial in trials for each in trial.results]
     best: dict[str, float] = max(results, key=lambda values: values.get("accuracy", -values.get("loss", 0.0)), default={})
     if record.get("summary"):

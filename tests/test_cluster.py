@@ -23,8 +23,9 @@ import typer
 import yaml
 from conftest import REPOSITORY
 
-from ptuning.cli import app
+from ptuning.cli import app, intervene
 from ptuning.config import read_experiment
+from ptuning.searching import interventions
 from ptuning.serving.auth import VARIABLE
 from ptuning.settings.running import ServeConfig
 
@@ -159,8 +160,11 @@ def check_command(words: list[str], folder: Path = REPOSITORY) -> None:
     assert command is not None, f"{words[0]} has no command {name}"
     with contextlib.redirect_stderr(io.StringIO()):
         context = command.make_context(name, arguments)
-    if words[0] == "ptuning" and context.params.get("experiment"):
-        read_experiment(folder / context.params["experiment"], context.params.get("overrides") or [])
+    experiment, overrides = context.params.get("experiment"), context.params.get("overrides") or []
+    if words[0] == "ptuning" and name == "search" and overrides[:1] and overrides[0] in intervene.WORDS:
+        interventions.parse(overrides[0], overrides[1:], warm=context.params["warm"])
+    elif words[0] == "ptuning" and experiment:
+        read_experiment(folder / experiment, overrides)
 
 
 @pytest.mark.parametrize(("file", "words"), [(file, words) for file, found in commands().items() for words in found if words])

@@ -95,6 +95,9 @@ def test_every_trial_is_on_disk_before_tune_hears_of_it(toy_task: SimpleNamespac
         last = list(TrialStore(str(tmp_path / "s")).entries.values())[-1]
         assert last.values == values and last.status == "running" and announced[-1] == last.run == f"t{number:03d}"
         assert 0 <= values["train.warmup"] <= 0.5 and values["train.batch_size"] in range(4, 9)
+    assert found.suggest("tune5") is None, "one may be added while others train"
+    for number in range(5):
+        found.on_trial_complete(f"tune{number}", {"step": 20, "score": 0.5})
     assert found.suggest("tune5") == Searcher.FINISHED
     assert len({entry.key for entry in TrialStore(str(tmp_path / "s")).trials()}) == 5
 
@@ -133,10 +136,11 @@ def test_a_resumed_search_hands_out_what_was_under_way_and_repeats_nothing(toy_t
     second, _, announced = chooser(task, tmp_path)
     assert [second.suggest("a"), second.suggest("b")] == [values[0], values[2]] and announced == ["t000", "t002"]
     rest = [second.suggest("c"), second.suggest("d"), second.suggest("e")]
-    assert rest[2] == Searcher.FINISHED and all(each not in values for each in rest[:2])
+    assert rest[2] is None and all(each not in values for each in rest[:2])
     for trial, score in (("a", 0.1), ("b", 0.2), ("c", 0.3)):
         second.on_trial_complete(trial, {"step": 20, "score": score})
     second.on_trial_complete("d", error=True)
+    assert second.suggest("e") == Searcher.FINISHED
 
 
 def test_an_exhausted_space_ends_the_search(toy_task: SimpleNamespace, tmp_path: Path) -> None:
@@ -144,7 +148,10 @@ def test_an_exhausted_space_ends_the_search(toy_task: SimpleNamespace, tmp_path:
         task = experiment(toy_task, length=[2, 4], init=["random"], learning_rate=[0.1, 0.1], algorithm=algorithm)
         found, ledger, _ = chooser(task, tmp_path / algorithm)
         answers = [found.suggest(str(number)) for number in range(3)]
-        assert answers[2] == Searcher.FINISHED and len(ledger.trials()) == 2
+        assert answers[2] is None and len(ledger.trials()) == 2
+        for number in range(2):
+            found.on_trial_complete(str(number), error=True)
+        assert found.suggest("2") == Searcher.FINISHED
 
 
 def test_a_grid_covers_the_range(toy_task: SimpleNamespace) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ptuning import api, environment, sys_path
-from ptuning.cli import compress, doctor, jobs, plan, predict, serve, top
+from ptuning.cli import compress, doctor, intervene, jobs, plan, predict, serve, top
 from ptuning.cli.options import (
     ExperimentArgument,
     Json,
@@ -73,8 +73,8 @@ def train(
 
 @app.command()
 def search(
-    experiment: ExperimentArgument,
-    overrides: Overrides = None,
+    experiment: intervene.SearchArgument,
+    overrides: intervene.Words = None,
     resume: Resume = False,
     register: Annotated[
         str | None,
@@ -82,14 +82,21 @@ def search(
             "--register", metavar="NAME", callback=non_blank, help="Publish the winner under this name, not the experiment's."
         ),
     ] = None,
+    warm: intervene.Warm = False,
+    folder: intervene.Folder = "runs",
     as_json: Json = False,
 ) -> None:
     """Search over soft prompts that train side by side on one base.
 
-    The winner is tested and registered.
+    The winner is tested and registered. A search that runs takes instructions: its trials are stopped, cloned with other
+    settings, or more of them are tried.
 
     Example: ptuning search jobs/sentiment.toml search.trials=16 'search.length=[5,20]'
     """
+    if overrides and overrides[0] in intervene.WORDS:
+        return intervene.intervene(experiment, overrides, folder, warm, as_json)
+    if warm:
+        fail("--warm: is for clone; leave it out", 2)
     settings = _read(experiment, overrides)
     check_register(register)
     with ended(["search", experiment, *(overrides or [])], settings):

@@ -33,6 +33,7 @@ class TrialDispatcher(Dispatcher):
         """Trial of each run."""
         self._results: dict[str, list[Fields]] = {}
         self._reported: dict[str, int] = {}
+        self._withdrawn: set[str] = set()
 
     def register(self, trial: str, key: str, folder: str, results: list[Fields]) -> None:
         """Before a trial starts: its key, the folder of its checkpoints, and what is known of it from before."""
@@ -62,6 +63,9 @@ class TrialDispatcher(Dispatcher):
 
     def attach(self, trial: str, run: str, folder: str, experiment: Fields, values: Fields) -> None:
         """Ask for a slot."""
+        if trial in self._withdrawn:
+            self._results.pop(trial, None)
+            return
         self._results.setdefault(trial, [])
         self._events.put([{"kind": "attached", "run": run, "step": 0, "details": {"folder": folder, "values": values}}])
         self.enter({"run": run, "folder": folder, "experiment": experiment})
@@ -74,6 +78,11 @@ class TrialDispatcher(Dispatcher):
         self._results.pop(trial, None)
         run = self._known.get(trial, {}).get("run")
         return self.leave(run, "finish" if keep else "drop") if run else ""
+
+    def withdraw(self, trial: str) -> Literal["", "queue", "slot"]:
+        """The trial is stopped by a person, perhaps before it has asked for a slot; else as `release`."""
+        self._withdrawn.add(trial)
+        return self.release(trial)
 
     def heard(self, event: Fields) -> None:
         trial = self._trials[event["run"]]
@@ -116,6 +125,9 @@ class DispatcherActor(DispatcherService[TrialDispatcher]):
 
     async def release(self, trial: str, keep: bool) -> Literal["", "queue", "slot"]:
         return await self._tell(lambda dispatcher: dispatcher.release(trial, keep))
+
+    async def withdraw(self, trial: str) -> Literal["", "queue", "slot"]:
+        return await self._tell(lambda dispatcher: dispatcher.withdraw(trial))
 
     async def results(self, trial: str, run: str) -> list[Fields]:
         dispatcher = self._dispatcher

@@ -57,7 +57,8 @@ class Finals:
             reason = next((entry.message for entry in trials if entry.message), "none was evaluated")
             raise RunFailed(f"all {len(trials)} trials failed, the first with: {reason}")
         # A schedule that PBT found cannot be repeated from its last values.
-        finalists = best[: self.experiment.search.finalists] if self.experiment.search.scheduler != "pbt" else []
+        whole = [entry for entry in best if not entry.warm or entry.status == "finished"]
+        finalists = whole[: self.experiment.search.finalists] if self.experiment.search.scheduler != "pbt" else []
         seeds = {entry.run: self._train_seeds(entry) for entry in finalists} or {best[0].run: [best[0]]}
         everyone = {entry.run for group in seeds.values() for entry in group}
         self.monitor.wait(lambda: all(self.store.entries[run].status != "running" for run in everyone), self.alive)
@@ -72,7 +73,7 @@ class Finals:
     def _train_seeds(self, entry: TrialRecord) -> list[TrialRecord]:
         """The runs of a finalist: the trial itself if it was trained to its end, and one for each further seed."""
         group = []
-        for number in range(self.experiment.search.seeds):
+        for number in range(1 if entry.warm else self.experiment.search.seeds):
             if number == 0 and entry.status == "finished":
                 group.append(entry)
                 continue

@@ -153,6 +153,8 @@ class SearchMonitor:
             tracker.tags(
                 {"ptuning.trial": run, "ptuning.trial_key": entry.key, "ptuning.finalist": str(entry.finalist).lower()}
             )
+            if entry.origin:
+                tracker.tags({"ptuning.clone_of": entry.origin})
             # A picture takes a quarter of a second of the core that the trials train on; MLflow draws a trial's curves itself.
             self._children[run] = tracker, Recorder(tracker, pictures=entry.finalist)
         return self._children[run][1]

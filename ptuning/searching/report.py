@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ptuning import storage
@@ -51,7 +52,7 @@ def table(experiment: Experiment, entries: Sequence[TrialRecord]) -> tuple[list[
                 numbers.get(experiment.metric),
                 numbers.get("loss"),
                 found[0] if found else None,
-                entry.message,
+                entry.message or (f"clone of {entry.origin}" if entry.origin else None),
             ]
         )
     return columns, rows
@@ -131,6 +132,8 @@ def write_report(experiment: Experiment, store: TrialStore, tracker: Tracker, fo
         files["budget.png"] = plots.curves(
             best_so_far, experiment.name, f"best validation {experiment.metric}", "steps of all trials", stairs=True
         )
+    if store.interventions:
+        tracker.json("report/interventions.json", [asdict(each) for each in store.interventions])
     for name, content in files.items():
         storage.write_file(storage.join(folder, "report"), name, content)
         tracker.artifact_bytes(f"report/{name}", content)

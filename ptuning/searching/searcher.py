@@ -47,10 +47,13 @@ class OptunaSearcher(Searcher):
         self._folder = folder
         self._store = store
         self._announce = announce
-        self._asked: dict[str, optuna.Trial] = {}
+        self._asked: dict[str, optuna.Trial | None] = {}
+        """Of each Tune trial that has not ended: what the sampler is told; None for what it could not have drawn."""
+        self._announced: set[str] = set()
+        """Runs that Tune has heard of."""
+        self._exhausted = False
         self.stop = False
         trials = store.trials()
-        self._under_way = [entry for entry in trials if entry.status == "running"]
         self._distributions = _distributions(experiment)
         self._study = _study(experiment, len(trials))
         if experiment.search.algorithm == "grid":
@@ -68,27 +71,42 @@ class OptunaSearcher(Searcher):
                 self._replay(entry)
 
     def suggest(self, trial_id: str) -> Any:
-        if self.stop:
-            return Searcher.FINISHED
-        if self._under_way:
-            entry = self._under_way.pop(0)
-            self._study.enqueue_trial(entry.values)
-            asked = self._study.ask(self._distributions)
-        elif len(self._store.trials()) >= self._experiment.search.trials:
-            return Searcher.FINISHED
-        else:
-            found = self._new()
+        with self._store.lock:  # a trial that is added comes before the decision that there are no more, or is refused
+            found = None if self.stop else self._next()
             if found is None:
+                if self._asked and not self.stop:
+                    return None  # a trial may still be added, as long as others train
+                self._store.complete = True
                 return Searcher.FINISHED
-            entry, asked = found
-            self._store.add(entry)
-        self._asked[trial_id] = asked
+            entry, self._asked[trial_id] = found
+            self._announced.add(entry.run)
         self._announce(trial_id, entry)
         return dict(entry.values)
 
+    def _next(self) -> tuple[TrialRecord, optuna.Trial | None] | None:
+        """A trial that was under way in an earlier life or that a person has added; else a new one, if there is one."""
+        trials = self._store.trials()
+        for entry in trials:
+            if entry.status == "running" and entry.run not in self._announced:
+                return entry, self._ask(entry.values)
+        if self._exhausted or len(trials) >= self._experiment.search.trials + self._store.added():
+            return None
+        found = self._new()
+        self._exhausted = found is None
+        if found:
+            self._store.add(found[0])
+        return found
+
+    def _ask(self, values: dict[str, Any]) -> optuna.Trial | None:
+        """A trial of the sampler with these values; None: they are not in its space."""
+        if not _within(values, self._distributions):
+            return None
+        self._study.enqueue_trial(values)
+        return self._study.ask(self._distributions)
+
     def _new(self) -> tuple[TrialRecord, optuna.Trial] | None:
         known = {entry.key for entry in self._store.trials()}
-        run = f"t{len(known):03d}"
+        run = self._store.next_name()
         for _ in range(TRIES if self._grid is None else len(self._grid)):
             if self._grid is not None:
                 if not self._grid:
@@ -117,7 +135,7 @@ class OptunaSearcher(Searcher):
     def _replay(self, entry: TrialRecord) -> None:
         """Tell the sampler of a trial that ended before this process began."""
         best = best_result(self._experiment, entry.results, entry.values[LENGTH])
-        if best is None or entry.status == "failed":
+        if best is None or entry.status == "failed" or not _within(entry.values, self._distributions):
             return
         value = score(self._experiment, best["values"], entry.values[LENGTH])
         whole = entry.status == "finished"
@@ -156,6 +174,18 @@ def _distributions(experiment: Experiment) -> dict[str, BaseDistribution]:
         else:
             found[key] = FloatDistribution(low, high, log=key == RATE)
     return found
+
+
+def _within(values: dict[str, Any], distributions: dict[str, BaseDistribution]) -> bool:
+    """Whether a sampler could have drawn a configuration: a person may leave its space."""
+
+    def fits(value: Any, known: BaseDistribution) -> bool:
+        if isinstance(known, CategoricalDistribution):
+            return value in known.choices
+        assert isinstance(known, (IntDistribution, FloatDistribution))
+        return bool(known.low <= value <= known.high)
+
+    return values.keys() == distributions.keys() and all(fits(values[key], known) for key, known in distributions.items())
 
 
 def _study(experiment: Experiment, before: int) -> optuna.Study:

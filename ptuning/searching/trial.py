@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def run_trial(values: dict[str, Any], dispatcher: Any, tables: dict[str, Any], c
     run, folder = ray.get(dispatcher.begin.remote(me))
     inherited = tune.get_checkpoint()
     if inherited:
-        _inherit(Path(inherited.path), folder)
+        inherit({path.name: path.read_bytes() for path in Path(inherited.path).iterdir()}, folder)
     ray.get(dispatcher.attach.remote(me, run, folder, trial_tables(tables, run, values), values))
     seen: list[Any] = []
     while True:
@@ -64,11 +65,13 @@ def _report_with_checkpoint(metrics: dict[str, Any], folder: str) -> None:
         tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(temporary))
 
 
-def _inherit(source: Path, folder: str) -> None:
-    """Go on from another trial's checkpoint. Its curve stays its own."""
-    files = {path.name: path.read_bytes() for path in source.iterdir() if path.name.startswith("state.")}
+def inherit(files: Mapping[str, bytes], folder: str) -> int:
+    """Go on from another trial's checkpoint, whose curve stays its own. `folder`: of the one that goes on. Returns the step, 0
+    if these files are not a checkpoint."""
     if STATE not in files:
-        return
+        return 0
     state = json.loads(files[STATE])
-    files[STATE] = json.dumps(state | {"events": []}).encode()
-    storage.write_folder(storage.join(folder, "checkpoints", f"step-{state['step']:09d}"), files)
+    own = {name: content for name, content in files.items() if name.startswith("state.")}
+    own[STATE] = json.dumps(state | {"events": []}).encode()
+    storage.write_folder(storage.join(folder, "checkpoints", f"step-{state['step']:09d}"), own)
+    return int(state["step"])

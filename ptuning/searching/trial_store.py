@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -38,6 +38,41 @@ class TrialRecord:
     measured: dict[str, float] = field(default_factory=dict)
     soft_prompt: str | None = None
     message: str | None = None
+    origin: str | None = None
+    """The trial that it is a clone of."""
+    warm: bool = False
+    """It went on from its origin's checkpoint: another seed cannot repeat it."""
+
+
+Action = Literal["stop", "clone", "extend"]
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What a person told the search, and what became of it."""
+
+    id: str
+    action: Action
+    by: str
+    """Who told it."""
+    at: float
+    """When, in Unix seconds."""
+    trial: str | None = None
+    """The trial to stop or to clone."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Dotted keys of the experiment, and the clone's values where they differ from the trial's."""
+    warm: bool = False
+    """The clone goes on from the trial's newest checkpoint."""
+    more: int = 0
+    """Further trials."""
+    taken: bool | None = None
+    """None: no driver has seen it yet; False: it was refused."""
+    answer: str = ""
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Intervention:
+        """From JSON, of this version or a later one, whose further keys are ignored."""
+        return cls(**{key: value for key, value in fields.items() if key in cls.__dataclass_fields__})
 
 
 class TrialStore:
@@ -45,41 +80,63 @@ class TrialStore:
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        """Held by who reads and then adds."""
         self._changed = False
         self._saved_at = 0.0
         self.entries: dict[str, TrialRecord] = {}
+        self.interventions: list[Intervention] = []
+        self.complete = False
+        """There will be no further trials: the finalists are being chosen."""
         if storage.exists(folder, FILE):
-            for record in json.loads(storage.read_file(folder, FILE))["trials"]:
+            content = json.loads(storage.read_file(folder, FILE))
+            self.interventions = [Intervention.read(fields) for fields in content.get("interventions", [])]
+            for record in content["trials"]:
                 places = {key: storage.inside(folder, record[key]) for key in PLACES if record[key]}
                 self.entries[record["run"]] = TrialRecord(**(record | places))
 
     def add(self, entry: TrialRecord) -> None:
         """Write a record down; when this returns it is on disk."""
-        with self._lock:
+        with self.lock:
             assert entry.run not in self.entries
             self.entries[entry.run] = entry
             self._write()
 
     def change(self, run: str, change: Callable[[TrialRecord], None]) -> None:
         """Change a record; `save` makes it last."""
-        with self._lock:
+        with self.lock:
             change(self.entries[run])
             self._changed = True
 
+    def intervene(self, done: Intervention, *changed: TrialRecord) -> None:
+        """Write an intervention down together with the records that it adds or has changed."""
+        with self.lock:
+            self.entries |= {entry.run: entry for entry in changed}
+            self.interventions.append(done)
+            self._write()
+
+    def next_name(self) -> str:
+        """The name of a new trial."""
+        return f"t{len(self.trials()):03d}"
+
+    def added(self) -> int:
+        """Trials that people have added to those of the experiment."""
+        with self.lock:
+            return sum(each.more + (each.action == "clone") for each in self.interventions if each.taken)
+
     def save(self) -> bool:
         """Write the changes, if there are any; at most some times a second. Returns whether all are written."""
-        with self._lock:
+        with self.lock:
             if self._changed and time.monotonic() - self._saved_at > 0.2:
                 self._write()
             return not self._changed
 
     def flush(self) -> None:
-        with self._lock:
+        with self.lock:
             self._write()
 
     def trials(self) -> list[TrialRecord]:
-        with self._lock:
+        with self.lock:
             return [entry for entry in self.entries.values() if not entry.finalist]
 
     def _record(self, entry: TrialRecord) -> dict[str, Any]:
@@ -87,6 +144,8 @@ class TrialStore:
         return record | {key: storage.relative(self._folder, record[key]) for key in PLACES if record[key]}
 
     def _write(self) -> None:
-        content = json.dumps({"trials": [self._record(entry) for entry in self.entries.values()]})
-        storage.write_file(self._folder, FILE, content.encode())
+        content: dict[str, Any] = {"trials": [self._record(entry) for entry in self.entries.values()]}
+        if self.interventions:
+            content["interventions"] = [asdict(each) for each in self.interventions]
+        storage.write_file(self._folder, FILE, json.dumps(content).encode())
         self._changed, self._saved_at = False, time.monotonic()

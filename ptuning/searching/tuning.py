@@ -28,6 +28,7 @@ from ptuning.errors import RunFailed
 from ptuning.model.base import Base
 from ptuning.searching.dispatcher import DispatcherActor
 from ptuning.searching.finals import Finals, Outcome
+from ptuning.searching.listener import Listener
 from ptuning.searching.monitor import SearchMonitor, Show
 from ptuning.searching.report import write_report
 from ptuning.searching.result import SearchResult
@@ -107,6 +108,7 @@ class Search:
         self.store = TrialStore(folder)
         self.dispatcher = beside_driver(DispatcherActor).remote()
         self.monitor = SearchMonitor(experiment, base, self.dispatcher, self.store, tracker, show, say)
+        self.listener = Listener(folder, self.tables, self.store, self._withdraw, say)
         self.broken: str | None = None
         self.threads: list[threading.Thread] = []
         self._runs: dict[str, str] = {}
@@ -128,6 +130,7 @@ class Search:
                 thread = threading.Thread(target=self._train, args=(group, scaling), name=f"group {group}", daemon=True)
                 thread.start()
                 self.threads.append(thread)
+            self.listener.start()
             self._choose()
             if not self.broken:
                 outcome = self._finals().run()
@@ -138,6 +141,7 @@ class Search:
             status = "KILLED"
             raise
         finally:
+            self.listener.stop()
             with suppress(RayError):  # the dispatcher was lost, which is already reported
                 ray.get(self.dispatcher.close.remote())
             unsent = 0
@@ -214,9 +218,11 @@ class Search:
     def _choose(self) -> None:
         """Let Tune run the trials that are not in the store yet, or not to their end."""
         search = self.experiment.search
-        open_trials = search.trials - sum(entry.status != "running" for entry in self.store.trials())
-        if open_trials <= 0:
-            return
+        with self.store.lock:
+            ended = sum(entry.status != "running" for entry in self.store.trials())
+            self.store.complete = ended >= search.trials + self.store.added()
+            if self.store.complete:
+                return
         slots = search.slots if isinstance(search.slots, int) else None
         at_once = search.groups * slots if slots else self._measured()
         if not at_once:
@@ -247,7 +253,7 @@ class Search:
                 tune_config=tune.TuneConfig(
                     search_alg=searcher,
                     scheduler=make_scheduler(self.experiment, self.store),
-                    num_samples=open_trials,
+                    num_samples=-1,  # the searcher knows how many there are, and may hear of more
                     max_concurrent_trials=processes,
                     reuse_actors=not checkpoints,  # PBT's trials come again while they still listen
                 ),
@@ -267,6 +273,7 @@ class Search:
                 self.monitor.wait(lambda: False, self._alive, 5)
                 if not self.broken:
                     raise
+        self.store.complete = True
         if hung.stop_all():
             for entry in self.store.trials():
                 self.monitor.then(entry.run, lambda entry: _end(entry, "its process did not respond"))
@@ -305,6 +312,13 @@ class Search:
             self._leaving.add(self._runs[trial])
         if left or error:  # it may have died before it asked for a slot
             self.monitor.then(self._runs[trial], lambda entry: _end(entry, error))
+
+    def _withdraw(self, run: str) -> None:
+        """A person stops a run. Finalists, and trials that Tune has not heard of, have their own name at the dispatcher."""
+        trial = next((trial for trial, known in self._runs.items() if known == run), run)
+        with suppress(RayError):  # the dispatcher was lost: the search ends, and says so
+            if ray.get(self.dispatcher.withdraw.remote(trial)) == "slot":
+                self._leaving.add(run)
 
     def _settled(self, entry: TrialRecord) -> bool:
         return entry.status != "running" and (entry.run not in self._leaving or entry.soft_prompt is not None)
