@@ -144,7 +144,7 @@ def survive(tables: dict[str, Any], undisturbed: dict[str, Any], *faults: tuple[
     plan(*faults)
     events: list[Event] = []
     said: list[str] = []
-    disturbed = start(tables, events, said=said, name="disturbed")
+    disturbed = start(tables, events, said=said, name=f"disturbed-{time.time_ns()}")  # several tests share the folder
     found = recoveries(events, len(faults))
     assert difference(undisturbed, disturbed) < 1e-6
     assert all(repeated <= 5 and seconds < 40 for repeated, seconds in found), found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,25 @@ from ptuning.tuning.runner import Runner
 from ptuning.tuning.service import Jobs, TuningService
 
 TEMPLATE = {"input": "Text: {text}\nKind:", "target": " {label}"}
+
+
+class OneCallAtATime(Dispatcher):
+    """The runner reads files in a thread. In the actor all calls come to one event loop; here a lock keeps them apart."""
+
+    def __init__(self, slots_per_owner: float) -> None:
+        self._lock = threading.RLock()
+        super().__init__(slots_per_owner)
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name.startswith("_") or not callable(found):
+            return found
+
+        def alone(*arguments: Any) -> Any:
+            with self._lock:
+                return found(*arguments)
+
+        return alone
 
 
 class Killed(BaseException):
@@ -68,7 +88,7 @@ class World:
     def begin(self) -> None:
         """A new process owns the jobs; what an earlier one had in memory is lost."""
         most = self.server.tuning.slots_per_key
-        self.dispatcher = Dispatcher(most or math.inf)
+        self.dispatcher = OneCallAtATime(most or math.inf)
         uri = tracking_uri(self.server)
         registry = Registry(uri)
         self.registry = registry
