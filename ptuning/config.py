@@ -225,6 +225,14 @@ def parse_experiment(tables: dict[str, Any], source: str = "experiment") -> Expe
         raise ExperimentError(f"{source}: {sentence(Experiment, error)}") from None
 
 
+def parse_value(text: str) -> Any:
+    """The value of key=value on a command line."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word is a string: the shell has removed the quotes
+
+
 def _apply(tables: dict[str, Any], override: str) -> None:
     if redact(override) != override:
         raise ExperimentError(
@@ -235,10 +243,7 @@ def _apply(tables: dict[str, Any], override: str) -> None:
     keys = key.strip().split(".")
     if not equals or not all(keys):
         raise ExperimentError(f"override {override!r}: write key=value, for example train.learning_rate=0.1")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string: the shell has removed the quotes
+    value = parse_value(text)
     if not isinstance(value, str) and takes_text(Experiment, keys):
         value = text  # a name or a revision may look like a number or a date, for example 7e12345
     table = tables

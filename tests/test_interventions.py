@@ -114,6 +114,21 @@ def test_no_search_is_one_sentence(tmp_path: Path) -> None:
     assert done.exit_code == 2 and "there is no search" in done.stderr
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["none", "stop", "t000", "--resume"], "--resume: is nothing for stop"),
+        (["none", "extend", "+1", "--register", "x"], "--register: is nothing for extend"),
+        (["none.toml", "--warm"], "--warm: is for clone; leave it out"),
+        (["none.toml", "--storage", "runs"], "--storage: is for stop, clone and extend; leave it out"),
+    ],
+)
+def test_an_option_without_effect_is_refused(words: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["search", *words])
+    assert done.exit_code == 2 and message in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.timeout(400)

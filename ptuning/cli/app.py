@@ -83,7 +83,7 @@ def search(
         ),
     ] = None,
     warm: intervene.Warm = False,
-    folder: intervene.Folder = "runs",
+    folder: intervene.Folder = None,
     as_json: Json = False,
 ) -> None:
     """Search over soft prompts that train side by side on one base.
@@ -94,9 +94,11 @@ def search(
     Example: ptuning search jobs/sentiment.toml search.trials=16 'search.length=[5,20]'
     """
     if overrides and overrides[0] in intervene.WORDS:
-        return intervene.intervene(experiment, overrides, folder, warm, as_json)
-    if warm:
-        fail("--warm: is for clone; leave it out", 2)
+        if resume or register:
+            fail(f"{'--resume' if resume else '--register'}: is nothing for {overrides[0]}; leave it out", 2)
+        return intervene.intervene(experiment, overrides, folder or "runs", warm, as_json)
+    if warm or folder:
+        fail(f"{'--warm' if warm else '--storage'}: is for {'clone' if warm else 'stop, clone and extend'}; leave it out", 2)
     settings = _read(experiment, overrides)
     check_register(register)
     with ended(["search", experiment, *(overrides or [])], settings):

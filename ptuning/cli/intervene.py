@@ -29,8 +29,10 @@ Words = Annotated[
 ]
 Warm = Annotated[bool, typer.Option("--warm", help="With clone: go on from the trial's newest checkpoint.")]
 Folder = Annotated[
-    str,
-    typer.Option("--storage", metavar="FOLDER", callback=non_blank, help="With stop, clone, extend: the search's storage."),
+    str | None,
+    typer.Option(
+        "--storage", metavar="FOLDER", callback=non_blank, help="With stop, clone, extend: the search's storage. Default: runs."
+    ),
 ]
 ANSWER_S = 30.0
 """Seconds to wait for the driver's answer: it looks every second."""

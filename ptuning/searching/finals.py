@@ -56,7 +56,7 @@ class Finals:
         if not best:
             reason = next((entry.message for entry in trials if entry.message), "none was evaluated")
             raise RunFailed(f"all {len(trials)} trials failed, the first with: {reason}")
-        # A schedule that PBT found cannot be repeated from its last values.
+        # A schedule that PBT found cannot be repeated from its last values, nor the way of a warm clone.
         whole = [entry for entry in best if not entry.warm or entry.status == "finished"]
         finalists = whole[: self.experiment.search.finalists] if self.experiment.search.scheduler != "pbt" else []
         seeds = {entry.run: self._train_seeds(entry) for entry in finalists} or {best[0].run: [best[0]]}

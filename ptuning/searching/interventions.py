@@ -11,14 +11,13 @@ from __future__ import annotations
 import getpass
 import json
 import time
-import tomllib
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, get_args
+from typing import Any
 
 from ptuning import storage
-from ptuning.config import Experiment, ExperimentError, parse_experiment
+from ptuning.config import Experiment, ExperimentError, parse_experiment, parse_value
 from ptuning.errors import UserError, suggest
 from ptuning.searching.space import INIT, KIND, LENGTH, RATE, trial_tables
 from ptuning.searching.trial_store import Action, Intervention, TrialRecord, TrialStore
@@ -26,7 +25,6 @@ from ptuning.settings.search import SEARCHABLE, is_whole
 from ptuning.training import lease
 from ptuning.training.run_setup import RUN
 
-ACTIONS: tuple[Action, ...] = get_args(Action)
 SETTINGS = (LENGTH, RATE, INIT, KIND, *(f"{table}.{name}" for table, fields in SEARCHABLE.items() for name in fields))
 """What a clone may change: what a search may vary."""
 FOLDER = "instructions"
@@ -67,10 +65,7 @@ def _change(text: str) -> tuple[str, Any]:
     if key not in SETTINGS:
         fix = suggest(key, SETTINGS, f"use one of {', '.join(SETTINGS)}")
         raise UserError(f"clone: {key!r} is not a searchable setting; {fix}")
-    try:
-        value = tomllib.loads(f"value = {written}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = written  # a bare word: the shell has removed the quotes
+    value = parse_value(written)
     whole = isinstance(value, float) and (key == LENGTH or is_whole(key)) and value == int(value)
     return key, int(value) if whole else value
 
