@@ -93,6 +93,11 @@ def test_the_key_is_asked_for_and_stays_in_the_tab(world: SimpleNamespace, windo
 def test_answers_side_by_side(page: Page) -> None:
     """The base, a text prompt and two versions: their texts, and the probabilities of the labels as bars."""
     page.run("[...document.querySelectorAll('#choices input')].filter(box => box.checked).forEach(box => box.click())")
+    view(page, "prompts")
+    page.run("document.querySelector('#choices').replaceChildren()")
+    view(page, "try")  # the list is made again: nothing is chosen for who chose nobody
+    page.wait("document.querySelectorAll('#choices input').length > 3")
+    assert page.run("document.querySelectorAll('#choices input:checked').length") == 0
     for name in ("tiny-llama", "fruits:1", "fruits:2"):
         page.click(f'#choices input[value="{name}"]')
     page.type("#text", "the old hammer")

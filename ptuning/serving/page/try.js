@@ -7,18 +7,20 @@ const SHOWN = 60;
 const MOST = 8;
 const CHECKPOINTS = /-checkpoints(:\d+)?$/; // of jobs: shown if they are looked for
 const chosen = new Set();
+let offered = false; // the default choice is made once: later an empty choice is the user's
 
 export async function offer(name = null) {
   if (name) {
     chosen.clear();
     chosen.add(name);
   }
-  const wanted = $("search").value.trim().toLowerCase();
   const all = await models();
+  const wanted = $("search").value.trim().toLowerCase(); // after the wait: an earlier call never shows an older search
   const base = all[0].id;
   const named = all.filter((each) => chosen.has(each.id) || (wanted ? each.id.toLowerCase().includes(wanted) : !CHECKPOINTS.test(each.id)));
   const extra = [...chosen].filter((id) => !all.some((each) => each.id === id)).map((id) => ({ id }));
-  if (!chosen.size) (all.length > 1 ? [base, all[1].id] : [base]).forEach((id) => chosen.add(id));
+  if (!offered && !chosen.size) (all.length > 1 ? [base, all[1].id] : [base]).forEach((id) => chosen.add(id));
+  offered = true;
   const boxes = [...extra, ...named].slice(0, SHOWN).map((each) => {
     const box = make("input", { type: "checkbox", value: each.id, checked: chosen.has(each.id) });
     box.addEventListener("change", () => (box.checked ? chosen.add(each.id) : chosen.delete(each.id)));
@@ -90,8 +92,9 @@ export function begin() {
   $("ask-form").addEventListener("submit", (event) => {
     event.preventDefault();
     attempt(async () => {
-      const ids = [...chosen].slice(0, MOST);
+      const ids = [...chosen];
       if (!ids.length) throw new Error("choose who answers");
+      if (ids.length > MOST) throw new Error(`choose at most ${MOST}: ${ids.length} are chosen`);
       $("answers").replaceChildren();
       const [text, front] = [$("text").value, $("front").value.trim()];
       const base = (await models())[0];
