@@ -211,7 +211,9 @@ def eight_jobs_under(server: Server, kills: list[str], base_folder: Path, tmp_pa
     expected = undisturbed(tmp_path / "alone", base_folder, server.steps, len(jobs))
     for number, (key, job, alone) in enumerate(zip(KEYS, jobs, expected, strict=True)):
         there = vectors(server.storage, job)
-        assert float((there - alone).norm() / alone.norm()) < 1e-5
+        # Rounding of packed steps alone, with no kill: 4.6e-6 after 600 steps, 2.1e-5 after 1,200 (the largest of the 8).
+        # A step that is lost or done twice is 100 times as much.
+        assert float((there - alone).norm() / alone.norm()) < 1e-4
         progress = json.loads((server.storage / "tuning" / "jobs" / job / "progress.json").read_text())
         steps = [int(step) for step, _ in progress["curves"][0]]
         assert steps == sorted(set(steps)) and steps[-1] == steps_of(server, [job])[0]
