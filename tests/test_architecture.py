@@ -49,7 +49,7 @@ DIRECTIONS = {
     "searching": {"model", "data", "tracking", "planning", "cluster", "training"},
     "tuning": {"model", "data", "tracking", "registry", "inference", "cluster", "training"},
     "prediction": {"model", "data", "registry", "inference", "cluster", "training"},
-    "serving": {"model", "data", "tracking", "registry", "inference", "cluster", "tuning"},
+    "serving": {"model", "data", "tracking", "registry", "inference", "cluster", "searching", "tuning"},
     "display": {"training", "searching", "prediction"},
     "registry_api": {"model", "tracking", "registry", "serving"},
     "api": {
@@ -128,6 +128,7 @@ OWNERS = {
         "serving.file_routes",
         "serving.http_request",
         "serving.replies",
+        "serving.search_routes",
         "serving.status",
         "serving.tuning_routes",
     },

@@ -15,11 +15,31 @@ from typer.testing import CliRunner
 from ptuning.cli.app import app
 from ptuning.config import parse_experiment
 from ptuning.errors import UserError
-from ptuning.searching.interventions import Instructions, SearchFolder, clone_values, parse
+from ptuning.searching.interventions import Instructions, SearchFolder, clone_values, instruct, parse
 from ptuning.searching.listener import Listener
 from ptuning.searching.trial_store import TrialRecord, TrialStore
+from ptuning.training.run_setup import write_run
 
 RATE = "train.learning_rate"
+
+
+def begun(storage: Path, tables: dict[str, Any], status: str = "running") -> TrialStore:
+    """The folder of a search with two trials, as its driver leaves it: t000 runs, t001 has failed."""
+    folder = storage / tables["name"]
+    write_run(str(folder), parse_experiment(tables), status, kind="search")
+    store = TrialStore(str(folder))
+    for run, rate in (("t000", 0.1), ("t001", 0.2)):
+        values = {"prompt.length": 4, "prompt.init": "random", RATE: rate}
+        store.add(TrialRecord(run, run, values, str(folder / "trials" / run), step=10))
+    store.entries["t000"].results = [{"step": 5, "values": {"accuracy": 0.5, "loss": 1.0}, "time_ms": 0}]
+    store.entries["t001"].status, store.entries["t001"].message = "failed", f"{folder}/secret/place: is full; make room"
+    store.flush()
+    return store
+
+
+def listening(storage: Path, tables: dict[str, Any], store: TrialStore, withdrawn: list[str]) -> Listener:
+    """The driver's end."""
+    return Listener(str(storage / tables["name"]), tables, store, withdrawn.append, print)
 
 
 @pytest.mark.fast
@@ -104,6 +124,37 @@ def test_each_instruction_is_followed_once_and_recorded(tables: dict[str, Any], 
     last.start()
     last.stop()
     assert again.interventions[-1].taken is False and "the finalists are trained" in again.interventions[-1].answer
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"action": "stop"}, "stop: the trial is missing"),
+        ({"action": "stop", "trial": "t000", "changes": {RATE: 1}}, "stop: takes one trial, and nothing else"),
+        ({"action": "stop", "trial": "t000", "more": 1}, "stop: takes one trial, and nothing else"),
+        ({"action": "clone", "trial": "t000", "more": 1}, "clone: takes a trial and changes, and nothing else"),
+        ({"action": "extend"}, "extend: takes the number of further trials, and nothing else"),
+        ({"action": "extend", "more": 1, "trial": "t000"}, "extend: takes the number of further trials"),
+        ({"action": "extend", "more": 1, "warm": True}, "--warm: is for clone"),
+        (
+            {"action": "clone", "trial": "t000", "changes": {"train.steps": 1}},
+            "clone: 'train.steps' is not a searchable setting",
+        ),
+    ],
+)
+def test_what_does_not_belong_to_an_instruction_is_refused(told: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        instruct(told.pop("action"), **told)
+    assert str(refused.value).startswith(message)
+
+
+@pytest.mark.fast
+def test_a_finished_search_takes_no_instruction(tables: dict[str, Any], tmp_path: Path) -> None:
+    begun(tmp_path, tables, "finished")
+    with pytest.raises(UserError, match="the search is finished; start another one"):
+        SearchFolder(str(tmp_path / "toy")).tell(instruct("extend", more=1))
+    assert not SearchFolder(str(tmp_path / "toy")).pending()
 
 
 @pytest.mark.fast

@@ -14,7 +14,10 @@ import pytest
 from conftest import REPOSITORY
 from openai import OpenAI
 from test_http_api import ADMIN, KEY, chat, publish_soft_prompt, serving
+from test_interventions import begun, listening
 
+from ptuning.config import parse_experiment
+from ptuning.searching.interventions import SearchFolder
 from ptuning.serving import page_routes
 from ptuning.serving.app import build_app
 from ptuning.serving.page_routes import FOLDER, TYPES, files, is_shown
@@ -58,6 +61,8 @@ def test_the_page_follows_its_own_policy() -> None:
     """No script and no style inside of the HTML, nothing from another server, and no text that becomes HTML."""
     page = (FOLDER / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"<script(?![^>]*\bsrc=)|\bstyle=|\bon\w+=|<style", page)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
     for path in FOLDER.iterdir():
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text), path
@@ -112,6 +117,62 @@ def test_an_administrator_moves_the_champion(world: SimpleNamespace, tmp_path: P
         ):
             with pytest.raises((error, openai.BadRequestError), match=words):
                 client.post("/admin/promote", body=body, cast_to=object)
+
+
+def test_an_administrator_tells_a_search(world: SimpleNamespace, toy_task: SimpleNamespace) -> None:
+    """The trials with their curves; instructions go to the driver; nothing about this machine is told."""
+    folder = Path(world.service.runs)
+    tables = parse_experiment(toy_task.experiment | {"name": "found"}).model_dump(mode="json")
+    store = begun(folder, tables)
+    begun(folder, tables | {"name": "over"}, "finished")
+    with admin(world) as client, admin(world, KEY) as other:
+        for method in (other.get, other.post):
+            with pytest.raises(openai.PermissionDeniedError, match="not administrate"):
+                method("/admin/searches/found", cast_to=object)
+        with pytest.raises(openai.PermissionDeniedError, match="not administrate"):
+            other.get("/admin/searches", cast_to=object)
+        listed: Any = client.get("/admin/searches", cast_to=object)
+        assert [(each["name"], each["status"]) for each in listed["data"]] == [("found", "interrupted"), ("over", "finished")]
+        assert (
+            listed["data"][0] | {"name": "found", "best": 0.5, "best_trial": "t000", "ended": 1, "trials": 2}
+            == listed["data"][0]
+        )
+
+        def tell(name: str = "found", **body: Any) -> Any:
+            return client.post(f"/admin/searches/{name}", body=body, cast_to=object)
+
+        clone = tell(action="clone", trial="t000", changes={"train.learning_rate": 0.5})
+        assert clone["taken"] is None and clone["by"].startswith("key ")
+        warm = tell(action="clone", trial="t000", changes={"train.learning_rate": 0.3}, warm=True)
+        tell(action="extend", more=2)
+        tell(action="stop", trial="t000")
+        withdrawn: list[str] = []
+        listener = listening(folder, tables, store, withdrawn)
+        listener.start()
+        listener.stop()
+        found: Any = client.get("/admin/searches/found", cast_to=object)
+        assert withdrawn == ["t000"] and [each["taken"] for each in found["interventions"]] == [True, False, True, True]
+        assert found["interventions"][1]["id"] == warm["id"] and found["interventions"][1]["answer"].startswith(
+            "warm: t000 has no"
+        )
+        first, failed, added = found["data"]
+        assert (first["status"], first["curve"], added["origin"]) == ("stopped", [[5, 0.5]], "t000")
+        assert added["settings"]["train.learning_rate"] == 0.5 and failed["message"] == "place: is full; make room"
+        assert str(folder) not in str(found) and "secret" not in str(found)
+        for name, body, error, words in (
+            ("found", {"action": "stop", "trial": "t000"}, openai.BadRequestError, "stop: t000 has ended already"),
+            ("found", {"action": "stop", "trial": "t9"}, openai.BadRequestError, "'t9' is not a trial of this search"),
+            ("found", {"action": "extend", "more": 1, "warm": True}, openai.BadRequestError, "^(?!.*--).*warm: is for clone"),
+            ("found", {"action": "clone", "trial": "t001", "changes": {"train.lr": 1}}, openai.BadRequestError, "did you mean"),
+            ("found", {"action": "kill", "trial": "t001"}, openai.BadRequestError, "action"),
+            ("over", {"action": "extend", "more": 1}, openai.BadRequestError, "the search is finished"),
+            ("none", {"action": "extend", "more": 1}, openai.NotFoundError, "there is no such search"),
+            ("..", {"action": "extend", "more": 1}, openai.NotFoundError, "there is no such"),
+            ("%2e%2e", {"action": "extend", "more": 1}, openai.NotFoundError, "there is no such"),
+        ):
+            with pytest.raises(error, match=words):
+                tell(name, **body)
+        assert not SearchFolder(str(folder / "over")).pending()
 
 
 def test_an_administrator_sees_where_a_version_comes_from(world: SimpleNamespace, tmp_path: Path) -> None:

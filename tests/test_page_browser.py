@@ -15,7 +15,10 @@ from conftest import toy_rows
 from serving_world import Command
 from support.browser import PROGRAM, Page, browser
 from test_http_api import ADMIN, KEY, fill_storage, settings
+from test_interventions import begun, listening
 from test_tracking import free_port
+
+from ptuning.config import parse_experiment
 
 pytestmark = [
     pytest.mark.slow,
@@ -170,6 +173,39 @@ def test_a_job_is_paused_resumed_and_cancelled(page: Page, world: SimpleNamespac
         page.click(labelled(f"{action} {job}"))
         wanted = f"['{state}', 'queued']" if state == "running" else f"['{state}']"
         page.wait(f"{wanted}.includes(document.querySelector('#job-rows tr td').innerText)", 120)
+
+
+def test_a_search_is_followed_and_told(page: Page, world: SimpleNamespace, toy_task: SimpleNamespace) -> None:
+    """Its driver is the real one's listener, in this process."""
+    storage = world.folder / "runs"
+    tables = parse_experiment(toy_task.experiment | {"name": "found"}).model_dump(mode="json")
+    store = begun(storage, tables)
+    withdrawn: list[str] = []
+    listener = listening(storage, tables, store, withdrawn)
+    listener.start()
+    try:
+        view(page, "jobs")
+        page.wait("!document.getElementById('searches').hidden")
+        page.click(labelled("Follow found"))
+        page.wait("document.querySelectorAll('#trials tr').length === 2 && !!document.querySelector('#search-curves polyline')")
+        page.click(labelled("Clone t000"))
+        page.wait("document.activeElement.id === 'clone-changes'")
+        page.type("#clone-changes", "train.learning_rate")
+        page.click("#clone-form button")
+        assert "is not a change; write key=value" in page.wait("document.getElementById('said').innerText")
+        page.type("#clone-changes", "train.learning_rate=0.5")
+        page.click("#clone-form button")
+        page.wait("document.querySelectorAll('#trials tr').length === 3", 20)
+        assert "learning_rate 0.5" in page.run("document.querySelectorAll('#trials tr')[2].innerText")
+        page.type("#more", "2")
+        page.click("#extend-form button")
+        page.click(labelled("Stop t000"))
+        page.wait("document.querySelector('#told').innerText.includes('t000 is stopped at step 10')", 20)
+        page.wait("document.querySelector('#told').innerText.includes('2 more trials')")
+        page.wait("document.querySelectorAll('#trials tr')[0].children[1].innerText === 'stopped'")
+    finally:
+        listener.stop()
+    assert withdrawn == ["t000"]
 
 
 def test_a_table_comes_back_with_answers(page: Page, world: SimpleNamespace) -> None:

@@ -12,8 +12,8 @@ import getpass
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ptuning import storage
@@ -36,19 +36,44 @@ def parse(action: Action, words: Sequence[str], *, warm: bool = False, by: str |
     Raises:
         UserError: a word is missing, wrong, or one too much.
     """
-    told = Intervention(uuid.uuid4().hex, action, by or _user(), time.time(), warm=warm)
-    if warm and action != "clone":
-        raise UserError("--warm: is for clone; leave it out")
     if action == "extend":
         if len(words) != 1 or not words[0].removeprefix("+").isdecimal() or int(words[0]) < 1:
             raise UserError("extend: give the number of further trials, such as extend +8")
-        return replace(told, more=int(words[0]))
+        return instruct(action, more=int(words[0]), warm=warm, by=by)
     trial, *changes = words or [""]
     if not trial or "=" in trial:
         raise UserError(f"{action}: the trial is missing; write {action} t003")
     if action == "stop" and changes:
         raise UserError(f"stop: takes one trial; leave {' '.join(changes)} out")
-    return replace(told, trial=trial, changes=dict(map(_change, changes)))
+    return instruct(action, trial=trial, changes=dict(map(_change, changes)), warm=warm, by=by)
+
+
+def instruct(
+    action: Action,
+    *,
+    trial: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    warm: bool = False,
+    more: int = 0,
+    by: str | None = None,
+) -> Intervention:
+    """An instruction. `by`: who gives it; default: the user of this process.
+
+    Raises:
+        UserError: something is missing, wrong, or does not belong to the action.
+    """
+    changes = changes or {}
+    if warm and action != "clone":
+        raise UserError("--warm: is for clone; leave it out")
+    if action == "extend":
+        if more < 1 or trial is not None or changes:
+            raise UserError("extend: takes the number of further trials, and nothing else")
+    elif trial is None:
+        raise UserError(f"{action}: the trial is missing; give one, such as t003")
+    elif more or (action == "stop" and changes):
+        raise UserError(f"{action}: takes {'one trial' if action == 'stop' else 'a trial and changes'}, and nothing else")
+    known = {key: _whole(key, value) for key, value in changes.items()}
+    return Intervention(uuid.uuid4().hex, action, by or _user(), time.time(), trial, known, warm, more)
 
 
 def _user() -> str:
@@ -62,12 +87,16 @@ def _change(text: str) -> tuple[str, Any]:
     key, equals, written = text.partition("=")
     if not equals:
         raise UserError(f"clone: {text!r} is not a change; write key=value, such as train.learning_rate=0.1")
+    return key, parse_value(written)
+
+
+def _whole(key: str, value: Any) -> Any:
+    """The value of a setting: 8.0 virtual tokens are 8."""
     if key not in SETTINGS:
         fix = suggest(key, SETTINGS, f"use one of {', '.join(SETTINGS)}")
         raise UserError(f"clone: {key!r} is not a searchable setting; {fix}")
-    value = parse_value(written)
     whole = isinstance(value, float) and (key == LENGTH or is_whole(key)) and value == int(value)
-    return key, int(value) if whole else value
+    return int(value) if whole else value
 
 
 def clone_values(tables: Mapping[str, Any], origin: TrialRecord, told: Intervention) -> dict[str, Any]:
@@ -121,7 +150,7 @@ class SearchFolder:
 
     def __init__(self, folder: str) -> None:
         """Raises:
-        UserError: there is no search in this folder, or it is finished.
+        UserError: there is no search in this folder.
         """
         self._folder = folder
         if not storage.exists(folder, RUN):
@@ -129,8 +158,8 @@ class SearchFolder:
         record = json.loads(storage.read_file(folder, RUN))
         if record.get("kind") != "search":
             raise UserError(f"{folder}: is a training run; trials are stopped, cloned and added in a search")
-        if record["status"] == "finished":
-            raise UserError(f"{folder}: the search is finished; start another one")
+        self.status: str = record["status"]
+        """Of its record: a search whose driver was killed is "running"; see `driven`."""
         self.experiment: Experiment = parse_experiment(record["experiment"], folder)
 
     @property
@@ -139,14 +168,24 @@ class SearchFolder:
         held = lease.renewals(self._folder)
         return held is not None and held[1] is not False
 
+    def trials(self) -> TrialStore:
+        """Its trials, and what people told it, as they are now."""
+        return TrialStore(self._folder)
+
+    def pending(self) -> list[Intervention]:
+        """What no driver has taken yet."""
+        return Instructions(self._folder).pending()
+
     def tell(self, told: Intervention) -> None:
         """Leave an instruction for the driver.
 
         Raises:
-            UserError: it cannot be followed, as far as the ledger says.
+            UserError: the search is finished, or the instruction cannot be followed, as far as the ledger says.
         """
+        if self.status == "finished":
+            raise UserError(f"{self._folder}: the search is finished; start another one")
         if told.trial is not None:
-            origin = find_trial(TrialStore(self._folder), told.trial)
+            origin = find_trial(self.trials(), told.trial)
             if told.action == "stop":
                 check_running(origin)
             else:
@@ -155,8 +194,20 @@ class SearchFolder:
 
     def outcome(self, told: Intervention) -> Intervention | None:
         """What became of an instruction; None: no driver has taken it yet."""
-        done = [each for each in TrialStore(self._folder).interventions if each.id == told.id]
+        done = [each for each in self.trials().interventions if each.id == told.id]
         return done[0] if done else None
+
+
+def searches(folder: str) -> Iterator[tuple[str, SearchFolder]]:
+    """The searches in a storage folder, by name.
+
+    Raises:
+        StorageError, OSError: the storage cannot be read.
+    """
+    for name in storage.list_names(folder):
+        place = storage.join(folder, name)
+        if storage.exists(place, RUN) and json.loads(storage.read_file(place, RUN)).get("kind") == "search":
+            yield name, SearchFolder(place)
 
 
 def find_trial(store: TrialStore, run: str) -> TrialRecord:

@@ -28,6 +28,8 @@ from ptuning.serving.paging import parameters_of
 from ptuning.serving.protocol import ChatRequest, ClassifyRequest, CompletionRequest
 from ptuning.serving.request_record import Recorded
 from ptuning.serving.response_items import ResponsesRequest
+from ptuning.serving.search_objects import SearchDetails, SearchInstruction, SearchIntervention, SearchList
+from ptuning.serving.search_routes import SearchRoutes
 from ptuning.serving.service import Service
 from ptuning.serving.status import Replicas, Status
 from ptuning.serving.tuning_objects import Job, JobCheckpointList, JobEventList, JobList, JobQuery, JobRequest
@@ -99,6 +101,10 @@ def build_app(service: Service, replicas: Replicas | None = None, jobs: Ask | No
     post("/v1/admin/promote", admin.promote, PromoteRequest, Moved)
     post("/v1/admin/rollback", admin.rollback, RollbackRequest, Moved)
     get("/v1/admin/prompts/{name}", admin.prompt)
+    searching = SearchRoutes(service)
+    get("/v1/admin/searches", searching.searches, SearchList)
+    get("/v1/admin/searches/{name}", searching.search, SearchDetails)
+    post("/v1/admin/searches/{name}", searching.tell, SearchInstruction, SearchIntervention)
     app.post("/v1/admin/reload", responses=_errors(), openapi_extra=locked)(status.reload)
     get("/metrics", status.metrics)
     app.get("/livez", responses={503: {"description": "must be replaced"}})(status.livez)

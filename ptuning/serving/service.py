@@ -47,7 +47,9 @@ class Service:
     def __init__(self, experiment: Experiment, keys: Mapping[str, Scope], replica: str) -> None:
         self.limits = experiment.serve
         self.tuning = experiment.tuning
-        self.storage = storage.join(experiment.compute.storage, "tuning")
+        self.runs = experiment.compute.storage
+        """The storage: runs and searches by name, and what the server keeps itself."""
+        self.storage = storage.join(self.runs, "tuning")
         """The folder of files, jobs and batches."""
         self.keys = dict(keys)
         self.base = find_base(experiment.model)
@@ -61,9 +63,12 @@ class Service:
         dtype = self.base.dtype(experiment.model.dtype)
         self.engine = open_engine(self.base, dtype, config, self.limits.engine, self.limits.rows, self.limits.tensor_parallel)
         log.info("%s computes", self.engine.kind)
-        store = experiment.compute.storage
         registry = Registry(tracking_uri(experiment))
-        cache = storage.join(store, "served") if storage.is_local(store) else str(Path.home() / ".cache" / "ptuning" / "served")
+        cache = (
+            storage.join(self.runs, "served")
+            if storage.is_local(self.runs)
+            else str(Path.home() / ".cache" / "ptuning" / "served")
+        )
         limit = self.limits.resident_mb
         self.models = ServedModels(
             self.base, self.engine, registry, cache, self.limits.soft_prompts, limit << 20 if limit else None

@@ -5,6 +5,7 @@ import * as batch from "/page/batch.js";
 import * as jobs from "/page/jobs.js";
 import { $, attempt, make, say, show } from "/page/parts.js";
 import * as prompts from "/page/prompts.js";
+import * as searches from "/page/searches.js";
 import * as ask from "/page/try.js";
 
 const SHOWN = 500;
@@ -39,5 +40,5 @@ $("key-form").addEventListener("submit", (event) => {
   });
 });
 
-for (const view of [ask, prompts, jobs, batch]) view.begin();
+for (const view of [ask, prompts, jobs, searches, batch]) view.begin();
 attempt(load).then(() => show(views.includes(location.hash.slice(1)) ? location.hash.slice(1) : "try"));
