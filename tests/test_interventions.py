@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -124,6 +125,26 @@ def test_each_instruction_is_followed_once_and_recorded(tables: dict[str, Any], 
     last.start()
     last.stop()
     assert again.interventions[-1].taken is False and "the finalists are trained" in again.interventions[-1].answer
+
+
+@pytest.mark.fast
+def test_an_instruction_that_cannot_be_recorded_is_taken_later(tables: dict[str, Any], tmp_path: Path) -> None:
+    store, withdrawn = begun(tmp_path, tables), []
+    SearchFolder(str(tmp_path / "toy")).tell(instruct("stop", trial="t000"))
+    ledger = tmp_path / "toy" / "ledger.json"
+    kept = ledger.read_bytes()
+    ledger.unlink()
+    (ledger / "in the way").mkdir(parents=True)
+    listener = listening(tmp_path, tables, store, withdrawn)
+    listener.start()
+    listener.stop()
+    assert store.entries["t000"].status == "running" and not store.interventions and not withdrawn
+    shutil.rmtree(ledger)
+    ledger.write_bytes(kept)
+    again = listening(tmp_path, tables, store, withdrawn)
+    again.start()
+    again.stop()
+    assert withdrawn == ["t000"] and TrialStore(str(tmp_path / "toy")).entries["t000"].status == "stopped"
 
 
 @pytest.mark.fast

@@ -79,9 +79,9 @@ class Listener:
         with self._store.lock:
             entry = find_trial(self._store, str(told.trial))
             check_running(entry)
-            entry.status, entry.message = "stopped", f"stopped by {told.by}"
             answer = f"{entry.run} is stopped at step {entry.step}; its best soft prompt is kept"
-            self._store.intervene(replace(told, taken=True, answer=answer), entry)
+            stopped = replace(entry, status="stopped", message=f"stopped by {told.by}")
+            self._store.intervene(replace(told, taken=True, answer=answer), stopped)
         self._withdraw(entry.run)
         return answer
 

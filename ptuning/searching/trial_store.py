@@ -109,11 +109,20 @@ class TrialStore:
             self._changed = True
 
     def intervene(self, done: Intervention, *changed: TrialRecord) -> None:
-        """Write an intervention down together with the records that it adds or has changed."""
+        """Write an intervention down together with the records that it adds or changes. If that fails, nothing has changed.
+
+        Raises:
+            StorageError, OSError: the storage cannot be written.
+        """
         with self.lock:
-            self.entries |= {entry.run: entry for entry in changed}
-            self.interventions.append(done)
-            self._write()
+            before = self.entries, self.interventions
+            self.entries = self.entries | {entry.run: entry for entry in changed}
+            self.interventions = [*self.interventions, done]
+            try:
+                self._write()
+            except BaseException:
+                self.entries, self.interventions = before
+                raise
 
     def next_name(self) -> str:
         """The name of a new trial."""
