@@ -228,11 +228,13 @@ def test_what_does_not_fit_says_what_would(toy_task: SimpleNamespace, write_toml
 def test_capacity_of_both_engines_for_8_billion_parameters() -> None:
     """vLLM has a row per virtual token, of 4,096 numbers in bfloat16, divided among its ranks."""
 
-    def plan(memory: int = 80 * GB, parallel: int = 1, kind: str = "embedding", resident: int = 1) -> ServingPlan:
+    def plan(
+        memory: int = 80 * GB, parallel: int = 1, kind: str = "embedding", resident: int = 1, limit: int | None = None
+    ) -> ServingPlan:
         rows = RunShape(length=100, tokens=200, targets=4, batch=8, kinds=(kind,))
         return plan_serving(
             large.shape, rows, Machine(1, memory, 1, GB, 1e12, True), large.evaluation,
-            cache=4 * GB, running=32, resident=resident, new=4, rows=4096, parallel=parallel,
+            cache=4 * GB, running=32, resident=resident, new=4, rows=4096, parallel=parallel, limit=limit,
         )  # fmt: skip
 
     large = MetaModel(read_config(SHAPES / "llama-8b.json"), torch.bfloat16)
@@ -245,6 +247,10 @@ def test_capacity_of_both_engines_for_8_billion_parameters() -> None:
         found = plan(kind=kind)
         at_most, beyond = (plan(kind=kind, resident=found.resident + extra) for extra in (0, 1))
         assert at_most.peak <= 80 * GB < beyond.peak
+    # 100 virtual tokens: 4,096 numbers each, or keys and values of 32 layers, 8 heads of 128.
+    for kind, numbers in (("embedding", 100 * 4096), ("kv", 100 * 32 * 2 * 8 * 128)):
+        limited, free = plan(kind=kind, limit=GB), plan(kind=kind, resident=GB // (2 * numbers))
+        assert limited.at_once == GB // (2 * numbers) and limited.bank == free.bank and free.at_once is None
     assert plan(kind="kv").vllm is None and plan(kind="kv").resident < plan().resident
 
 

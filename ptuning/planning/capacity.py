@@ -236,6 +236,9 @@ class ServingPlan:
     """The same if the cache uses all available memory."""
     resident: int
     """Soft prompts of this kind and length that fit beside the rest, with transformers."""
+    at_once: int | None
+    """Of these in memory at once under `serve.resident_mb`, the others being read from disk when they are asked; None: no limit
+    is set."""
     vllm: VllmRows | None
     """The same with vLLM; None: it does not serve this kind."""
 
@@ -256,9 +259,10 @@ def plan_serving(
     new: int,
     rows: int,
     parallel: int,
+    limit: int | None = None,
 ) -> ServingPlan:
     """A replica that generates up to `new` tokens, with `resident` soft prompts, all in use. `rows`, `parallel`: rows and
-    ranks of vLLM."""
+    ranks of vLLM. `limit`: bytes of `serve.resident_mb`, which its soft prompts grow up to."""
     positions = settings.tokens
     # The tokens of a step may belong to one prefill or to many; logits are computed for every running request.
     together = max(1, STEP_TOKENS // positions)
@@ -275,6 +279,11 @@ def plan_serving(
             found += many * settings.length * shape.token_numbers * shape.itemsize
         return found
 
+    at_once = None
+    if limit is not None:
+        numbers = settings.length * (shape.token_numbers if kv else shape.width)
+        at_once = limit // (numbers * shape.itemsize)
+        resident = max(1, at_once)
     bank = bank_of(resident)
     beside = machine.memory - machine.reserved - shape.bytes - step
     room = beside - bank
@@ -295,6 +304,7 @@ def plan_serving(
         min(running, fitting(cache)),
         fitting(max(0, room)),
         _most(MOST_RESIDENT, lambda many: bank_of(many) <= beside - cache),
+        at_once,
         None if kv else _vllm_rows(shape, settings.length, rows, parallel, beside + shape.bytes - cache),
     )
 

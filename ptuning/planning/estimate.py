@@ -105,6 +105,8 @@ def _describe(found: Estimate) -> str:
         row("  requests at once", str(serving.running))
         row("  with serve.cache_mb at most", f"{max(0, serving.room) >> 20:,}: {serving.most_running:,} requests")
         row("  soft prompts, transformers", f"{serving.resident:,} fit")
+        if serving.at_once is not None:
+            row("  in serve.resident_mb", f"{serving.at_once:,} at once; the others are read when they are asked")
         row("  soft prompts, vLLM", *_vllm(serving.vllm))
     if found.estimated:
         lines.append(

@@ -90,6 +90,7 @@ def make_plan(
         new=max(settings.targets, settings.new_tokens),
         rows=experiment.serve.rows,
         parallel=experiment.serve.tensor_parallel,
+        limit=experiment.serve.resident_mb << 20 if experiment.serve.resident_mb else None,
     )
     found = Estimate(
         experiment.name,
