@@ -66,6 +66,7 @@ ELSEWHERE = {
     "ptuning search jobs/sentiment.toml name=warm": "test_search.py::test_a_search_under_asha_",
     "ptuning search jobs/sentiment.toml name=bred": "test_search.py::test_pbt_",
     "ptuning train tickets.toml name=tickets-qwen": "test_cli.py::test_the_whole_command_with_two_workers",
+    "ptuning search found": "test_interventions.py::test_the_other_trials_of_a_search_notice_nothing",
     "ptuning search tickets.toml": "test_docs.py::test_the_first_hour",
     "ptuning serve jobs/sentiment.toml tuning.workers=1": "test_tuning_story.py::test_the_page",
     "ptuning serve": "test_serve.py::test_the_stock_client_through_the_proxy",
