@@ -201,3 +201,22 @@ def test_the_worked_examples_run(
     assert train[0].startswith("toy:1: {") and len(train) == 3 and train[1].split(" ", 1)[0] in ("fruit", "tool")
     assert search[0].startswith("1 t00") and search[-1].startswith("found:1 is champion, test metrics {")
     assert serve in (["toy:1: fruit"], ["toy:1: tool"])
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_a_winner_that_the_gate_refuses_is_not_promoted(
+    local_ray: Path, toy_task: SimpleNamespace, write_toml: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """jobs/retune.py, twice: what a RayCronJob runs."""
+    toy_task.experiment["search"] = {"trials": 1, "slots": 1, "length": [4], "finalists": 1, "seeds": 1}
+    path = str(write_toml(toy_task.experiment))
+    retune = runpy.run_path(str(REPOSITORY / "jobs" / "retune.py"))["main"]
+    retune("toy", path, "name=first")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("toy:1 is champion, test metrics {")
+    other = [f"data.test={toy_task.validation}", f"data.validation={toy_task.test}"]
+    with pytest.raises(SystemExit, match="the champion of toy stays: toy:2: it has no metric on the same rows as the champion"):
+        retune("toy", path, "name=second", *other)
+    experiment = ptuning.Experiment.load(path)
+    versions = ptuning.Registry(experiment.compute.storage, experiment.tracking.uri).list()
+    assert {str(version): list(version.aliases) for version in versions} == {"toy:1": ["champion"], "toy:2": []}

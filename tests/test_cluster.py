@@ -48,6 +48,7 @@ SECRETS = (CLUSTER / "secrets.sh").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((CLUSTER / "compose.yaml").read_text(encoding="utf-8"))
 LAUNCHERS = {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(CLUSTER.glob("ray*.yaml"))}
 KUSTOMIZATIONS = sorted(path.parent for path in KUBERAY.rglob("kustomization.yaml"))
+ON_CPUS = {"autoscaling", "kueue", "volcano"}
 OVERLAYS = [folder for folder in KUSTOMIZATIONS if folder.parent.name == "overlays"]
 TEXTS = {
     path: path.read_text(encoding="utf-8")
@@ -80,6 +81,11 @@ def walk(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...
 
 def of_kind(kind: str) -> list[dict[str, Any]]:
     return [manifest for manifest in MANIFESTS if manifest["kind"] == kind]
+
+
+def jobs() -> list[dict[str, Any]]:
+    """What RayJobs and RayCronJobs run."""
+    return [job["spec"] for job in of_kind("RayJob")] + [job["spec"]["jobTemplate"] for job in of_kind("RayCronJob")]
 
 
 def pods() -> list[dict[str, Any]]:
@@ -130,7 +136,7 @@ def commands() -> dict[str, list[list[str]]]:
         found["compose.yaml"].append(shlex.split(command) if isinstance(command, str) else command)
     for container in containers():
         found["kuberay"].append([*container.get("command", []), *container.get("args", [])])
-    found["kuberay"] += [shlex.split(job["spec"]["entrypoint"]) for job in of_kind("RayJob")]
+    found["kuberay"] += [command for job in jobs() for command in shell(job["entrypoint"])]
     for name, launcher in LAUNCHERS.items():
         lines = [line for key in ("head", "worker") for line in launcher[f"{key}_start_ray_commands"]]
         found[name] = [command for line in lines for command in shell(line)]
@@ -149,6 +155,8 @@ def check_command(words: list[str], folder: Path = REPOSITORY) -> None:
 
     programs: dict[str, Any] = {"ray": ray_cli, "mlflow": mlflow.cli.cli, "ptuning": typer.main.get_command(app.app)}
     program = programs.get(words[0])
+    if words[0] == "python" and words[1] == "jobs/retune.py":
+        read_experiment(folder / words[3], words[4:])
     if program is None:
         assert words[0] in ("python", "pg_isready", "server", "mkdir", "cd", "ulimit"), f"{words[0]} is not in the image"
         return
@@ -178,7 +186,7 @@ def test_every_command_is_one_that_its_program_understands(file, words):
 def test_commands_were_found():
     found = {file: {" ".join(words[:2]) for words in words_of} for file, words_of in commands().items()}
     assert {"ray start", "mlflow server"} <= found["compose.yaml"]
-    assert {"mlflow server", "ptuning train", "ptuning search"} <= found["kuberay"]
+    assert {"mlflow server", "ptuning train", "ptuning search", "ptuning predict", "python jobs/retune.py"} <= found["kuberay"]
     assert all({"ray start", "ray stop", "mlflow server"} <= found[name] for name in LAUNCHERS)
     assert {"ray start", "ray health-check", "ptuning 1"} <= found["slurm.sbatch"]
 
@@ -474,12 +482,13 @@ def test_every_manifest_is_used():
     named = {one["path"] for folder in KUSTOMIZATIONS for one in _kustomization(folder).get("patches", []) if "path" in one}
     named |= {name for folder in KUSTOMIZATIONS for name in _kustomization(folder).get("resources", [])}
     alone = {path.name for path in KUBERAY.rglob("*.yaml")} - named - {"kustomization.yaml"}
-    assert alone == {"rayjob-train.yaml", "rayjob-search.yaml"}  # applied by hand
-    assert {folder.name for folder in OVERLAYS} - {"multi-gpu-rdma", "multi-gpu-efa", "autoscaling"} == {
+    by_hand = {"rayjob-train.yaml", "rayjob-search.yaml", "raycronjob-retune.yaml", "raycronjob-predict.yaml"}
+    assert alone == by_hand | {"queues.yaml", "queue.yaml"}
+    assert {folder.name for folder in OVERLAYS} - {"multi-gpu-rdma", "multi-gpu-efa", *ON_CPUS} == {
         f"{size}{what}" for size in ("cpu", "gpu", "multi-gpu") for what in ("", "-serve")
     }
     assert {cluster["metadata"]["name"] for cluster in of_kind("RayCluster")} == {
-        job["spec"]["clusterSelector"]["ray.io/cluster"] for job in of_kind("RayJob")
+        job["clusterSelector"]["ray.io/cluster"] for job in jobs()
     }
 
 
@@ -489,9 +498,10 @@ def _kustomization(folder: Path) -> dict[str, Any]:
 
 
 BUILDER = ["kustomize", "build"] if shutil.which("kustomize") else ["kubectl", "kustomize"]
+builder = pytest.mark.skipif(not shutil.which(BUILDER[0]), reason="neither kustomize nor kubectl is here")
 
 
-@pytest.mark.skipif(not shutil.which(BUILDER[0]), reason="neither kustomize nor kubectl is here")
+@builder
 @pytest.mark.parametrize("folder", OVERLAYS, ids=lambda folder: folder.name)
 def test_overlays_build(folder):
     built = subprocess.run([*BUILDER, folder], capture_output=True, text=True, check=True).stdout
@@ -512,9 +522,7 @@ def test_overlays_build(folder):
     resources = workers["template"]["spec"]["containers"][0]["resources"]
     assert resources["limits"] == resources["requests"]
     gpus = int(resources["limits"].get("nvidia.com/gpu", 0))
-    assert (gpus > 0) == (size not in ("cpu", "autoscaling")) and (workers["replicas"] * gpus > 8) == size.startswith(
-        "multi-gpu"
-    )
+    assert (gpus > 0) == (size not in ("cpu", *ON_CPUS)) and (workers["replicas"] * gpus > 8) == size.startswith("multi-gpu")
     if serving:
         config = yaml.safe_load(found[kind, name]["spec"]["serveConfigV2"])
         overrides = config["applications"][0]["args"]["overrides"]

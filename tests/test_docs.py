@@ -78,6 +78,8 @@ ELSEWHERE = {
     "pip install": "test_cluster.py::test_the_image_is_built_from_what_is_there",
     "python3 -m venv": "test_demo.py::test_a_demo_that_is_interrupted_leaves_nothing",
     ".": "test_demo.py::test_a_demo_that_is_interrupted_leaves_nothing",
+    "sky launch": "test_skypilot.py::test_two_nodes_run_the_command_and_end",
+    "kubectl apply": "test_manifests.py::test_what_is_built_is_what_the_operators_take",
     "docker build": "test_cluster.py::test_the_image_is_built_from_what_is_there",
     "cluster/up-local.sh": "test_submit.py::cluster",
     "eval": "test_submit.py::cluster",
@@ -153,7 +155,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.fast
 @pytest.mark.parametrize("page", PAGES)
 def test_every_fence_says_what_it_holds(page: str) -> None:
-    typed = r"(?:\$ .*|(?:ptuning|make|python|docker|kubectl|ray|sbatch|mlflow|serve|cluster/\S+) .*)"
+    typed = r"(?:\$ .*|(?:ptuning|make|python|docker|kubectl|ray|sbatch|sky|mlflow|serve|cluster/\S+) .*)"
     for fence in fences(page):
         assert fence.language in LANGUAGES, fence
         if fence.language == "text":
@@ -183,7 +185,7 @@ def test_every_command_is_understood(page: str, words: list[str], folder: Path, 
         assert arguments[:2] == ["-m", "venv"]
     elif program == ".":
         assert arguments[0].endswith("/bin/activate")
-    elif program in ("docker", "kubectl"):
+    elif program in ("docker", "kubectl", "sky"):
         named = [word for word in arguments if word.startswith("cluster/")]
         assert all((REPOSITORY / name).exists() for name in named)
     else:
