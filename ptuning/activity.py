@@ -11,7 +11,7 @@ from ptuning import storage
 from ptuning.errors import UserError
 from ptuning.searching.trial_store import TrialStore
 from ptuning.training import lease
-from ptuning.training.run_setup import RUN
+from ptuning.training.run_record import read_run
 from ptuning.tuning.job_store import JobStore
 
 EVERY = 2.0
@@ -51,9 +51,9 @@ class Watcher:
     def _runs(self) -> Iterator[Activity]:
         for name in storage.list_names(self._folder):
             place = storage.join(self._folder, name)
-            if not storage.exists(place, RUN):
+            record = read_run(place)
+            if record is None:
                 continue
-            record = json.loads(storage.read_file(place, RUN))
             state = self._state(place) if record["status"] == "running" else record["status"]
             if record["kind"] == "search":
                 yield Activity("search", name, state, *_search(place, record))

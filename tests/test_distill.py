@@ -34,7 +34,7 @@ from ptuning.model.prompted_model import PromptedModel
 from ptuning.model.self_check import choose_pass
 from ptuning.planning.workload import RunShape, Workload
 from ptuning.settings.model import ModelConfig
-from ptuning.training import metrics, run_setup
+from ptuning.training import metrics, run_record
 from ptuning.training.distributed import Workers
 from ptuning.training.evaluate import label_scores
 from ptuning.training.generation import Greedy
@@ -310,7 +310,7 @@ def test_a_stopped_compression_says_how_it_goes_on(begun: bool, tmp_path: Path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(api, "prepare", lambda *_: None)
     monkeypatch.setattr(api, "train", stop)
-    monkeypatch.setattr(run_setup, "has_begun", lambda _: begun)
+    monkeypatch.setattr(run_record, "has_begun", lambda _: begun)
     typed = ["compress", "Be kind.", "name=a", "--rows", "a.jsonl", "--input", "{text}\nKind:", "--labels", "x,y",
              "--base", "builtin", "--length", "7"]  # fmt: skip
     done = CliRunner().invoke(app, typed)

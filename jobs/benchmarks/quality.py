@@ -32,7 +32,7 @@ from ptuning.training.distributed import Workers
 from ptuning.training.loop import Pack
 from ptuning.training.loop import train as train_slots
 from ptuning.training.messages import Evaluated, Event, Failed, Finished, StartRun
-from ptuning.training.run_setup import RUN
+from ptuning.training.run_record import RUN
 
 METHODS = ("text", "peft", "ours", "lora", "full")
 NEAR = 0.9

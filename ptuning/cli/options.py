@@ -87,7 +87,7 @@ def ended(command: Sequence[str], settings: Experiment) -> Iterator[None]:
     except UserError as error:
         fail(str(error), 2)
     except KeyboardInterrupt:
-        from ptuning.training.run_setup import has_begun
+        from ptuning.training.run_record import has_begun
 
         # What was stopped before it began has nothing to resume.
         resume = ["--resume"] if has_begun(settings) else []

@@ -23,7 +23,7 @@ from ptuning.searching.space import INIT, KIND, LENGTH, RATE, trial_tables
 from ptuning.searching.trial_store import Action, Intervention, TrialRecord, TrialStore
 from ptuning.settings.search import SEARCHABLE, is_whole
 from ptuning.training import lease
-from ptuning.training.run_setup import RUN
+from ptuning.training.run_record import read_run
 
 SETTINGS = (LENGTH, RATE, INIT, KIND, *(f"{table}.{name}" for table, fields in SEARCHABLE.items() for name in fields))
 """What a clone may change: what a search may vary."""
@@ -153,9 +153,9 @@ class SearchFolder:
         UserError: there is no search in this folder.
         """
         self._folder = folder
-        if not storage.exists(folder, RUN):
+        record = read_run(folder)
+        if record is None:
             raise UserError(f"{folder}: there is no search; give the name of one, and its storage folder with --storage")
-        record = json.loads(storage.read_file(folder, RUN))
         if record.get("kind") != "search":
             raise UserError(f"{folder}: is a training run; trials are stopped, cloned and added in a search")
         self.status: str = record["status"]
@@ -206,7 +206,7 @@ def searches(folder: str) -> Iterator[tuple[str, SearchFolder]]:
     """
     for name in storage.list_names(folder):
         place = storage.join(folder, name)
-        if storage.exists(place, RUN) and json.loads(storage.read_file(place, RUN)).get("kind") == "search":
+        if (read_run(place) or {}).get("kind") == "search":
             yield name, SearchFolder(place)
 
 

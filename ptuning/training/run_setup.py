@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ptuning import storage
-from ptuning.cluster.local_paths import absolute
 from ptuning.config import PLACES, Experiment
 from ptuning.data.task import Task
 from ptuning.errors import UserError
@@ -22,9 +21,7 @@ from ptuning.redaction import redact, redacted
 from ptuning.registry.publish import publish, retrieve
 from ptuning.registry.registry import ARTIFACT, Registry, Version, parse_reference
 from ptuning.tracking import client as tracking_client
-
-RUN = "run.json"
-"""A file in the run's folder: the experiment, the status and, at the end, the summary."""
+from ptuning.training.run_record import RUN, read_run
 
 EARLIER = {"data.special_tokens": "tokens"}
 """What settings that are missing in an older record did, where it is not today's default."""
@@ -45,11 +42,11 @@ def check_run_name(
     A run is the same wherever its base and its rows are. So a place that differs from the record is accepted, but if there is
     one, a finished run is recognised only by its `contents` (see `run_contents`), and those of any run have to be the same.
     """
-    if not storage.exists(folder, RUN):
+    record = read_run(folder)
+    if record is None:
         if resume:
             raise UserError(f"{folder}: there is no run to resume; start it without --resume")
         return None
-    record = json.loads(storage.read_file(folder, RUN))
     if not resume:
         raise UserError(
             f"{folder}: a run of this name exists ({record['status']}); continue it with --resume, or choose another "
@@ -115,11 +112,6 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def has_begun(experiment: Experiment) -> bool:
-    """Whether there is a run of this name that could be resumed."""
-    return storage.exists(storage.join(absolute(experiment).compute.storage, experiment.name), RUN)
-
-
 def write_run(
     folder: str,
     experiment: Experiment,
@@ -140,10 +132,7 @@ def write_run(
 
 def placement_of(folder: str) -> dict[str, Any] | None:
     """What an earlier start of the run has decided about its base."""
-    if not storage.exists(folder, RUN):
-        return None
-    found: dict[str, Any] | None = json.loads(storage.read_file(folder, RUN)).get("placement")
-    return found
+    return (read_run(folder) or {}).get("placement")
 
 
 def pin_parent(experiment: Experiment, folder: str) -> Experiment:
