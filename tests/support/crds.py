@@ -4,8 +4,8 @@ Kubernetes' own objects have published schemas (kubernetes-validate). Those of t
 table of the fields that the manifests may set, read from the Go types:
 
 * `ray.io/v1`: KubeRay 1.7.0, `ray-operator/apis/ray/v1/*_types.go`
-* `kueue.x-k8s.io/v1beta2`: Kueue 0.20, `apis/kueue/v1beta2/*_types.go`
-* `scheduling.volcano.sh/v1beta1`: Volcano 1.14, `pkg/apis/scheduling/v1beta1/types.go`
+* `kueue.x-k8s.io/v1beta2`: Kueue, `apis/kueue/v1beta2/*_types.go` at 6c10183 (its only version since 0.20)
+* `scheduling.volcano.sh/v1beta1`: Volcano, `staging/src/volcano.sh/apis/pkg/apis/scheduling/v1beta1/types.go` at 0e30546
 
 A type is a Python type, a tuple of words, a list of one type, the name of a table, or a function that puts the value into an
 object of Kubernetes. `dict` is a map of strings. A star marks a field that must be there.
