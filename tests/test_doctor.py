@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import socket
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -127,9 +125,6 @@ def two_nodes() -> Iterator[str]:
         cluster.shutdown()
         os.environ.clear()
         os.environ.update(before)
-        with warnings.catch_warnings():  # Ray leaves the socket of a dashboard port that is taken (2.60, services.py); a later
-            warnings.simplefilter("ignore", ResourceWarning)  # test would fail
-            gc.collect()
 
 
 @pytest.mark.cluster
