@@ -68,8 +68,12 @@ def test_help_answers_at_once() -> None:
             126,
             "data.max_tokens: 4 virtual tokens and 126 of text exceed the 128 positions of {model}; set it to at most 124",
         ),
-        ("train.learning_rate", 0.0, "train.learning_rate: input should be greater than 0 (got 0.0); change the value"),
-        ("train.learning_rate", -1, "train.learning_rate: input should be greater than 0 (got -1); change the value"),
+        (
+            "train.learning_rate",
+            0.0,
+            "train.learning_rate: input should be greater than 0 or 'auto' (got 0.0); change the value",
+        ),
+        ("train.learning_rate", -1, "train.learning_rate: input should be greater than 0 or 'auto' (got -1); change the value"),
         ("train.lr", 0.1, "train.lr: unknown key; "),
         (
             "model.path",

@@ -52,6 +52,7 @@ def listening(storage: Path, tables: dict[str, Any], store: TrialStore, withdraw
         (["extend"], "extend: give the number of further trials, such as extend +8"),
         (["extend", "-4"], "extend: give the number of further trials, such as extend +8"),
         (["clone", "t000", "train.lr=1"], "clone: 'train.lr' is not a searchable setting; did you mean train.clip?"),
+        (["clone", "t000", f"{RATE}=auto"], "clone: train.learning_rate: 'auto' is not a number; give one, such as 0.1"),
         (["clone", "t000", "fast"], "clone: 'fast' is not a change; write key=value, such as train.learning_rate=0.1"),
         (["clone", f"{RATE}=1"], "clone: the trial is missing; write clone t003"),
     ],
@@ -76,7 +77,7 @@ def tables(toy_task: SimpleNamespace) -> dict[str, Any]:
     [
         ([f"{RATE}=0.1"], False, "clone: t000 has these settings; change at least one with key=value"),
         ([], False, "clone: t000 has these settings"),
-        ([f"{RATE}=-1"], False, "clone: train.learning_rate: input should be greater than 0 (got -1)"),
+        ([f"{RATE}=-1"], False, "clone: train.learning_rate: input should be greater than 0 or 'auto' (got -1)"),
         (["prompt.length=8"], True, "--warm: the checkpoint of t000 fixes prompt.length"),
     ],
 )

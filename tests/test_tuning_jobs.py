@@ -100,10 +100,10 @@ def test_auto_is_a_small_search_and_the_best_is_kept(world: Any) -> None:
     there.work()
     record = there.jobs.records[job]
     assert record.status == "succeeded" and len(record.trials) == 3
-    assert [trial.learning_rate for trial in record.trials] == [0.02154, 0.1, 0.4642]
+    assert [trial.multiplier for trial in record.trials] == [0.4309, 2.0, 9.283]  # 0.02154, 0.1 and 0.4642, of 0.05
     best = max(record.trials, key=lambda trial: (trial.measured["validation_accuracy"], -trial.measured["validation_loss"]))
     assert find_tuned(there.registry, record.served_as).tag("content_hash") == best.content_hash
-    assert record.hyperparameters["learning_rate_multiplier"] == pytest.approx(best.learning_rate / 0.05)
+    assert record.hyperparameters["learning_rate_multiplier"] == best.multiplier
 
 
 def test_a_loss_that_is_not_finite_ends_its_own_job_only(world: Any) -> None:

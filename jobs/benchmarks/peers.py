@@ -71,7 +71,7 @@ def prompt_tuning(experiment: Experiment, base: Base, model: PromptedModel, task
     def measure(split: Split, room: int | None) -> dict[str, float]:
         return evaluate(model, [weight.detach()], split, task.encoder, Workers(), room)[0].metrics
 
-    return fit(Learner([weight], loss, measure), experiment, task, seed, experiment.train.learning_rate)
+    return fit(Learner([weight], loss, measure), experiment, task, seed, experiment.train.peak)
 
 
 def weights(method: str, experiment: Experiment, base: Base, task: Task, seed: int, rate: float) -> Learned:

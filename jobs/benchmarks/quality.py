@@ -76,7 +76,7 @@ def soft_prompts(experiment: Experiment, base: Base, model: PromptedModel, task:
         assert isinstance(happened[-1], Finished)
         end = happened[-1].values
         best = end[f"validation_{experiment.metric}"]
-        found.append(Learned(experiment.train.learning_rate, curve, best, end[f"test_{metric}"], seconds, end))
+        found.append(Learned(experiment.train.peak, curve, best, end[f"test_{metric}"], seconds, end))
     return found
 
 
@@ -101,6 +101,8 @@ def examine(experiment: Experiment, arguments: argparse.Namespace) -> Iterator[t
     """All that was asked for on one task, as it comes."""
     base = find_base(experiment.model)
     model = PromptedModel(base.load(base.dtype(experiment.model.dtype)))
+    size = None if experiment.prompt.kind == "kv" else Pack(model, base, Workers.current(), lambda _: task).embedding_size
+    experiment = experiment.model_copy(update={"train": experiment.train.with_learning_rate(size)})
     task = load_task(experiment, base)
     assert task.validation and task.test, "a task needs validation and test rows"
     task = replace(task, validation=cut(task.validation, arguments.rows), test=cut(task.test, arguments.test_rows))

@@ -95,6 +95,8 @@ def _whole(key: str, value: Any) -> Any:
     if key not in SETTINGS:
         fix = suggest(key, SETTINGS, f"use one of {', '.join(SETTINGS)}")
         raise UserError(f"clone: {key!r} is not a searchable setting; {fix}")
+    if key == RATE and not isinstance(value, int | float):  # the trials of a search are compared by it
+        raise UserError(f"clone: {RATE}: {value!r} is not a number; give one, such as 0.1")
     whole = isinstance(value, float) and (key == LENGTH or is_whole(key)) and value == int(value)
     return int(value) if whole else value
 

@@ -14,6 +14,11 @@ TEXT_WEIGHT = 0.3
 them."""
 AVERAGE_DECAY = 0.95
 """Measured (BENCHMARKS.md, "The average of the vectors")."""
+RATE = 0.8
+"""Learning rate in units of the base's embeddings. Measured (BENCHMARKS.md, "The learning rate and the base")."""
+KV_RATE = 0.1
+"""Learning rate of a key-value prefix. A base computes keys and values from normalised states, so the size of its embeddings
+says little of theirs."""
 
 
 Objective = Literal["choice", "text", "distill"]
@@ -37,8 +42,11 @@ class TrainConfig(Table):
     class_weights: Literal["balanced"] | None = None
     """balanced: every label has the same weight in the loss, regardless of its number of rows. The predicted probabilities then
     assume that all labels are equally frequent."""
-    learning_rate: Annotated[float, Field(gt=0, le=1e30, strict=True)] = 0.1
-    """Peak learning rate. AdamW needs 0.03 to 0.3 with labels and less for text, Adafactor about 0.3 (Lester et al. 2021)."""
+    learning_rate: Annotated[float, Field(gt=0, le=1e30, strict=True)] | Literal["auto"] = "auto"
+    """Peak learning rate. AdamW moves every number of the vectors by about this much per step, whatever the size of the base's
+    embeddings. auto: 0.8 of their typical root mean square, rounded to one digit; 0.1 for key-value prefixes."""
+    learning_rate_multiplier: PositiveNumber = 1.0
+    """Factor of the learning rate."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """Optimizer of the soft prompt; the base has none."""
     weight_decay: Number = 0.0
@@ -88,6 +96,21 @@ class TrainConfig(Table):
         if self.epochs is None and not self.steps:
             raise ValueError("steps: input should be greater than 0 (got 0); change the value")
         return self
+
+    def with_learning_rate(self, size: float | None) -> TrainConfig:
+        """These settings with the learning rate as a number. `size`: typical root mean square of the base's embeddings; None:
+        the soft prompt is a key-value prefix."""
+        usual = self.learning_rate
+        if usual == "auto":
+            usual = KV_RATE if size is None else float(f"{RATE * size:.1g}")
+        changes = {"learning_rate": usual * self.learning_rate_multiplier, "learning_rate_multiplier": 1.0}
+        return self.model_copy(update=changes)
+
+    @property
+    def peak(self) -> float:
+        """The peak learning rate of settings that have it as a number."""
+        assert self.learning_rate != "auto"
+        return self.learning_rate * self.learning_rate_multiplier
 
     def resolved_text_weight(self, target_tokens: int) -> float:
         """The weight of the text objective. `target_tokens`: tokens of the longest label, its end token included."""

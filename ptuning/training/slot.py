@@ -28,6 +28,8 @@ from ptuning.training.starts import Start, rounds, survivors
 
 Array = NDArray[np.float32]
 
+ROWS = 2048
+"""Tokens that tell the size of a base's embeddings."""
 SAMPLE = 64
 """Tokens whose keys and values give the mean and deviation of random ones, at least."""
 
@@ -202,14 +204,21 @@ class Slot:
         self.unrecorded_events = [(math.inf, event) for event in found]
 
 
+def embedding_size(embed: initializers.Embed, vocabulary: int) -> float:
+    """The median root mean square of rows of the base's input embedding, of at most `ROWS` tokens over the whole vocabulary: a
+    few rows that were never trained do not change it."""
+    rows = embed(list(range(0, vocabulary, max(1, vocabulary // ROWS))))
+    return float(rows.pow(2).mean(1).sqrt().median())
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The learning rate of update number `step` (from 0)."""
     warm = round(config.warmup * config.steps)
     if step < warm:
-        return config.learning_rate * (step + 1) / warm
+        return config.peak * (step + 1) / warm
     progress = (step - warm) / max(1, config.steps - warm)
     factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-    return config.learning_rate * factor[config.schedule]
+    return config.peak * factor[config.schedule]
 
 
 def balanced_weights(task: Task) -> dict[tuple[int, ...], float]:

@@ -141,9 +141,8 @@ class Endings:
         with jobs.lock:
             record.version, record.fine_tuned_model = version, record.served_as
             record.result_files = [record.result_file]
-            usual = jobs.server.train.learning_rate
             if record.hyperparameters.get("learning_rate_multiplier") == AUTO:
-                record.hyperparameters |= {"learning_rate_multiplier": trial.learning_rate / usual}
+                record.hyperparameters |= {"learning_rate_multiplier": trial.multiplier}
             jobs.tell(record, f"New fine-tuned model created: {record.fine_tuned_model}, which is {version}")
             jobs.move(record, "succeeded", "The job has successfully completed")
             self._close_run(record, "FINISHED")

@@ -22,7 +22,8 @@ class Trial:
     experiment: dict[str, Any]
     """The tables that decide its result."""
     steps: int
-    learning_rate: float
+    multiplier: float = 1.0
+    """Of the server's learning rate."""
     status: Literal["open", "finished", "failed"] = "open"
     begun: bool = False
     """It has had a slot."""

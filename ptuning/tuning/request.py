@@ -27,7 +27,7 @@ PARAMETERS = {
     "train.objective": f"{HYPERPARAMETERS}.objective",
     "train.batch_size": f"{HYPERPARAMETERS}.batch_size",
     "train.epochs": f"{HYPERPARAMETERS}.n_epochs",
-    "train.learning_rate": f"{HYPERPARAMETERS}.learning_rate_multiplier",
+    "train.learning_rate_multiplier": f"{HYPERPARAMETERS}.learning_rate_multiplier",
     "data.labels": "method.supervised.labels",
     "data.input": "method.supervised.template.input",
     "data.target": "method.supervised.template.target",
@@ -106,20 +106,20 @@ def prepare(record: JobRecord, server: Experiment, base: Base, train: str, valid
     config = experiment.train
     record.metric = experiment.metric
     record.tokens_per_step = float(task.train.lengths.sum()) / len(task.train) * config.batch_size
-    usual = server.train.learning_rate
-    rates = _rates(record, server)
+    multipliers = _multipliers(record, server)
     record.hyperparameters = {
         "batch_size": config.batch_size,
-        "learning_rate_multiplier": AUTO if len(rates) > 1 else rates[0] / usual,
+        "learning_rate_multiplier": AUTO if len(multipliers) > 1 else multipliers[0],
         "n_epochs": max(1, math.ceil(config.steps * config.batch_size / len(task.train) - 1e-9)),
     }
     every = min(config.evaluate_every, max(1, math.ceil(config.steps / 4)))
     tables = for_workers(experiment)
-    for number, rate in enumerate(rates):
+    for number, multiplier in enumerate(multipliers):
         run = f"{record.id}.t{number}"
-        own = tables | {"name": run, "train": tables["train"] | {"learning_rate": rate, "evaluate_every": every}}
+        factor = server.train.learning_rate_multiplier * multiplier
+        own = tables | {"name": run, "train": tables["train"] | {"learning_rate_multiplier": factor, "evaluate_every": every}}
         decisive = {key: own[key] for key in ("name", "prompt", "data", "train")}
-        record.trials.append(Trial(run, decisive, config.steps, rate))
+        record.trials.append(Trial(run, decisive, config.steps, multiplier))
 
 
 def _fewer_steps(experiment: Experiment, rows: int) -> Experiment:
@@ -148,18 +148,20 @@ def order_of(
     }
 
 
-def _rates(record: JobRecord, server: Experiment) -> list[float]:
-    """The learning rates of a job's trials: one that the client gives, or several over the range of a search."""
+def _multipliers(record: JobRecord, server: Experiment) -> list[float]:
+    """Factors of the server's learning rate, one for each of a job's trials: the one that the client gives, or several over the
+    range of a search. Around a learning rate that depends on the base ("auto"), the range is as wide as that of a search."""
     given = record.method["supervised"]["hyperparameters"]
     multiplier, trials = given.get("learning_rate_multiplier", AUTO), given.get("trials", AUTO)
     if multiplier != AUTO:
-        return [server.train.learning_rate * float(multiplier)]
+        return [float(multiplier)]
     explicit = any(given.get(key, AUTO) != AUTO for key in ("n_epochs", "batch_size"))
     many = (1 if explicit else server.tuning.trials) if trials == AUTO else int(trials)
     if many == 1:
-        return [server.train.learning_rate]
+        return [1.0]
     low, high = server.search.learning_rate
-    return [float(f"{low * (high / low) ** ((number + 0.5) / many):.4g}") for number in range(many)]
+    middle = math.sqrt(low * high) if server.train.learning_rate == "auto" else server.train.peak
+    return [float(f"{low * (high / low) ** ((number + 0.5) / many) / middle:.4g}") for number in range(many)]
 
 
 def _with_labels(
