@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before anything imports ray, transformers or mlflow: they read these once. Worker processes inherit them.
 os.environ |= {
@@ -63,6 +63,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from ptuning.model.base import Base
+    from ptuning.model.prompted_model import PromptedModel
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
@@ -233,6 +237,24 @@ def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: P
     base.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base_folder: Path, request: pytest.FixtureRequest) -> Base:
+    """The tiny base; a parameter is how it is stored (`model.quantization`)."""
+    from ptuning.model.base import find_base
+    from ptuning.settings.model import ModelConfig
+
+    return find_base(ModelConfig(path=str(tiny_base_folder), quantization=getattr(request, "param", None)))
+
+
+@pytest.fixture(scope="module")
+def model(base: Base) -> PromptedModel:
+    """The base as a process trains with it, unsharded."""
+    from ptuning.settings.training import ZeroConfig
+    from ptuning.training import base_loader
+
+    return base_loader.load(base, ZeroConfig(stage=0), torch.float32)
 
 
 def _teach_toy(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int = 250) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 import psutil
 import pytest
 from openai import OpenAI
-from serving_world import processes, serving
+from serving_world import Command, processes, serving
 from test_batches import ended, request_line, rows_of, start
 from test_http_api import ADMIN
+from test_tracking import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -170,9 +171,6 @@ def test_a_batch_goes_on_after_the_server_was_killed(tmp_path: Path, tiny_base_f
             process.kill()
         world.command.process.wait()
         psutil.wait_procs(every[1:], 20)
-    from serving_world import Command
-    from test_tracking import free_port
-
     again = Command(tmp_path / "toy.toml", free_port(), tmp_path)
     try:
         again.wait("serving at")

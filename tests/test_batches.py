@@ -18,18 +18,13 @@ from typing import Any
 import openai
 import pytest
 from conftest import REPOSITORY
+from jobs_world import ANN, BOB, client_of, served
 from openai import OpenAI
-from test_http_api import ADMIN, KEY, Running, fill_storage, raw, settings
-from test_tuning_files_api import ANN, BOB, client_of
+from test_http_api import ADMIN, KEY, Running, fill_storage, raw
 
 from ptuning import storage
-from ptuning.config import parse_experiment
-from ptuning.serving.api import Api
 from ptuning.serving.app import build_app
-from ptuning.serving.auth import read_keys
 from ptuning.serving.batch_lane import QUIET_S, STARVED_S, BatchLane
-from ptuning.serving.request_record import Record
-from ptuning.serving.service import Service
 from ptuning.tuning import batch_lines, batch_runner
 from ptuning.tuning.batch_lines import survey
 from ptuning.tuning.batch_runner import Answered, BatchRunner, Unreachable
@@ -400,61 +395,11 @@ def test_a_part_of_lines_is_read_as_it_was_written(tmp_path: Path) -> None:
 # Through HTTP, with the stock client.
 
 
-class Local:
-    """The replica of this process. Its lines run in the event loop of its requests, as under Ray Serve."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._api = Api(service)
-
-    async def unknown(self, models: Sequence[str]) -> list[str]:
-        return [model for model in models if model not in self._service.models.names]
-
-    async def answer(self, endpoint: str, body: dict[str, Any]) -> Answered:
-        response = await self._api.line(endpoint, json.dumps(body).encode(), Record())
-        return Answered(response.status_code, "r", json.loads(bytes(response.body)))
-
-
-class Remembering:
-    """The application, and the event loop that it runs in."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-        self.loop: asyncio.AbstractEventLoop | None = None
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.loop = asyncio.get_running_loop()
-        await self._app(scope, receive, send)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Iterator[SimpleNamespace]:
     folder = tmp_path_factory.mktemp("batches") / "runs"
-    fill_storage(folder, tiny_base_folder)
-    (folder / "keys").write_text(f"{KEY}\n{ANN} tuning\n{BOB} tuning\n{ADMIN} admin\n", encoding="utf-8")
-    service = Service(parse_experiment(settings(folder, tiny_base_folder)), read_keys(str(folder / "keys")), "test")
-    runner = BatchRunner(service.storage, Local(service), service.lane.places)
-
-    async def wake() -> None:
-        runner.wake()
-
-    app = Remembering(build_app(service, wake=wake))
-    running = Running(app)  # type: ignore[arg-type]
-    raw(running.url, "/livez", b"")
-    assert app.loop
-    patch = pytest.MonkeyPatch()
-    patch.setattr(batch_runner, "POLL_S", 0.1)
-    patch.setattr(batch_runner, "PART_S", 0.1)
-    work = asyncio.run_coroutine_threadsafe(runner.run(), app.loop)
-    try:
-        yield SimpleNamespace(url=running.url, storage=folder, service=service, runner=runner)
-    finally:
-        work.cancel()
-        time.sleep(0.2)
-        running.stop()
-        patch.undo()
-    assert service.alive and not service.engine.busy
-    service.close()
+    with served(folder, tiny_base_folder, lambda storage: fill_storage(storage, tiny_base_folder), batches=True) as world:
+        yield world
 
 
 @contextlib.contextmanager

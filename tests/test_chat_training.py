@@ -188,6 +188,9 @@ def test_pairs_of_texts_follow_the_base(base: Base) -> None:
     assert "as plain text, because the base has no chat template" in describe_task(plain)[0]
     given = load_task(parse_experiment(tables(None, rows, chat_template=CHATML)), builtin)
     assert given.encoder.template.is_chat
+    spaced = [{**row, "completion": f" {row['completion']}"} for row in rows]  # as for OpenAI's older models
+    labels = [load_task(parse_experiment(tables(None, some, labels=["fruit", "tool"])), builtin) for some in (rows, spaced)]
+    assert labels[0].train.rows["label"][:] == labels[1].train.rows["label"][:]
 
 
 def test_the_file_of_a_chat_template_is_found_beside_the_experiment_and_travels(

@@ -27,7 +27,7 @@ from ptuning.inference import label_scorer
 from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import EngineConfig
 from ptuning.model import token_loss
-from ptuning.model.base import Base, computes_in_bfloat16, find_base
+from ptuning.model.base import Base, computes_in_bfloat16
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.packed_batch import PackedBatch
 from ptuning.model.packing import pack_targets
@@ -39,7 +39,6 @@ from ptuning.planning.rates import gpu_rate
 from ptuning.planning.workload import Workload
 from ptuning.planning.zero3_simulator import node_copies_fit
 from ptuning.searching import slot_count
-from ptuning.settings.model import ModelConfig
 from ptuning.settings.training import ZeroConfig
 from ptuning.training import base_loader, loop, zero
 from ptuning.training.distributed import Workers
@@ -47,11 +46,6 @@ from ptuning.training.loop import Pack
 from ptuning.training.starts import LOWER
 
 pytestmark = pytest.mark.fast
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base_folder: Path) -> Base:
-    return find_base(ModelConfig(path=str(tiny_base_folder)))
 
 
 def test_no_attention_builds_a_plan_for_every_shape() -> None:

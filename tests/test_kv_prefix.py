@@ -28,7 +28,7 @@ from ptuning.inference.sampling import Token
 from ptuning.inference.transformers_engine import TransformersEngine
 from ptuning.inference.types import EngineConfig, Request, RequestError
 from ptuning.model import soft_prompt
-from ptuning.model.base import Base, find_base
+from ptuning.model.base import Base
 from ptuning.model.kv_prefix import KVShape, cache_of, computed, kv_shape
 from ptuning.model.label_trie import LabelTrie
 from ptuning.model.limits import PAGE
@@ -39,9 +39,6 @@ from ptuning.model.soft_prompt import Card, SoftPrompt, SoftPromptError
 from ptuning.planning.capacity import step_flops
 from ptuning.planning.meta_model import MetaModel
 from ptuning.planning.workload import Workload
-from ptuning.settings.model import ModelConfig
-from ptuning.settings.training import ZeroConfig
-from ptuning.training import base_loader
 from ptuning.training.distributed import Workers
 from ptuning.training.evaluate import generate_rows
 from ptuning.training.messages import StartRun
@@ -145,16 +142,6 @@ def test_a_base_that_takes_no_prefix_is_refused(architecture: str) -> None:
 
 
 # -- training ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base_folder: Path) -> Base:
-    return find_base(ModelConfig(path=str(tiny_base_folder)))
-
-
-@pytest.fixture(scope="module")
-def model(base: Base) -> PromptedModel:
-    return base_loader.load(base, ZeroConfig(stage=0), torch.float32)
 
 
 @pytest.fixture

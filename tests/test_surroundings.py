@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_tracking import client, new_database
+from test_tracking import client, free_port, new_database
 from typer.testing import CliRunner
 
 import ptuning
@@ -59,11 +59,6 @@ def listening(answer: bytes = b"") -> Iterator[int]:
 
         Thread(target=serve, daemon=True).start()
         yield port
-
-
-def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return int(server.getsockname()[1])
 
 
 @dataclass(frozen=True)

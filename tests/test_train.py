@@ -25,13 +25,12 @@ from ptuning import storage
 from ptuning.config import parse_experiment
 from ptuning.data.task import load_task
 from ptuning.model import soft_prompt
-from ptuning.model.base import Base, find_base
+from ptuning.model.base import Base
 from ptuning.model.packing import Objective, pack_targets
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.searching.space import best_result
-from ptuning.settings.model import ModelConfig
-from ptuning.settings.training import TrainConfig, ZeroConfig
-from ptuning.training import base_loader, checkpoint
+from ptuning.settings.training import TrainConfig
+from ptuning.training import checkpoint
 from ptuning.training import evaluate as evaluation
 from ptuning.training import loop as training
 from ptuning.training import slot as training_slot
@@ -48,18 +47,8 @@ EXAMPLES = int(os.environ.get("PTUNING_STAYS", "6"))
 """Random joins and leaves of law 4; `make test-all` has 12."""
 
 
-@pytest.fixture(scope="module")
-def base(tiny_base_folder: Path, request: pytest.FixtureRequest) -> Base:
-    return find_base(ModelConfig(path=str(tiny_base_folder), quantization=getattr(request, "param", None)))
-
-
 STORED = pytest.mark.parametrize("base", [None, "int8"], indirect=True, ids=["plain", "int8"])
 """The base as it is, and stored in 8 bits."""
-
-
-@pytest.fixture(scope="module")
-def model(base: Base) -> PromptedModel:
-    return base_loader.load(base, ZeroConfig(stage=0), torch.float32)
 
 
 @pytest.fixture

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 from click.testing import Result
 from conftest import toy_rows
-from test_http_api import ADMIN, KEY, Running
-from test_tuning_files_api import ANN, BOB
+from jobs_world import ANN, BOB, served
+from test_http_api import KEY
 from tuning_world import World
 from typer.testing import CliRunner
 
 from ptuning import storage
 from ptuning.cli.app import app
-from ptuning.model.base import find_base
-from ptuning.serving.app import build_app
-from ptuning.serving.auth import read_keys
-from ptuning.serving.service import Service
-from ptuning.settings.model import ModelConfig
-from ptuning.settings.training import ZeroConfig
-from ptuning.training import base_loader
-from ptuning.tuning.actor import _answered
+from ptuning.model.base import Base
+from ptuning.model.prompted_model import PromptedModel
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -40,24 +31,16 @@ SETTINGS = ["template.input=Text: {text}\nKind:", "template.target= {label}", "l
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Iterator[SimpleNamespace]:
+def world(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, base: Base, model: PromptedModel
+) -> Iterator[SimpleNamespace]:
     folder = tmp_path_factory.mktemp("tune")
-    base = find_base(ModelConfig(path=str(tiny_base_folder)))
-    tuning = World(folder / "runs", base, base_loader.load(base, ZeroConfig(stage=0), torch.float32))
-    (folder / "keys").write_text(f"{KEY}\n{ANN} tuning\n{BOB} tuning\n{ADMIN} admin\n", encoding="utf-8")
-    service = Service(tuning.server, read_keys(str(folder / "keys")), "test")
-
-    async def ask(what: str, owner: str | None, arguments: Mapping[str, Any]) -> Any:
-        return await asyncio.to_thread(_answered, tuning.service, what, owner, arguments)
-
-    running = Running(build_app(service, jobs=ask))
     rows = folder / "reviews.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in toy_rows(64, 0)), encoding="utf-8")
-    try:
-        yield SimpleNamespace(tuning=tuning, service=service, url=running.url, rows=str(rows), folder=folder)
-    finally:
-        running.stop()
-        service.close()
+    jobs = World(folder / "runs", base, model)
+    with served(folder / "runs", tiny_base_folder, jobs=jobs) as world:
+        world.rows = str(rows)
+        yield world
 
 
 def run(world: SimpleNamespace, *arguments: str, key: str | None = ANN) -> Result:

@@ -13,41 +13,26 @@ from typing import Any
 
 import openai
 import pytest
+from jobs_world import ANN, BOB, client_of, served
 from openai import OpenAI
-from test_http_api import ADMIN, KEY, Running, fill_empty, settings
+from test_http_api import ADMIN, KEY
 
-from ptuning.config import parse_experiment
-from ptuning.serving.app import build_app
-from ptuning.serving.auth import caller_of, read_keys
-from ptuning.serving.service import Service
+from ptuning.serving.auth import caller_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
-ANN, BOB = "tuning-key-of-ann-0123", "tuning-key-of-bob-0123"
 ROWS = b"".join(json.dumps({"text": f"row {n}", "label": "fruit"}).encode() + b"\n" for n in range(10))
 FORM = "multipart/form-data; boundary=xx"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Iterator[SimpleNamespace]:
-    storage = tmp_path_factory.mktemp("files") / "runs"
-    fill_empty(storage)
-    (storage / "keys").write_text(f"{KEY}\n{ANN} tuning\n{BOB} tuning\n{ADMIN} admin\n", encoding="utf-8")
-    tables = settings(storage, tiny_base_folder) | {"tuning": {"file_mb": 1, "files_mb_per_key": 3}}
-    service = Service(parse_experiment(tables), read_keys(str(storage / "keys")), "test")
-    running = Running(build_app(service))
-    try:
-        yield SimpleNamespace(url=running.url, port=running.port, storage=storage, service=service)
-    finally:
-        running.stop()
-        service.close()
-
-
-def client_of(world: SimpleNamespace, key: str = ANN) -> OpenAI:
-    return OpenAI(base_url=world.url, api_key=key, max_retries=0, timeout=30)
+    folder = tmp_path_factory.mktemp("files") / "runs"
+    with served(folder, tiny_base_folder, tuning={"file_mb": 1, "files_mb_per_key": 3}) as world:
+        yield world
 
 
 @pytest.fixture

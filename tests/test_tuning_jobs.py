@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import toy_rows
 from tuning_world import Killed, World
 
-from ptuning.model.base import Base, find_base
+from ptuning.model.base import Base
 from ptuning.model.prompted_model import PromptedModel
 from ptuning.registry.names import find_tuned
-from ptuning.settings.model import ModelConfig
-from ptuning.settings.training import ZeroConfig
-from ptuning.training import base_loader
 from ptuning.tuning.request import JobRefused
 from ptuning.tuning.service import TooManyJobs, UnknownJob
 
@@ -28,16 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base_folder: Path) -> Base:
-    return find_base(ModelConfig(path=str(tiny_base_folder)))
-
-
-@pytest.fixture(scope="module")
-def model(base: Base) -> PromptedModel:
-    return base_loader.load(base, ZeroConfig(stage=0), torch.float32)
 
 
 @pytest.fixture
@@ -224,6 +210,8 @@ def test_an_owner_sees_its_own_jobs_and_the_quota_is_its_own(world: Any) -> None
     with pytest.raises(TooManyJobs, match="2 jobs that have not ended"):
         there.create(file, "a" * 16)
     other = there.upload(toy_rows(40, 0), "b" * 16)
+    with pytest.raises(JobRefused, match=r"hyperparameters\.learning_rate_multiplier: must be"):  # the rate would be 0
+        there.create(other, "b" * 16, hyperparameters={"learning_rate_multiplier": 5e-324})
     with pytest.raises(JobRefused, match="training_file: there is no such file"):
         there.create(file, "b" * 16)
     with pytest.raises(JobRefused, match="the name mine belongs to others"):

@@ -222,12 +222,14 @@ class Encoder:
         return self.label_index(texts_of(fields, self._label_field)[self._label_field[0]])
 
     def label_index(self, value: str) -> int:
-        """The index of a label.
+        """The index of a label. White space around it counts only where labels differ by nothing else.
 
         Raises:
             DataError: the value is not one of the labels.
         """
-        label = self._labels_of_values.get(value) or self._spellings.get(canonical(value))
+        label = None
+        for written in (value, value.strip()):
+            label = label or self._labels_of_values.get(written) or self._spellings.get(canonical(written))
         if label is None:
             values = list(self._labels_of_values)
             listed = ", ".join(f"'{each}'" for each in values[:20])

@@ -44,6 +44,41 @@ class Moved(Shape):
     """What `force` overrode."""
 
 
+class Lineage(Shape):
+    run_id: str
+    data: dict[str, str]
+    """Fingerprints of the splits."""
+    parent: str | None
+    """Content hash of the soft prompt that it began with."""
+    parent_versions: list[str]
+
+
+class Promotion(Shape):
+    kind: str
+    by: str
+    time_ms: int
+
+
+class Inspected(Shape):
+    """What is known of a version, as `ptuning prompts show` says it."""
+
+    name: str
+    version: int
+    aliases: list[str]
+    state: str | None
+    forced: str | None
+    """What a forced promotion overrode."""
+    card: dict[str, Any]
+    """Its public part."""
+    lineage: Lineage
+    promotions: list[Promotion]
+    norms: dict[str, float]
+    nearest_words: list[list[tuple[str, float]]] | None
+    """For each virtual token the words with the highest cosine."""
+    missing: str | None
+    """Why there are no nearest words."""
+
+
 class AdminRoutes:
     """The routes of one replica. `moved`: called after a champion was moved, so that the replicas look at once."""
 

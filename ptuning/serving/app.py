@@ -8,19 +8,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ptuning.serving import answers
-from ptuning.serving.admin_routes import AdminRoutes, Moved, PromoteRequest, RollbackRequest
+from ptuning.serving.admin_routes import AdminRoutes, Inspected, Moved, PromoteRequest, RollbackRequest
 from ptuning.serving.api import Api
 from ptuning.serving.batch_objects import BatchList, BatchObject, BatchQuery, BatchRequest
 from ptuning.serving.batch_routes import BatchRoutes, Wake
 from ptuning.serving.body_pacing import Paced
 from ptuning.serving.file_objects import UPLOAD, FileDeleted, FileList, FileObject, FileQuery
-from ptuning.serving.file_routes import FileRoutes
+from ptuning.serving.file_routes import BYTES, FileRoutes
 from ptuning.serving.http_request import NEUTRAL, REQUEST_ID, ApiError, as_api_error, unknown_route
 from ptuning.serving.neutral import described
 from ptuning.serving.page_routes import add_page
@@ -31,8 +32,8 @@ from ptuning.serving.response_items import ResponsesRequest
 from ptuning.serving.search_objects import SearchDetails, SearchInstruction, SearchIntervention, SearchList
 from ptuning.serving.search_routes import SearchRoutes
 from ptuning.serving.service import Service
-from ptuning.serving.status import Replicas, Status
-from ptuning.serving.tuning_objects import Job, JobCheckpointList, JobEventList, JobList, JobQuery, JobRequest
+from ptuning.serving.status import ReloadedAnswer, Replicas, Status
+from ptuning.serving.tuning_objects import METADATA, Job, JobCheckpointList, JobEventList, JobList, JobQuery, JobRequest
 from ptuning.serving.tuning_routes import Ask, TuningRoutes
 from ptuning.tuning.batch_store import BatchStore
 from ptuning.tuning.files import FileStore
@@ -61,11 +62,21 @@ def build_app(service: Service, replicas: Replicas | None = None, jobs: Ask | No
         app.post(path, responses={200: good, **_errors()}, openapi_extra=body | locked)(handler)
 
     def get(
-        path: str, handler: Callable[..., Any], answer: type[BaseModel] | None = None, query: type[BaseModel] | None = None
+        path: str,
+        handler: Callable[..., Any],
+        answer: type[BaseModel] | str,
+        query: type[BaseModel] | None = None,
+        *filters: dict[str, Any],
     ) -> None:
-        responses: dict[int | str, dict[str, Any]] = {200: {"model": answer}} if answer else {}
-        parameters = {"parameters": parameters_of(query)} if query else {}
-        app.get(path, responses=responses | _errors(), openapi_extra=parameters | locked)(handler)
+        """`answer`: its shape, or the media type of bytes."""
+        plain = {"content": {answer: {"schema": {"type": "string"}}}} if isinstance(answer, str) else {"model": answer}
+        parameters = {"parameters": [*parameters_of(query), *filters]} if query else {}
+        app.get(
+            path,
+            responses={200: plain, **_errors()},
+            openapi_extra=parameters | locked,
+            response_class=Response if isinstance(answer, str) else JSONResponse,
+        )(handler)
 
     def act(path: str, handler: Callable[..., Any], answer: type[BaseModel]) -> None:
         app.post(path, responses={200: {"model": answer}, **_errors()}, openapi_extra=locked)(handler)
@@ -80,11 +91,11 @@ def build_app(service: Service, replicas: Replicas | None = None, jobs: Ask | No
     app.post("/v1/files", responses={200: {"model": FileObject}, **_errors()}, openapi_extra=form | locked)(files.create)
     get("/v1/files", files.files, FileList, FileQuery)
     get("/v1/files/{file_id}", files.file, FileObject)
-    get("/v1/files/{file_id}/content", files.content)
+    get("/v1/files/{file_id}/content", files.content, BYTES)
     app.delete("/v1/files/{file_id}", responses={200: {"model": FileDeleted}, **_errors()}, openapi_extra=locked)(files.delete)
     tuning, place = TuningRoutes(service, jobs), "/v1/fine_tuning/jobs"
     post(place, tuning.create, JobRequest, Job)
-    get(place, tuning.jobs, JobList, JobQuery)
+    get(place, tuning.jobs, JobList, JobQuery, METADATA)
     get(f"{place}/{{job_id}}", tuning.job, Job)
     get(f"{place}/{{job_id}}/events", tuning.events, JobEventList, JobQuery)
     get(f"{place}/{{job_id}}/checkpoints", tuning.checkpoints, JobCheckpointList, JobQuery)
@@ -100,16 +111,17 @@ def build_app(service: Service, replicas: Replicas | None = None, jobs: Ask | No
     admin = AdminRoutes(service, status.look)
     post("/v1/admin/promote", admin.promote, PromoteRequest, Moved)
     post("/v1/admin/rollback", admin.rollback, RollbackRequest, Moved)
-    get("/v1/admin/prompts/{name}", admin.prompt)
+    get("/v1/admin/prompts/{name}", admin.prompt, Inspected)
     searching = SearchRoutes(service)
     get("/v1/admin/searches", searching.searches, SearchList)
     get("/v1/admin/searches/{name}", searching.search, SearchDetails)
     post("/v1/admin/searches/{name}", searching.tell, SearchInstruction, SearchIntervention)
-    app.post("/v1/admin/reload", responses=_errors(), openapi_extra=locked)(status.reload)
-    get("/metrics", status.metrics)
-    app.get("/livez", responses={503: {"description": "must be replaced"}})(status.livez)
+    act("/v1/admin/reload", status.reload, ReloadedAnswer)
+    get("/metrics", status.metrics, "text/plain")
+    state = {"content": {"application/json": {"schema": {"type": "object"}}}}
+    app.get("/livez", responses={503: {"description": "must be replaced", **state}})(status.livez)
     for path in ("/readyz", "/health"):
-        app.get(path, responses={503: {"description": "not yet"}})(status.readyz)
+        app.get(path, responses={503: {"description": "not yet", **state}})(status.readyz)
     add_page(app, service.limits, service.keys)
     routes: dict[str, str] = {route.path: min(route.methods) for route in app.routes if hasattr(route, "methods")}  # type: ignore[attr-defined]
 
@@ -147,6 +159,11 @@ def _describe(app: FastAPI, shapes: Sequence[type[BaseModel]]) -> None:
         components = document.setdefault("components", {})
         components["securitySchemes"] = {"bearer": BEARER}
         schemas = components.setdefault("schemas", {})
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)  # FastAPI's; here every parameter of an address may be any text
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
         for shape in shapes:
             schema = shape.model_json_schema(ref_template="#/components/schemas/{model}")
             if shape in NEUTRAL:

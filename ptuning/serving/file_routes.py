@@ -24,6 +24,8 @@ from ptuning.tuning.files import BLOCK, FileStore, QuotaExceeded, UnknownFile, U
 
 log = logger(__name__)
 
+BYTES = "application/octet-stream"
+"""Media type of a file's content."""
 FORM_BYTES = 64 << 10
 """Bytes of a form besides the file, at most."""
 DRAIN_S = 10.0
@@ -74,7 +76,7 @@ class FileRoutes:
         # A page of this address must not run what a client has sent.
         headers = {"content-disposition": "attachment", "x-content-type-options": "nosniff"}
         headers["content-length"] = str(record.bytes)
-        return StreamingResponse(blocks(), media_type="application/octet-stream", headers=headers)
+        return StreamingResponse(blocks(), media_type=BYTES, headers=headers)
 
     async def delete(self, file_id: str, request: Request) -> Response:
         caller = self._caller(request)

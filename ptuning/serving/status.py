@@ -17,6 +17,7 @@ from ptuning.serving.answers import Model, Models
 from ptuning.serving.http_request import ApiError, as_api_error, authorize
 from ptuning.serving.loading import Entry, Served
 from ptuning.serving.metrics import CONTENT_TYPE, exposition
+from ptuning.serving.protocol import Shape
 from ptuning.serving.replies import json_response
 from ptuning.serving.service import Reloaded, Service
 
@@ -26,6 +27,15 @@ WHOLE, PIECE = 1000, 200
 Method = Literal["collect", "reload"]
 Replicas = Callable[[Method], Awaitable[list[Any]]]
 """Calls a method of every replica: `collect` returns its metrics, `reload` a `Reloaded`. May raise TimeoutError."""
+
+
+class ReloadedAnswer(Shape):
+    changed: bool
+    served: list[str]
+    """By all replicas."""
+    refused: dict[str, str]
+    """By any replica, with the reasons."""
+    replicas: int
 
 
 class Status:
@@ -117,8 +127,7 @@ class Status:
             refused |= each.refused
         served = await asyncio.to_thread(lambda: sorted(frozenset.intersection(*(each.served for each in found))))
         changed = any(each.changed for each in found)
-        told = {"changed": changed, "served": served, "refused": refused, "replicas": len(found)}
-        return JSONResponse(told)
+        return json_response(ReloadedAnswer(changed=changed, served=served, refused=refused, replicas=len(found)))
 
     async def look(self) -> None:
         """All replicas check the registry now, as far as they respond."""

@@ -91,6 +91,18 @@ class JobQuery(Shape):
     limit: Annotated[int, Field(ge=1, le=1000)] = 20
 
 
+METADATA: dict[str, Any] = {
+    "name": "metadata",
+    "in": "query",
+    "required": False,
+    "style": "deepObject",
+    "explode": True,
+    "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+    "description": "Only jobs with these values, as metadata[key]=value; metadata=null: jobs without any.",
+}
+"""A filter of the list, for an OpenAPI document."""
+
+
 class _Answer(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 

@@ -213,6 +213,8 @@ def _experiment(
     train_table = {key: defaults["train"][key] for key in KEPT} | {"seed": record.seed}
     if given.get("batch_size", AUTO) != AUTO:
         train_table["batch_size"] = given["batch_size"]
+    if given.get("learning_rate_multiplier", AUTO) != AUTO:
+        train_table["learning_rate"] = server.train.learning_rate * float(given["learning_rate_multiplier"])
     if given.get("n_epochs", AUTO) != AUTO:
         train_table |= {"epochs": float(given["n_epochs"]), "steps": 0}
     if "objective" in given:

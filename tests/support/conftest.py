@@ -10,8 +10,6 @@ import torch
 from conftest import tiny_base
 from transformers import PreTrainedTokenizerFast
 
-from ptuning.model.base import Base, find_base
-from ptuning.settings.model import ModelConfig
 from support.accelerator import pretended
 
 
@@ -28,8 +26,3 @@ def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: P
     tiny_base("llama_tied_gqa", vocab_size=len(tiny_tokenizer), initializer_range=0.1).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base_folder: Path) -> Base:
-    return find_base(ModelConfig(path=str(tiny_base_folder)))
