@@ -341,16 +341,17 @@ def write_toml(tmp_path: Path) -> Callable[..., Path]:
 
     def write(tables: dict[str, Any], name: str = "experiment.toml") -> Path:
         path = tmp_path / name
-        path.write_text(_toml(tables), encoding="utf-8")
+        path.write_text(toml(tables), encoding="utf-8")
         return path
 
     return write
 
 
-def _toml(tables: dict[str, Any]) -> str:
+def toml(tables: dict[str, Any]) -> str:
+    """An experiment file."""
     # Strings, numbers and lists of them are the same in JSON and TOML; booleans too.
     plain = [f"{key} = {json.dumps(value)}" for key, value in tables.items() if not isinstance(value, dict)]
-    nested = [f"\n[{key}]\n{_toml(value)}" for key, value in tables.items() if isinstance(value, dict)]
+    nested = [f"\n[{key}]\n{toml(value)}" for key, value in tables.items() if isinstance(value, dict)]
     return "\n".join([*plain, *nested]) + "\n"
 
 

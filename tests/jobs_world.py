@@ -7,7 +7,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from ptuning.serving.auth import read_keys
 from ptuning.serving.request_record import Record
 from ptuning.serving.service import Service
 from ptuning.tuning import batch_runner
-from ptuning.tuning.actor import _answered
+from ptuning.tuning.answers import JobAnswers
 from ptuning.tuning.batch_runner import Answered, BatchRunner
 
 ANN, BOB = "tuning-key-of-ann-0123", "tuning-key-of-bob-0123"
@@ -83,11 +83,7 @@ def served(
         assert runner
         runner.wake()
 
-    async def ask(what: str, owner: str | None, arguments: Mapping[str, Any]) -> Any:
-        assert jobs
-        return await asyncio.to_thread(_answered, jobs.service, what, owner, arguments)
-
-    app = Remembering(build_app(service, jobs=ask if jobs else None, wake=wake if runner else None))
+    app = Remembering(build_app(service, jobs=JobAnswers(jobs.service) if jobs else None, wake=wake if runner else None))
     running = Running(app)  # type: ignore[arg-type]
     raw(running.url, "/livez", b"")
     assert app.loop

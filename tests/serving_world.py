@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import re
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
-from conftest import REPOSITORY, shared_memory
+from conftest import REPOSITORY, shared_memory, toml
 from serving_load import Told, tell
 from test_http_api import ADMIN, KEY, TUNER, fill_storage, settings
 from test_tracking import free_port
@@ -54,19 +53,24 @@ class Command:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, base: Path, replicas: int = 2, refresh_s: float = 0.3, **more: Any) -> Iterator[SimpleNamespace]:
-    """`ptuning serve` with replicas, keys, and a registry that changes while it runs. `more`: settings of [serve]."""
+def serving(
+    folder: Path,
+    base: Path,
+    replicas: int = 2,
+    refresh_s: float = 0.3,
+    tables: Mapping[str, Mapping[str, Any]] | None = None,
+    **more: Any,
+) -> Iterator[SimpleNamespace]:
+    """`ptuning serve` with replicas, keys, and a registry that changes while it runs. `tables`: further ones of its experiment;
+    `more`: settings of [serve]."""
     shared = shared_memory()
     registry = fill_storage(folder / "runs", base)
     (folder / "keys").write_text(f"{KEY}\n{TUNER} tuning\n{ADMIN} admin\n", encoding="utf-8")
-    tables = settings(
+    whole = settings(
         folder / "runs", base, refresh_s=refresh_s, running=8, waiting=24, cache_mb=16, replicas=replicas, cpus_per_replica=0.5,
         keys=str(folder / "keys"), **more,
     )  # fmt: skip
-    lines = [f"name = {json.dumps(tables['name'])}"]
-    for table in ("model", "data", "serve", "compute"):
-        lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in tables[table].items())]
-    (folder / "toy.toml").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "toy.toml").write_text(toml(whole | dict(tables or {})), encoding="utf-8")
     command = Command(folder / "toy.toml", free_port(), folder)
     try:
         command.wait("serving at")

@@ -26,6 +26,7 @@ FOUNDATION = (
     "redaction",
     "tracing",
     "errors",
+    "records",
     "sys_path",
     "environment",
     "imports",
@@ -117,6 +118,7 @@ OWNERS = {
         "tuning.actor",
         "tuning.batch_actor",
         "tuning.group",
+        "tuning.remote_jobs",
     },
     "fastapi": {
         "serving.admin_routes",

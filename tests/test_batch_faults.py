@@ -3,6 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -21,6 +22,8 @@ from serving_world import Command, processes, serving
 from test_batches import ended, request_line, rows_of, start
 from test_http_api import ADMIN
 from test_tracking import free_port
+
+from ptuning.serving.batch_routes import AGAIN_S
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -147,6 +150,38 @@ def test_a_batch_survives_kill_9(world: SimpleNamespace, client: OpenAI, kind: s
     rows = rows_of(client, done.output_file_id)
     assert done.status == "completed" and sorted(int(row["custom_id"]) for row in rows) == list(range(600))
     assert len({row["response"]["body"]["choices"][0]["text"] for row in rows}) == 1
+
+
+@contextlib.contextmanager
+def frozen(world: SimpleNamespace, kind: str) -> Iterator[None]:
+    """A process that is there, and answers nothing."""
+    (process,) = processes(world, kind)
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
+
+
+def test_nobody_waits_for_a_runner_that_is_frozen(world: SimpleNamespace, client: OpenAI) -> None:
+    """What the storage knows is told at once, and a new replica starts; what was left is done when it goes on."""
+    body = {"model": "raw", "prompt": "Text: the old", "max_tokens": 20, "ignore_eos": True}
+    rows = [request_line(str(n), "/v1/completions", body) for n in range(400)]
+    batch = start(client, *rows, endpoint="/v1/completions")
+    reached(lambda: client.batches.retrieve(batch.id).request_counts.completed > 0)
+    with frozen(world, "BatchActor"):
+        quick = client.with_options(timeout=5, max_retries=0)
+        until = time.monotonic() + 2 * AGAIN_S  # it is called again and again meanwhile
+        while time.monotonic() < until:
+            assert quick.batches.retrieve(batch.id).status == "in_progress"
+            time.sleep(0.5)
+        second = start(quick, request_line())
+        assert [each.id for each in quick.batches.list(limit=1).data] == [second.id]
+        assert quick.batches.cancel(batch.id).status == "cancelling"
+        killed(world, "ServeReplica")
+        time.sleep(1)  # until Serve has seen it
+        assert client.with_options(max_retries=30).batches.retrieve(second.id).status == "validating"
+    assert ended(client, batch, 120).status == "cancelled" and ended(client, second, 120).status == "completed"
 
 
 def reached(condition: Callable[[], bool], seconds: float = 120) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import toy_rows
+from conftest import toml, toy_rows
 from serving_world import Command
 from support.browser import PROGRAM, Page, browser
 from test_http_api import ADMIN, KEY, fill_storage, settings
@@ -38,10 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> I
         folder / "runs", tiny_base_folder, refresh_s=0.5, cache_mb=16, cpus_per_replica=0.5, keys=str(folder / "keys")
     )
     tables |= {"tuning": {"workers": 1, "slots": 2, "trials": 1}, "train": {"steps": 20, "evaluate_every": 5, "batch_size": 8}}
-    lines = [f"name = {json.dumps(tables.pop('name'))}"]
-    for table, values in tables.items():
-        lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-    (folder / "toy.toml").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "toy.toml").write_text(toml(tables), encoding="utf-8")
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in toy_rows(64, 0)), encoding="utf-8")
     command = Command(folder / "toy.toml", free_port(), folder)

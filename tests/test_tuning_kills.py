@@ -19,7 +19,7 @@ import openai
 import psutil
 import pytest
 import torch
-from conftest import shared_memory, toy_rows
+from conftest import shared_memory, toml, toy_rows
 from openai import OpenAI
 from serving_world import Command, until
 from test_http_api import fill_empty
@@ -54,6 +54,7 @@ class Server:
         fill_empty(self.storage)
         (folder / "keys").write_text("".join(f"{key} tuning\n" for key in KEYS), encoding="utf-8")
         tables = {
+            "name": "server",
             "model": {"path": str(base)},
             "prompt": {"length": 4},
             "data": {"train": "unused.jsonl", **TEMPLATE},
@@ -69,10 +70,7 @@ class Server:
             "tuning": {"workers": 1, "slots": 8},
             "compute": {"storage": str(self.storage)},
         }
-        lines = ['name = "server"']
-        for table, values in tables.items():
-            lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-        (folder / "server.toml").write_text("\n".join(lines), encoding="utf-8")
+        (folder / "server.toml").write_text(toml(tables), encoding="utf-8")
         self.start()
 
     def start(self) -> None:

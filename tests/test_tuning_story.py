@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, title, toml
 from openai import OpenAI
 from serving_world import Command
 from test_docs import only
 from test_tracking import free_port
+
+from ptuning.tuning.remote_jobs import ANSWERED_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
@@ -42,10 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path) -> Iterator[Command]:
     tables = tomllib.loads((REPOSITORY / "jobs" / "sentiment.toml").read_text(encoding="utf-8"))
     tables |= {"tuning": {"workers": 1}, "compute": {"storage": str(folder / "runs")}}
-    lines = [f"name = {json.dumps(tables.pop('name'))}"]
-    for table, values in tables.items():
-        lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-    (folder / "server.toml").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "server.toml").write_text(toml(tables), encoding="utf-8")
     command = Command(folder / "server.toml", free_port(), folder)
     try:
         command.wait("serving at")
@@ -139,6 +139,24 @@ def test_a_wrong_job_is_refused_in_a_sentence(
     assert words in refused.value.message and str(refused.value.param).startswith(param)
     with pytest.raises(openai.NotFoundError):
         client.fine_tuning.jobs.retrieve("ftjob-../../secret")
+
+
+@pytest.mark.nightly
+def test_a_service_that_is_frozen_is_told_in_a_sentence(server: Command, client: OpenAI) -> None:
+    [owner] = [
+        each for each in psutil.Process(server.process.pid).children(recursive=True) if "ray::TuningActor" in title(each)
+    ]
+    owner.suspend()
+    try:
+        began, once = time.monotonic(), client.with_options(max_retries=0)
+        with pytest.raises(openai.InternalServerError, match="the tuning service does not respond; ask again") as told:
+            once.fine_tuning.jobs.list()
+        assert told.value.status_code == 503 and told.value.response.headers["retry-after"] == "2"
+        assert time.monotonic() - began < 2 * ANSWERED_S
+        assert once.files.list() and once.models.list()
+    finally:
+        owner.resume()
+    assert client.fine_tuning.jobs.list()
 
 
 def until(condition: Any, seconds: float = 180.0) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from ptuning import storage
 from ptuning.config import Experiment, ExperimentError, parse_experiment, parse_value
 from ptuning.errors import UserError, suggest
+from ptuning.records import restored
 from ptuning.searching.space import INIT, KIND, LENGTH, RATE, trial_tables
 from ptuning.searching.trial_store import Action, Intervention, TrialRecord, TrialStore
 from ptuning.settings.search import SEARCHABLE, is_whole
@@ -140,7 +141,7 @@ class Instructions:
             StorageError, OSError: the storage cannot be read.
         """
         names = [name for name in storage.list_names(self._place) if name.endswith(".json") and not name.startswith(".")]
-        found = [Intervention.read(json.loads(storage.read_file(self._place, name))) for name in names]
+        found = [restored(Intervention, json.loads(storage.read_file(self._place, name))) for name in names]
         return sorted(found, key=lambda told: told.at)
 
     def remove(self, told: Intervention) -> None:

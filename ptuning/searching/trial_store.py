@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ptuning import storage
+from ptuning.records import restored
 
 FILE = "ledger.json"
 PLACES = ("folder", "soft_prompt")
@@ -69,11 +70,6 @@ class Intervention:
     """None: no driver has seen it yet; False: it was refused."""
     answer: str = ""
 
-    @classmethod
-    def read(cls, fields: Mapping[str, Any]) -> Intervention:
-        """From JSON, of this version or a later one, whose further keys are ignored."""
-        return cls(**{key: value for key, value in fields.items() if key in cls.__dataclass_fields__})
-
 
 class TrialStore:
     """All records of a search. Safe to use from several threads."""
@@ -90,10 +86,10 @@ class TrialStore:
         """There will be no further trials: the finalists are being chosen."""
         if storage.exists(folder, FILE):
             content = json.loads(storage.read_file(folder, FILE))
-            self.interventions = [Intervention.read(fields) for fields in content.get("interventions", [])]
+            self.interventions = [restored(Intervention, fields) for fields in content.get("interventions", [])]
             for record in content["trials"]:
                 places = {key: storage.inside(folder, record[key]) for key in PLACES if record[key]}
-                self.entries[record["run"]] = TrialRecord(**(record | places))
+                self.entries[record["run"]] = restored(TrialRecord, record | places)
 
     def add(self, entry: TrialRecord) -> None:
         """Write a record down; when this returns it is on disk."""

@@ -34,7 +34,8 @@ from ptuning.serving.search_routes import SearchRoutes
 from ptuning.serving.service import Service
 from ptuning.serving.status import ReloadedAnswer, Replicas, Status
 from ptuning.serving.tuning_objects import METADATA, Job, JobCheckpointList, JobEventList, JobList, JobQuery, JobRequest
-from ptuning.serving.tuning_routes import Ask, TuningRoutes
+from ptuning.serving.tuning_routes import TuningRoutes
+from ptuning.tuning.answers import AskedJobs
 from ptuning.tuning.batch_store import BatchStore
 from ptuning.tuning.files import FileStore
 
@@ -44,9 +45,11 @@ _PRINTABLE = re.compile(rb"[\w.:/+=@-]{1,128}")
 BEARER = {"type": "http", "scheme": "bearer", "description": "An API key. A server without keys answers without one."}
 
 
-def build_app(service: Service, replicas: Replicas | None = None, jobs: Ask | None = None, wake: Wake | None = None) -> FastAPI:
-    """The application over a service. `replicas`: how all of them are reached; None: there is one. `jobs`: how the tuning
-    service is asked, `wake`: how the runner of batches is reached; None: there is none."""
+def build_app(
+    service: Service, replicas: Replicas | None = None, jobs: AskedJobs | None = None, wake: Wake | None = None
+) -> FastAPI:
+    """The application over a service. `replicas`: how all of them are reached; None: there is one. `jobs`: who is
+    asked about jobs, `wake`: how the runner of batches is reached; None: there is none."""
     app = FastAPI(title="ptuning", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     api, status = Api(service), Status(service, replicas)
     shapes: list[type[BaseModel]] = [answers.CompletionChunk, answers.ChatChunk, answers.ResponseEvent]

@@ -13,7 +13,6 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve.config import BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
@@ -32,8 +31,10 @@ from ptuning.serving.service import Reloaded, Service
 from ptuning.serving.status import Method
 from ptuning.settings.running import ServeConfig
 from ptuning.tuning import batch_actor
-from ptuning.tuning.actor_name import NAMESPACE, actor_name
+from ptuning.tuning.actor_name import actor_name
+from ptuning.tuning.batch_runner import Unreachable
 from ptuning.tuning.batch_store import BatchStore
+from ptuning.tuning.remote_jobs import RemoteJobs
 
 DEPLOYMENT = "replica"
 TOLD = 200
@@ -42,8 +43,8 @@ HEALTH_S = 2.0
 """Seconds between two health checks. A replica whose engine has stopped is replaced after three of them (Ray 2.60)."""
 REPLICAS_S = 20.0
 """Seconds in which all replicas must answer a request for their metrics, or to check the registry."""
-JOBS_S = 30.0
-"""Seconds in which the tuning service must answer."""
+BATCHES_S = 10.0
+"""Seconds for which a replica that starts waits for the runner of batches."""
 
 
 @serve.ingress()
@@ -60,9 +61,10 @@ class Replica:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         if BatchStore(self._service.storage).has_open:  # of a server that was killed
-            with suppress(ray.exceptions.RayError):  # the next look at one of them tries again
-                await self._wake()
-        jobs = self._jobs if self._service.tuning.workers else None
+            # It may hang, or not start; the next look at one of them tries again.
+            with suppress(ray.exceptions.RayError, TimeoutError, Unreachable):
+                await asyncio.wait_for(self._wake(), BATCHES_S)
+        jobs = RemoteJobs(self._tuning) if self._service.tuning.workers else None
         return build_app(self._service, self._replicas, jobs, self._wake)
 
     async def _wake(self) -> None:
@@ -102,15 +104,6 @@ class Replica:
     async def _replicas(self, method: Method) -> list[Any]:
         """Call a method of every replica that runs, this one included."""
         return list(await self._handle.broadcast(method).results_async(timeout_s=REPLICAS_S))
-
-    async def _jobs(self, what: str, owner: str | None, arguments: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Ask the actor that owns the jobs."""
-        try:
-            actor = await asyncio.to_thread(ray.get_actor, self._tuning, NAMESPACE)
-            answer: tuple[int, dict[str, Any]] = await asyncio.wait_for(actor.ask.remote(what, owner, arguments), JOBS_S)
-        except (ValueError, RayActorError, TimeoutError) as error:  # ValueError: there is no actor of this name yet
-            raise ConnectionError from error
-        return answer
 
     @cached_property
     def _handle(self) -> Any:

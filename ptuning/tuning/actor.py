@@ -10,7 +10,6 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -19,7 +18,7 @@ from ray.exceptions import RayError
 
 from ptuning import storage
 from ptuning.config import Experiment
-from ptuning.errors import TrackingError, UserError
+from ptuning.errors import UserError
 from ptuning.model.base import Base
 from ptuning.redaction import logger, placeless
 from ptuning.registry.registry import Registry
@@ -30,11 +29,11 @@ from ptuning.training.dispatcher import Dispatcher, DispatcherService
 from ptuning.training.messages import Fields, Leaving
 from ptuning.training.run_tracking import outbox_folder
 from ptuning.tuning.actor_name import NAMESPACE, actor_name
+from ptuning.tuning.answers import JobAnswers
 from ptuning.tuning.group import GROUP, StandingGroup
 from ptuning.tuning.publication import Publisher
-from ptuning.tuning.request import JobRefused
 from ptuning.tuning.runner import Runner
-from ptuning.tuning.service import Jobs, TooManyJobs, TuningService, UnknownJob
+from ptuning.tuning.service import Jobs, TuningService
 
 log = logger(__name__)
 
@@ -48,9 +47,6 @@ BEGINNING = 60.0
 """Seconds to wait for the service at its start; it waits half as long for the lease of one on another machine."""
 ENDING = 20.0
 """Seconds in which the workers end, and MLflow takes what it can."""
-
-Answer = tuple[int, dict[str, Any]]
-"""HTTP status, and the answer's body or the fields of an error."""
 
 
 class _FromThreads:
@@ -102,30 +98,21 @@ class _FromThreads:
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
-class TuningActor(DispatcherService[Dispatcher]):
+class TuningActor(DispatcherService[Dispatcher], JobAnswers):
     """See the module."""
 
     def __init__(self, experiment: dict[str, Any]) -> None:
         server = Experiment.model_validate(experiment)
         most = server.tuning.slots_per_key
-        super().__init__(Dispatcher(most or float("inf")))
+        DispatcherService.__init__(self, Dispatcher(most or float("inf")))
+        JobAnswers.__init__(self)
         self._server = server
         self._root = storage.join(server.compute.storage, "tuning")
         self._me = ray.get_runtime_context().current_actor
         self._slots = _FromThreads(self, asyncio.get_running_loop())
-        self._service: TuningService | None = None
-        self._unavailable: str | None = None
-        """Why there will be no service."""
         self._stopped = threading.Event()
         self._over = threading.Event()
         threading.Thread(target=self._live, name="tuning", daemon=True).start()
-
-    async def ask(self, what: str, owner: str | None, arguments: Mapping[str, Any]) -> Answer:
-        """Answer a request about jobs: a method of `TuningService`."""
-        service = self._service
-        if service is None:
-            return 503, {"message": self._unavailable or "the tuning service is starting; ask again in a moment"}
-        return await asyncio.to_thread(_answered, service, what, owner, arguments)
 
     async def answers(self) -> bool:
         """Whether requests about jobs are answered, or will never be."""
@@ -221,25 +208,6 @@ class TuningActor(DispatcherService[Dispatcher]):
             log.error("the workers have failed: %s", failure)
             self._not_before = time.monotonic() + self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
-
-
-def _answered(service: TuningService, what: str, owner: str | None, arguments: Mapping[str, Any]) -> Answer:
-    try:
-        method = getattr(service, what)
-        return 200, method(owner, **arguments)
-    except UnknownJob as error:
-        return 404, {"message": str(error), "code": "job_not_found"}
-    except TooManyJobs as error:
-        return 429, {"message": str(error), "code": "too_many_jobs"}
-    except JobRefused as error:
-        return 400, {"message": placeless(str(error)), "param": error.param, "code": error.code}
-    except TrackingError as error:
-        return 503, {"message": placeless(str(error))}
-    except UserError as error:
-        return 400, {"message": placeless(str(error))}
-    except OSError as error:
-        log.warning("the storage failed: %s", error)
-        return 503, {"message": "the storage cannot be written at the moment; ask again later"}
 
 
 def start_tuning(experiment: Experiment) -> Any:

@@ -46,7 +46,11 @@ class ServeReplicas:
         try:
             if self._handle is None:
                 self._handle = await asyncio.to_thread(serve.get_app_handle, APPLICATION)
-            return await getattr(self._handle, method).remote(*arguments)
+            called = getattr(self._handle, method)
+            # Not `remote`: there a replica stands still until its caller has taken the answer, so that one runner that hangs
+            # would hang the replicas for all clients (Ray 2.60).
+            async with called.choose_replica() as replica:
+                return await called.dispatch(replica, *arguments)
         except Exception as error:  # Serve raises many types: of a replica that was killed, of an application that is not there
             self._handle = None
             raise Unreachable(type(error).__name__) from error

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from ptuning import storage
 from ptuning.errors import UserError
+from ptuning.records import restored
 from ptuning.tuning.ids import new_id
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/classify"]
@@ -216,7 +217,7 @@ class BatchStore:
             if re.fullmatch(r"\d{6}\.jsonl", name):
                 content = storage.read_file(self._parts(batch_id), name)
                 rows: list[dict[str, Any]] = [json.loads(line) for line in content.splitlines()]
-                yield int(name[:6]), [LineResult(**row | {"spent": Spent(**row["spent"])}) for row in rows]
+                yield int(name[:6]), [restored(LineResult, row | {"spent": restored(Spent, row["spent"])}) for row in rows]
 
     def list(self, owner: str | None) -> Sequence[BatchRecord]:
         """The batches of an owner (None: all), the newest first."""
@@ -239,8 +240,6 @@ class BatchStore:
 
 
 def _parsed(content: bytes) -> BatchRecord:
-    """A record of this version or a later one, whose further keys are ignored."""
     values: dict[str, Any] = json.loads(content)
-    values = {key: value for key, value in values.items() if key in BatchRecord.__dataclass_fields__}
-    values["errors"] = [BatchError(**error) for error in values["errors"]]
-    return BatchRecord(**values | {"spent": Spent(**values["spent"])})
+    errors = [restored(BatchError, error) for error in values["errors"]]
+    return restored(BatchRecord, values | {"errors": errors, "spent": restored(Spent, values["spent"])})

@@ -6,7 +6,9 @@ import json
 import re
 import time
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from ptuning.records import restored
 
 Purpose = Literal["fine-tune", "batch", "batch_output", "fine-tune-results"]
 Uploaded = Literal["fine-tune", "batch"]
@@ -48,9 +50,8 @@ class FileRecord:
 
 
 def from_json(content: bytes) -> FileRecord:
-    """A record of this version or a later one, whose further keys are ignored."""
-    values: dict[str, Any] = json.loads(content)
-    return FileRecord(**{key: value for key, value in values.items() if key in FileRecord.__dataclass_fields__})
+    """The inverse of `to_json`; keys of later versions are ignored."""
+    return restored(FileRecord, json.loads(content))
 
 
 def to_json(record: FileRecord) -> bytes:

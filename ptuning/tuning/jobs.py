@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from ptuning.records import restored
 from ptuning.registry.names import ORGANISATION, checkpoints_name, result_name, tuned_name
 
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -124,10 +125,9 @@ class JobRecord:
     @classmethod
     def read(cls, plain: dict[str, Any]) -> JobRecord:
         """The inverse of `as_json`; keys of later versions are ignored."""
-        known = {key: value for key, value in plain.items() if key in cls.__dataclass_fields__}
-        known["trials"] = [Trial(**each) for each in known.get("trials", [])]
-        known["checkpoints"] = [Checkpoint(**each) for each in known.get("checkpoints", [])]
-        return cls(**known)
+        trials = [restored(Trial, each) for each in plain.get("trials", [])]
+        checkpoints = [restored(Checkpoint, each) for each in plain.get("checkpoints", [])]
+        return restored(cls, plain | {"trials": trials, "checkpoints": checkpoints})
 
     def wire(self, estimated_finish: int | None = None) -> dict[str, Any]:
         """The job as clients see it: OpenAI's `fine_tuning.job`."""

@@ -214,7 +214,8 @@ def _experiment(
     if given.get("batch_size", AUTO) != AUTO:
         train_table["batch_size"] = given["batch_size"]
     if given.get("learning_rate_multiplier", AUTO) != AUTO:
-        train_table["learning_rate"] = server.train.learning_rate * float(given["learning_rate_multiplier"])
+        factor = server.train.learning_rate_multiplier * float(given["learning_rate_multiplier"])
+        train_table["learning_rate_multiplier"] = factor  # checked like any other setting: the product may be 0
     if given.get("n_epochs", AUTO) != AUTO:
         train_table |= {"epochs": float(given["n_epochs"]), "steps": 0}
     if "objective" in given:

@@ -17,7 +17,8 @@ COLUMNS = (
     *("full_valid_loss", "full_valid_mean_token_accuracy"),
 )
 """Of the file with a job's results: OpenAI's names. All validation rows are read each time, so `valid_` and `full_valid_` are
-the same; accuracies are those of the labels, and empty without labels; the accuracy of training rows is not measured."""
+the same; accuracies are those of the labels, and empty without labels. That of training rows is empty: a step keeps no
+logits."""
 EVENTS, POINTS = 50, 500
 """Events with metrics, and points of the learning curve, of a trial at most, besides its evaluations."""
 
