@@ -122,7 +122,8 @@ def served(folder: Path) -> Iterator[SimpleNamespace]:
     tokenizer = tokenizer_of(form, None)
     tiny_base("llama", vocab_size=len(tokenizer), max_position_embeddings=8192).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    with serving(folder, base, replicas=1) as world:
+    jobs = {"tuning": {"workers": 1, "trials": 1}, "train": {"steps": 20, "evaluate_every": 10, "batch_size": 8}}
+    with serving(folder, base, replicas=1, tables=jobs) as world:
         for seed, (name, labels) in enumerate({"talk": None, "kinds": ("fruit", "tool")}.items(), 20):
             template = Template(chat_template=form.template, labels=labels)
             publish_soft_prompt(world.registry, base, folder / "scratch", name, seed, template=template, max_new_tokens=8)
