@@ -43,8 +43,8 @@ class TrainConfig(Table):
     """balanced: every label has the same weight in the loss, regardless of its number of rows. The predicted probabilities then
     assume that all labels are equally frequent."""
     learning_rate: Annotated[float, Field(gt=0, le=1e30, strict=True)] | Literal["auto"] = "auto"
-    """Peak learning rate. AdamW moves every number of the vectors by about this much per step, whatever the size of the base's
-    embeddings. auto: 0.8 of their typical root mean square, rounded to one digit; 0.1 for key-value prefixes."""
+    """Peak learning rate. AdamW moves every number of the vectors by about this much per step, so what is right depends on the
+    size of the base's embeddings. auto: 0.8 of their typical root mean square, to one digit; 0.1 for key-value prefixes."""
     learning_rate_multiplier: PositiveNumber = 1.0
     """Factor of the learning rate."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
