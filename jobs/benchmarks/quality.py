@@ -33,6 +33,7 @@ from ptuning.training.loop import Pack
 from ptuning.training.loop import train as train_slots
 from ptuning.training.messages import Evaluated, Event, Failed, Finished, StartRun
 from ptuning.training.run_record import RUN
+from ptuning.training.slot import with_learning_rate
 
 METHODS = ("text", "peft", "ours", "lora", "full")
 NEAR = 0.9
@@ -101,8 +102,8 @@ def examine(experiment: Experiment, arguments: argparse.Namespace) -> Iterator[t
     """All that was asked for on one task, as it comes."""
     base = find_base(experiment.model)
     model = PromptedModel(base.load(base.dtype(experiment.model.dtype)))
-    size = None if experiment.prompt.kind == "kv" else Pack(model, base, Workers.current(), lambda _: task).embedding_size
-    experiment = experiment.model_copy(update={"train": experiment.train.with_learning_rate(size)})
+    pack = Pack(model, base, Workers.current(), lambda _: task)
+    experiment = with_learning_rate(experiment, pack.embed, base.vocabulary)
     task = load_task(experiment, base)
     assert task.validation and task.test, "a task needs validation and test rows"
     task = replace(task, validation=cut(task.validation, arguments.rows), test=cut(task.test, arguments.test_rows))

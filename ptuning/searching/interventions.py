@@ -151,12 +151,14 @@ class Instructions:
 class SearchFolder:
     """A search as another process sees it."""
 
-    def __init__(self, folder: str) -> None:
-        """Raises:
-        UserError: there is no search in this folder.
+    def __init__(self, folder: str, record: Mapping[str, Any] | None = None) -> None:
+        """`record`: of its run, if it was read already.
+
+        Raises:
+            UserError: there is no search in this folder.
         """
         self._folder = folder
-        record = read_run(folder)
+        record = record or read_run(folder)
         if record is None:
             raise UserError(f"{folder}: there is no search; give the name of one, and its storage folder with --storage")
         if record.get("kind") != "search":
@@ -209,8 +211,9 @@ def searches(folder: str) -> Iterator[tuple[str, SearchFolder]]:
     """
     for name in storage.list_names(folder):
         place = storage.join(folder, name)
-        if (read_run(place) or {}).get("kind") == "search":
-            yield name, SearchFolder(place)
+        record = read_run(place)
+        if record and record.get("kind") == "search":
+            yield name, SearchFolder(place, record)
 
 
 def find_trial(store: TrialStore, run: str) -> TrialRecord:

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Literal, TypeVar
 
 import torch
@@ -40,7 +39,7 @@ from ptuning.training.messages import (
     StartRun,
     Stepped,
 )
-from ptuning.training.slot import Slot, checkpoints, embedding_size, initial_starts, learning_rate, make_card
+from ptuning.training.slot import Slot, checkpoints, initial_starts, learning_rate, make_card, with_learning_rate
 from ptuning.training.starts import SCALE
 from ptuning.training.stepper import Stepper
 from ptuning.training.teacher import Teacher
@@ -91,8 +90,7 @@ class Pack:
             kv_shape(self.model)  # before anything is computed: not every base takes one
         if experiment.objective == "distill":
             task = self.teacher.teach(task, experiment)
-        size = None if experiment.prompt.kind == "kv" else self.embedding_size
-        experiment = experiment.model_copy(update={"train": experiment.train.with_learning_rate(size)})
+        experiment = with_learning_rate(experiment, self.embed, self.base.vocabulary)
         assignment = replace(assignment, experiment=experiment)
         starts, parent = initial_starts(experiment, task, self.base, self.embed, self.prefix)
         scale = SCALE if self.model.base.dtype == torch.float16 else 1.0
@@ -109,11 +107,6 @@ class Pack:
             slot.restore(*saved)
         self.slots.append(slot)
         return slot
-
-    @cached_property
-    def embedding_size(self) -> float:
-        """Typical root mean square of the rows of the base's input embedding."""
-        return embedding_size(self.embed, self.base.vocabulary)
 
     @torch.no_grad()
     def embed(self, ids: list[int]) -> Tensor:

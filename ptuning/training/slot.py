@@ -211,6 +211,13 @@ def embedding_size(embed: initializers.Embed, vocabulary: int) -> float:
     return float(rows.pow(2).mean(1).sqrt().median())
 
 
+def with_learning_rate(experiment: Experiment, embed: initializers.Embed, vocabulary: int) -> Experiment:
+    """The experiment with its learning rate as a number. The base's embeddings are only measured where they count."""
+    counts = experiment.train.learning_rate == "auto" and experiment.prompt.kind != "kv"
+    train = experiment.train.with_learning_rate(embedding_size(embed, vocabulary) if counts else None)
+    return experiment.model_copy(update={"train": train})
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The learning rate of update number `step` (from 0)."""
     warm = round(config.warmup * config.steps)
